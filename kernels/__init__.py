@@ -1,0 +1,1 @@
+"""Triton device code and launchers (installed as `polydpo_fast.kernels`). No autograd, no public API."""
