@@ -1,0 +1,40 @@
+#include "geometry.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include "error.hpp"
+
+namespace polydpo {
+namespace {
+
+int half_to_even(int twice) {
+    const int half = twice / 2;
+    return twice % 2 ? half + half % 2 : half;
+}
+
+}  // namespace
+
+Geometry plan_centre(Size source, Size output, Resize resize) {
+    Size resized = source;
+    if (resize == Resize::cover) {
+        const std::int64_t h = source.height, w = source.width, H = output.height, W = output.width;
+        // A strip one pixel high would grow without bound on the other side.
+        const std::int64_t longest = 1 << 24;
+        if (H * w >= W * h) {
+            resized = {output.height, static_cast<int>(std::min(longest, std::max(W, w * H / h)))};
+        } else {
+            resized = {static_cast<int>(std::min(longest, std::max(H, h * W / w))), output.width};
+        }
+        if (std::max(resized.height, resized.width) == longest) {
+            throw DecodeError("its aspect ratio is too extreme to resize");
+        }
+    } else if (source.height < output.height || source.width < output.width) {
+        throw DecodeError("it is " + std::to_string(source.height) + " x " + std::to_string(source.width) +
+                          ", smaller than the crop of " + std::to_string(output.height) + " x " +
+                          std::to_string(output.width) + ", and resize is None");
+    }
+    return {resized, half_to_even(resized.height - output.height), half_to_even(resized.width - output.width)};
+}
+
+}  // namespace polydpo
