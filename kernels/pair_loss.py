@@ -139,6 +139,7 @@ def _finish_pair(
     excess_w = tl.sum(e_w) / size
     excess_l = tl.sum(e_l) / size
     z = -half_beta * (excess_w - excess_l)
+    z = tl.where(tl.abs(z) == float("inf"), float("nan"), z)  # an infinite error is no evidence of a preference
 
     # Stable sigmoid(z), sigmoid(-z) and softplus(-z) from e = exp(-|z|) <= 1.
     e = tl.exp(-tl.abs(z))

@@ -35,7 +35,8 @@ def pair_errors(
     """The policy's errors m and their excess m - r over the reference's, each of shape (2, B): [win; lose].
 
     The excess is not computed by subtracting two nearly equal means, which would lose all digits while the
-    policy is close to the reference, but from a^2 - b^2 = (a - b)(a + b), element by element.
+    policy is close to the reference, but from a^2 - b^2 = (a - b)(a + b), element by element. Its gradient is that
+    of m, since r is a constant, and is taken from there: through the product it would be a sum that cancels.
     """
     model_error, excess_error = [], []
     for pred, ref, tgt in zip(_arms(model_pred), _arms(ref_pred), _arms(target, model_pred), strict=True):
@@ -44,8 +45,10 @@ def pair_errors(
         )
         pred, ref, tgt = (x.to(dtype).flatten(start_dim=1) for x in (pred, ref.detach(), tgt.detach()))
         residual = pred - tgt
-        model_error.append(residual.square().mean(dim=1))
-        excess_error.append(((pred - ref) * (residual + (ref - tgt))).mean(dim=1))
+        error = residual.square().mean(dim=1)
+        excess = ((pred - ref) * (residual + (ref - tgt))).mean(dim=1).detach()
+        model_error.append(error)
+        excess_error.append(excess + (error - error.detach()))
     return torch.stack(model_error), torch.stack(excess_error)
 
 
@@ -64,6 +67,7 @@ def loss(
     model_error, excess_error = pair_errors(model_pred, ref_pred, target)
     delta = excess_error[0] - excess_error[1]
     logit = -0.5 * beta * delta
+    logit = logit + 0 * logit  # Inf becomes NaN: an infinite error is no evidence of a preference
     per_pair, _slope = OBJECTIVES[objective].head(
         nll=-logsigmoid(logit), p=torch.sigmoid(logit), q=torch.sigmoid(-logit), alpha=alpha
     )

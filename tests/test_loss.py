@@ -1,0 +1,393 @@
+"""`polydpo_fast.loss` on every backend that runs here, against the extended-precision oracle."""
+
+import math
+import warnings
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import polydpo_fast
+from polydpo_fast import functional
+from polydpo_fast.metrics import METRICS
+
+BACKENDS = ["reference", "triton"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+SHAPES = [(2, 1), (2, 3), (6, 77, 5), (4, 4, 16, 16), (2, 4, 40, 32), (2, 3, 2, 9, 7)]
+INTERPRETED = not torch.cuda.is_available()
+
+# The interpreter computes in NumPy, which warns of what the kernels do on purpose: NaN and Inf go through.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+
+def batch(shape, dtype, device, seed=0, closeness=1e-2):
+    random = torch.Generator().manual_seed(seed)
+    pred, target, step = (torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(3))
+    return tuple(x.to(dtype).to(device) for x in (pred, pred + closeness * step, target))
+
+
+def assert_gradient_close(actual, expected, dtype):
+    """Within 1 ulp of the output dtype, plus 1e-6 relative for the float32 arithmetic before the rounding.
+
+    Triton's interpreter truncates float32 to bfloat16 where a GPU rounds: 1 ulp more there.
+    """
+    ulps = 2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0
+    expected = expected.astype(np.float64)
+    bound = ulps * oracle.ulp(expected, dtype) + 1e-6 * np.abs(expected)
+    error = np.abs(actual.double().cpu().numpy() - expected)
+    assert (error <= bound).all(), (error / bound).max()
+
+
+# --------------------------------------------------------------------------------------- values and gradients
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_value_and_gradient(backend, dtype, shape, reduction, device):
+    pred, ref, target = batch(shape, dtype, device)
+    pred.requires_grad_()
+    loss = polydpo_fast.loss(pred, ref, target, beta=500.0, alpha=2.0, reduction=reduction, backend=backend)
+    weight = torch.arange(1, 1 + shape[0] // 2, dtype=loss.dtype, device=device)
+    (loss * weight if reduction == "none" else 3 * loss).sum().backward()
+
+    expected = oracle.poly_dpo(pred, ref, target, 500.0, 2.0)
+    value = {"mean": expected.loss.mean(), "sum": expected.loss.sum(), "none": expected.loss}[reduction]
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    np.testing.assert_allclose(
+        loss.detach().cpu().numpy(), value.astype(float), rtol=1e-12 if dtype == torch.float64 else 2e-6
+    )
+    pairs = shape[0] // 2
+    upstream = {"mean": np.full(pairs, 3 / pairs), "sum": np.full(pairs, 3.0), "none": np.arange(1, 1 + pairs)}
+    rows = np.concatenate((upstream[reduction],) * 2).reshape(-1, *(1,) * (len(shape) - 1))
+    assert pred.grad.dtype == dtype
+    assert_gradient_close(pred.grad, expected.gradient * rows, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_dtypes(backend, device):
+    """What autocast makes of a script: a float32 policy, a bfloat16 reference, a float16 target."""
+    pred, ref, target = batch((4, 4, 8, 8), torch.float32, device)
+    ref, target = ref.bfloat16(), target.half()
+    pred.requires_grad_()
+    loss = polydpo_fast.loss(pred, ref, target, beta=50.0, reduction="none", backend=backend)
+    loss.sum().backward()
+    expected = oracle.poly_dpo(pred, ref, target, 50.0)
+    np.testing.assert_allclose(loss.detach().cpu().numpy(), expected.loss.astype(float), rtol=2e-6)
+    assert_gradient_close(pred.grad, expected.gradient, torch.float32)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**20),
+    pairs=st.integers(1, 3),
+    inner=st.lists(st.integers(1, 13), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    closeness=st.sampled_from([0.0, 1e-3, 1e-1, 10.0]),
+    alpha=st.sampled_from([-1.0, 0.0, 8.0]),
+)
+def test_triton_agrees_with_the_oracle_on_any_shape(device, seed, pairs, inner, dtype, closeness, alpha):
+    pred, ref, target = batch((2 * pairs, *inner), dtype, device, seed, closeness)
+    loss, metrics = polydpo_fast.loss(
+        pred, ref, target, alpha=alpha, reduction="none", return_metrics=True, backend="triton"
+    )
+    expected = oracle.poly_dpo(pred, ref, target, alpha=alpha)
+    # The logit's error: 1e-5 relative, or float32 rounding of the terms that cancel in it.
+    p, r, t = (oracle.wide(x).reshape(2 * pairs, -1) for x in (pred, ref, target))
+    terms = np.abs((p - r) * ((p - t) + (r - t))).mean(axis=1).reshape(2, pairs).sum(axis=0)
+    allowed = 1e-5 * np.abs(expected.logit) + 2500 * 4 * np.finfo(np.float32).eps * terms
+    slope = 1 + abs(alpha)  # |dL/dz| is at most that
+    error = np.abs(loss.double().cpu().numpy() - expected.loss)
+    assert (error <= slope * allowed + 1e-6 * np.abs(expected.loss) + 1e-7).all()
+    mean_error = abs(metrics["logit_mean"].item() - float(expected.logit.mean()))
+    assert mean_error <= float(allowed.mean()) + 1e-6 * abs(float(expected.logit.mean()))
+    if closeness == 0.0:
+        assert metrics["logit_mean"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_policy_equal_to_reference_gives_exactly_log_two(backend, dtype, device):
+    pred, _, target = batch((4, 3, 5), dtype, device)
+    loss, metrics = polydpo_fast.loss(
+        pred, pred.clone(), target, reduction="none", return_metrics=True, backend=backend
+    )
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2, rel=1e-7)
+    assert metrics["logit_mean"] == 0
+    assert metrics["implicit_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_target(backend, device):
+    pred, ref, target = batch((6, 4, 5), torch.float32, device)
+    shared = target[:3]
+    grads = []
+    for given_target in (shared, torch.cat((shared, shared))):
+        x = pred.clone().requires_grad_()
+        loss = polydpo_fast.loss(x, ref, given_target, beta=10.0, backend=backend)
+        loss.backward()
+        grads.append((loss.item(), x.grad))
+    assert grads[0][0] == grads[1][0]
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
+# ------------------------------------------------------------------------------------------------ edge cases
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_saturated_logits_are_finite_with_the_right_gradient(backend, sign, device):
+    pred, ref, target = (torch.zeros(2, 8, device=device) for _ in range(3))
+    pred[0 if sign < 0 else 1] = 3.0  # z = sign * 2500 * 9
+    pred.requires_grad_()
+    loss, metrics = polydpo_fast.loss(pred, ref, target, alpha=1.5, return_metrics=True, backend=backend)
+    loss.backward()
+    z = sign * 2500 * 9
+    assert metrics["logit_mean"].item() == z
+    assert metrics["saturated"] == 1
+    assert loss.item() == pytest.approx(max(-z, 0) + 1.5 * (z < 0), rel=1e-6)
+    slope = -1.0 if z < 0 else 0.0
+    np.testing.assert_allclose(pred.grad[0].cpu(), slope * -5000 / 8 * pred[0].detach().cpu(), rtol=1e-6)
+    assert torch.isfinite(pred.grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_nan_and_inf_stay_in_their_pair(backend, poison, argument, device):
+    tensors = batch((6, 5), torch.float32, device)
+    clean = polydpo_fast.loss(*tensors, beta=3.0, reduction="none", backend=backend)
+    tensors[argument][1, 2] = poison  # the winner of pair 1
+    pred = tensors[0].requires_grad_()
+    loss = polydpo_fast.loss(*tensors, beta=3.0, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert torch.isnan(loss[1])
+    assert torch.isnan(pred.grad[1]).any()
+    assert torch.equal(loss[[0, 2]], clean[[0, 2]])
+    assert torch.isfinite(pred.grad[[0, 2, 3, 5]]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_half_precision_values_do_not_overflow(backend, device):
+    """300^2 is beyond float16, 60,000 nearly is."""
+    pred, ref, target = batch((4, 9), torch.float16, device)
+    pred, ref = pred * 300, ref * 300
+    loss = polydpo_fast.loss(pred, ref, target, beta=0.01, reduction="none", backend=backend)
+    expected = oracle.poly_dpo(pred, ref, target, 0.01)
+    np.testing.assert_allclose(loss.cpu().numpy(), expected.loss.astype(float), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- promises kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metrics(backend, device):
+    pred, ref, target = batch((8, 6, 5), torch.float32, device)
+    # Two ties, and one pair won by a winner that got worse and a loser that got much worse.
+    pred[1], pred[5], pred[2] = ref[1], ref[5], ref[2]
+    pred[6] = ref[6]
+    pred[3] = target[3] + 1.1 * (ref[3] - target[3])
+    pred[7] = target[7] + 2.0 * (ref[7] - target[7])
+    _, metrics = polydpo_fast.loss(pred, ref, target, beta=40.0, return_metrics=True, backend=backend)
+    e = oracle.poly_dpo(pred, ref, target, 40.0)
+    z = np.where(np.abs(e.logit) < 1e-12, 0, e.logit)
+    reward = -20 * (e.model_error - e.ref_error)
+    expected = {
+        "implicit_accuracy": ((z > 0) + 0.5 * (z == 0)).mean(),
+        "reward_win": reward[0].mean(),
+        "reward_lose": reward[1].mean(),
+        "reward_margin": (reward[0] - reward[1]).mean(),
+        "logit_mean": z.mean(),
+        "p_mean": (1 / (1 + np.exp(-z))).mean(),
+        "model_mse_win": e.model_error[0].mean(),
+        "model_mse_lose": e.model_error[1].mean(),
+        "ref_mse_win": e.ref_error[0].mean(),
+        "ref_mse_lose": e.ref_error[1].mean(),
+        "saturated": (np.abs(z) > 10).mean(),
+        "false_success": ((z > 0) & (e.model_error[0] > e.ref_error[0])).mean(),
+    }
+    assert list(metrics) == list(METRICS) == list(expected)
+    assert expected["false_success"] >= 0.25
+    assert expected["saturated"] >= 0.25
+    for name, value in expected.items():
+        assert metrics[name].shape == ()
+        assert not metrics[name].requires_grad
+        assert metrics[name].item() == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pair_does_not_depend_on_its_batch_and_runs_agree_bit_for_bit(backend, device):
+    if backend == "reference":
+        pytest.skip("a promise of the fused backends only: PyTorch splits sums by the size of the batch")
+    pred, ref, target = batch((10, 3, 700), torch.float32, device)
+    whole = polydpo_fast.loss(pred, ref, target, beta=50.0, reduction="none", backend=backend)
+    assert torch.equal(
+        whole, polydpo_fast.loss(pred, ref, target, beta=50.0, reduction="none", backend=backend)
+    )
+    for pair in range(5):
+        rows = [pair, 5 + pair]
+        alone = polydpo_fast.loss(
+            pred[rows], ref[rows], target[rows], beta=50.0, reduction="none", backend=backend
+        )
+        assert torch.equal(alone, whole[pair : pair + 1])
+
+
+def layouts(x):
+    """The same numbers in other memory: (name, tensor)."""
+    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    wide = torch.full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), 77.0, dtype=x.dtype, device=x.device)
+    wide[:, : x.shape[1]] = x
+    yield "first channels of more", wide[:, : x.shape[1]]
+    wide = torch.full_like(wide, 77.0)
+    wide[:, 3:] = x
+    yield "last channels of more", wide[:, 3:]
+    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    padded = torch.full((*x.shape[:-1], x.shape[-1] + 1), 77.0, dtype=x.dtype, device=x.device)
+    padded[..., :-1] = x
+    yield "rows with gaps", padded[..., :-1]
+    every_other = torch.full((2 * x.shape[0], *x.shape[1:]), 77.0, dtype=x.dtype, device=x.device)
+    every_other[::2] = x
+    yield "every other sample", every_other[::2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("argument", [0, 1, 2, None])
+def test_memory_layouts(backend, argument, device):
+    plain = batch((4, 4, 6, 5), torch.float32, device)
+    expected = oracle.poly_dpo(*plain, 30.0)
+    for name, _ in layouts(plain[0]):
+        given_layout = [
+            dict(layouts(x))[name] if argument in (i, None) else x.clone() for i, x in enumerate(plain)
+        ]
+        pred = given_layout[0].requires_grad_()
+        loss = polydpo_fast.loss(*given_layout, beta=30.0, reduction="none", backend=backend)
+        np.testing.assert_allclose(
+            loss.detach().cpu().numpy(), expected.loss.astype(float), rtol=2e-6, err_msg=name
+        )
+        (grad,) = torch.autograd.grad(loss.sum(), pred)
+        assert_gradient_close(grad, expected.gradient, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_policy_receives_a_gradient(backend, device):
+    pred, ref, target = (x.requires_grad_() for x in batch((4, 3), torch.float32, device))
+    polydpo_fast.loss(pred, ref, target, backend=backend).backward()
+    assert pred.grad is not None
+    assert ref.grad is None
+    assert target.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_and_accumulated_backward(backend, device):
+    pred, ref, target = batch((4, 3, 5), torch.float32, device)
+    pred.requires_grad_()
+    loss = polydpo_fast.loss(pred, ref, target, beta=10.0, backend=backend)
+    loss.backward(retain_graph=True)
+    once = pred.grad.clone()
+    loss.backward()
+    assert torch.equal(pred.grad, 2 * once)
+
+
+def test_double_backward_refuses_clearly(device):
+    pred, ref, target = batch((4, 3), torch.float32, device)
+    loss = polydpo_fast.loss(pred.requires_grad_(), ref, target, backend="triton")
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, pred, create_graph=True)[0].sum().backward()
+
+
+def test_inference_mode(device):
+    with torch.inference_mode():
+        loss = polydpo_fast.loss(*batch((4, 3), torch.float32, device), backend="triton")
+    assert math.isfinite(loss.item())
+
+
+def test_opcheck(device):
+    pred, ref, target = batch((4, 3, 5), torch.float32, device)
+    torch.library.opcheck(
+        torch.ops.polydpo_fast.pair_loss.default, (pred, ref, target, 10.0, 1.0, "poly_dpo", "none")
+    )
+    coefficients = torch.randn(2, 2, dtype=torch.float64, device=device)
+    for x in (pred, pred.transpose(1, 2), pred[:, :2]):
+        t = target[:, : x.shape[1]] if x.shape[1] == 2 else target.reshape(x.shape)
+        torch.library.opcheck(
+            torch.ops.polydpo_fast.pair_gradient.default,
+            (x, t, coefficients, torch.ones((), device=device)),
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic, device):
+    def step(pred, ref, target):
+        loss, metrics = polydpo_fast.loss(
+            2 * pred, ref, target, beta=10.0, alpha=1.0, return_metrics=True, backend="triton"
+        )
+        return loss, metrics["logit_mean"]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((4, 3, 5), (6, 3, 8)):
+        tensors = batch(shape, torch.float32, device)
+        results = []
+        for function in (step, compiled):
+            pred = tensors[0].clone().requires_grad_()
+            loss, logit = function(pred, *tensors[1:])
+            loss.backward()
+            results.append((loss.detach(), logit, pred.grad))
+        for eager, traced in zip(*results, strict=True):
+            assert torch.equal(eager, traced)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+GOOD = dict(model_pred=torch.zeros(4, 3, 2), ref_pred=torch.zeros(4, 3, 2), target=torch.zeros(4, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(model_pred=[1.0]), TypeError, "model_pred is a list; expected a torch.Tensor"),
+        (dict(target=None), TypeError, "target is a NoneType; expected a torch.Tensor"),
+        (dict(ref_pred=torch.zeros(4, 3, 2, dtype=torch.int64)), TypeError, "ref_pred has dtype torch.int64"),
+        (dict(target=torch.zeros(4, 3, 2, dtype=torch.complex64)), TypeError, "target has dtype torch.complex64"),
+        (
+            dict(ref_pred=torch.zeros(4, 3, 5)),
+            ValueError,
+            r"ref_pred has shape \(4, 3, 5\); expected \(4, 3, 2\) like model_pred",
+        ),
+        (dict(target=torch.zeros(3, 3, 2)), ValueError, r"target has shape \(3, 3, 2\); expected \(4, 3, 2\)"),
+        (dict(model_pred=torch.zeros(3, 2)), ValueError, "model_pred has 3 rows .* expected an even number"),
+        (dict(model_pred=torch.zeros(4)), ValueError, r"model_pred has shape \(4,\); expected \(2B, ...\)"),
+        (dict(model_pred=torch.zeros(0, 3)), ValueError, "expected at least one pair"),
+        (dict(model_pred=torch.zeros(2, 0)), ValueError, "expected at least one pair and one element"),
+        (dict(ref_pred=torch.zeros(4, 3, 2, device="meta")), ValueError, "ref_pred is on meta; expected cpu"),
+        (dict(beta=0.0), ValueError, "beta is 0.0; expected a finite number > 0"),
+        (dict(beta=-1), ValueError, "beta is -1"),
+        (dict(beta=math.inf), ValueError, "beta is inf"),
+        (dict(beta=math.nan), ValueError, "beta is nan"),
+        (dict(beta="5000"), TypeError, r"beta is '5000' \(str\); expected a number"),
+        (dict(beta=True), TypeError, "beta is True"),
+        (dict(beta=torch.ones(2)), TypeError, r"beta is a Tensor of shape \(2,\); expected a number"),
+        (dict(alpha=math.nan), ValueError, "alpha is nan; expected a finite number"),
+        (dict(alpha=None), TypeError, "alpha is None"),
+        (dict(objective="dpo"), ValueError, "objective is 'dpo'; expected one of 'poly_dpo'"),
+        (dict(reduction="avg"), ValueError, "reduction is 'avg'; expected one of 'mean', 'sum', 'none'"),
+        (dict(backend="cuda"), ValueError, "backend is 'cuda'; expected one of 'reference'"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    with pytest.raises(error, match=message):
+        polydpo_fast.loss(**{**GOOD, **change})
+
+
+def test_alpha_below_minus_one_warns_once():
+    functional._warn_not_monotone.cache_clear()
+    with pytest.warns(UserWarning, match="not monotone"):
+        polydpo_fast.loss(**GOOD, alpha=-1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        polydpo_fast.loss(**GOOD, alpha=-1.5)
+        polydpo_fast.loss(**GOOD, alpha=-1.0)
