@@ -20,8 +20,7 @@ def pkg_config(library: str) -> tuple[list[str], list[str]]:
         found = subprocess.run(["pkg-config", query, library], capture_output=True, text=True)
         if found.returncode:
             sys.exit(
-                f"polydpo_fast: the library {library} was not found; install it with: "
-                f"apt install {PACKAGES[library]}"
+                f"polydpo_fast: the library {library} was not found; install it with: apt install {PACKAGES[library]}"
             )
         flags.append(found.stdout.split())
     return flags[0], flags[1]

@@ -38,51 +38,53 @@ def sources(dtype: str) -> Iterator[tuple[str, ASTSource]]:
     value, tensor = f"*{acc}", f"*{dtype}"
     blocks = {"BLOCK": pair_loss.BLOCK, "ACC": tl.float64 if acc == "fp64" else tl.float32}
     inputs = dict.fromkeys(("pred_win", "pred_lose", "ref_win", "ref_lose", "target_win", "target_lose"), tensor)
-    yield "errors", _source(
-        pair_loss.errors_kernel,
-        {
-            **inputs,
-            "slots": "*fp64",
-            "counters": "*i32",
-            "pairs": "*fp64",
-            "coefficients": "*fp64",
-            "loss": value,
-            "metrics": value,
-            **dict.fromkeys(("n_pairs", "numel", "n_splits", "n_blocks"), "i32"),
-            **dict.fromkeys(("pred_stride", "ref_stride", "target_stride"), "i32"),
-            "half_beta": "fp32",
-            "alpha": "fp32",
-        },
-        {
-            "HEAD": pair_loss.HEADS["poly_dpo"],
-            "SHARED_TARGET": False,
-            "REDUCTION": "mean",
-            "N_METRICS": len(METRICS),
-            "SLOT_BLOCK": pair_loss.SLOT_BLOCK,
-            "PAIR_BLOCK": pair_loss.PAIR_BLOCK,
-            **blocks,
-        },
-        aligned=(*inputs, "numel", "pred_stride", "ref_stride", "target_stride"),
+    yield (
+        "errors",
+        _source(
+            pair_loss.errors_kernel,
+            {
+                **inputs,
+                "slots": "*fp64",
+                "counters": "*i32",
+                "pairs": "*fp64",
+                "coefficients": "*fp64",
+                "loss": value,
+                "metrics": value,
+                **dict.fromkeys(("n_pairs", "numel", "n_splits", "n_blocks"), "i32"),
+                **dict.fromkeys(("pred_stride", "ref_stride", "target_stride"), "i32"),
+                "half_beta": "fp32",
+                "alpha": "fp32",
+            },
+            {
+                "HEAD": pair_loss.HEADS["poly_dpo"],
+                "SHARED_TARGET": False,
+                "REDUCTION": "mean",
+                "N_METRICS": len(METRICS),
+                "SLOT_BLOCK": pair_loss.SLOT_BLOCK,
+                "PAIR_BLOCK": pair_loss.PAIR_BLOCK,
+                **blocks,
+            },
+            aligned=(*inputs, "numel", "pred_stride", "ref_stride", "target_stride"),
+        ),
     )
-    arms = dict.fromkeys(
-        ("pred_win", "pred_lose", "target_win", "target_lose", "grad_win", "grad_lose"), tensor
-    )
-    yield "gradient", _source(
-        pair_loss.gradient_kernel,
-        {
-            **arms,
-            "coefficients": "*fp64",
-            "grad_loss": value,
-            **dict.fromkeys(("numel", "n_splits", "pred_stride", "target_stride", "grad_stride"), "i32"),
-        },
-        {"SHARED_TARGET": False, "PER_PAIR": False, **blocks},
-        aligned=(*arms, "numel", "pred_stride", "target_stride", "grad_stride"),
+    arms = dict.fromkeys(("pred_win", "pred_lose", "target_win", "target_lose", "grad_win", "grad_lose"), tensor)
+    yield (
+        "gradient",
+        _source(
+            pair_loss.gradient_kernel,
+            {
+                **arms,
+                "coefficients": "*fp64",
+                "grad_loss": value,
+                **dict.fromkeys(("numel", "n_splits", "pred_stride", "target_stride", "grad_stride"), "i32"),
+            },
+            {"SHARED_TARGET": False, "PER_PAIR": False, **blocks},
+            aligned=(*arms, "numel", "pred_stride", "target_stride", "grad_stride"),
+        ),
     )
 
 
-def _source(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...]
-) -> ASTSource:
+def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...]) -> ASTSource:
     place = {name: index for index, name in enumerate(kernel.arg_names)}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(place[name],): [["tt.divisibility", 16]] for name in aligned}

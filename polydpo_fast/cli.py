@@ -38,9 +38,7 @@ def demo(
     beta: Annotated[float, typer.Option(min=0.0, help="Strength of the pull to the reference.")] = 2000.0,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the alignment.")] = 150,
     seed: Annotated[int, typer.Option(min=0, help="Of data, models, noise and samples.")] = 0,
-    label_noise: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="Share of pairs whose label is flipped.")
-    ] = 0.0,
+    label_noise: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of pairs whose label is flipped.")] = 0.0,
     device: Annotated[str, typer.Option(help="For the models, such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Teach a small diffusion model to prefer bold handwriting, on real scanned digits."""

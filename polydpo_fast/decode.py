@@ -153,9 +153,7 @@ def decode_pairs(
         max_scans=limits.scans,
         threads=threads,
     )
-    errors = tuple(
-        DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in failed
-    )
+    errors = tuple(DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in failed)
     if errors and on_error == "raise":
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool)

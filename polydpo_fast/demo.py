@@ -144,7 +144,7 @@ def write_pairs(path: Path, settings: Settings) -> None:
     encoded, classes = scans()
     weight = ink(decode(encoded, encoded)[: len(encoded)])
     random = torch.Generator().manual_seed(settings.seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     while len(rows) < PAIRS:
         first, second = torch.randint(len(encoded), (2,), generator=random).tolist()
         if classes[first] != classes[second] or abs(weight[first] - weight[second]) < 0.02:
@@ -229,9 +229,7 @@ def pretrain(digits: tuple[Tensor, Tensor], settings: Settings, progress: Progre
     return average, scheduler
 
 
-def align(
-    reference: Any, scheduler: Any, parquet: Path, settings: Settings, progress: Progress
-) -> tuple[Any, Curves]:
+def align(reference: Any, scheduler: Any, parquet: Path, settings: Settings, progress: Progress) -> tuple[Any, Curves]:
     """The part that a user replaces in a script of their own: an ordinary Diffusers DPO loop."""
     policy = copy.deepcopy(reference).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=ALIGN_RATE, weight_decay=0.0)

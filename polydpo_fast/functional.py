@@ -236,7 +236,7 @@ def _pair_loss(
     from .kernels import pair_loss
 
     pred, ref, target = _common_order(pred, ref, target)
-    return pair_loss.launch_errors(
+    result: tuple[Tensor, Tensor, Tensor] = pair_loss.launch_errors(
         _halves(pred),
         _halves(ref),
         _target_arms(target, pred),
@@ -245,6 +245,7 @@ def _pair_loss(
         objective=objective,
         reduction=reduction,
     )
+    return result
 
 
 def _pair_gradient(pred: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ from .functional import available_backends
 
 __all__ = ["collect"]
 
-_PACKAGES = ("torch", "triton", "numpy", "diffusers", "accelerate", "pyarrow", "pillow", "nvidia-dali-cuda120")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "accelerate",
+    "pyarrow",
+    "pillow",
+    "nvidia-dali-cuda120",
+)
 
 
 def collect() -> dict[str, dict[str, str]]:

@@ -40,9 +40,7 @@ METRICS = (
 """Names of the metrics, in the order in which the kernels store them."""
 
 
-def pair_metrics(
-    model_error: Tensor, excess_error: Tensor, logit: Tensor, half_beta: float
-) -> dict[str, Tensor]:
+def pair_metrics(model_error: Tensor, excess_error: Tensor, logit: Tensor, half_beta: float) -> dict[str, Tensor]:
     """The metrics of a batch of B pairs as 0-dim tensors.
 
     model_error: (2, B), the policy's errors m of the winners and of the losers.

@@ -30,7 +30,9 @@ __all__ = ["loss", "pair_errors"]
 
 
 def pair_errors(
-    model_pred: Tensor | Sequence[Tensor], ref_pred: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]
+    model_pred: Tensor | Sequence[Tensor],
+    ref_pred: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The policy's errors m and their excess m - r over the reference's, each of shape (2, B): [win; lose].
 
@@ -71,7 +73,7 @@ def loss(
     per_pair, _slope = OBJECTIVES[objective].head(
         nll=-logsigmoid(logit), p=torch.sigmoid(logit), q=torch.sigmoid(-logit), alpha=alpha
     )
-    value = {"mean": per_pair.mean, "sum": per_pair.sum, "none": lambda: per_pair}[reduction]()
+    value: Tensor = {"mean": per_pair.mean, "sum": per_pair.sum, "none": lambda: per_pair}[reduction]()
     if return_metrics:
         return value, pair_metrics(model_error, excess_error, logit, 0.5 * beta)
     return value

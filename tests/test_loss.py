@@ -62,7 +62,11 @@ def test_value_and_gradient(backend, dtype, shape, reduction, device):
         loss.detach().cpu().numpy(), value.astype(float), rtol=1e-12 if dtype == torch.float64 else 2e-6
     )
     pairs = shape[0] // 2
-    upstream = {"mean": np.full(pairs, 3 / pairs), "sum": np.full(pairs, 3.0), "none": np.arange(1, 1 + pairs)}
+    upstream = {
+        "mean": np.full(pairs, 3 / pairs),
+        "sum": np.full(pairs, 3.0),
+        "none": np.arange(1, 1 + pairs),
+    }
     rows = np.concatenate((upstream[reduction],) * 2).reshape(-1, *(1,) * (len(shape) - 1))
     assert pred.grad.dtype == dtype
     assert_gradient_close(pred.grad, expected.gradient * rows, dtype)
@@ -225,14 +229,10 @@ def test_a_pair_does_not_depend_on_its_batch_and_runs_agree_bit_for_bit(backend,
         pytest.skip("a promise of the fused backends only: PyTorch splits sums by the size of the batch")
     pred, ref, target = batch((10, 3, 700), torch.float32, device)
     whole = polydpo_fast.loss(pred, ref, target, beta=50.0, reduction="none", backend=backend)
-    assert torch.equal(
-        whole, polydpo_fast.loss(pred, ref, target, beta=50.0, reduction="none", backend=backend)
-    )
+    assert torch.equal(whole, polydpo_fast.loss(pred, ref, target, beta=50.0, reduction="none", backend=backend))
     for pair in range(5):
         rows = [pair, 5 + pair]
-        alone = polydpo_fast.loss(
-            pred[rows], ref[rows], target[rows], beta=50.0, reduction="none", backend=backend
-        )
+        alone = polydpo_fast.loss(pred[rows], ref[rows], target[rows], beta=50.0, reduction="none", backend=backend)
         assert torch.equal(alone, whole[pair : pair + 1])
 
 
@@ -260,14 +260,10 @@ def test_memory_layouts(backend, argument, device):
     plain = batch((4, 4, 6, 5), torch.float32, device)
     expected = oracle.poly_dpo(*plain, 30.0)
     for name, _ in layouts(plain[0]):
-        given_layout = [
-            dict(layouts(x))[name] if argument in (i, None) else x.clone() for i, x in enumerate(plain)
-        ]
+        given_layout = [dict(layouts(x))[name] if argument in (i, None) else x.clone() for i, x in enumerate(plain)]
         pred = given_layout[0].requires_grad_()
         loss = polydpo_fast.loss(*given_layout, beta=30.0, reduction="none", backend=backend)
-        np.testing.assert_allclose(
-            loss.detach().cpu().numpy(), expected.loss.astype(float), rtol=2e-6, err_msg=name
-        )
+        np.testing.assert_allclose(loss.detach().cpu().numpy(), expected.loss.astype(float), rtol=2e-6, err_msg=name)
         (grad,) = torch.autograd.grad(loss.sum(), pred)
         assert_gradient_close(grad, expected.gradient, torch.float32)
 
@@ -307,9 +303,7 @@ def test_inference_mode(device):
 
 def test_opcheck(device):
     pred, ref, target = batch((4, 3, 5), torch.float32, device)
-    torch.library.opcheck(
-        torch.ops.polydpo_fast.pair_loss.default, (pred, ref, target, 10.0, 1.0, "poly_dpo", "none")
-    )
+    torch.library.opcheck(torch.ops.polydpo_fast.pair_loss.default, (pred, ref, target, 10.0, 1.0, "poly_dpo", "none"))
     coefficients = torch.randn(2, 2, dtype=torch.float64, device=device)
     for x in (pred, pred.transpose(1, 2), pred[:, :2]):
         t = target[:, : x.shape[1]] if x.shape[1] == 2 else target.reshape(x.shape)
@@ -352,13 +346,21 @@ GOOD = dict(model_pred=torch.zeros(4, 3, 2), ref_pred=torch.zeros(4, 3, 2), targ
         (dict(model_pred=[1.0]), TypeError, "model_pred is a list; expected a torch.Tensor"),
         (dict(target=None), TypeError, "target is a NoneType; expected a torch.Tensor"),
         (dict(ref_pred=torch.zeros(4, 3, 2, dtype=torch.int64)), TypeError, "ref_pred has dtype torch.int64"),
-        (dict(target=torch.zeros(4, 3, 2, dtype=torch.complex64)), TypeError, "target has dtype torch.complex64"),
+        (
+            dict(target=torch.zeros(4, 3, 2, dtype=torch.complex64)),
+            TypeError,
+            "target has dtype torch.complex64",
+        ),
         (
             dict(ref_pred=torch.zeros(4, 3, 5)),
             ValueError,
             r"ref_pred has shape \(4, 3, 5\); expected \(4, 3, 2\) like model_pred",
         ),
-        (dict(target=torch.zeros(3, 3, 2)), ValueError, r"target has shape \(3, 3, 2\); expected \(4, 3, 2\)"),
+        (
+            dict(target=torch.zeros(3, 3, 2)),
+            ValueError,
+            r"target has shape \(3, 3, 2\); expected \(4, 3, 2\)",
+        ),
         (dict(model_pred=torch.zeros(3, 2)), ValueError, "model_pred has 3 rows .* expected an even number"),
         (dict(model_pred=torch.zeros(4)), ValueError, r"model_pred has shape \(4,\); expected \(2B, ...\)"),
         (dict(model_pred=torch.zeros(0, 3)), ValueError, "expected at least one pair"),

@@ -43,9 +43,7 @@ def test_gradcheck_in_float64(shape, reduction):
 def test_second_derivative_exists():
     pred, ref, target = batch((4, 3))
     pred.requires_grad_()
-    assert torch.autograd.gradgradcheck(
-        lambda x: reference.loss(x, ref, target, beta=3.0, alpha=2.0), pred
-    )
+    assert torch.autograd.gradgradcheck(lambda x: reference.loss(x, ref, target, beta=3.0, alpha=2.0), pred)
 
 
 @given(
@@ -59,7 +57,7 @@ def test_logit_keeps_its_precision_for_low_precision_inputs(seed, pairs, element
     """Computed from the rounded inputs: the error comes from the float32 arithmetic alone."""
     pred, ref, target = batch((2 * pairs, elements), dtype, seed, closeness)
     _, metrics = reference.loss(pred, ref, target, beta=5000.0, return_metrics=True)
-    model_error, excess = reference.pair_errors(pred, ref, target)
+    _, excess = reference.pair_errors(pred, ref, target)
     logit = -2500.0 * (excess[0] - excess[1])
     expected = oracle.poly_dpo(pred, ref, target)
     # 1e-5 of the logit, or of what cancels in it: the sum of the magnitudes of its terms.

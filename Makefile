@@ -1,0 +1,49 @@
+# Everything happens in .venv; `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-heavy lint format bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: setup  ## Teach a small diffusion model a preference, on real images (about 2 minutes)
+	$(BIN)/polydpo-fast demo $(ARGS)
+
+test: setup  ## Run the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-heavy: setup  ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m heavy $(ARGS)
+
+lint: setup  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## Run the benchmarks
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+setup: $(VENV)/built  ## Install what is missing and build; the other targets do it by themselves
+
+$(VENV)/installed: pyproject.toml constraints.txt scripts/system-packages.sh
+	PYTHON=$(PYTHON) sh scripts/system-packages.sh
+	@echo "Setting up $(VENV)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel pybind11
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+	@echo "Building the extension and installing the dependencies"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:  ## Remove what was built, and the virtual environment
+	rm -rf $(VENV) build dist *.egg-info polydpo_fast/*.so demo-output

@@ -1,0 +1,137 @@
+"""What only a GPU can show. The tests of test_loss.py run on it too, compiled instead of interpreted."""
+
+import oracle
+import pytest
+import torch
+
+import polydpo_fast
+
+pytestmark = pytest.mark.gpu
+
+
+def batch(shape, dtype=torch.bfloat16, seed=0):
+    random = torch.Generator("cuda").manual_seed(seed)
+    pred, target, step = (torch.randn(shape, generator=random, device="cuda") for _ in range(3))
+    return pred.to(dtype), (pred + 1e-2 * step).to(dtype), target.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 4, 128, 128), (16, 4, 128, 128), (2, 16, 21, 60, 104), (64, 4, 64, 64)])
+def test_real_sizes(shape, dtype):
+    pred, ref, target = batch(shape, dtype)
+    pred.requires_grad_()
+    loss = polydpo_fast.loss(pred, ref, target, alpha=2.0, reduction="none")
+    loss.sum().backward()
+    expected = oracle.poly_dpo(pred, ref, target, alpha=2.0)
+    error = abs(loss.double().cpu().numpy() - expected.loss)
+    assert (error <= 1e-5 * (abs(expected.loss) + 3 * abs(expected.logit))).all()
+    exact = expected.gradient.astype(float)
+    bound = oracle.ulp(exact, dtype) + 1e-5 * abs(exact)
+    assert (abs(pred.grad.double().cpu().numpy() - exact) <= bound).all()
+
+
+def test_cuda_graph_replay_and_self_resetting_counters():
+    tensors = batch((8, 4, 64, 64))
+    pred = tensors[0].requires_grad_()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            polydpo_fast.loss(*tensors).backward()
+            pred.grad = None
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = polydpo_fast.loss(*tensors)
+        (grad,) = torch.autograd.grad(loss, pred)
+    for seed in range(1, 4):
+        fresh = batch((8, 4, 64, 64), seed=seed)
+        with torch.no_grad():
+            for old, new in zip(tensors, fresh, strict=True):
+                old.copy_(new)
+        graph.replay()
+        x = fresh[0].requires_grad_()
+        eager = polydpo_fast.loss(*fresh)
+        (expected,) = torch.autograd.grad(eager, x)
+        assert torch.equal(loss, eager)
+        assert torch.equal(grad, expected)
+
+
+def test_streams_do_not_share_counters():
+    tensors = [batch((4, 16, 21, 60, 104), seed=seed) for seed in range(4)]
+    expected = [polydpo_fast.loss(*t, reduction="none") for t in tensors]
+    streams = [torch.cuda.Stream() for _ in tensors]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for stream, t in zip(streams, tensors, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(polydpo_fast.loss(*t, reduction="none"))
+        torch.cuda.synchronize()
+        for result, reference in zip(results, expected, strict=True):
+            assert torch.equal(result, reference)
+
+
+def test_no_host_synchronisation():
+    tensors = batch((4, 4, 32, 32))
+    pred = tensors[0].requires_grad_()
+    polydpo_fast.loss(*tensors).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = polydpo_fast.loss(*tensors, return_metrics=True)
+        torch.autograd.grad(loss, pred)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_launches():
+    tensors = batch((4, 4, 32, 32))
+    pred = tensors[0].requires_grad_()
+    torch.autograd.grad(polydpo_fast.loss(*tensors), pred, torch.ones((), device="cuda"))
+    grad_loss = torch.ones((), device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        loss, _ = polydpo_fast.loss(*tensors, return_metrics=True)
+        torch.autograd.grad(loss, pred, grad_loss)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sorted(kernels) == ["errors_kernel", "gradient_kernel"]
+
+
+def test_runs_agree_bit_for_bit():
+    tensors = batch((6, 16, 21, 60, 104))
+    pred = tensors[0].requires_grad_()
+    results = []
+    for _ in range(10):
+        loss, metrics = polydpo_fast.loss(*tensors, return_metrics=True)
+        results.append((loss, *metrics.values(), torch.autograd.grad(loss, pred)[0]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_more_than_two_gibibytes():
+    shape = (2, 1, 2**15, 2**15 + 1)  # 2^30 elements a sample, 2^31 + 2^16 in all: 4 GiB a tensor in bfloat16
+    pred = torch.full(shape, 1.0, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    ref = torch.zeros_like(pred, requires_grad=False)
+    target = torch.zeros_like(ref)
+    with torch.no_grad():
+        pred[1] = 0.5
+    loss, metrics = polydpo_fast.loss(pred, ref, target, beta=2.0, return_metrics=True)
+    loss.backward()
+    assert metrics["model_mse_win"].item() == pytest.approx(1.0, rel=1e-6)
+    assert metrics["model_mse_lose"].item() == pytest.approx(0.25, rel=1e-6)
+    assert metrics["logit_mean"].item() == pytest.approx(-0.75, rel=1e-6)
+    last = pred.grad[1, 0, -1, -1].item()
+    first = pred.grad[1, 0, 0, 0].item()
+    assert last == first != 0
+
+
+def test_compiles_with_inductor():
+    @torch.compile(fullgraph=True)
+    def step(pred, ref, target):
+        return polydpo_fast.loss(pred * 1.0, ref, target, alpha=1.0)
+
+    tensors = batch((4, 4, 32, 32))
+    pred = tensors[0].requires_grad_()
+    compiled = step(*tensors)
+    eager = polydpo_fast.loss(*tensors, alpha=1.0)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(torch.autograd.grad(compiled, pred)[0], torch.autograd.grad(eager, pred)[0])
