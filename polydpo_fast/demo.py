@@ -310,7 +310,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     share = successes / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def draw(path: Path, before: Tensor, after: Tensor, curves: Curves, figures: dict[str, Any]) -> None:
@@ -318,13 +318,13 @@ def draw(path: Path, before: Tensor, after: Tensor, curves: Curves, figures: dic
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 5.8), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 6, height_ratios=(1.55, 1))
     for column, (title, images) in enumerate((("before: reference", before), ("after: aligned", after))):
         axes = figure.add_subplot(grid[0, 3 * column : 3 * column + 3])
-        framed = torch.nn.functional.pad(images[:40, 0], (2, 2, 2, 2), value=1.0)
-        side = SIZE + 4
+        framed = torch.nn.functional.pad(images[:40, 0], (1, 1, 1, 1), value=1.0)
+        side = SIZE + 2
         sheet = framed.reshape(4, 10, side, side).permute(0, 2, 1, 3).reshape(4 * side, 10 * side)
         axes.imshow(sheet.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         key = "before" if column == 0 else "after"
