@@ -36,7 +36,7 @@ setup: $(VENV)/built  ## Install what is missing and build; the other targets do
 $(VENV)/installed: pyproject.toml constraints.txt scripts/system-packages.sh
 	PYTHON=$(PYTHON) sh scripts/system-packages.sh
 	@echo "Setting up $(VENV)"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel pybind11
 	touch $@
 

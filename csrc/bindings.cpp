@@ -5,12 +5,17 @@
 
 #include <png.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "decode.hpp"
+#include "loss.hpp"
 #include "simd.hpp"
 
 namespace py = pybind11;
@@ -54,13 +59,14 @@ private:
 
 // The caller vouches for `out`: 2B * 3 * height * width elements of the dtype. Returns the geometry of each sample,
 // (2B, 4) int64 (original height and width, crop top and left), and the failures as (sample, reason).
-py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, std::uintptr_t out, int dtype, int height,
+py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, std::size_t pairs, std::uintptr_t out, int dtype, int height,
                        int width, bool cover, bool strict, std::int64_t max_pixels, std::int64_t max_bytes,
                        int max_scans, int threads) {
     Buffers buffers;
     buffers.add(win, "win");
     buffers.add(lose, "lose");
     const std::vector<polydpo::Bytes> images = buffers.bytes();
+    if (images.size() != 2 * pairs) throw py::value_error("win and lose do not hold B images each");
     const polydpo::Options options{{height, width},
                                    cover ? polydpo::Resize::cover : polydpo::Resize::none,
                                    static_cast<polydpo::Dtype>(dtype),
@@ -86,6 +92,85 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, std::u
     return py::make_tuple(geometry, failures);
 }
 
+using Address = std::array<std::int64_t, 4>;  // winners, losers, dtype, stride in elements
+
+polydpo::Arms arms_of(const Address& at) {
+    return {reinterpret_cast<const void*>(at[0]), reinterpret_cast<const void*>(at[1]),
+            static_cast<polydpo::Float>(at[2]), at[3]};
+}
+
+// sizes: pairs, elements per sample, whether to compute in float64, threads.
+polydpo::Batch batch_of(const Address& pred, const Address& ref, const Address& target,
+                        const std::array<std::int64_t, 2>& mask, const std::array<std::int64_t, 4>& sizes) {
+    return {sizes[0],       sizes[1],
+            arms_of(pred),  arms_of(ref),
+            arms_of(target), reinterpret_cast<const std::uint8_t*>(mask[0]),
+            mask[1],        sizes[2] != 0,
+            static_cast<int>(sizes[3])};
+}
+
+polydpo::Head make_head(const std::vector<std::tuple<int, int, int, double>>& program, int loss, int slope) {
+    std::vector<polydpo::Instruction> instructions;
+    for (const auto& [operation, left, right, constant] : program) {
+        instructions.push_back({static_cast<polydpo::Operation>(operation), left, right, constant});
+    }
+    return polydpo::Head(std::move(instructions), loss, slope);
+}
+
+// The caller vouches for all addresses. tensors: ref_error (2, B), beta, alpha, weight (B,) as float64, or 0.
+// out: loss, coefficients, metrics, pairs; loss and metrics are float64 if the batch is computed in it, else float32.
+void pair_loss(const Address& pred, const Address& ref, const Address& target, const std::array<std::int64_t, 2>& mask,
+               const std::array<std::int64_t, 4>& sizes, const polydpo::Head* head,
+               const std::array<std::int64_t, 4>& tensors, const std::array<double, 9>& parameters, int reduction,
+               const std::array<std::int64_t, 4>& out) {
+    const polydpo::Batch batch = batch_of(pred, ref, target, mask, sizes);
+    const auto doubles = [&](int i) { return reinterpret_cast<const double*>(tensors[i]); };
+    polydpo::Objective objective{};
+    objective.head = head;
+    objective.ref_error_win = doubles(0);
+    objective.ref_error_lose = doubles(0) ? doubles(0) + batch.pairs : nullptr;
+    objective.beta = doubles(1);
+    objective.alpha = doubles(2);
+    objective.weight = doubles(3);
+    objective.beta_value = parameters[0];
+    std::copy(parameters.begin() + 1, parameters.begin() + 5, objective.alphas);
+    objective.keep = parameters[5];
+    objective.flip = parameters[6];
+    objective.margin = parameters[7];
+    objective.sft_weight = parameters[8];
+    objective.reduction = static_cast<decltype(objective.reduction)>(reduction);
+    auto* pairs = reinterpret_cast<double*>(out[3]);
+    double total = 0, metrics[12];
+
+    py::gil_scoped_release release;
+    polydpo::pair_loss(batch, objective, pairs, reinterpret_cast<double*>(out[1]), &total, metrics);
+    if (head == nullptr) return;
+    const auto store = [&](auto* loss, auto* metric) {
+        using Value = std::remove_pointer_t<decltype(loss)>;
+        if (objective.reduction == polydpo::Objective::none) {
+            for (std::int64_t i = 0; i < batch.pairs; ++i) loss[i] = static_cast<Value>(pairs[7 * i]);
+        } else {
+            *loss = static_cast<Value>(total);
+        }
+        for (int k = 0; k < 12; ++k) metric[k] = static_cast<Value>(metrics[k]);
+    };
+    if (batch.accumulate_in_double) {
+        store(reinterpret_cast<double*>(out[0]), reinterpret_cast<double*>(out[2]));
+    } else {
+        store(reinterpret_cast<float*>(out[0]), reinterpret_cast<float*>(out[2]));
+    }
+}
+
+void pair_gradient(const Address& pred, const Address& target, const std::array<std::int64_t, 2>& mask,
+                   const std::array<std::int64_t, 4>& sizes, std::uintptr_t coefficients, std::uintptr_t grad_loss,
+                   std::int64_t grad_loss_stride, const Address& grad) {
+    const polydpo::Batch batch = batch_of(pred, {}, target, mask, sizes);
+    py::gil_scoped_release release;
+    polydpo::pair_gradient(batch, reinterpret_cast<const double*>(coefficients),
+                           reinterpret_cast<const double*>(grad_loss), grad_loss_stride,
+                           reinterpret_cast<void*>(grad[0]), reinterpret_cast<void*>(grad[1]), grad[3]);
+}
+
 #define POLYDPO_TEXT_(x) #x
 #define POLYDPO_TEXT(x) POLYDPO_TEXT_(x)
 
@@ -103,9 +188,12 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Pair decoding in C++; use polydpo_fast.decode_pairs";
-    module.def("decode_pairs", &decode_pairs, py::arg("win"), py::arg("lose"), py::kw_only(), py::arg("out"),
+    module.doc() = "The C++ half of polydpo_fast: decode_pairs, and the losses on a CPU. Not for direct use.";
+    module.def("decode_pairs", &decode_pairs, py::arg("win"), py::arg("lose"), py::kw_only(), py::arg("pairs"), py::arg("out"),
                py::arg("dtype"), py::arg("height"), py::arg("width"), py::arg("cover"), py::arg("strict"),
                py::arg("max_pixels"), py::arg("max_bytes"), py::arg("max_scans"), py::arg("threads"));
+    py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
+    module.def("pair_loss", &pair_loss);
+    module.def("pair_gradient", &pair_gradient);
     module.def("build_info", &build_info);
 }

@@ -19,15 +19,11 @@ Geometry plan_centre(Size source, Size output, Resize resize) {
     Size resized = source;
     if (resize == Resize::cover) {
         const std::int64_t h = source.height, w = source.width, H = output.height, W = output.width;
-        // A strip one pixel high would grow without bound on the other side.
-        const std::int64_t longest = 1 << 24;
+        // Sides of 65,500 at most, times 16,384: an int holds them, and only the crop is ever computed.
         if (H * w >= W * h) {
-            resized = {output.height, static_cast<int>(std::min(longest, std::max(W, w * H / h)))};
+            resized = {output.height, static_cast<int>(std::max(W, w * H / h))};
         } else {
-            resized = {static_cast<int>(std::min(longest, std::max(H, h * W / w))), output.width};
-        }
-        if (std::max(resized.height, resized.width) == longest) {
-            throw DecodeError("its aspect ratio is too extreme to resize");
+            resized = {static_cast<int>(std::max(H, h * W / w)), output.width};
         }
     } else if (source.height < output.height || source.width < output.width) {
         throw DecodeError("it is " + std::to_string(source.height) + " x " + std::to_string(source.width) +

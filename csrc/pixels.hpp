@@ -13,7 +13,7 @@ inline std::size_t size_of(Dtype dtype) {
 }
 
 // Stores `width` pixels of one row as three planes. Floating dtypes are (2 v - 255) / 255, that is [-1, 1], rounded
-// to nearest even; uint8 is v, rounded half up. `to` is where the row begins in the first plane and `plane` the
+// to nearest even in 16 bits and within 1 ulp in float32; uint8 is v, rounded half up. `to` is where the row begins in the first plane and `plane` the
 // distance to the next, in elements.
 //
 // RGBX bytes, as the decoder gives them.

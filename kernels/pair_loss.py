@@ -16,6 +16,8 @@ operations per thousand elements, so it is affordable also where float64 runs at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -36,68 +38,80 @@ PAIR_BLOCK = 64
 _jit_head = (lambda head: head) if triton.knobs.runtime.interpret else triton.jit
 HEADS = {name: _jit_head(objective.head) for name, objective in OBJECTIVES.items()}
 
+# Columns of a row of `pairs`.
+PAIR_COLUMNS = tl.constexpr(7)  # loss, z, m_w, m_l, excess_w, excess_l, elements
 
-@triton.jit
+
+# Triton makes a constant of an integer argument that is 1, which has no dtype and would compile a kernel of its own.
+@triton.jit(do_not_specialize=["n_pairs", "n_splits", "n_blocks", "ref_error_arm", "ref_error_stride"])
 def errors_kernel(
-    # inputs, one pointer per arm
-    pred_win, pred_lose, ref_win, ref_lose, target_win, target_lose,
-    # scratch: partial sums (B, 4, splits), arrival counters (1 + B) that are zero before and after
+    # inputs, one pointer per arm; ref_*, mask, ref_error, beta, alpha and weight may be None
+    pred_win, pred_lose, ref_win, ref_lose, target_win, target_lose, mask, ref_error, beta, alpha, weight,
+    # scratch: partial sums (B, 5, splits), arrival counters (1 + B) that are zero before and after
     slots, counters,
-    # outputs: per pair (B, 6), gradient coefficients (B, 2), loss () or (B,), metrics (12,)
+    # outputs: pairs (B, 7), gradient coefficients (B, 2), loss () or (B,), metrics (12,)
     pairs, coefficients, loss, metrics,
     # shapes: pairs, elements per sample, splits per sample, blocks per split
     n_pairs, numel, n_splits, n_blocks,
-    # strides from one pair to the next, in elements
-    pred_stride, ref_stride, target_stride,
-    # parameters
-    half_beta, alpha,
+    # strides from one pair to the next, in elements; of ref_error from one arm to the other too
+    pred_stride, ref_stride, target_stride, mask_stride, ref_error_arm, ref_error_stride,
+    # parameters: beta and a1 hold where the tensors beta and alpha are None
+    beta_value: tl.float64, a1: tl.float64, a2: tl.float64, a3: tl.float64, a4: tl.float64,
+    keep: tl.float64, flip: tl.float64, margin: tl.float64, sft_weight: tl.float64,
     # constants
-    HEAD: tl.constexpr, SHARED_TARGET: tl.constexpr, REDUCTION: tl.constexpr, N_METRICS: tl.constexpr,
+    HEAD: tl.constexpr, REF: tl.constexpr, SHARED_TARGET: tl.constexpr, REDUCTION: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """REF: "pred" (ref_* given), "error" (ref_error given) or "none". REDUCTION: or "errors", without a head."""
     pair = tl.program_id(0) // n_splits
     split = tl.program_id(0) % n_splits
     row = pair.to(tl.int64)
     first = split.to(tl.int64) * n_blocks * BLOCK
-    pred_win += row * pred_stride + first
-    pred_lose += row * pred_stride + first
-    ref_win += row * ref_stride + first
-    ref_lose += row * ref_stride + first
-    target_win += row * target_stride + first
-    target_lose += row * target_stride + first
+    pred_at = row * pred_stride + first
+    ref_at = row * ref_stride + first
+    target_at = row * target_stride + first
+    mask_at = row * mask_stride + first
 
     # Model error and excess error, m D and (m - r) D, of the winner and of the loser.
     model_w = tl.zeros([BLOCK], ACC)
     excess_w = tl.zeros([BLOCK], ACC)
     model_l = tl.zeros([BLOCK], ACC)
     excess_l = tl.zeros([BLOCK], ACC)
+    elements = tl.zeros([BLOCK], tl.int32)
     left = numel - first
     lane = tl.arange(0, BLOCK)
     for block in range(n_blocks):
         at = block * BLOCK + lane
         inside = at < left
-        pw = tl.load(pred_win + at, inside, 0.0).to(ACC)
-        pl = tl.load(pred_lose + at, inside, 0.0).to(ACC)
-        rw = tl.load(ref_win + at, inside, 0.0).to(ACC)
-        rl = tl.load(ref_lose + at, inside, 0.0).to(ACC)
-        tw = tl.load(target_win + at, inside, 0.0).to(ACC)
+        if mask is not None:
+            inside = inside & (tl.load(mask + mask_at + at, inside, 0) != 0)
+            elements += inside.to(tl.int32)
+        pw = tl.load(pred_win + pred_at + at, inside, 0.0).to(ACC)
+        pl = tl.load(pred_lose + pred_at + at, inside, 0.0).to(ACC)
+        tw = tl.load(target_win + target_at + at, inside, 0.0).to(ACC)
         if SHARED_TARGET:
             t_l = tw
         else:
-            t_l = tl.load(target_lose + at, inside, 0.0).to(ACC)
+            t_l = tl.load(target_lose + target_at + at, inside, 0.0).to(ACC)
         dw = pw - tw
         dl = pl - t_l
         model_w += dw * dw
         model_l += dl * dl
-        # (p - t)^2 - (r - t)^2 = (p - r) ((p - t) + (r - t)): no subtraction of nearly equal sums.
-        excess_w += (pw - rw) * (dw + (rw - tw))
-        excess_l += (pl - rl) * (dl + (rl - t_l))
+        if REF == "pred":
+            rw = tl.load(ref_win + ref_at + at, inside, 0.0).to(ACC)
+            rl = tl.load(ref_lose + ref_at + at, inside, 0.0).to(ACC)
+            # (p - t)^2 - (r - t)^2 = (p - r) ((p - t) + (r - t)): no subtraction of nearly equal sums.
+            excess_w += (pw - rw) * (dw + (rw - tw))
+            excess_l += (pl - rl) * (dl + (rl - t_l))
 
-    slot = slots + row * 4 * n_splits + split
+    slot = slots + row * 5 * n_splits + split
     tl.store(slot, tl.sum(model_w.to(tl.float64)))
     tl.store(slot + n_splits, tl.sum(model_l.to(tl.float64)))
-    tl.store(slot + 2 * n_splits, tl.sum(excess_w.to(tl.float64)))
-    tl.store(slot + 3 * n_splits, tl.sum(excess_l.to(tl.float64)))
+    if REF == "pred":
+        tl.store(slot + 2 * n_splits, tl.sum(excess_w.to(tl.float64)))
+        tl.store(slot + 3 * n_splits, tl.sum(excess_l.to(tl.float64)))
+    if mask is not None:
+        tl.store(slot + 4 * n_splits, tl.sum(elements).to(tl.float64))
 
     # The barrier orders this program's stores before its arrival; acq_rel orders them for the last one.
     tl.debug_barrier()
@@ -105,97 +119,132 @@ def errors_kernel(
     if arrived == n_splits - 1:
         tl.store(counters + 1 + pair, 0)
         _finish_pair(
-            slots + row * 4 * n_splits, pairs + row * 6, coefficients + row * 2, loss + row,
-            n_pairs, numel, n_splits, half_beta, alpha, HEAD, REDUCTION, SLOT_BLOCK,
+            slots + row * 5 * n_splits, pairs + row * PAIR_COLUMNS, coefficients + row * 2, loss + row,
+            mask, ref_error, beta, alpha, weight, pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
+            beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight, HEAD, REF, REDUCTION, SLOT_BLOCK,
         )  # fmt: skip
-        tl.debug_barrier()
-        finished = tl.atomic_add(counters, 1, sem="acq_rel")
-        if finished == n_pairs - 1:
-            tl.store(counters, 0)
-            _finish_batch(pairs, loss, metrics, n_pairs, half_beta, REDUCTION, N_METRICS, PAIR_BLOCK)
+        if REDUCTION != "errors":
+            tl.debug_barrier()
+            finished = tl.atomic_add(counters, 1, sem="acq_rel")
+            if finished == n_pairs - 1:
+                tl.store(counters, 0)
+                _finish_batch(pairs, loss, metrics, beta, n_pairs, beta_value, REDUCTION, PAIR_BLOCK)
 
 
 @triton.jit
 def _finish_pair(
-    slots, pair, coefficients, loss, n_pairs, numel, n_splits, half_beta, alpha,
-    HEAD: tl.constexpr, REDUCTION: tl.constexpr, SLOT_BLOCK: tl.constexpr,
+    slots, out, coefficients, loss, mask, ref_error, beta, alpha, weight,
+    pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
+    beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight,
+    HEAD: tl.constexpr, REF: tl.constexpr, REDUCTION: tl.constexpr, SLOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds a pair's slots, applies the head, stores what the batch and the gradient need."""
-    m_w = tl.zeros([SLOT_BLOCK], tl.float64)
-    m_l = tl.zeros([SLOT_BLOCK], tl.float64)
-    e_w = tl.zeros([SLOT_BLOCK], tl.float64)
-    e_l = tl.zeros([SLOT_BLOCK], tl.float64)
+    size = tl.to_tensor(numel).to(tl.float64)
+    if mask is not None:
+        size = _sum_slots(slots + 4 * n_splits, n_splits, SLOT_BLOCK)
+    model_w = _sum_slots(slots, n_splits, SLOT_BLOCK) / size
+    model_l = _sum_slots(slots + n_splits, n_splits, SLOT_BLOCK) / size
+    if REF == "pred":
+        excess_w = _sum_slots(slots + 2 * n_splits, n_splits, SLOT_BLOCK) / size
+        excess_l = _sum_slots(slots + 3 * n_splits, n_splits, SLOT_BLOCK) / size
+    elif REF == "error":
+        known = ref_error + pair * ref_error_stride
+        excess_w = model_w - tl.load(known).to(tl.float64)
+        excess_l = model_l - tl.load(known + ref_error_arm).to(tl.float64)
+    else:
+        excess_w = model_w
+        excess_l = model_l
+    tl.store(out + 2, model_w)
+    tl.store(out + 3, model_l)
+    tl.store(out + 4, excess_w)
+    tl.store(out + 5, excess_l)
+    tl.store(out + 6, size)
+    if REDUCTION != "errors":
+        b = beta_value
+        if beta is not None:
+            b = tl.load(beta + pair).to(tl.float64)
+        first_alpha = a1
+        if alpha is not None:
+            first_alpha = tl.load(alpha + pair).to(tl.float64)
+        w = 1.0
+        if weight is not None:
+            w = tl.load(weight + pair).to(tl.float64)
+        logit = -0.5 * b * (excess_w - excess_l)
+        # An infinite error is no evidence of a preference.
+        logit = tl.where(tl.abs(logit) == float("inf"), float("nan"), logit)
+        z = logit - margin
+        # Stable sigmoid and softplus of z and -z from e = exp(-|z|) <= 1.
+        e = tl.exp(-tl.abs(z))
+        u = 1.0 + e
+        p = tl.where(z >= 0, 1.0, e) / u
+        q = tl.where(z >= 0, e, 1.0) / u
+        # log1p(e) without libdevice: the rounding of 1 + e cancels between log(u) and u - 1.
+        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+        nlp = tl.where(z >= 0, log1p, log1p - z)
+        nlq = tl.where(z >= 0, log1p + z, log1p)
+        kept, kept_slope = HEAD(z, p, q, nlp, nlq, b, first_alpha, a2, a3, a4)
+        flipped, flipped_slope = HEAD(-z, q, p, nlq, nlp, b, first_alpha, a2, a3, a4)
+        value = w * (keep * kept + flip * flipped + sft_weight * model_w)
+        slope = keep * kept_slope - flip * flipped_slope
+
+        # dL/dpred_w = slope dz/dm_w dm_w/dpred = slope (-beta/2) (2/D) (pred - target), the loser's with +.
+        scale = w / size
+        if REDUCTION == "mean":
+            scale = scale / n_pairs.to(tl.float64)
+        tl.store(coefficients, scale * (2.0 * sft_weight - slope * b))
+        tl.store(coefficients + 1, scale * slope * b)
+        tl.store(out, value)
+        tl.store(out + 1, logit)
+        if REDUCTION == "none":
+            tl.store(loss, value)
+
+
+@triton.jit
+def _sum_slots(slots, n_splits, SLOT_BLOCK: tl.constexpr):
+    total = tl.zeros([SLOT_BLOCK], tl.float64)
     for start in range(0, n_splits, SLOT_BLOCK):
         at = start + tl.arange(0, SLOT_BLOCK)
-        inside = at < n_splits
         # .cg: other programs wrote these; this one's L1 cache must not answer.
-        m_w += tl.load(slots + at, inside, 0.0, cache_modifier=".cg")
-        m_l += tl.load(slots + n_splits + at, inside, 0.0, cache_modifier=".cg")
-        e_w += tl.load(slots + 2 * n_splits + at, inside, 0.0, cache_modifier=".cg")
-        e_l += tl.load(slots + 3 * n_splits + at, inside, 0.0, cache_modifier=".cg")
-    size = numel.to(tl.float64)
-    model_w = tl.sum(m_w) / size
-    model_l = tl.sum(m_l) / size
-    excess_w = tl.sum(e_w) / size
-    excess_l = tl.sum(e_l) / size
-    z = -half_beta * (excess_w - excess_l)
-    z = tl.where(tl.abs(z) == float("inf"), float("nan"), z)  # an infinite error is no evidence of a preference
-
-    # Stable sigmoid(z), sigmoid(-z) and softplus(-z) from e = exp(-|z|) <= 1.
-    e = tl.exp(-tl.abs(z))
-    big = 1.0 / (1.0 + e)
-    small = e * big
-    p = tl.where(z >= 0, big, small)
-    q = tl.where(z >= 0, small, big)
-    # log1p(e) without libdevice: the rounding of 1 + e cancels between log(u) and u - 1.
-    u = 1.0 + e
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    nll = tl.where(z >= 0, log1p, log1p - z)
-    value, slope = HEAD(nll, p, q, alpha)
-
-    # dL/dpred_w = slope dz/dm_w dm_w/dpred = slope (-beta/2) (2/D) (pred - target), the loser's with +.
-    coefficient = slope * (-2.0 * half_beta / size)
-    if REDUCTION == "mean":
-        coefficient = coefficient / n_pairs.to(tl.float64)
-    tl.store(coefficients, coefficient)
-    tl.store(coefficients + 1, -coefficient)
-    tl.store(pair, value)
-    tl.store(pair + 1, z)
-    tl.store(pair + 2, model_w)
-    tl.store(pair + 3, model_l)
-    tl.store(pair + 4, excess_w)
-    tl.store(pair + 5, excess_l)
-    if REDUCTION == "none":
-        tl.store(loss, value)
+        total += tl.load(slots + at, at < n_splits, 0.0, cache_modifier=".cg")
+    return tl.sum(total)
 
 
 @triton.jit
 def _finish_batch(
-    pairs, loss, metrics, n_pairs, half_beta,
-    REDUCTION: tl.constexpr, N_METRICS: tl.constexpr, PAIR_BLOCK: tl.constexpr,
+    pairs, loss, metrics, beta, n_pairs, beta_value, REDUCTION: tl.constexpr, PAIR_BLOCK: tl.constexpr
 ):  # fmt: skip
     """Adds the pairs: the reduced loss and the metrics, in the order of `polydpo_fast.metrics.METRICS`."""
     total = tl.zeros([PAIR_BLOCK], tl.float64)
     accuracy = tl.zeros([PAIR_BLOCK], tl.float64)
+    reward_w = tl.zeros([PAIR_BLOCK], tl.float64)
+    reward_l = tl.zeros([PAIR_BLOCK], tl.float64)
     logit = tl.zeros([PAIR_BLOCK], tl.float64)
     probability = tl.zeros([PAIR_BLOCK], tl.float64)
     model_w = tl.zeros([PAIR_BLOCK], tl.float64)
     model_l = tl.zeros([PAIR_BLOCK], tl.float64)
-    excess_w = tl.zeros([PAIR_BLOCK], tl.float64)
-    excess_l = tl.zeros([PAIR_BLOCK], tl.float64)
+    ref_w = tl.zeros([PAIR_BLOCK], tl.float64)
+    ref_l = tl.zeros([PAIR_BLOCK], tl.float64)
     saturated = tl.zeros([PAIR_BLOCK], tl.float64)
     false_success = tl.zeros([PAIR_BLOCK], tl.float64)
     for start in range(0, n_pairs, PAIR_BLOCK):
         at = start + tl.arange(0, PAIR_BLOCK)
         inside = at < n_pairs
-        pair = pairs + at.to(tl.int64) * 6
+        pair = pairs + at.to(tl.int64) * PAIR_COLUMNS
         z = tl.load(pair + 1, inside, 0.0, cache_modifier=".cg")
+        m_w = tl.load(pair + 2, inside, 0.0, cache_modifier=".cg")
+        m_l = tl.load(pair + 3, inside, 0.0, cache_modifier=".cg")
         e_w = tl.load(pair + 4, inside, 0.0, cache_modifier=".cg")
+        e_l = tl.load(pair + 5, inside, 0.0, cache_modifier=".cg")
+        half_beta = 0.5 * beta_value
+        if beta is not None:
+            half_beta = 0.5 * tl.load(beta + at, inside, 0.0).to(tl.float64)
         total += tl.load(pair, inside, 0.0, cache_modifier=".cg")
-        model_w += tl.load(pair + 2, inside, 0.0, cache_modifier=".cg")
-        model_l += tl.load(pair + 3, inside, 0.0, cache_modifier=".cg")
-        excess_w += e_w
-        excess_l += tl.load(pair + 5, inside, 0.0, cache_modifier=".cg")
+        reward_w -= half_beta * e_w
+        reward_l -= half_beta * e_l
+        model_w += m_w
+        model_l += m_l
+        ref_w += m_w - e_w
+        ref_l += m_l - e_l
         logit += z
         e = tl.exp(-tl.abs(z))
         probability += tl.where(inside, tl.where(z >= 0, 1.0, e) / (1.0 + e), 0.0)
@@ -207,64 +256,66 @@ def _finish_batch(
         tl.store(loss, tl.sum(total) / n)
     if REDUCTION == "sum":
         tl.store(loss, tl.sum(total))
-    m_w = tl.sum(model_w) / n
-    m_l = tl.sum(model_l) / n
-    e_w = tl.sum(excess_w) / n
-    e_l = tl.sum(excess_l) / n
-    tl.static_assert(N_METRICS == 12)
+    mean_reward_w = tl.sum(reward_w) / n
+    mean_reward_l = tl.sum(reward_l) / n
     tl.store(metrics, tl.sum(accuracy) / n)
-    tl.store(metrics + 1, -half_beta * e_w)
-    tl.store(metrics + 2, -half_beta * e_l)
-    tl.store(metrics + 3, -half_beta * (e_w - e_l))
+    tl.store(metrics + 1, mean_reward_w)
+    tl.store(metrics + 2, mean_reward_l)
+    tl.store(metrics + 3, mean_reward_w - mean_reward_l)
     tl.store(metrics + 4, tl.sum(logit) / n)
     tl.store(metrics + 5, tl.sum(probability) / n)
-    tl.store(metrics + 6, m_w)
-    tl.store(metrics + 7, m_l)
-    tl.store(metrics + 8, m_w - e_w)
-    tl.store(metrics + 9, m_l - e_l)
+    tl.store(metrics + 6, tl.sum(model_w) / n)
+    tl.store(metrics + 7, tl.sum(model_l) / n)
+    tl.store(metrics + 8, tl.sum(ref_w) / n)
+    tl.store(metrics + 9, tl.sum(ref_l) / n)
     tl.store(metrics + 10, tl.sum(saturated) / n)
     tl.store(metrics + 11, tl.sum(false_success) / n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits", "grad_loss_stride"])
 def gradient_kernel(
-    # inputs, one pointer per arm; outputs
-    pred_win, pred_lose, target_win, target_lose, grad_win, grad_lose,
+    # inputs, one pointer per arm; mask may be None; outputs
+    pred_win, pred_lose, target_win, target_lose, mask, grad_win, grad_lose,
     # coefficients (B, 2) of the error launch, gradient of the loss () or (B,)
     coefficients, grad_loss,
     # shapes: elements per sample, programs per sample
     numel, n_splits,
     # strides from one pair to the next, in elements
-    pred_stride, target_stride, grad_stride,
+    pred_stride, target_stride, mask_stride, grad_stride, grad_loss_stride,
     # constants
-    SHARED_TARGET: tl.constexpr, PER_PAIR: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED_TARGET: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_loss * coefficient * (pred - target)"""
+    """grad = grad_loss * coefficient * (pred - target), 0 where masked"""
     pair = tl.program_id(0) // n_splits
     split = tl.program_id(0) % n_splits
     row = pair.to(tl.int64)
     first = split.to(tl.int64) * BLOCK
-    if PER_PAIR:
-        scale = tl.load(grad_loss + row).to(tl.float64)
-    else:
-        scale = tl.load(grad_loss).to(tl.float64)
-    scale_w = (tl.load(coefficients + row * 2) * scale).to(ACC)
-    scale_l = (tl.load(coefficients + row * 2 + 1) * scale).to(ACC)
+    scale = tl.load(grad_loss + row * grad_loss_stride).to(tl.float64)
+    scale_w = (tl.load(coefficients + row * 2).to(tl.float64) * scale).to(ACC)
+    scale_l = (tl.load(coefficients + row * 2 + 1).to(tl.float64) * scale).to(ACC)
     at = tl.arange(0, BLOCK)
     inside = at < numel - first
+    kept = inside
+    if mask is not None:
+        kept = inside & (tl.load(mask + row * mask_stride + first + at, inside, 0) != 0)
     pred_at = row * pred_stride + first
     target_at = row * target_stride + first
     grad_at = row * grad_stride + first
-    pw = tl.load(pred_win + pred_at + at, inside).to(ACC)
-    pl = tl.load(pred_lose + pred_at + at, inside).to(ACC)
-    tw = tl.load(target_win + target_at + at, inside).to(ACC)
+    pw = tl.load(pred_win + pred_at + at, kept, 0.0).to(ACC)
+    pl = tl.load(pred_lose + pred_at + at, kept, 0.0).to(ACC)
+    tw = tl.load(target_win + target_at + at, kept, 0.0).to(ACC)
     if SHARED_TARGET:
         t_l = tw
     else:
-        t_l = tl.load(target_lose + target_at + at, inside).to(ACC)
+        t_l = tl.load(target_lose + target_at + at, kept, 0.0).to(ACC)
+    gw = scale_w * (pw - tw)
+    gl = scale_l * (pl - t_l)
+    if mask is not None:  # NaN * 0 is not 0
+        gw = tl.where(kept, gw, 0.0)
+        gl = tl.where(kept, gl, 0.0)
     out = grad_win.dtype.element_ty
-    tl.store(grad_win + grad_at + at, (scale_w * (pw - tw)).to(out), inside)
-    tl.store(grad_lose + grad_at + at, (scale_l * (pl - t_l)).to(out), inside)
+    tl.store(grad_win + grad_at + at, gw.to(out), inside)
+    tl.store(grad_lose + grad_at + at, gl.to(out), inside)
 
 
 Arms = tuple[Tensor, Tensor]
@@ -280,51 +331,73 @@ def blocks_per_split(numel: int) -> int:
 
 
 def launch_errors(
-    pred: Arms, ref: Arms, target: Arms, *, beta: float, alpha: float, objective: str, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () or (B,), gradient coefficients (B, 2) float64, metrics (12,), in one launch."""
+    pred: Arms,
+    ref: Arms | None,
+    target: Arms,
+    mask: Tensor | None,
+    ref_error: Tensor | None,
+    beta: Tensor | None,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    parameters: Sequence[float],
+    *,
+    objective: str,
+    reference_free: bool,
+    reduction: str,
+    double: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,), gradient coefficients (B, 2), metrics (12,), pairs (B, 7), in one launch.
+
+    mask: (B or 1, ...) uint8, in the element order of the samples. ref_error: (2, B). parameters: beta, four alphas,
+    keep, flip, margin, sft_weight. Under reduction="errors" only the pairs' columns from m_w on are written.
+    """
     pred_win = pred[0]
+    device = pred_win.device
     n_pairs, numel = pred_win.shape[0], pred_win[0].numel()
     n_blocks = blocks_per_split(numel)
     n_splits = triton.cdiv(numel, BLOCK * n_blocks)
-    double = torch.float64 in (pred_win.dtype, ref[0].dtype, target[0].dtype)
     value_dtype = torch.float64 if double else torch.float32
-    device = pred_win.device
-    loss = torch.empty(() if reduction != "none" else (n_pairs,), dtype=value_dtype, device=device)
+    loss = torch.empty((n_pairs,) if reduction == "none" else (), dtype=value_dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=value_dtype, device=device)
-    # One allocation for slots (B, 4, splits) and pairs (B, 6).
-    scratch = torch.empty(n_pairs * (4 * n_splits + 6), dtype=torch.float64, device=device)
+    pairs = torch.empty((n_pairs, PAIR_COLUMNS.value), dtype=torch.float64, device=device)
     coefficients = torch.empty((n_pairs, 2), dtype=torch.float64, device=device)
+    slots = torch.empty(n_pairs * 5 * n_splits, dtype=torch.float64, device=device)
+    ref_win, ref_lose = (None, None) if ref is None else ref
     with torch.cuda.device_of(pred_win):
         errors_kernel[(n_pairs * n_splits,)](
-            pred_win, pred[1], ref[0], ref[1], target[0], target[1],
-            scratch, _counters(n_pairs, device),
-            scratch[n_pairs * 4 * n_splits :], coefficients, loss, metrics,
+            pred_win, pred[1], ref_win, ref_lose, target[0], target[1], mask, ref_error, beta, alpha, weight,
+            slots, _counters(n_pairs, device),
+            pairs, coefficients, loss, metrics,
             n_pairs, numel, n_splits, n_blocks,
-            pred_win.stride(0), ref[0].stride(0), target[0].stride(0),
-            0.5 * beta, alpha,
-            HEAD=HEADS[objective], SHARED_TARGET=target[0] is target[1], REDUCTION=reduction,
-            N_METRICS=len(METRICS), ACC=tl.float64 if double else tl.float32,
+            pred_win.stride(0), 0 if ref_win is None else ref_win.stride(0), target[0].stride(0),
+            0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+            *((0, 0) if ref_error is None else ref_error.stride()),
+            *parameters,
+            HEAD=HEADS[objective],
+            REF="none" if reference_free else "pred" if ref_win is not None else "error",
+            SHARED_TARGET=target[0] is target[1], REDUCTION=reduction, ACC=tl.float64 if double else tl.float32,
             BLOCK=BLOCK, SLOT_BLOCK=SLOT_BLOCK, PAIR_BLOCK=PAIR_BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return loss, coefficients, metrics
+    return loss, coefficients, metrics, pairs
 
 
-def launch_gradient(pred: Arms, target: Arms, grad: Arms, coefficients: Tensor, grad_loss: Tensor) -> None:
+def launch_gradient(
+    pred: Arms, target: Arms, mask: Tensor | None, grad: Arms, coefficients: Tensor, grad_loss: Tensor, *, double: bool
+) -> None:
     """Writes grad = grad_loss * coefficient * (pred - target), in one launch."""
     pred_win = pred[0]
     n_pairs, numel = pred_win.shape[0], pred_win[0].numel()
     n_splits = triton.cdiv(numel, BLOCK)
-    double = torch.float64 in (pred_win.dtype, target[0].dtype)
     with torch.cuda.device_of(pred_win):
         gradient_kernel[(n_pairs * n_splits,)](
-            pred_win, pred[1], target[0], target[1], grad[0], grad[1],
+            pred_win, pred[1], target[0], target[1], mask, grad[0], grad[1],
             coefficients, grad_loss,
             numel, n_splits,
-            pred_win.stride(0), target[0].stride(0), grad[0].stride(0),
-            SHARED_TARGET=target[0] is target[1], PER_PAIR=grad_loss.dim() == 1,
-            ACC=tl.float64 if double else tl.float32, BLOCK=BLOCK,
+            pred_win.stride(0), target[0].stride(0),
+            0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+            grad[0].stride(0), grad_loss.stride(0) if grad_loss.dim() else 0,
+            SHARED_TARGET=target[0] is target[1], ACC=tl.float64 if double else tl.float32, BLOCK=BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -344,4 +417,17 @@ def _counters(n_pairs: int, device: torch.device) -> Tensor:
 
 @cache
 def _stream_counters(size: int, device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
+    """Made by a thread of its own, on that thread's default stream: where torch.compile warms up for CUDA graphs,
+    what the calling thread allocates comes from a pool that does not outlive the graph."""
+
+    def make() -> tuple[Tensor, torch.cuda.Event]:
+        counters = torch.zeros(size, dtype=torch.int32, device=device)
+        with torch.cuda.device(device):
+            made = torch.cuda.Event()
+            made.record()
+        return counters, made
+
+    with ThreadPoolExecutor(1) as thread:
+        counters, made = thread.submit(make).result()
+    torch.cuda.current_stream(device).wait_event(made)
+    return counters

@@ -8,6 +8,7 @@ def decode_pairs(
     win: Sequence[Any],
     lose: Sequence[Any],
     *,
+    pairs: int,
     out: int,
     dtype: int,
     height: int,
@@ -19,4 +20,10 @@ def decode_pairs(
     max_scans: int,
     threads: int,
 ) -> tuple[NDArray[np.int64], list[tuple[int, str]]]: ...
+
+class Head:
+    def __init__(self, program: Sequence[tuple[int, int, int, float]], loss: int, slope: int) -> None: ...
+
+def pair_loss(*arguments: Any) -> None: ...
+def pair_gradient(*arguments: Any) -> None: ...
 def build_info() -> dict[str, str]: ...

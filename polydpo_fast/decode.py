@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Buffer  # type: ignore[attr-defined, unused-ignore]  # Python 3.12
+from typing_extensions import Buffer  # of collections.abc from Python 3.12 on; PyTorch brings it
 
 __all__ = ["DecodeError", "DecodeFailure", "DecodeLimits", "DecodedPairs", "decode_pairs"]
 
@@ -32,6 +31,12 @@ class DecodeLimits:
     pixels: int = 1 << 27
     bytes: int = 1 << 28
     scans: int = 100
+
+    def __post_init__(self) -> None:
+        for name, largest in (("pixels", 2**62), ("bytes", 2**62), ("scans", 2**30)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+                raise ValueError(f"limits.{name} is {value!r}; expected an int from 1 to {largest}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class DecodeError(ValueError):
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         first = failures[0]
         super().__init__(f"{first.arm}[{first.index}] could not be decoded: {first.reason}{more}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.failures,)  # it crosses process boundaries, in a loader's workers
 
 
 @dataclass(frozen=True)
@@ -101,14 +109,14 @@ def decode_pairs(
         resize: "cover" scales the image, keeping its aspect ratio, until it just covers the output, with the
             antialiased triangle filter (Pillow's and torchvision's bilinear); None does not scale. Both then cut
             the centre. Rounding follows torchvision's Resize and CenterCrop.
-        dtype: bfloat16, float16 or float32 in [-1, 1], that is (2 v - 255) / 255 rounded to nearest even;
-            or uint8 in 0..255.
+        dtype: bfloat16, float16 or float32 in [-1, 1], that is (2 v - 255) / 255, rounded to nearest even in 16
+            bits and within 1 ulp in float32; or uint8 in 0..255.
         out: a contiguous CPU tensor (2B, 3, H, W) of that dtype, pinned or not, to write into. It is returned
             as `pixels`.
         strict: whether a decoder's warning (damaged or missing data) is an error.
         limits: what an image may cost; `DecodeLimits()` if None.
         on_error: "raise" a DecodeError, or "mask": both arms of a failed pair are zeroed, `ok` is False there,
-            the other pairs are not touched.
+            the other pairs are not touched. What is not bytes-like raises all the same.
         threads: at most so many; None for as many as processors this process may use.
 
     Raises:
@@ -117,12 +125,15 @@ def decode_pairs(
     """
     from . import _C
 
-    pairs = _check_arms(win, lose)
+    win, lose = _check_arms(win, lose)
+    pairs = len(win)
     height, width = _check_size(size)
     if resize not in ("cover", None):
         raise ValueError(f"resize is {resize!r}; expected 'cover' or None")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict is {strict!r}; expected True or False")
     if on_error not in ("raise", "mask"):
         raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'mask'")
     if limits is None:
@@ -142,6 +153,7 @@ def decode_pairs(
     geometry, failed = _C.decode_pairs(
         win,
         lose,
+        pairs=pairs,
         out=out.data_ptr(),
         dtype=_DTYPES[dtype],
         height=height,
@@ -153,6 +165,8 @@ def decode_pairs(
         max_scans=limits.scans,
         threads=threads,
     )
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
     errors = tuple(DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in failed)
     if errors and on_error == "raise":
         raise DecodeError(errors)
@@ -165,23 +179,24 @@ def decode_pairs(
     return DecodedPairs(out, ok, errors, original_size=numbers[:, :2], crop_top_left=numbers[:, 2:])
 
 
-def _check_arms(win: Sequence[Buffer], lose: Sequence[Buffer]) -> int:
+def _check_arms(win: Sequence[Buffer], lose: Sequence[Buffer]) -> tuple[list[Buffer], list[Buffer]]:
     for name, arm in (("win", win), ("lose", lose)):
         # A single image is a sequence too, of numbers.
         if isinstance(arm, (bytes, bytearray, memoryview, str)) or not isinstance(arm, Sequence):
             raise TypeError(f"{name} is a {type(arm).__name__}; expected a list of bytes-like objects")
+    win, lose = list(win), list(lose)  # other threads may change the caller's
     if len(win) != len(lose):
         raise ValueError(f"lose has {len(lose)} images; expected {len(win)} like win")
     if len(win) == 0:
         raise ValueError("win and lose are empty; expected at least one pair")
-    return len(win)
+    return win, lose
 
 
 def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
-        raise TypeError(f"size is {size!r}; expected an int or (height, width)")
-    height, width = sides
+    try:
+        height, width = map(operator.index, size if isinstance(size, Sequence) else (size, size))
+    except (TypeError, ValueError):
+        raise TypeError(f"size is {size!r}; expected an int or (height, width)") from None
     if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
         raise ValueError(f"size is {size!r}; expected sides from 1 to {_MAX_SIDE}")
     return height, width

@@ -66,6 +66,7 @@ class Curves:
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
     """Runs the demo, writes `pairs.parquet`, `demo.png` and `demo.json` to `folder`, returns the figures."""
     _require_packages()
+    _check(settings)
     console = Console()
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -372,6 +373,15 @@ def _smooth(values: list[float], window: int = 20) -> list[float]:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _check(settings: Settings) -> None:
+    """What only the alignment would find, after minutes."""
+    try:
+        x = torch.zeros(2, 1, device=settings.device)
+        preference_loss(x, x, x, beta=settings.beta, alpha=settings.alpha)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"the demo cannot run with these settings: {str(error).splitlines()[0]}") from None
 
 
 def _require_packages() -> None:

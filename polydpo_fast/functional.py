@@ -1,69 +1,81 @@
-"""`polydpo_fast.loss`: validation, choice of backend, operator registration and autograd."""
+"""`polydpo_fast.loss` and `pair_errors`: choice of backend, operator registration and autograd."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
-import warnings
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import reference
+from .arguments import Arms, check_head, check_inputs
 from .metrics import METRICS
-from .objectives import OBJECTIVES
+from .objectives import program
+from .reference import PairErrors
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+__all__ = ["PairErrors", "available_backends", "loss", "pair_errors"]
 
-__all__ = ["available_backends", "loss"]
 
-REDUCTIONS = ("mean", "sum", "none")
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+class _Options(TypedDict, total=False):
+    beta: float | Tensor
+    alpha: float | Tensor | Sequence[float]
+    objective: str
+    label_smoothing: float
+    margin: float
+    reference_free: bool
+    sft_weight: float
+    ref_error: Arms | None
+    pair_weight: Tensor | None
+    mask: Tensor | None
+    layout: str
+    reduction: str
+    backend: str | None
 
 
 @overload
 def loss(
-    model_pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
+    model_pred: Arms,
+    ref_pred: Arms | None,
+    target: Arms,
     *,
-    beta: float = ...,
-    alpha: float = ...,
-    objective: str = ...,
-    reduction: str = ...,
     return_metrics: Literal[False] = ...,
-    backend: str | None = ...,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def loss(
-    model_pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
+    model_pred: Arms,
+    ref_pred: Arms | None,
+    target: Arms,
     *,
-    beta: float = ...,
-    alpha: float = ...,
-    objective: str = ...,
-    reduction: str = ...,
     return_metrics: Literal[True],
-    backend: str | None = ...,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def loss(
-    model_pred: Tensor,
-    ref_pred: Tensor,
-    target: Tensor,
+    model_pred: Arms,
+    ref_pred: Arms | None,
+    target: Arms,
     *,
-    beta: float = 5000.0,
-    alpha: float = 0.0,
+    beta: float | Tensor = 5000.0,
+    alpha: float | Tensor | Sequence[float] = 0.0,
     objective: str = "poly_dpo",
+    label_smoothing: float = 0.0,
+    margin: float = 0.0,
+    reference_free: bool = False,
+    sft_weight: float = 0.0,
+    ref_error: Arms | None = None,
+    pair_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    layout: str = "halves",
     reduction: str = "mean",
     return_metrics: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """The Poly-DPO loss of a batch of B preference pairs.
+    """The Poly-DPO loss, or another of its family, of a batch of B preference pairs.
 
     With m and r the mean squared errors of the policy and of the reference against the target, per sample,
 
@@ -73,41 +85,49 @@ def loss(
     (Wallace et al. 2023, arXiv 2311.12908, Eq. 14; Li et al. 2026, arXiv 2604.24953, Eq. 9-10.)
 
     Args:
-        model_pred: the policy's output, (2B, ...), winners in the first half and losers in the second, the same
-            pairs in the same order. At least one dimension besides the batch: tokens (2B, N, C), images
-            (2B, C, H, W), video (2B, C, T, H, W). float64, float32, bfloat16 or float16, also unlike the others.
-            The only argument that receives a gradient.
-        ref_pred: the frozen reference's output on the same noised inputs; same shape. A constant.
-        target: what both should have predicted (noise, velocity, noise - x0, ...); same shape, or (B, ...) where
-            winner and loser of a pair share it. A constant.
-        beta: strength of the pull to the reference, > 0. The convention is Diffusion-DPO's, with the factor 1/2
-            and errors averaged, not summed, over a sample: 5000 for SD1.5 and SDXL. Scripts without the 1/2 use
-            2500 for the same loss.
-        alpha: Poly-DPO's coefficient. 0 is Diffusion-DPO; > 0 for noisy or conflicting labels (8 was the paper's
-            best for SD1.5 on Pick-a-Pic V2); < 0 for trivially easy pairs. Below -1 the loss is no longer
-            monotone in z, which warns.
-        objective: a name in `polydpo_fast.objectives.OBJECTIVES`.
+        model_pred: the policy's output: (2B, ...), see `layout`, or a tuple (win, lose) of (B, ...). At least one
+            dimension besides the batch: tokens (2B, N, C), images (2B, C, H, W), video (2B, C, T, H, W). float64,
+            float32, bfloat16 or float16, also unlike the others. The only argument that receives a gradient.
+        ref_pred: the frozen reference's output on the same noised inputs, as model_pred. A constant. None with
+            `ref_error` or `reference_free`.
+        target: what both should have predicted (noise, velocity, noise - x0, ...), as model_pred; or (B, ...) where
+            winner and loser of a pair share it: then it is read once. A constant.
+        beta: strength of the pull to the reference, > 0; a float, or a (B,) tensor (whose values are not checked).
+            The convention is Diffusion-DPO's, with the factor 1/2 and errors averaged, not summed, over a sample:
+            5000 for SD1.5 and SDXL. Scripts without the 1/2 use 2500 for the same loss.
+        alpha: Poly-DPO's coefficient: a float, or a (B,) tensor. 0 is Diffusion-DPO; > 0 for noisy or conflicting
+            labels (8 was the paper's best for SD1.5 on Pick-a-Pic V2); < 0 for trivially easy pairs. Below -1 the
+            loss is no longer monotone in z, which warns. A sequence of up to 4 floats is Poly-N:
+            -log p + sum_j alpha_j (1 - p)^j.
+        objective: a name in `polydpo_fast.objectives.OBJECTIVES`: "poly_dpo", "robust", "ipo", "hinge", "linear".
+        label_smoothing: the share of labels believed wrong, 0 to below 0.5. cDPO with "poly_dpo", and the
+            expectation over the label with any objective but "robust", which corrects for it without bias.
+        margin: subtracted from z in the loss (not in the metrics). With `reference_free` this is SimPO's gamma.
+        reference_free: take r = 0: no reference at all.
+        sft_weight: adds sft_weight * m_w, >= 0.
+        ref_error: the reference's errors r computed before, in place of ref_pred: (2B,), or a tuple of (B,). The
+            difference m - r is then one of two nearly equal numbers: keep them in float32 at least.
+        pair_weight: (B,), factors of the pairs' losses. The mean still divides by B.
+        mask: bool, True where an element counts; errors are means over those. Broadcasts to a sample, or to one for
+            each pair. What is masked may be NaN. A pair with nothing left has a NaN loss.
+        layout: of (2B, ...) tensors: "halves" [w0; w1; ...; l0; l1; ...] or "interleaved" [w0; l0; w1; l1; ...].
         reduction: "mean", "sum", or "none" for a (B,) result.
         return_metrics: also return `polydpo_fast.metrics.METRICS`, a dict of detached 0-dim tensors on the device.
-        backend: "triton", "reference", or None: Triton on a CUDA or ROCm device where it is installed, the
-            reference elsewhere.
+        backend: "triton", "cpp", "reference", or None: Triton on a CUDA or ROCm device where it is installed, C++ on
+            a CPU, the reference elsewhere.
 
     Returns:
         The loss, float32 (float64 if an input is float64); with `return_metrics`, (loss, metrics).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message says
-            which. NaN and Inf in the tensors are no error: they make that pair's loss NaN or Inf.
+            which. NaN and Inf in the tensors are no error: they make that pair's loss and gradient NaN.
     """
-    _check_tensors(model_pred, ref_pred, target)
-    beta = _check_beta(beta)
-    alpha = _check_alpha(alpha)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; expected one of {', '.join(map(repr, OBJECTIVES))}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}")
-    backend = _choose_backend(backend, model_pred.device)
-
+    inputs = check_inputs(
+        model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
+    )
+    head = check_head(beta, alpha, objective, label_smoothing, margin, sft_weight, pair_weight, reduction, inputs)
+    backend = _choose_backend(backend, inputs.pred[0].device)
     if backend == "reference":
         return reference.loss(
             model_pred,
@@ -116,82 +136,95 @@ def loss(
             beta=beta,
             alpha=alpha,
             objective=objective,
+            label_smoothing=label_smoothing,
+            margin=margin,
+            reference_free=reference_free,
+            sft_weight=sft_weight,
+            ref_error=ref_error,
+            pair_weight=pair_weight,
+            mask=inputs.mask,
+            layout=layout,
             reduction=reduction,
             return_metrics=return_metrics,
         )
-    value, metrics = _FusedLoss.apply(model_pred, ref_pred, target, beta, alpha, objective, reduction)  # type: ignore[no-untyped-call]
+    value, metrics = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        inputs.pred[0],
+        inputs.pred[1] if len(inputs.pred) == 2 else None,
+        inputs.ref or [],
+        inputs.target,
+        inputs.ref_error,
+        inputs.mask,
+        head.beta,
+        head.alpha,
+        head.weight,
+        head.parameters,
+        objective,
+        reference_free,
+        layout,
+        reduction,
+        backend,
+    )
     if return_metrics:
         return value, dict(zip(METRICS, metrics.unbind(), strict=True))
     return value  # type: ignore[no-any-return]
 
 
-# ---------------------------------------------------------------------------------------------- validation
+def pair_errors(
+    model_pred: Arms,
+    ref_pred: Arms | None,
+    target: Arms,
+    *,
+    reference_free: bool = False,
+    ref_error: Arms | None = None,
+    mask: Tensor | None = None,
+    layout: str = "halves",
+    backend: str | None = None,
+) -> PairErrors:
+    """The errors that every objective is made of, differentiable: bring your own head.
 
+        errors = polydpo_fast.pair_errors(model_pred, ref_pred, target)
+        z = errors.logit(beta=5000.0)
+        loss = torch.nn.functional.softplus(1 - z).square().mean()   # any function of z and the errors
 
-def _check_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> None:
-    for name, x in (("model_pred", model_pred), ("ref_pred", ref_pred), ("target", target)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
-        if x.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} has dtype {x.dtype}; expected float64, float32, bfloat16 or float16")
-        if x.device != model_pred.device:
-            raise ValueError(f"{name} is on {x.device}; expected {model_pred.device} like model_pred")
-    shape = model_pred.shape
-    if len(shape) < 2:
-        raise ValueError(f"model_pred has shape {tuple(shape)}; expected (2B, ...) with at least 2 dimensions")
-    if shape[0] % 2:
-        raise ValueError(
-            f"model_pred has {shape[0]} rows (shape {tuple(shape)}); expected an even number: winners, then losers"
-        )
-    if model_pred.numel() == 0:
-        raise ValueError(f"model_pred has shape {tuple(shape)}; expected at least one pair and one element")
-    if ref_pred.shape != shape:
-        raise ValueError(f"ref_pred has shape {tuple(ref_pred.shape)}; expected {tuple(shape)} like model_pred")
-    shared = (shape[0] // 2, *shape[1:])
-    if target.shape != shape and target.shape != shared:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}; expected {tuple(shape)} like model_pred, "
-            f"or {shared} when both arms share it"
-        )
+    The sums and the gradient are those of `loss`: two launches, full precision. Arguments as there.
 
-
-def _check_beta(beta: float) -> float:
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta is {_show(beta)}; expected a number")
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta is {beta}; expected a finite number > 0")
-    return float(beta)
-
-
-def _check_alpha(alpha: float) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha is {_show(alpha)}; expected a number")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}; expected a finite number")
-    if alpha < -1:
-        _warn_not_monotone()
-    return float(alpha)
-
-
-@cache  # once per process, whatever the warning filters say
-def _warn_not_monotone() -> None:
-    warnings.warn(
-        "alpha < -1: the loss is not monotone in the logit, pairs with p > -1/alpha are pushed the wrong way",
-        stacklevel=4,
+    Returns:
+        PairErrors(model_win, model_lose, excess_win, excess_lose), each (B,), float32 (float64 if an input is).
+        With ref_pred, ref_error or reference_free, the excess is m - r.
+    """
+    inputs = check_inputs(
+        model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
     )
-
-
-def _show(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a Tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    backend = _choose_backend(backend, inputs.pred[0].device)
+    if backend == "reference":
+        return reference.pair_errors(
+            model_pred,
+            ref_pred,
+            target,
+            reference_free=reference_free,
+            ref_error=ref_error,
+            mask=inputs.mask,
+            layout=layout,
+        )
+    errors = _FusedErrors.apply(  # type: ignore[no-untyped-call]
+        inputs.pred[0],
+        inputs.pred[1] if len(inputs.pred) == 2 else None,
+        inputs.ref or [],
+        inputs.target,
+        inputs.ref_error,
+        inputs.mask,
+        reference_free,
+        layout,
+        backend,
+    )
+    return PairErrors(*errors.unbind())
 
 
 # ----------------------------------------------------------------------------------------------- backends
 
-
-# Looked up once: torch.compile cannot trace through either.
+# Looked up once: torch.compile cannot trace through any of them.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_CPP = importlib.util.find_spec("polydpo_fast._C") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -203,8 +236,9 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
 def _backends_of(device_type: str) -> tuple[str, ...]:
     if device_type == "cuda" and _HAS_TRITON:  # ROCm devices are called cuda too
         return ("triton", "reference")
-    if device_type == "cpu" and _HAS_TRITON and _INTERPRETING:
-        return ("reference", "triton")
+    if device_type == "cpu":
+        cpp = ("cpp",) if _HAS_CPP else ()
+        return (*cpp, "reference", "triton") if _HAS_TRITON and _INTERPRETING else (*cpp, "reference")
     return ("reference",)
 
 
@@ -214,48 +248,83 @@ def _choose_backend(backend: str | None, device: torch.device) -> str:
         return available[0]
     if backend not in available:
         raise ValueError(
-            f"backend is {backend!r}; expected one of {', '.join(map(repr, available))} for tensors on {device}"
+            f"backend is {backend!r}; expected one of {', '.join(map(repr, available))} for tensors on {device} "
+            "(triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1; cpp needs a CPU and the built extension)"
         )
     return backend
 
 
-# -------------------------------------------------------------------------------- operators and autograd
+# ---------------------------------------------------------------------------------------------- operators
 
+# Raw define and impl: the decorators of torch.library cost two to four times as much per call.
 _library = torch.library.Library("polydpo_fast", "DEF")
 _library.define(
-    "pair_loss(Tensor pred, Tensor ref, Tensor target, float beta, float alpha, str objective, str reduction)"
-    " -> (Tensor, Tensor, Tensor)"
+    "pair_loss(Tensor[] pred, Tensor[] ref, Tensor[] target, Tensor? ref_error, Tensor? mask, Tensor? beta,"
+    " Tensor? alpha, Tensor? weight, float[] parameters, str objective, bool reference_free, str layout,"
+    " str reduction, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define("pair_gradient(Tensor pred, Tensor target, Tensor coefficients, Tensor grad_loss) -> Tensor")
+_library.define(
+    "pair_gradient(Tensor[] pred, Tensor[] target, Tensor? mask, Tensor coefficients, Tensor grad_loss,"
+    " str layout, str backend) -> Tensor[]"
+)
 
 
 def _pair_loss(
-    pred: Tensor, ref: Tensor, target: Tensor, beta: float, alpha: float, objective: str, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient coefficients (B, 2), metrics."""
-    from .kernels import pair_loss
-
+    pred: list[Tensor],
+    ref: list[Tensor],
+    target: list[Tensor],
+    ref_error: Tensor | None,
+    mask: Tensor | None,
+    beta: Tensor | None,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    parameters: list[float],
+    objective: str,
+    reference_free: bool,
+    layout: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient coefficients (B, 2), metrics (12,), pairs (B, 7); with reduction="errors" only the pairs."""
+    double = any(x.dtype == torch.float64 for x in (pred[0], *ref, target[0]))
     pred, ref, target = _common_order(pred, ref, target)
-    result: tuple[Tensor, Tensor, Tensor] = pair_loss.launch_errors(
-        _halves(pred),
-        _halves(ref),
-        _target_arms(target, pred),
-        beta=beta,
-        alpha=alpha,
-        objective=objective,
-        reduction=reduction,
+    if mask is not None:
+        mask = _dense_mask(mask, pred[0])
+    launch = _cpp_errors if backend == "cpp" else _triton_errors
+    return launch(
+        pred,
+        ref,
+        target,
+        mask,
+        ref_error,
+        beta,
+        alpha,
+        weight,
+        parameters,
+        objective,
+        reference_free,
+        layout,
+        reduction,
+        double,
     )
-    return result
 
 
-def _pair_gradient(pred: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor) -> Tensor:
-    from .kernels import pair_loss
-
+def _pair_gradient(
+    pred: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    coefficients: Tensor,
+    grad_loss: Tensor,
+    layout: str,
+    backend: str,
+) -> list[Tensor]:
+    double = torch.float64 in (pred[0].dtype, target[0].dtype)
     pred, target = _common_order(pred, target)
-    grad = _empty_dense_like(pred)
-    pair_loss.launch_gradient(
-        _halves(pred), _target_arms(target, pred), _halves(grad), coefficients, grad_loss.contiguous()
-    )
+    if mask is not None:
+        mask = _dense_mask(mask, pred[0])
+    grad = [_empty_dense_like(x) for x in pred]
+    launch = _cpp_gradient if backend == "cpp" else _triton_gradient
+    launch(pred, target, mask, grad, coefficients, grad_loss, layout, double)
     return grad
 
 
@@ -265,17 +334,35 @@ _library.impl("pair_gradient", _pair_gradient, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("polydpo_fast::pair_loss", lib=_library)
 def _(
-    pred: Tensor, ref: Tensor, target: Tensor, beta: float, alpha: float, objective: str, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = pred.shape[0] // 2
-    dtype = torch.float64 if torch.float64 in (pred.dtype, ref.dtype, target.dtype) else torch.float32
-    value = pred.new_empty((pairs,) if reduction == "none" else (), dtype=dtype)
-    return value, pred.new_empty((pairs, 2), dtype=torch.float64), pred.new_empty(len(METRICS), dtype=dtype)
+    pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reduction = arguments[-2]
+    first = pred[0]
+    pairs = first.shape[0] if len(pred) == 2 else first.shape[0] // 2
+    double = any(x.dtype == torch.float64 for x in (first, *ref, target[0]))
+    dtype = torch.float64 if double else torch.float32
+    return (
+        first.new_empty((pairs,) if reduction == "none" else (), dtype=dtype),
+        first.new_empty((pairs, 2), dtype=torch.float64),
+        first.new_empty(len(METRICS), dtype=dtype),
+        first.new_empty((pairs, 7), dtype=torch.float64),
+    )
 
 
 @torch.library.register_fake("polydpo_fast::pair_gradient", lib=_library)
-def _(pred: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor) -> Tensor:
-    return _empty_dense_like(pred if _dense_sample(pred) else pred.contiguous())
+def _(pred: list[Tensor], target: list[Tensor], *arguments: Any) -> list[Tensor]:
+    pred, _ = _common_order(pred, target)
+    return [_empty_dense_like(x) for x in pred]
+
+
+# ----------------------------------------------------------------------------------------------- autograd
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        raise RuntimeError(
+            "polydpo_fast has no second derivative (create_graph=True); backend='reference' of loss and pair_errors has"
+        )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -283,58 +370,312 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         pred: Tensor,
-        ref: Tensor,
-        target: Tensor,
-        beta: float,
-        alpha: float,
+        pred_lose: Tensor | None,
+        ref: list[Tensor],
+        target: list[Tensor],
+        ref_error: Tensor | None,
+        mask: Tensor | None,
+        beta: Tensor | None,
+        alpha: Tensor | None,
+        weight: Tensor | None,
+        parameters: list[float],
         objective: str,
+        reference_free: bool,
+        layout: str,
         reduction: str,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        value, coefficients, metrics = torch.ops.polydpo_fast.pair_loss(
-            pred, ref, target, beta, alpha, objective, reduction
+        preds = [pred] if pred_lose is None else [pred, pred_lose]
+        value, coefficients, metrics, _ = torch.ops.polydpo_fast.pair_loss(
+            preds,
+            ref,
+            target,
+            ref_error,
+            mask,
+            beta,
+            alpha,
+            weight,
+            parameters,
+            objective,
+            reference_free,
+            layout,
+            reduction,
+            backend,
         )
-        ctx.save_for_backward(pred, target, coefficients)
+        ctx.save_for_backward(pred, pred_lose, mask, coefficients, *target)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
+        ctx.layout, ctx.backend = layout, backend
         return value, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
         if grad_loss is None:
-            return (None,) * 7
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise RuntimeError(
-                "polydpo_fast.loss has no second derivative; use backend='reference' for create_graph=True"
-            )
-        pred, target, coefficients = ctx.saved_tensors
-        grad = torch.ops.polydpo_fast.pair_gradient(pred, target, coefficients, grad_loss)
-        return (grad, *(None,) * 6)
+            return (None,) * 15
+        _refuse_second_derivative()
+        pred, pred_lose, mask, coefficients, *target = ctx.saved_tensors
+        preds = [pred] if pred_lose is None else [pred, pred_lose]
+        grad = torch.ops.polydpo_fast.pair_gradient(
+            preds, target, mask, coefficients, grad_loss, ctx.layout, ctx.backend
+        )
+        return (grad[0], None if pred_lose is None else grad[1], *(None,) * 13)
+
+
+class _FusedErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        pred_lose: Tensor | None,
+        ref: list[Tensor],
+        target: list[Tensor],
+        ref_error: Tensor | None,
+        mask: Tensor | None,
+        reference_free: bool,
+        layout: str,
+        backend: str,
+    ) -> Tensor:
+        preds = [pred] if pred_lose is None else [pred, pred_lose]
+        value, _, _, pairs = torch.ops.polydpo_fast.pair_loss(
+            preds,
+            ref,
+            target,
+            ref_error,
+            mask,
+            None,
+            None,
+            None,
+            [0.0] * 9,
+            "poly_dpo",
+            reference_free,
+            layout,
+            "errors",
+            backend,
+        )
+        ctx.save_for_backward(pred, pred_lose, mask, pairs, *target)
+        ctx.layout, ctx.backend = layout, backend
+        errors: Tensor = pairs[:, 2:6].t().to(value.dtype, copy=True)
+        return errors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
+        grad = grads[0].to(torch.float64)
+        # The reference's error is a constant: model and excess have the same gradient, 2/D (pred - target).
+        coefficients = ((grad[:2] + grad[2:]) * (2 / pairs[:, 6])).t().contiguous()
+        preds = [pred] if pred_lose is None else [pred, pred_lose]
+        one = torch.ones((), dtype=torch.float64, device=pred.device)
+        result = torch.ops.polydpo_fast.pair_gradient(preds, target, mask, coefficients, one, ctx.layout, ctx.backend)
+        return (result[0], None if pred_lose is None else result[1], *(None,) * 7)
+
+
+# ------------------------------------------------------------------------------------------ Triton backend
+
+
+def _arms(x: list[Tensor], layout: str, pairs: int) -> tuple[Tensor, Tensor]:
+    if len(x) == 2:
+        return x[0], x[1]
+    both = x[0]
+    if both.shape[0] == pairs:
+        return both, both  # shared
+    if layout == "interleaved":
+        return both[0::2], both[1::2]
+    return both[:pairs], both[pairs:]
+
+
+def _pairs_in(pred: list[Tensor]) -> int:
+    return pred[0].shape[0] if len(pred) == 2 else pred[0].shape[0] // 2
+
+
+def _triton_errors(
+    pred: list[Tensor],
+    ref: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    ref_error: Tensor | None,
+    beta: Tensor | None,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    parameters: list[float],
+    objective: str,
+    reference_free: bool,
+    layout: str,
+    reduction: str,
+    double: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .kernels import pair_loss
+
+    pairs = _pairs_in(pred)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = pair_loss.launch_errors(
+        _arms(pred, layout, pairs),
+        _arms(ref, layout, pairs) if ref else None,
+        _arms(target, layout, pairs),
+        mask,
+        ref_error,
+        *(None if x is None else x.contiguous() for x in (beta, alpha, weight)),
+        parameters,
+        objective=objective,
+        reference_free=reference_free,
+        reduction=reduction,
+        double=double,
+    )
+    return result
+
+
+def _triton_gradient(
+    pred: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    grad: list[Tensor],
+    coefficients: Tensor,
+    grad_loss: Tensor,
+    layout: str,
+    double: bool,
+) -> None:
+    from .kernels import pair_loss
+
+    pairs = _pairs_in(pred)
+    pair_loss.launch_gradient(
+        _arms(pred, layout, pairs),
+        _arms(target, layout, pairs),
+        mask,
+        _arms(grad, layout, pairs),
+        coefficients,
+        grad_loss,
+        double=double,
+    )
+
+
+# --------------------------------------------------------------------------------------------- C++ backend
+
+# The numbers of csrc/loss.hpp.
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2, "errors": 0}
+
+
+@cache
+def _cpp_head(objective: str) -> Any:
+    from . import _C
+
+    return _C.Head(*program(objective))
+
+
+def _address(x: list[Tensor], layout: str, pairs: int) -> tuple[int, int, int, int]:
+    """Where the arms begin, their dtype, and the distance from one pair to the next in elements."""
+    first = x[0]
+    base, stride, dtype = first.data_ptr(), first.stride(0), _DTYPES[first.dtype]
+    if len(x) == 2:
+        return base, x[1].data_ptr(), dtype, stride
+    if first.shape[0] == pairs:
+        return base, base, dtype, stride
+    if layout == "interleaved":
+        return base, base + stride * first.element_size(), dtype, 2 * stride
+    return base, base + pairs * stride * first.element_size(), dtype, stride
+
+
+def _mask_address(mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0)
+
+
+def _cpp_errors(
+    pred: list[Tensor],
+    ref: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    ref_error: Tensor | None,
+    beta: Tensor | None,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    parameters: list[float],
+    objective: str,
+    reference_free: bool,
+    layout: str,
+    reduction: str,
+    double: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from . import _C
+
+    pairs = _pairs_in(pred)
+    dtype = torch.float64 if double else torch.float32
+    value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype)
+    coefficients = torch.empty((pairs, 2), dtype=torch.float64)
+    metrics = torch.empty(len(METRICS), dtype=dtype)
+    table = torch.empty((pairs, 7), dtype=torch.float64)
+    numbers = [
+        None if x is None else x.to(torch.float64).contiguous() for x in (ref_error, beta, alpha, weight)
+    ]  # held until the call returns
+    _C.pair_loss(
+        _address(pred, layout, pairs),
+        _address(ref, layout, pairs) if ref else (0, 0, 0, 0),
+        _address(target, layout, pairs),
+        _mask_address(mask),
+        (pairs, pred[0][0].numel(), double, torch.get_num_threads()),
+        None if reduction == "errors" else _cpp_head(objective),
+        tuple(0 if x is None else x.data_ptr() for x in numbers),
+        parameters,
+        _REDUCTIONS[reduction],
+        (value.data_ptr(), coefficients.data_ptr(), metrics.data_ptr(), table.data_ptr()),
+    )
+    return value, coefficients, metrics, table
+
+
+def _cpp_gradient(
+    pred: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    grad: list[Tensor],
+    coefficients: Tensor,
+    grad_loss: Tensor,
+    layout: str,
+    double: bool,
+) -> None:
+    from . import _C
+
+    pairs = _pairs_in(pred)
+    upstream = grad_loss.to(torch.float64)
+    _C.pair_gradient(
+        _address(pred, layout, pairs),
+        _address(target, layout, pairs),
+        _mask_address(mask),
+        (pairs, pred[0][0].numel(), double, torch.get_num_threads()),
+        coefficients.data_ptr(),
+        upstream.data_ptr(),
+        upstream.stride(0) if upstream.dim() else 0,
+        _address(grad, layout, pairs),
+    )
 
 
 # ----------------------------------------------------------------------------------------- memory layout
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    pairs = x.shape[0] // 2
-    return x[:pairs], x[pairs:]
-
-
-def _target_arms(target: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
-    return _halves(target) if target.shape[0] == pred.shape[0] else (target, target)
-
-
-def _common_order(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def _common_order(pred: list[Tensor], *others: list[Tensor]) -> tuple[list[Tensor], ...]:
     """The tensors with one element order within a sample, each sample dense; copies only what does not fit.
 
     The losses do not care in which order a sample's elements are visited, as long as all tensors are visited in
     the same. So channels_last batches, batch slices and expanded samples are read where they are.
     """
+    first = pred[0]
+    if all(x.is_contiguous() for x in (*pred, *(x for other in others for x in other))):
+        return (pred, *others)
     if not _dense_sample(first):
         first = first.contiguous()
-    order = first.stride()[1:]
-    sizes = first.shape[1:]
-    return (first, *(x if _same_order(x.stride()[1:], order, sizes) else _reorder(x, first) for x in others))
+    order, sizes = first.stride()[1:], first.shape[1:]
+
+    def fit(x: Tensor, stride: int | None) -> Tensor:
+        fits = _same_order(x.stride()[1:], order, sizes) and (stride is None or x.stride(0) == stride)
+        return x if fits else _empty_dense_like(first, x).copy_(x)
+
+    def fit_arms(arms: list[Tensor]) -> list[Tensor]:
+        if len(arms) < 2:
+            return [fit(x, None) for x in arms]
+        win, lose = (fit(x, None) for x in arms)
+        if win.stride(0) != lose.stride(0):  # the backends take one stride for both
+            win, lose = (fit(x, first[0].numel()) for x in (win, lose))
+        return [win, lose]
+
+    return (fit_arms([first, *pred[1:]]), *(fit_arms(arms) for arms in others))
 
 
 def _same_order(a: Sequence[int], b: Sequence[int], sizes: Sequence[int]) -> bool:
@@ -352,12 +693,12 @@ def _dense_sample(x: Tensor) -> bool:
     return True
 
 
-def _empty_dense_like(x: Tensor) -> Tensor:
-    """Uninitialised, with the element order of x within a sample and no gaps between samples."""
-    strides = (x[0].numel(), *x.stride()[1:])
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+def _empty_dense_like(like: Tensor, x: Tensor | None = None) -> Tensor:
+    """Uninitialised, shape and dtype of x (or `like`), the element order of `like` within a sample, no gaps."""
+    x = like if x is None else x
+    return torch.empty_strided(x.shape, (like[0].numel(), *like.stride()[1:]), dtype=x.dtype, device=x.device)
 
 
-def _reorder(x: Tensor, like: Tensor) -> Tensor:
-    strides = (like[0].numel(), *like.stride()[1:])
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+def _dense_mask(mask: Tensor, pred: Tensor) -> Tensor:
+    """The expanded mask as bytes in the element order of the samples: (1 or B, ...)."""
+    return _empty_dense_like(pred, mask).copy_(mask).view(torch.uint8)

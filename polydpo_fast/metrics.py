@@ -13,13 +13,19 @@ implicit reward of arm a (Wallace et al. 2023, section 4), m and r the policy's 
     saturated           share of pairs with |z| > 10, where the sigmoid has no slope left
     false_success       share of pairs with z > 0 although the winner's error grew (the loser's grew more)
 
+Under reference_free the reference's errors are 0; the margin of the loss is not part of z.
 A pair with a NaN error makes the means NaN and counts as neither right nor saturated in the shares.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .reference import PairErrors
 
 __all__ = ["METRICS", "pair_metrics"]
 
@@ -40,30 +46,24 @@ METRICS = (
 """Names of the metrics, in the order in which the kernels store them."""
 
 
-def pair_metrics(model_error: Tensor, excess_error: Tensor, logit: Tensor, half_beta: float) -> dict[str, Tensor]:
-    """The metrics of a batch of B pairs as 0-dim tensors.
-
-    model_error: (2, B), the policy's errors m of the winners and of the losers.
-    excess_error: (2, B), m - r.
-    logit: (B,).
-    """
-    model_error, excess_error, logit = model_error.detach(), excess_error.detach(), logit.detach()
-    reward = -half_beta * excess_error
-    ref_error = model_error - excess_error
-    correct = (logit > 0).to(logit.dtype) + 0.5 * (logit == 0).to(logit.dtype)
-    false_success = (logit > 0) & (excess_error[0] > 0)
+def pair_metrics(errors: PairErrors, logit: Tensor, beta: float | Tensor) -> dict[str, Tensor]:
+    """The metrics of a batch of B pairs as 0-dim tensors, from its errors, logits (B,) and beta."""
+    model_win, model_lose, excess_win, excess_lose = (x.detach() for x in errors)
+    logit = logit.detach()
+    reward_win, reward_lose = -0.5 * beta * excess_win, -0.5 * beta * excess_lose
     per_pair = (
-        correct,
-        reward[0],
-        reward[1],
-        reward[0] - reward[1],
+        (logit > 0).to(logit.dtype) + 0.5 * (logit == 0).to(logit.dtype),
+        reward_win,
+        reward_lose,
+        reward_win - reward_lose,
         logit,
         torch.sigmoid(logit),
-        model_error[0],
-        model_error[1],
-        ref_error[0],
-        ref_error[1],
+        model_win,
+        model_lose,
+        model_win - excess_win,
+        model_lose - excess_lose,
         (logit.abs() > 10).to(logit.dtype),
-        false_success.to(logit.dtype),
+        ((logit > 0) & (excess_win > 0)).to(logit.dtype),
     )
-    return dict(zip(METRICS, torch.stack(per_pair).mean(dim=1).unbind(), strict=True))
+    means = [x.to(model_win.dtype).mean() for x in per_pair]
+    return dict(zip(METRICS, means, strict=True))

@@ -1,23 +1,69 @@
 """The scalar heads of the preference losses: from a pair's logit to its loss and its slope.
 
-This table is the single source for every backend. A head is written in arithmetic alone (+, -, *),
-so the same function body runs on PyTorch tensors and is compiled by Triton into the error kernel.
-It is given quantities that are already stable in floating point:
+This table is the single source for every backend. A head is straight-line arithmetic (+, -, *, /, <), so the same
+function body runs on PyTorch tensors, is compiled by Triton into the error kernel, and is recorded as a short program
+for the C++ backend (`program`). It is given quantities that are already stable in floating point,
 
-    p   = sigmoid(z)          q = 1 - p = sigmoid(-z), not computed by subtraction
-    nll = -log p = softplus(-z)
+    z                       the logit, less the margin
+    p = sigmoid(z)          q = sigmoid(-z) = 1 - p, not computed by subtraction
+    nlp = -log p            nlq = -log q
+    beta                    the strength of the pull to the reference
+    a1 ... a4               Poly-DPO's coefficients
 
-and returns `(loss, dloss/dz)`. Every loss of the family has the gradient `coefficient * (pred - target)`,
-so a new objective is a new head and nothing else.
+and returns `(loss, dloss/dz)`. Every loss of the family has the gradient `coefficient * (pred - target)`, so a new
+objective is a new head here and nothing elsewhere.
+
+Around the head, for every objective: with `label_smoothing` = e the loss is `keep L(z) + flip L(-z)`, the two weights
+being the objective's `smoothing(e)`; a `margin` is subtracted from z first; `sft_weight` adds the winner's error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-__all__ = ["OBJECTIVES", "Objective", "poly_dpo"]
+__all__ = ["MAX_ALPHAS", "OBJECTIVES", "Objective", "program"]
+
+MAX_ALPHAS = 4
+"""How many coefficients Poly-N may have."""
+
+# The heads are compiled by Triton, which would take annotations for types.
+# mypy: disable-error-code="no-untyped-def"
+
+
+def poly_dpo(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
+    loss = nlp + q * (a1 + q * (a2 + q * (a3 + q * a4)))
+    slope = -q - p * q * (a1 + q * (2.0 * a2 + q * (3.0 * a3 + q * (4.0 * a4))))
+    return loss, slope
+
+
+def ipo(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
+    distance = (z - 0.5) / beta
+    return distance * distance, 2.0 * distance / beta
+
+
+def hinge(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
+    inside = (z < 1.0) * 1.0
+    gap = 1.0 - z
+    # gap - gap is 0, and NaN where z is: a comparison with NaN alone would hide it.
+    return gap * inside + (gap - gap), (gap - gap) - inside
+
+
+def linear(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
+    return -z, z - z - 1.0
+
+
+def conservative(label_smoothing: float) -> tuple[float, float]:
+    """A share e of the labels is wrong: the expectation of the loss over the label."""
+    return 1.0 - label_smoothing, label_smoothing
+
+
+def unbiased(label_smoothing: float) -> tuple[float, float]:
+    """A share e of the labels is wrong: the combination whose expectation is the loss of the true label."""
+    scale = 1.0 / (1.0 - 2.0 * label_smoothing)
+    return (1.0 - label_smoothing) * scale, -label_smoothing * scale
 
 
 @dataclass(frozen=True)
@@ -28,20 +74,102 @@ class Objective:
     formula: str
     slope: str
     source: str
-
-
-def poly_dpo(nll, p, q, alpha):  # type: ignore[no-untyped-def]  # compiled by Triton: annotations would be read as types
-    loss = nll + alpha * q
-    slope = -q * (1.0 + alpha * p)
-    return loss, slope
+    takes_alpha: bool = False
+    smoothing: Callable[[float], tuple[float, float]] = conservative
 
 
 OBJECTIVES: dict[str, Objective] = {
     "poly_dpo": Objective(
         head=poly_dpo,
-        formula="L = -log p + alpha (1 - p)",
-        slope="dL/dz = -(1 - p) (1 + alpha p)",
-        source="Li et al. 2026 (ViPO, arXiv 2604.24953), Eq. 9-10; alpha = 0 is Diffusion-DPO, "
-        "Wallace et al. 2023 (arXiv 2311.12908), Eq. 14",
+        formula="L = -log p + sum_j alpha_j (1 - p)^j",
+        slope="dL/dz = -(1 - p) - p sum_j j alpha_j (1 - p)^j",
+        source="Li et al. 2026 (ViPO, arXiv 2604.24953), Eq. 9-10; without alpha Diffusion-DPO, Wallace et al. 2023 "
+        "(arXiv 2311.12908), Eq. 14; with label_smoothing cDPO, Mitchell 2023",
+        takes_alpha=True,
+    ),
+    "robust": Objective(
+        head=poly_dpo,
+        formula="L = ((1 - e) (-log p) - e (-log (1 - p))) / (1 - 2 e), e = label_smoothing",
+        slope="dL/dz = (-(1 - e) (1 - p) - e p) / (1 - 2 e)",
+        source="Chowdhury et al. 2024 (Robust DPO, arXiv 2403.00409), Eq. 12",
+        smoothing=unbiased,
+    ),
+    "ipo": Objective(
+        head=ipo,
+        formula="L = (z / beta - 1 / (2 beta))^2",
+        slope="dL/dz = 2 (z - 1/2) / beta^2",
+        source="Azar et al. 2023 (IPO, arXiv 2310.12036), Eq. 17",
+    ),
+    "hinge": Objective(
+        head=hinge,
+        formula="L = max(0, 1 - z)",
+        slope="dL/dz = -1 where z < 1, else 0",
+        source="Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425) on DPO's rewards",
+    ),
+    "linear": Objective(
+        head=linear,
+        formula="L = -z",
+        slope="dL/dz = -1",
+        source="Li et al. 2026 (Linear-DPO, arXiv 2605.21123)",
     ),
 }
+
+
+# ------------------------------------------------------------------------------- heads as programs for C++
+
+INPUTS = ("z", "p", "q", "nlp", "nlq", "beta", "a1", "a2", "a3", "a4")
+OPERATIONS = ("constant", "+", "-", "*", "/", "<")  # their numbers are csrc/head.hpp's
+
+Instruction = tuple[int, int, int, float]
+"""Operation, its two registers, its constant. Result i of a program goes to register len(INPUTS) + i."""
+
+
+@cache
+def program(objective: str) -> tuple[tuple[Instruction, ...], int, int]:
+    """An objective's head as instructions, and the registers of its loss and slope."""
+    instructions: list[Instruction] = []
+
+    class Register:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __add__(self, other: Register | float) -> Register:
+            return record("+", self, other)
+
+        def __radd__(self, other: float) -> Register:
+            return record("+", other, self)
+
+        def __sub__(self, other: Register | float) -> Register:
+            return record("-", self, other)
+
+        def __rsub__(self, other: float) -> Register:
+            return record("-", other, self)
+
+        def __mul__(self, other: Register | float) -> Register:
+            return record("*", self, other)
+
+        def __rmul__(self, other: float) -> Register:
+            return record("*", other, self)
+
+        def __truediv__(self, other: Register | float) -> Register:
+            return record("/", self, other)
+
+        def __lt__(self, other: Register | float) -> Register:
+            return record("<", self, other)
+
+        def __neg__(self) -> Register:
+            return record("-", 0.0, self)
+
+    def place(value: Register | float) -> int:
+        return value.index if isinstance(value, Register) else append(("constant", 0, 0, float(value)))
+
+    def append(instruction: tuple[str, int, int, float]) -> int:
+        operation, *rest = instruction
+        instructions.append((OPERATIONS.index(operation), *rest))  # type: ignore[arg-type]
+        return len(INPUTS) + len(instructions) - 1
+
+    def record(operation: str, left: Register | float, right: Register | float) -> Register:
+        return Register(append((operation, place(left), place(right), 0.0)))
+
+    loss, slope = OBJECTIVES[objective].head(*(Register(i) for i in range(len(INPUTS))))
+    return tuple(instructions), place(loss), place(slope)

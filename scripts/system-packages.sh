@@ -15,9 +15,10 @@ else
 fi
 command -v g++ >/dev/null || need g++
 command -v pkg-config >/dev/null || need pkg-config
-echo '#include <stdio.h>
-#include <jpeglib.h>' | g++ -fsyntax-only -x c++ - 2>/dev/null || need libjpeg-dev
-echo '#include <png.h>' | g++ -fsyntax-only -x c++ - 2>/dev/null || need libpng-dev
+header() { ls /usr/include/"$1" /usr/include/*/"$1" /usr/local/include/"$1" >/dev/null 2>&1; }
+# pkg-config knows libraries in other places; without it the usual ones are looked at.
+pkg-config --exists libjpeg 2>/dev/null || { ! command -v pkg-config >/dev/null && header jpeglib.h; } || need libjpeg-dev
+pkg-config --exists libpng 2>/dev/null || { ! command -v pkg-config >/dev/null && header png.h; } || need libpng-dev
 
 [ -z "$missing" ] && exit 0
 if ! command -v apt-get >/dev/null; then

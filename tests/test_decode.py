@@ -1,9 +1,12 @@
 """`decode_pairs` against Pillow, NumPy and bytes that are no images."""
 
+import contextlib
 import hashlib
 import io
 import multiprocessing
+import pickle
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -382,3 +385,60 @@ def test_bad_arguments_are_named(change, error, message):
 def test_public_names_are_documented():
     for name in ("decode_pairs", "loss", "DecodedPairs", "DecodeLimits", "DecodeError", "DecodeFailure"):
         assert getattr(polydpo_fast, name).__doc__
+
+
+def test_errors_cross_process_boundaries():
+    with pytest.raises(DecodeError) as error:
+        decode_pairs([b"", GOOD], [GOOD, b"x"], size=8)
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert str(copy) == str(error.value)
+    assert copy.failures == error.value.failures
+
+
+def test_sequences_that_change_during_the_call_do_no_harm():
+    """A prefetcher's list: what is decoded is what the list held when the call began."""
+
+    class Growing(Sequence):
+        def __init__(self):
+            self.asked = 0
+
+        def __len__(self):
+            self.asked += 1
+            return 1 if self.asked == 1 else 40
+
+        def __getitem__(self, index):
+            if index >= 40:
+                raise IndexError
+            return GOOD
+
+    with pytest.raises(ValueError, match="expected"):
+        decode_pairs(Growing(), [GOOD], size=8)
+    images, stop = [GOOD], threading.Event()
+
+    def change():
+        while not stop.is_set():
+            images.extend([GOOD] * 40)
+            del images[1:]
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    for _ in range(200):
+        with contextlib.suppress(ValueError):
+            decode_pairs(images, [GOOD], size=8)
+    stop.set()
+    thread.join()
+
+
+def test_overwriting_a_tensor_that_autograd_saved_is_an_error():
+    out = torch.zeros(2, 3, 8, 8)
+    weight = torch.ones(1, requires_grad=True)
+    product = (weight * out).sum()
+    decode_pairs([GOOD], [GOOD], size=8, dtype=torch.float32, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("bad", [dict(pixels=0), dict(bytes=1.5), dict(scans=2**40), dict(pixels=True)])
+def test_limits_are_checked(bad):
+    with pytest.raises(ValueError, match=rf"limits.{next(iter(bad))} is .*; expected an int from 1 to"):
+        DecodeLimits(**bad)

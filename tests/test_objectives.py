@@ -1,26 +1,84 @@
+import itertools
+import math
+
 import pytest
 import torch
 
-from polydpo_fast.objectives import OBJECTIVES
+from polydpo_fast import _C
+from polydpo_fast.objectives import INPUTS, OBJECTIVES, OPERATIONS, program
 
-ALPHAS = (-1.0, -0.3, 0.0, 1.0, 8.0)
+ALPHAS = [(0.0,) * 4, (-1.0, 0.0, 0.0, 0.0), (8.0, 0.0, 0.0, 0.0), (0.5, -0.3, 2.0, 1.0)]
+BETA = 7.0
 
 
-def head_at(name, z, alpha):
-    nll = torch.logaddexp(torch.zeros_like(z), -z)  # torch's softplus is approximate beyond 20
-    return OBJECTIVES[name].head(nll, torch.sigmoid(z), torch.sigmoid(-z), alpha)
+def primitives(z):
+    zero = torch.zeros_like(z)  # torch's softplus is approximate beyond 20
+    return torch.sigmoid(z), torch.sigmoid(-z), torch.logaddexp(zero, -z), torch.logaddexp(zero, z)
+
+
+def head_at(name, z, *alphas):
+    alphas = (*alphas, *(0.0,) * (4 - len(alphas)))
+    return OBJECTIVES[name].head(z, *primitives(z), BETA, *alphas)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_slope_is_the_derivative_of_the_loss(name, alpha):
-    z = torch.linspace(-30, 30, 241, dtype=torch.float64, requires_grad=True)
-    loss, slope = head_at(name, z, alpha)
+@pytest.mark.parametrize("alphas", ALPHAS)
+def test_slope_is_the_derivative_of_the_loss(name, alphas):
+    z = torch.linspace(-30, 30, 242, dtype=torch.float64, requires_grad=True)  # not through hinge's kink at 1
+    loss, slope = head_at(name, z, *alphas)
     (derivative,) = torch.autograd.grad(loss.sum(), z)
-    torch.testing.assert_close(slope.detach(), derivative, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(slope.detach(), derivative, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+def closed_form(name, z, alphas):
+    """Each formula once more, from its paper, in plain Python."""
+    p = 1 / (1 + math.exp(-z))
+    return {
+        "poly_dpo": -math.log(p) + sum(a * (1 - p) ** (j + 1) for j, a in enumerate(alphas)),
+        "robust": -math.log(p) + sum(a * (1 - p) ** (j + 1) for j, a in enumerate(alphas)),
+        "ipo": (z / BETA - 1 / (2 * BETA)) ** 2,
+        "hinge": max(0.0, 1 - z),
+        "linear": -z,
+    }[name]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("alphas", ALPHAS)
+@pytest.mark.parametrize("z", [-5.0, -0.3, 0.0, 0.5, 1.0, 2.0, 6.0])
+def test_loss_is_the_closed_form(name, alphas, z):
+    loss, _ = head_at(name, torch.tensor(z, dtype=torch.float64), *alphas)
+    assert loss.item() == pytest.approx(closed_form(name, z, alphas), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("alphas", ALPHAS)
+def test_the_recorded_program_is_the_head(name, alphas):
+    """What C++ computes, run here by a five-line machine and compared bit for bit."""
+    instructions, loss_at, slope_at = program(name)
+    for value in (-40.0, -1.0, 0.0, 0.7, 1.0, 35.0, math.nan):
+        z = torch.tensor(value, dtype=torch.float64)
+        registers = [x.item() for x in (z, *primitives(z))] + [BETA, *alphas]
+        assert len(registers) == len(INPUTS)
+        for operation, left, right, constant in instructions:
+            a, b = registers[left], registers[right]
+            results = (constant, a + b, a - b, a * b, a / b if b else math.nan, float(a < b))
+            registers.append(results[operation])
+        expected = torch.stack(head_at(name, z, *alphas)).tolist()
+        assert [registers[loss_at], registers[slope_at]] == pytest.approx(expected, rel=1e-15, nan_ok=True)
+
+
+def test_programs_with_registers_that_do_not_exist_are_refused():
+    add = OPERATIONS.index("+")
+    for bad, loss, slope in itertools.product([(add, 0, 99, 0.0), (add, -1, 0, 0.0), (add, 10, 0, 0.0)], [10], [10]):
+        with pytest.raises(ValueError, match="register"):
+            _C.Head([bad], loss, slope)
+    with pytest.raises(ValueError, match="register"):
+        _C.Head([(add, 0, 1, 0.0)], 11, 0)
+    with pytest.raises(ValueError, match="register"):
+        _C.Head([(add, 0, 1, 0.0)] * 60, 0, 0)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, -0.3, 0.0, 1.0, 8.0])
 def test_poly_dpo_at_zero_is_log_two_plus_half_alpha(alpha):
     loss, slope = head_at("poly_dpo", torch.zeros(1, dtype=torch.float64), alpha)
     assert loss.item() == pytest.approx(0.6931471805599453 + alpha / 2, rel=1e-15)

@@ -57,8 +57,7 @@ def test_logit_keeps_its_precision_for_low_precision_inputs(seed, pairs, element
     """Computed from the rounded inputs: the error comes from the float32 arithmetic alone."""
     pred, ref, target = batch((2 * pairs, elements), dtype, seed, closeness)
     _, metrics = reference.loss(pred, ref, target, beta=5000.0, return_metrics=True)
-    _, excess = reference.pair_errors(pred, ref, target)
-    logit = -2500.0 * (excess[0] - excess[1])
+    logit = reference.pair_errors(pred, ref, target).logit(5000.0)
     expected = oracle.poly_dpo(pred, ref, target)
     # 1e-5 of the logit, or of what cancels in it: the sum of the magnitudes of its terms.
     p, r, t = (oracle.wide(x) for x in (pred, ref, target))
@@ -76,8 +75,7 @@ def test_naive_bfloat16_formula_gets_the_sign_wrong_where_the_reference_does_not
     expected = np.sign(oracle.poly_dpo(pred, ref, target).logit.astype(float))
     m, r = (((x - target) ** 2).mean(dim=(1, 2, 3)) for x in (pred, ref))
     naive = -2500 * ((m[:32] - r[:32]) - (m[32:] - r[32:]))
-    _, excess = reference.pair_errors(pred, ref, target)
-    ours = -2500 * (excess[0] - excess[1])
+    ours = reference.pair_errors(pred, ref, target).logit(5000.0)
     assert np.mean(np.sign(naive.float().numpy()) != expected) > 0.2
     assert (np.sign(ours.numpy()) == expected).all()
 

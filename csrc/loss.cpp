@@ -1,0 +1,349 @@
+#include "loss.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "floats.hpp"
+#include "pool.hpp"
+#include "simd.hpp"
+
+namespace polydpo {
+namespace {
+
+// A sample is cut into splits of this many elements, whatever the batch and the number of threads: a pair's sums are
+// the same bit for bit in any company. Within a split, `lanes` accumulators take turns; they are emptied into doubles
+// every `chunk` elements, so that none adds more than chunk / lanes terms.
+constexpr std::int64_t split_size = 1 << 15;
+constexpr int chunk = 2048, lanes = 64;
+
+// Threads are not worth waking for less work than this, in elements of one tensor.
+constexpr std::int64_t elements_per_thread = 1 << 16;
+
+struct Sums {
+    double model = 0, excess = 0;
+};
+
+// Sums of one arm over n <= chunk elements; Real is what they are added up in.
+template <class Real, bool has_ref, class P, class R, class T>
+POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, Sums& sums) {
+    Real model[lanes] = {}, excess[lanes] = {};
+    int i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        for (int l = 0; l < lanes; ++l) {
+            const Real p = pred[i + l].get(), t = target[i + l].get(), d = p - t;
+            model[l] += d * d;
+            if (has_ref) {
+                const Real r = ref[i + l].get();
+                excess[l] += (p - r) * (d + (r - t));
+            }
+        }
+    }
+    for (int l = 0; i < n; ++i, ++l) {
+        const Real p = pred[i].get(), t = target[i].get(), d = p - t;
+        model[l] += d * d;
+        if (has_ref) {
+            const Real r = ref[i].get();
+            excess[l] += (p - r) * (d + (r - t));
+        }
+    }
+    for (int l = 0; l < lanes; ++l) {
+        sums.model += static_cast<double>(model[l]);
+        if (has_ref) sums.excess += static_cast<double>(excess[l]);
+    }
+}
+
+// Both arms of [begin, end), chunk by chunk, so that a target shared by them is read from memory once.
+template <class Real, bool has_ref, class P, class R, class T>
+POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& target, std::int64_t pair,
+                              std::int64_t begin, std::int64_t end, Sums& win, Sums& lose) {
+    const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
+    for (std::int64_t at = begin; at < end; at += chunk) {
+        const int n = static_cast<int>(std::min<std::int64_t>(chunk, end - at));
+        add_chunk<Real, has_ref>(static_cast<const P*>(pred.win) + p + at,
+                                 has_ref ? static_cast<const R*>(ref.win) + r + at : nullptr,
+                                 static_cast<const T*>(target.win) + t + at, n, win);
+        add_chunk<Real, has_ref>(static_cast<const P*>(pred.lose) + p + at,
+                                 has_ref ? static_cast<const R*>(ref.lose) + r + at : nullptr,
+                                 static_cast<const T*>(target.lose) + t + at, n, lose);
+    }
+}
+
+template <class Real, class P, class Q>
+POLYDPO_INLINE void scale_range(const P* pred, const Q* target, Real scale, std::int64_t n, P* __restrict grad) {
+    for (std::int64_t i = 0; i < n; ++i) {
+        grad[i] = P::set(scale * (static_cast<Real>(pred[i].get()) - static_cast<Real>(target[i].get())));
+    }
+}
+
+#define POLYDPO_RANGE                                                                                            \
+    const Arms &pred, const Arms &ref, const Arms &target, std::int64_t pair, std::int64_t begin, std::int64_t end, \
+        Sums &win, Sums &lose
+#define POLYDPO_ADD(name, real, has_ref, P, R, T)                                            \
+    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                \
+        add_range<real, has_ref, P, R, T>(pred, ref, target, pair, begin, end, win, lose);   \
+    }
+POLYDPO_ADD(add_bfloat16, float, true, Bfloat16, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_float16, float, true, Float16, Float16, Float16)
+POLYDPO_ADD(add_float32, float, true, Float32, Float32, Float32)
+POLYDPO_ADD(add_float64, double, true, Float64, Float64, Float64)
+POLYDPO_ADD(add_bfloat16_alone, float, false, Bfloat16, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_float16_alone, float, false, Float16, Float16, Float16)
+POLYDPO_ADD(add_float32_alone, float, false, Float32, Float32, Float32)
+POLYDPO_ADD(add_float64_alone, double, false, Float64, Float64, Float64)
+
+#define POLYDPO_SCALE(name, real, P)                                                                                \
+    POLYDPO_CLONES void name(const void* pred, const void* target, double scale, std::int64_t n, void* grad) {      \
+        scale_range<real>(static_cast<const P*>(pred), static_cast<const P*>(target), static_cast<real>(scale), n,  \
+                          static_cast<P*>(grad));                                                                   \
+    }
+POLYDPO_SCALE(scale_bfloat16, float, Bfloat16)
+POLYDPO_SCALE(scale_float16, float, Float16)
+POLYDPO_SCALE(scale_float32, float, Float32)
+POLYDPO_SCALE(scale_float64, double, Float64)
+
+// Any dtype to the one that is computed in, n <= chunk elements; masked ones become 0. The slow path: mixed dtypes
+// and masks go through it, a chunk at a time, in the first-level cache.
+template <class Wide>
+void widen(const void* from, Float dtype, std::int64_t at, int n, const std::uint8_t* mask,
+                                      Wide* to) {
+    const auto convert = [&](const auto* values) {
+        for (int i = 0; i < n; ++i) to[i] = Wide::set(values[at + i].get());
+    };
+    switch (dtype) {
+        case Float::bfloat16: convert(static_cast<const Bfloat16*>(from)); break;
+        case Float::float16: convert(static_cast<const Float16*>(from)); break;
+        case Float::float32: convert(static_cast<const Float32*>(from)); break;
+        case Float::float64:
+            for (int i = 0; i < n; ++i) {
+                to[i].value = static_cast<decltype(to[i].value)>(static_cast<const Float64*>(from)[at + i].value);
+            }
+            break;
+    }
+    if (mask) {
+        for (int i = 0; i < n; ++i) {
+            if (!mask[i]) to[i].value = 0;
+        }
+    }
+}
+
+std::size_t size_of(Float dtype) { return dtype == Float::float64 ? 8 : dtype == Float::float32 ? 4 : 2; }
+
+template <class Wide>
+Arms widened(const Arms& arms, std::int64_t pair, std::int64_t at, int n, const std::uint8_t* mask, Wide* buffer) {
+    const std::int64_t from = pair * arms.stride + at;
+    widen(arms.win, arms.dtype, from, n, mask, buffer);
+    widen(arms.lose, arms.dtype, from, n, mask, buffer + chunk);
+    return {buffer, buffer + chunk, sizeof(Wide) == 8 ? Float::float64 : Float::float32, 0};
+}
+
+template <class Wide>
+void add_mixed(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
+               double& elements) {
+    constexpr bool wide = sizeof(Wide) == 8;
+    Wide pred[2 * chunk], ref[2 * chunk], target[2 * chunk];
+    for (std::int64_t at = begin; at < end; at += chunk) {
+        const int n = static_cast<int>(std::min<std::int64_t>(chunk, end - at));
+        const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr;
+        if (mask) elements += static_cast<double>(std::count_if(mask, mask + n, [](std::uint8_t m) { return m != 0; }));
+        const Arms p = widened(batch.pred, pair, at, n, mask, pred);
+        const Arms t = widened(batch.target, pair, at, n, mask, target);
+        if (batch.ref.win) {
+            const Arms r = widened(batch.ref, pair, at, n, mask, ref);
+            (wide ? add_float64 : add_float32)(p, r, t, 0, 0, n, win, lose);
+        } else {
+            (wide ? add_float64_alone : add_float32_alone)(p, p, t, 0, 0, n, win, lose);
+        }
+    }
+}
+
+void add_split(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
+               double& elements) {
+    const Float dtype = batch.pred.dtype;
+    const bool has_ref = batch.ref.win != nullptr;
+    if (batch.mask || batch.target.dtype != dtype || (has_ref && batch.ref.dtype != dtype)) {
+        return batch.accumulate_in_double ? add_mixed<Float64>(batch, pair, begin, end, win, lose, elements)
+                                          : add_mixed<Float32>(batch, pair, begin, end, win, lose, elements);
+    }
+    using Add = void (*)(POLYDPO_RANGE);
+    static constexpr Add adds[4][2] = {{add_bfloat16_alone, add_bfloat16},
+                                       {add_float16_alone, add_float16},
+                                       {add_float32_alone, add_float32},
+                                       {add_float64_alone, add_float64}};
+    adds[static_cast<int>(dtype)][has_ref](batch.pred, batch.ref, batch.target, pair, begin, end, win, lose);
+}
+
+// grad = scale (pred - target) for one arm of a split.
+template <class Wide>
+void scale_mixed(const Batch& batch, const void* pred_arm, const void* target_arm, std::int64_t pair,
+                 std::int64_t begin, std::int64_t end, double scale, char* grad) {
+    Wide pred[chunk], target[chunk];
+    const std::size_t size = size_of(batch.pred.dtype);
+    for (std::int64_t at = begin; at < end; at += chunk, grad += chunk * size) {
+        const int n = static_cast<int>(std::min<std::int64_t>(chunk, end - at));
+        const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr;
+        widen(pred_arm, batch.pred.dtype, pair * batch.pred.stride + at, n, mask, pred);
+        widen(target_arm, batch.target.dtype, pair * batch.target.stride + at, n, mask, target);
+        (sizeof(Wide) == 8 ? scale_float64 : scale_float32)(pred, target, scale, n, pred);
+        for (int i = 0; i < n; ++i) {
+            // Masked elements get no gradient even where the scale is NaN.
+            const auto value = mask && !mask[i] ? 0 : pred[i].value;
+            switch (batch.pred.dtype) {
+                case Float::bfloat16: reinterpret_cast<Bfloat16*>(grad)[i] = Bfloat16::set(static_cast<float>(value)); break;
+                case Float::float16: reinterpret_cast<Float16*>(grad)[i] = Float16::set(static_cast<float>(value)); break;
+                case Float::float32: reinterpret_cast<Float32*>(grad)[i].value = static_cast<float>(value); break;
+                case Float::float64: reinterpret_cast<Float64*>(grad)[i].value = static_cast<double>(value); break;
+            }
+        }
+    }
+}
+
+void scale_split(const Batch& batch, const void* pred, const void* target, std::int64_t pair, std::int64_t begin,
+                 std::int64_t end, double scale, char* grad) {
+    const Float dtype = batch.pred.dtype;
+    if (batch.mask || batch.target.dtype != dtype) {
+        return batch.accumulate_in_double ? scale_mixed<Float64>(batch, pred, target, pair, begin, end, scale, grad)
+                                          : scale_mixed<Float32>(batch, pred, target, pair, begin, end, scale, grad);
+    }
+    static constexpr decltype(&scale_bfloat16) scales[4] = {scale_bfloat16, scale_float16, scale_float32,
+                                                            scale_float64};
+    const std::size_t size = size_of(dtype);
+    const auto from = [&](const void* arm, std::int64_t stride) {
+        return static_cast<const char*>(arm) + static_cast<std::size_t>(pair * stride + begin) * size;
+    };
+    scales[static_cast<int>(dtype)](from(pred, batch.pred.stride), from(target, batch.target.stride), scale,
+                                    end - begin, grad);
+}
+
+int threads_for(const Batch& batch) {
+    const std::int64_t useful = 2 * batch.pairs * batch.numel / elements_per_thread;
+    return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(batch.threads, useful)));
+}
+
+// Calls body(pair, begin, end, split) for every split of every pair, on the pool.
+template <class Body>
+void for_each_split(const Batch& batch, std::int64_t splits, Body body) {
+    parallel_for(static_cast<std::size_t>(batch.pairs * splits), threads_for(batch), [&](std::size_t index) {
+        const std::int64_t pair = static_cast<std::int64_t>(index) / splits;
+        const std::int64_t split = static_cast<std::int64_t>(index) % splits;
+        const std::int64_t begin = split * split_size;
+        body(pair, begin, std::min(begin + split_size, batch.numel), split);
+    });
+}
+
+std::int64_t splits_of(const Batch& batch) { return (batch.numel + split_size - 1) / split_size; }
+
+void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair, double* coefficients) {
+    const double model_w = pair[2], excess_w = pair[4], excess_l = pair[5], size = pair[6];
+    HeadInputs in;
+    in.beta = o.beta ? o.beta[i] : o.beta_value;
+    std::copy(o.alphas, o.alphas + 4, in.alpha);
+    if (o.alpha) in.alpha[0] = o.alpha[i];
+    const double weight = o.weight ? o.weight[i] : 1.0;
+    double logit = -0.5 * in.beta * (excess_w - excess_l);
+    // An infinite error is no evidence of a preference.
+    if (std::isinf(logit)) logit = std::numeric_limits<double>::quiet_NaN();
+    in.z = logit - o.margin;
+    // Stable sigmoid and softplus of z and -z from e = exp(-|z|) <= 1.
+    const double e = std::exp(-std::abs(in.z)), log1p = std::log1p(e);
+    const bool positive = in.z >= 0;
+    in.p = (positive ? 1.0 : e) / (1.0 + e);
+    in.q = (positive ? e : 1.0) / (1.0 + e);
+    in.nlp = positive ? log1p : log1p - in.z;
+    in.nlq = positive ? log1p + in.z : log1p;
+    const LossAndSlope kept = (*o.head)(in);
+    in.z = -in.z;
+    std::swap(in.p, in.q);
+    std::swap(in.nlp, in.nlq);
+    const LossAndSlope flipped = (*o.head)(in);
+    const double slope = o.keep * kept.slope - o.flip * flipped.slope;
+    pair[0] = weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w);
+    pair[1] = logit;
+    // dL/dpred_w = slope dz/dm_w dm_w/dpred = slope (-beta/2) (2/D) (pred - target), the loser's with +.
+    coefficients[0] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
+    coefficients[1] = scale * weight / size * slope * in.beta;
+}
+
+void finish_batch(const Objective& o, std::int64_t count, const double* pairs, double* total, double* metrics) {
+    double sum = 0;
+    std::fill(metrics, metrics + 12, 0.0);
+    for (std::int64_t i = 0; i < count; ++i, pairs += 7) {
+        const double z = pairs[1], m_w = pairs[2], m_l = pairs[3], e_w = pairs[4], e_l = pairs[5];
+        const double half_beta = 0.5 * (o.beta ? o.beta[i] : o.beta_value), e = std::exp(-std::abs(z));
+        sum += pairs[0];
+        const double values[12] = {z > 0 ? 1.0 : z == 0 ? 0.5 : 0.0,
+                                   -half_beta * e_w,
+                                   -half_beta * e_l,
+                                   -half_beta * (e_w - e_l),
+                                   z,
+                                   (z >= 0 ? 1.0 : e) / (1.0 + e),
+                                   m_w,
+                                   m_l,
+                                   m_w - e_w,
+                                   m_l - e_l,
+                                   std::abs(z) > 10 ? 1.0 : 0.0,
+                                   z > 0 && e_w > 0 ? 1.0 : 0.0};
+        for (int k = 0; k < 12; ++k) metrics[k] += values[k];
+    }
+    for (int k = 0; k < 12; ++k) metrics[k] /= static_cast<double>(count);
+    *total = o.reduction == Objective::mean ? sum / static_cast<double>(count) : sum;
+}
+
+}  // namespace
+
+void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* coefficients, double* total,
+               double* metrics) {
+    const std::int64_t splits = splits_of(batch);
+    struct Slot {
+        Sums win, lose;
+        double elements = 0;
+    };
+    std::vector<Slot> slots(static_cast<std::size_t>(batch.pairs * splits));
+    for_each_split(batch, splits, [&](std::int64_t pair, std::int64_t begin, std::int64_t end, std::int64_t split) {
+        Slot& slot = slots[static_cast<std::size_t>(pair * splits + split)];
+        add_split(batch, pair, begin, end, slot.win, slot.lose, slot.elements);
+    });
+    const double scale = objective.reduction == Objective::mean ? 1.0 / static_cast<double>(batch.pairs) : 1.0;
+    for (std::int64_t i = 0; i < batch.pairs; ++i) {
+        Slot sum;
+        for (std::int64_t s = 0; s < splits; ++s) {
+            const Slot& slot = slots[static_cast<std::size_t>(i * splits + s)];
+            sum.win.model += slot.win.model;
+            sum.win.excess += slot.win.excess;
+            sum.lose.model += slot.lose.model;
+            sum.lose.excess += slot.lose.excess;
+            sum.elements += slot.elements;
+        }
+        double* pair = pairs + 7 * i;
+        const double size = batch.mask ? sum.elements : static_cast<double>(batch.numel);
+        pair[2] = sum.win.model / size;
+        pair[3] = sum.lose.model / size;
+        if (batch.ref.win) {
+            pair[4] = sum.win.excess / size;
+            pair[5] = sum.lose.excess / size;
+        } else {
+            pair[4] = pair[2] - (objective.ref_error_win ? objective.ref_error_win[i] : 0.0);
+            pair[5] = pair[3] - (objective.ref_error_lose ? objective.ref_error_lose[i] : 0.0);
+        }
+        pair[6] = size;
+        if (objective.head) finish_pair(objective, i, scale, pair, coefficients + 2 * i);
+    }
+    if (objective.head) finish_batch(objective, batch.pairs, pairs, total, metrics);
+}
+
+void pair_gradient(const Batch& batch, const double* coefficients, const double* grad_loss,
+                   std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride) {
+    const std::size_t size = size_of(batch.pred.dtype);
+    for_each_split(batch, splits_of(batch),
+                   [&](std::int64_t pair, std::int64_t begin, std::int64_t end, std::int64_t) {
+                       const double upstream = grad_loss[pair * grad_loss_stride];
+                       const std::size_t to = static_cast<std::size_t>(pair * grad_stride + begin) * size;
+                       scale_split(batch, batch.pred.win, batch.target.win, pair, begin, end,
+                                   upstream * coefficients[2 * pair], static_cast<char*>(grad_win) + to);
+                       scale_split(batch, batch.pred.lose, batch.target.lose, pair, begin, end,
+                                   upstream * coefficients[2 * pair + 1], static_cast<char*>(grad_lose) + to);
+                   });
+}
+
+}  // namespace polydpo

@@ -1,0 +1,48 @@
+// The preference losses on the CPU: the same two passes as the GPU kernels (kernels/pair_loss.py).
+#pragma once
+
+#include <cstdint>
+
+#include "head.hpp"
+
+namespace polydpo {
+
+enum class Float : int { bfloat16 = 0, float16 = 1, float32 = 2, float64 = 3 };
+
+// One input of a batch of pairs: where each arm begins, its dtype, and the distance from one pair to the next in
+// elements. Within a sample the elements are dense, in one order common to all tensors of a call.
+struct Arms {
+    const void* win;
+    const void* lose;
+    Float dtype;
+    std::int64_t stride;
+};
+
+struct Batch {
+    std::int64_t pairs, numel;  // numel: elements per sample
+    Arms pred, ref, target;     // ref.win is null where there is no reference prediction
+    const std::uint8_t* mask;   // 1 where an element counts; null: everywhere
+    std::int64_t mask_stride;   // 0: one for all pairs
+    bool accumulate_in_double;  // float64 arithmetic: where an input is float64
+    int threads;
+};
+
+struct Objective {
+    const Head* head;  // null: errors only
+    const double *ref_error_win, *ref_error_lose;  // (B,), or null
+    const double *beta, *alpha, *weight;           // (B,) each, or null: then the values below hold
+    double beta_value, alphas[4], keep, flip, margin, sft_weight;
+    enum { mean, sum, none } reduction;
+};
+
+// Per pair, 7 doubles: loss, z, m_w, m_l, excess_w, excess_l, elements. Two gradient coefficients per pair. `total` is
+// the reduced loss; `metrics` are in the order of polydpo_fast/metrics.py.
+void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* coefficients, double* total,
+               double* metrics);
+
+// grad = grad_loss * coefficient * (pred - target), of pred's dtype, 0 where masked. grad_loss_stride is 0 for one
+// value for all pairs. batch.ref is not used.
+void pair_gradient(const Batch& batch, const double* coefficients, const double* grad_loss,
+                   std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride);
+
+}  // namespace polydpo

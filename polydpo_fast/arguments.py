@@ -1,0 +1,279 @@
+"""The arguments of the losses: every check, in one place, before anything is computed; and their canonical form."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .objectives import MAX_ALPHAS, OBJECTIVES
+
+__all__ = ["Arms", "Head", "Inputs", "check_head", "check_inputs"]
+
+Arms = Tensor | Sequence[Tensor]
+"""Both arms of a batch: a (2B, ...) tensor, or a tuple (win, lose) of (B, ...)."""
+
+REDUCTIONS = ("mean", "sum", "none")
+LAYOUTS = ("halves", "interleaved")
+_LARGEST = sys.float_info.max
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Inputs(NamedTuple):
+    """The tensors that the errors are computed from. Lists hold one tensor of both arms, or one for each."""
+
+    pred: list[Tensor]
+    ref: list[Tensor] | None
+    target: list[Tensor]  # one of (B, ...) is shared by the arms
+    ref_error: Tensor | None  # (2, B)
+    mask: Tensor | None  # (1 or B, ...), bool, expanded to the shape of a sample
+    pairs: int
+
+
+class Head(NamedTuple):
+    """What the objective needs. Tensors are (B,) and take the place of the parameter of that name."""
+
+    beta: Tensor | None
+    alpha: Tensor | None
+    weight: Tensor | None
+    parameters: list[float]  # beta, four alphas, keep, flip, margin, sft_weight
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+def check_inputs(
+    model_pred: Arms,
+    ref_pred: Arms | None,
+    target: Arms,
+    *,
+    reference_free: bool,
+    ref_error: Arms | None,
+    mask: Tensor | None,
+    layout: str,
+) -> Inputs:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected {_one_of(LAYOUTS)}")
+    pred = _tensors("model_pred", model_pred)
+    shape, device = pred[0].shape, pred[0].device
+    if len(shape) < 2:
+        raise ValueError(f"model_pred has shape {tuple(shape)}; expected (2B, ...) with at least 2 dimensions")
+    both = len(pred) == 1
+    if both and shape[0] % 2:
+        raise ValueError(
+            f"model_pred has {shape[0]} rows (shape {tuple(shape)}); expected an even number, "
+            f"a winner and a loser of each pair"
+        )
+    pairs = shape[0] // 2 if both else shape[0]
+    sample = shape[1:]
+    if pairs == 0 or 0 in sample:
+        raise ValueError(f"model_pred has shape {tuple(shape)}; expected at least one pair and one element")
+    if not both and pred[1].shape != shape:
+        raise ValueError(f"model_pred[1] has shape {tuple(pred[1].shape)}; expected {tuple(shape)} like model_pred[0]")
+    if not both and pred[1].dtype != pred[0].dtype:
+        raise TypeError(f"model_pred[1] has dtype {pred[1].dtype}; expected {pred[0].dtype} like model_pred[0]")
+    _on_device("model_pred", pred, device)
+
+    if not isinstance(reference_free, bool):
+        raise TypeError(f"reference_free is {_show(reference_free)}; expected True or False")
+    given = sum((reference_free, ref_pred is not None, ref_error is not None))
+    ref: list[Tensor] | None = None
+    if ref_pred is not None:
+        ref = _tensors("ref_pred", ref_pred)
+        _on_device("ref_pred", ref, device)
+        _same_rows("ref_pred", ref, pairs, sample)
+    if given != 1:
+        raise ValueError(
+            f"ref_pred is {'given' if ref_pred is not None else 'None'}, ref_error is "
+            f"{'given' if ref_error is not None else 'None'} and reference_free is {reference_free}; "
+            "expected exactly one of the three"
+        )
+
+    tgt = _tensors("target", target)
+    _on_device("target", tgt, device)
+    if not (len(tgt) == 1 and tgt[0].shape[0] == pairs and tgt[0].shape[1:] == sample):
+        _same_rows("target", tgt, pairs, sample, or_shared=True)
+    return Inputs(
+        pred,
+        ref,
+        tgt,
+        None if ref_error is None else _check_ref_error(ref_error, pairs, device, layout),
+        None if mask is None else _check_mask(mask, pairs, sample, device),
+        pairs,
+    )
+
+
+def _tensors(name: str, x: Arms) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        tensors = [x]
+    elif isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(arm, Tensor) for arm in x):
+        tensors = list(x)
+    else:
+        raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor or a tuple (win, lose) of two")
+    for index, tensor in enumerate(tensors):
+        place = name if len(tensors) == 1 else f"{name}[{index}]"
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{place} has layout {tensor.layout}; expected a dense tensor (torch.strided)")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
+    if len(tensors) == 2 and tensors[1].dtype != tensors[0].dtype:
+        raise TypeError(f"{name}[1] has dtype {tensors[1].dtype}; expected {tensors[0].dtype} like {name}[0]")
+    return tensors
+
+
+def _on_device(name: str, tensors: list[Tensor], device: torch.device) -> None:
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {device} like model_pred")
+
+
+def _same_rows(name: str, tensors: list[Tensor], pairs: int, sample: torch.Size, *, or_shared: bool = False) -> None:
+    rows = 2 * pairs if len(tensors) == 1 else pairs
+    for index, tensor in enumerate(tensors):
+        if tensor.dim() != len(sample) + 1 or tensor.shape[0] != rows or tensor.shape[1:] != sample:
+            place = name if len(tensors) == 1 else f"{name}[{index}]"
+            shared = f", or {(pairs, *sample)} when both arms share it" if or_shared and len(tensors) == 1 else ""
+            raise ValueError(
+                f"{place} has shape {tuple(tensor.shape)}; expected {(rows, *sample)} like model_pred{shared}"
+            )
+
+
+def _check_ref_error(ref_error: Arms, pairs: int, device: torch.device, layout: str) -> Tensor:
+    errors = _tensors("ref_error", ref_error)
+    _on_device("ref_error", errors, device)
+    rows = 2 * pairs if len(errors) == 1 else pairs
+    for index, error in enumerate(errors):
+        if tuple(error.shape) != (rows,):
+            place = "ref_error" if len(errors) == 1 else f"ref_error[{index}]"
+            raise ValueError(f"{place} has shape {tuple(error.shape)}; expected {(rows,)}")
+    if len(errors) == 2:
+        return torch.stack(errors).detach()
+    if layout == "interleaved":
+        return errors[0].detach().view(pairs, 2).t()
+    return errors[0].detach().view(2, pairs)
+
+
+def _check_mask(mask: Tensor, pairs: int, sample: torch.Size, device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is {_show(mask)}; expected a torch.Tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool, True where an element counts")
+    if mask.device != device:
+        raise ValueError(f"mask is on {mask.device}; expected {device} like model_pred")
+    per_pair = mask.dim() == len(sample) + 1
+    rows = mask.shape[0] if per_pair else 1
+    inner = mask.shape[1:] if per_pair else mask.shape
+    fits = len(inner) <= len(sample) and all(
+        n in (1, m) for n, m in zip(reversed(inner), reversed(sample), strict=False)
+    )
+    if not fits or rows not in (1, pairs):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; expected one that broadcasts to a sample, {tuple(sample)}, "
+            f"or to one for each pair, {(pairs, *sample)}"
+        )
+    return mask.expand(rows, *sample)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def check_head(
+    beta: float | Tensor,
+    alpha: float | Tensor | Sequence[float],
+    objective: str,
+    label_smoothing: float,
+    margin: float,
+    sft_weight: float,
+    pair_weight: Tensor | None,
+    reduction: str,
+    inputs: Inputs,
+) -> Head:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}; expected {_one_of(OBJECTIVES)}")
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; expected {_one_of(REDUCTIONS)}")
+    beta_tensor = alpha_tensor = weight_tensor = None
+    beta_value = 0.0
+    if isinstance(beta, Tensor):
+        beta_tensor = _per_pair("beta", beta, inputs)
+    else:
+        beta_value = _number("beta", beta)
+        if beta_value <= 0:
+            raise ValueError(f"beta is {beta}; expected a finite number > 0")
+    alphas = [0.0]
+    if isinstance(alpha, Tensor):
+        alpha_tensor = _per_pair("alpha", alpha, inputs)
+    elif isinstance(alpha, (tuple, list)):
+        if not 1 <= len(alpha) <= MAX_ALPHAS:
+            raise ValueError(f"alpha has {len(alpha)} coefficients; expected 1 to {MAX_ALPHAS}")
+        alphas = [_number(f"alpha[{i}]", a) for i, a in enumerate(alpha)]
+    else:
+        alphas = [_number("alpha", alpha)]  # type: ignore[arg-type]  # checked there
+        if alphas[0] < -1 and not torch.compiler.is_compiling():
+            _warn_not_monotone()
+    if not OBJECTIVES[objective].takes_alpha and (alpha_tensor is not None or any(alphas)):
+        raise ValueError(f"alpha is {_show(alpha)}; expected 0 for objective {objective!r}, which does not use it")
+    smoothing = _number("label_smoothing", label_smoothing)
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number from 0 to below 0.5")
+    sft = _number("sft_weight", sft_weight)
+    if sft < 0:
+        raise ValueError(f"sft_weight is {sft_weight}; expected a number >= 0")
+    if pair_weight is not None:
+        if not isinstance(pair_weight, Tensor):
+            raise TypeError(f"pair_weight is {_show(pair_weight)}; expected a torch.Tensor")
+        weight_tensor = _per_pair("pair_weight", pair_weight, inputs)
+    keep, flip = OBJECTIVES[objective].smoothing(smoothing)
+    alphas += [0.0] * (MAX_ALPHAS - len(alphas))
+    return Head(
+        beta_tensor,
+        alpha_tensor,
+        weight_tensor,
+        [beta_value, *alphas, keep, flip, _number("margin", margin), sft],
+    )
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {_show(value)}; expected a number")
+    # Not math.isfinite: torch.compile makes the number symbolic when it changes from call to call.
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name} is {value}; expected a finite number{' > 0' if name == 'beta' else ''}")
+    return float(value)
+
+
+def _per_pair(name: str, value: Tensor, inputs: Inputs) -> Tensor:
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected float64, float32, bfloat16 or float16")
+    if tuple(value.shape) != (inputs.pairs,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(inputs.pairs,)}, one value per pair")
+    if value.device != inputs.pred[0].device:
+        raise ValueError(f"{name} is on {value.device}; expected {inputs.pred[0].device} like model_pred")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires a gradient; expected a constant (detach it, or use pair_errors)")
+    return value
+
+
+@cache  # once per process, whatever the warning filters say
+def _warn_not_monotone() -> None:
+    warnings.warn(
+        "alpha < -1: the loss is not monotone in the logit, pairs with p > -1/alpha are pushed the wrong way",
+        stacklevel=4,
+    )
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(map(repr, names))
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a Tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return f"{value!r} ({type(value).__name__})"
+    return f"a {type(value).__name__}"
