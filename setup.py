@@ -27,7 +27,7 @@ def pkg_config(library: str) -> tuple[list[str], list[str]]:
 
 
 # No contraction to FMA: decoded bytes are the same on every processor (csrc/simd.hpp).
-compile_args = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+compile_args = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 link_args = ["-pthread"]
 for library in PACKAGES:
     cflags, libs = pkg_config(library)

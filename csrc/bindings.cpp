@@ -16,6 +16,7 @@
 
 #include "decode.hpp"
 #include "loss.hpp"
+#include "pool.hpp"
 #include "simd.hpp"
 
 namespace py = pybind11;
@@ -118,11 +119,11 @@ polydpo::Head make_head(const std::vector<std::tuple<int, int, int, double>>& pr
 }
 
 // The caller vouches for all addresses. tensors: ref_error (2, B), beta, alpha, weight (B,) as float64, or 0.
-// out: loss, coefficients, metrics, pairs; loss and metrics are float64 if the batch is computed in it, else float32.
+// out: loss, metrics, pairs; loss and metrics are float64 if the batch is computed in it, else float32.
 void pair_loss(const Address& pred, const Address& ref, const Address& target, const std::array<std::int64_t, 2>& mask,
                const std::array<std::int64_t, 4>& sizes, const polydpo::Head* head,
                const std::array<std::int64_t, 4>& tensors, const std::array<double, 9>& parameters, int reduction,
-               const std::array<std::int64_t, 4>& out) {
+               const std::array<std::int64_t, 3>& out) {
     const polydpo::Batch batch = batch_of(pred, ref, target, mask, sizes);
     const auto doubles = [&](int i) { return reinterpret_cast<const double*>(tensors[i]); };
     polydpo::Objective objective{};
@@ -139,35 +140,36 @@ void pair_loss(const Address& pred, const Address& ref, const Address& target, c
     objective.margin = parameters[7];
     objective.sft_weight = parameters[8];
     objective.reduction = static_cast<decltype(objective.reduction)>(reduction);
-    auto* pairs = reinterpret_cast<double*>(out[3]);
+    auto* pairs = reinterpret_cast<double*>(out[2]);
     double total = 0, metrics[12];
 
     py::gil_scoped_release release;
-    polydpo::pair_loss(batch, objective, pairs, reinterpret_cast<double*>(out[1]), &total, metrics);
+    polydpo::pair_loss(batch, objective, pairs, &total, metrics);
     if (head == nullptr) return;
     const auto store = [&](auto* loss, auto* metric) {
         using Value = std::remove_pointer_t<decltype(loss)>;
         if (objective.reduction == polydpo::Objective::none) {
-            for (std::int64_t i = 0; i < batch.pairs; ++i) loss[i] = static_cast<Value>(pairs[7 * i]);
+            for (std::int64_t i = 0; i < batch.pairs; ++i) loss[i] = static_cast<Value>(pairs[polydpo::pair_columns * i]);
         } else {
             *loss = static_cast<Value>(total);
         }
         for (int k = 0; k < 12; ++k) metric[k] = static_cast<Value>(metrics[k]);
     };
     if (batch.accumulate_in_double) {
-        store(reinterpret_cast<double*>(out[0]), reinterpret_cast<double*>(out[2]));
+        store(reinterpret_cast<double*>(out[0]), reinterpret_cast<double*>(out[1]));
     } else {
-        store(reinterpret_cast<float*>(out[0]), reinterpret_cast<float*>(out[2]));
+        store(reinterpret_cast<float*>(out[0]), reinterpret_cast<float*>(out[1]));
     }
 }
 
 void pair_gradient(const Address& pred, const Address& target, const std::array<std::int64_t, 2>& mask,
-                   const std::array<std::int64_t, 4>& sizes, std::uintptr_t coefficients, std::uintptr_t grad_loss,
-                   std::int64_t grad_loss_stride, const Address& grad) {
+                   const std::array<std::int64_t, 4>& sizes, const std::array<std::int64_t, 2>& coefficients,
+                   const std::array<std::int64_t, 3>& grad_loss, const Address& grad) {
+    // coefficients: address, stride; grad_loss: address, whether float64 (else float32), stride.
     const polydpo::Batch batch = batch_of(pred, {}, target, mask, sizes);
     py::gil_scoped_release release;
-    polydpo::pair_gradient(batch, reinterpret_cast<const double*>(coefficients),
-                           reinterpret_cast<const double*>(grad_loss), grad_loss_stride,
+    polydpo::pair_gradient(batch, reinterpret_cast<const double*>(coefficients[0]), coefficients[1],
+                           reinterpret_cast<const void*>(grad_loss[0]), grad_loss[1] != 0, grad_loss[2],
                            reinterpret_cast<void*>(grad[0]), reinterpret_cast<void*>(grad[1]), grad[3]);
 }
 
@@ -193,6 +195,7 @@ PYBIND11_MODULE(_C, module) {
                py::arg("dtype"), py::arg("height"), py::arg("width"), py::arg("cover"), py::arg("strict"),
                py::arg("max_pixels"), py::arg("max_bytes"), py::arg("max_scans"), py::arg("threads"));
     py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
+    module.def("set_team", [](std::uintptr_t entry) { polydpo::set_team(reinterpret_cast<polydpo::GompParallel>(entry)); });
     module.def("pair_loss", &pair_loss);
     module.def("pair_gradient", &pair_gradient);
     module.def("build_info", &build_info);

@@ -67,4 +67,84 @@ struct Float64 {
     static POLYDPO_INLINE Float64 set(double value) { return {value}; }
 };
 
+// 64 bytes of numbers as one value; narrower machines split it.
+typedef float Floats __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef std::uint32_t Words __attribute__((vector_size(64)));
+
+template <class To, class From>
+POLYDPO_INLINE To reinterpret(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// get and set of the types above for a block of numbers at a time: two vectors, of which the first holds the even and
+// the second the odd elements for 16-bit types. That takes one shift or mask each, where widening in order takes three
+// instructions; for what is done element by element or summed up, the order is nothing.
+template <class Vector>
+struct Block {
+    static constexpr int size = 2 * sizeof(Vector) / sizeof(Vector{}[0]);
+    Vector even, odd;
+};
+
+template <class Block, class T>
+POLYDPO_INLINE Block load_in_order(const T* from) {
+    Block block;
+    std::memcpy(&block, from, sizeof block);
+    return block;
+}
+
+POLYDPO_INLINE Block<Floats> load(const Float32* from) { return load_in_order<Block<Floats>>(from); }
+
+POLYDPO_INLINE Block<Doubles> load(const Float64* from) { return load_in_order<Block<Doubles>>(from); }
+
+POLYDPO_INLINE Block<Floats> load(const Bfloat16* from) {
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return {reinterpret<Floats>(pairs << 16), reinterpret<Floats>(pairs & 0xffff0000)};
+}
+
+POLYDPO_INLINE Floats widen_halves(Words bits) {
+    const Words magnitude = (bits & 0x7fff) << 13;
+    const Words finite = reinterpret<Words>(reinterpret<Floats>(magnitude) * 0x1p112f);
+    return reinterpret<Floats>((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite) | (bits & 0x8000) << 16);
+}
+
+POLYDPO_INLINE Block<Floats> load(const Float16* from) {
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return {widen_halves(pairs & 0xffff), widen_halves(pairs >> 16)};
+}
+
+POLYDPO_INLINE void store(Float32* to, const Block<Floats>& block) { std::memcpy(to, &block, sizeof block); }
+
+POLYDPO_INLINE void store(Float64* to, const Block<Doubles>& block) { std::memcpy(to, &block, sizeof block); }
+
+POLYDPO_INLINE Words narrow_to_bfloat16(Floats values) {  // in the high half
+    const Words b = reinterpret<Words>(values);
+    return (b & 0x7fffffff) > 0x7f800000 ? b | 0x400000 : b + 0x7fff + (b >> 16 & 1);
+}
+
+POLYDPO_INLINE void store(Bfloat16* to, const Block<Floats>& block) {
+    const Words pairs = narrow_to_bfloat16(block.even) >> 16 | (narrow_to_bfloat16(block.odd) & 0xffff0000);
+    std::memcpy(to, &pairs, sizeof pairs);
+}
+
+POLYDPO_INLINE Words narrow_to_float16(Floats values) {
+    const Words b = reinterpret<Words>(values), sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
+    const Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    const Words subnormal = reinterpret<Words>(reinterpret<Floats>(magnitude) + 0.5f) - 0x3f000000;
+    Words half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? Words{} + 0x7c00 : half;
+    half = magnitude > 0x7f800000 ? Words{} + 0x7e00 : half;
+    return sign | half;
+}
+
+POLYDPO_INLINE void store(Float16* to, const Block<Floats>& block) {
+    const Words pairs = narrow_to_float16(block.even) | narrow_to_float16(block.odd) << 16;
+    std::memcpy(to, &pairs, sizeof pairs);
+}
+
 }  // namespace polydpo

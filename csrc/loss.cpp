@@ -1,8 +1,11 @@
 #include "loss.hpp"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "floats.hpp"
@@ -13,10 +16,10 @@ namespace polydpo {
 namespace {
 
 // A sample is cut into splits of this many elements, whatever the batch and the number of threads: a pair's sums are
-// the same bit for bit in any company. Within a split, `lanes` accumulators take turns; they are emptied into doubles
-// every `chunk` elements, so that none adds more than chunk / lanes terms.
+// the same bit for bit in any company. Within a split, 32 float32 accumulators take turns; they are emptied into
+// doubles every `chunk` elements, so that none adds more than 64 terms.
 constexpr std::int64_t split_size = 1 << 15;
-constexpr int chunk = 2048, lanes = 64;
+constexpr int chunk = 2048;
 
 // Threads are not worth waking for less work than this, in elements of one tensor.
 constexpr std::int64_t elements_per_thread = 1 << 16;
@@ -25,83 +28,115 @@ struct Sums {
     double model = 0, excess = 0;
 };
 
-// Sums of one arm over n <= chunk elements; Real is what they are added up in.
-template <class Real, bool has_ref, class P, class R, class T>
+// The hardware's prefetchers stop at the end of a page; three streams in turns have many ends.
+POLYDPO_INLINE void prefetch(const void* at) {
+    constexpr std::ptrdiff_t ahead = 1024;
+    __builtin_prefetch(static_cast<const char*>(at) + ahead);
+    __builtin_prefetch(static_cast<const char*>(at) + ahead + 64);
+}
+
+// Sums of one arm over n <= chunk elements. Vector is what they are added up in.
+template <class Vector, bool has_ref, class P, class R, class T>
 POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, Sums& sums) {
-    Real model[lanes] = {}, excess[lanes] = {};
-    int i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        for (int l = 0; l < lanes; ++l) {
-            const Real p = pred[i + l].get(), t = target[i + l].get(), d = p - t;
-            model[l] += d * d;
-            if (has_ref) {
-                const Real r = ref[i + l].get();
-                excess[l] += (p - r) * (d + (r - t));
-            }
-        }
-    }
-    for (int l = 0; i < n; ++i, ++l) {
-        const Real p = pred[i].get(), t = target[i].get(), d = p - t;
-        model[l] += d * d;
+    constexpr int size = Block<Vector>::size;
+    Vector model[2] = {}, excess[2] = {};
+    const auto add = [&](const P* pred, const R* ref, const T* target) __attribute__((always_inline)) {
+        const Block<Vector> p = load(pred), t = load(target);
+        const Vector even = p.even - t.even, odd = p.odd - t.odd;
+        model[0] += even * even;
+        model[1] += odd * odd;
         if (has_ref) {
-            const Real r = ref[i].get();
-            excess[l] += (p - r) * (d + (r - t));
+            const Block<Vector> r = load(ref);
+            excess[0] += (p.even - r.even) * (even + (r.even - t.even));
+            excess[1] += (p.odd - r.odd) * (odd + (r.odd - t.odd));
         }
+    };
+    int i = 0;
+    for (; i + size <= n; i += size) {
+        prefetch(pred + i);
+        if (has_ref) prefetch(ref + i);
+        prefetch(target + i);
+        add(pred + i, ref + i, target + i);
     }
-    for (int l = 0; l < lanes; ++l) {
-        sums.model += static_cast<double>(model[l]);
-        if (has_ref) sums.excess += static_cast<double>(excess[l]);
+    if (i < n) {  // zeros add nothing
+        P last_pred[size] = {};
+        R last_ref[size] = {};
+        T last_target[size] = {};
+        std::copy(pred + i, pred + n, last_pred);
+        std::copy(target + i, target + n, last_target);
+        if (has_ref) std::copy(ref + i, ref + n, last_ref);
+        add(last_pred, last_ref, last_target);
+    }
+    for (int l = 0; l < size / 2; ++l) {
+        sums.model += static_cast<double>(model[0][l]) + static_cast<double>(model[1][l]);
+        if (has_ref) sums.excess += static_cast<double>(excess[0][l]) + static_cast<double>(excess[1][l]);
     }
 }
 
 // Both arms of [begin, end), chunk by chunk, so that a target shared by them is read from memory once.
-template <class Real, bool has_ref, class P, class R, class T>
+template <class Vector, bool has_ref, class P, class R, class T>
 POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& target, std::int64_t pair,
                               std::int64_t begin, std::int64_t end, Sums& win, Sums& lose) {
     const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
     for (std::int64_t at = begin; at < end; at += chunk) {
         const int n = static_cast<int>(std::min<std::int64_t>(chunk, end - at));
-        add_chunk<Real, has_ref>(static_cast<const P*>(pred.win) + p + at,
+        add_chunk<Vector, has_ref>(static_cast<const P*>(pred.win) + p + at,
                                  has_ref ? static_cast<const R*>(ref.win) + r + at : nullptr,
                                  static_cast<const T*>(target.win) + t + at, n, win);
-        add_chunk<Real, has_ref>(static_cast<const P*>(pred.lose) + p + at,
+        add_chunk<Vector, has_ref>(static_cast<const P*>(pred.lose) + p + at,
                                  has_ref ? static_cast<const R*>(ref.lose) + r + at : nullptr,
                                  static_cast<const T*>(target.lose) + t + at, n, lose);
     }
 }
 
-template <class Real, class P, class Q>
-POLYDPO_INLINE void scale_range(const P* pred, const Q* target, Real scale, std::int64_t n, P* __restrict grad) {
-    for (std::int64_t i = 0; i < n; ++i) {
-        grad[i] = P::set(scale * (static_cast<Real>(pred[i].get()) - static_cast<Real>(target[i].get())));
+template <class Vector, class P>
+POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, std::int64_t n, P* grad) {
+    constexpr int size = Block<Vector>::size;
+    const Vector factor = Vector{} + static_cast<std::remove_reference_t<decltype(Vector{}[0])>>(scale);
+    const auto scaled = [&](const P* pred, const P* target) __attribute__((always_inline)) {
+        const Block<Vector> p = load(pred), t = load(target);
+        return Block<Vector>{factor * (p.even - t.even), factor * (p.odd - t.odd)};
+    };
+    std::int64_t i = 0;
+    for (; i + size <= n; i += size) {
+        prefetch(pred + i);
+        prefetch(target + i);
+        store(grad + i, scaled(pred + i, target + i));
+    }
+    if (i < n) {
+        P last_pred[size] = {}, last_target[size] = {}, last_grad[size];
+        std::copy(pred + i, pred + n, last_pred);
+        std::copy(target + i, target + n, last_target);
+        store(last_grad, scaled(last_pred, last_target));
+        std::copy(last_grad, last_grad + (n - i), grad + i);
     }
 }
 
 #define POLYDPO_RANGE                                                                                            \
     const Arms &pred, const Arms &ref, const Arms &target, std::int64_t pair, std::int64_t begin, std::int64_t end, \
         Sums &win, Sums &lose
-#define POLYDPO_ADD(name, real, has_ref, P, R, T)                                            \
-    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                \
-        add_range<real, has_ref, P, R, T>(pred, ref, target, pair, begin, end, win, lose);   \
+#define POLYDPO_ADD(name, Vector, has_ref, F)                                                 \
+    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                 \
+        add_range<Vector, has_ref, F, F, F>(pred, ref, target, pair, begin, end, win, lose);  \
     }
-POLYDPO_ADD(add_bfloat16, float, true, Bfloat16, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_float16, float, true, Float16, Float16, Float16)
-POLYDPO_ADD(add_float32, float, true, Float32, Float32, Float32)
-POLYDPO_ADD(add_float64, double, true, Float64, Float64, Float64)
-POLYDPO_ADD(add_bfloat16_alone, float, false, Bfloat16, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_float16_alone, float, false, Float16, Float16, Float16)
-POLYDPO_ADD(add_float32_alone, float, false, Float32, Float32, Float32)
-POLYDPO_ADD(add_float64_alone, double, false, Float64, Float64, Float64)
+POLYDPO_ADD(add_bfloat16, Floats, true, Bfloat16)
+POLYDPO_ADD(add_float16, Floats, true, Float16)
+POLYDPO_ADD(add_float32, Floats, true, Float32)
+POLYDPO_ADD(add_float64, Doubles, true, Float64)
+POLYDPO_ADD(add_bfloat16_alone, Floats, false, Bfloat16)
+POLYDPO_ADD(add_float16_alone, Floats, false, Float16)
+POLYDPO_ADD(add_float32_alone, Floats, false, Float32)
+POLYDPO_ADD(add_float64_alone, Doubles, false, Float64)
 
-#define POLYDPO_SCALE(name, real, P)                                                                                \
-    POLYDPO_CLONES void name(const void* pred, const void* target, double scale, std::int64_t n, void* grad) {      \
-        scale_range<real>(static_cast<const P*>(pred), static_cast<const P*>(target), static_cast<real>(scale), n,  \
-                          static_cast<P*>(grad));                                                                   \
+#define POLYDPO_SCALE(name, Vector, F)                                                                         \
+    POLYDPO_CLONES void name(const void* pred, const void* target, double scale, std::int64_t n, void* grad) { \
+        scale_range<Vector>(static_cast<const F*>(pred), static_cast<const F*>(target), scale, n,              \
+                            static_cast<F*>(grad));                                                            \
     }
-POLYDPO_SCALE(scale_bfloat16, float, Bfloat16)
-POLYDPO_SCALE(scale_float16, float, Float16)
-POLYDPO_SCALE(scale_float32, float, Float32)
-POLYDPO_SCALE(scale_float64, double, Float64)
+POLYDPO_SCALE(scale_bfloat16, Floats, Bfloat16)
+POLYDPO_SCALE(scale_float16, Floats, Float16)
+POLYDPO_SCALE(scale_float32, Floats, Float32)
+POLYDPO_SCALE(scale_float64, Doubles, Float64)
 
 // Any dtype to the one that is computed in, n <= chunk elements; masked ones become 0. The slow path: mixed dtypes
 // and masks go through it, a chunk at a time, in the first-level cache.
@@ -216,6 +251,15 @@ void scale_split(const Batch& batch, const void* pred, const void* target, std::
                                     end - begin, grad);
 }
 
+// A fresh gradient is memory that nobody has touched: at 4 KB a page fault, the faults can cost several times the
+// computation. Asks for huge pages where the system gives them on request; elsewhere this does nothing.
+void advise_huge_pages(void* begin, std::size_t bytes) {
+    constexpr std::uintptr_t huge = 1 << 21;
+    const auto address = reinterpret_cast<std::uintptr_t>(begin);
+    const std::uintptr_t first = (address + huge - 1) / huge * huge, last = (address + bytes) / huge * huge;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
 int threads_for(const Batch& batch) {
     const std::int64_t useful = 2 * batch.pairs * batch.numel / elements_per_thread;
     return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(batch.threads, useful)));
@@ -224,7 +268,7 @@ int threads_for(const Batch& batch) {
 // Calls body(pair, begin, end, split) for every split of every pair, on the pool.
 template <class Body>
 void for_each_split(const Batch& batch, std::int64_t splits, Body body) {
-    parallel_for(static_cast<std::size_t>(batch.pairs * splits), threads_for(batch), [&](std::size_t index) {
+    team_for(static_cast<std::size_t>(batch.pairs * splits), threads_for(batch), [&](std::size_t index) {
         const std::int64_t pair = static_cast<std::int64_t>(index) / splits;
         const std::int64_t split = static_cast<std::int64_t>(index) % splits;
         const std::int64_t begin = split * split_size;
@@ -234,7 +278,7 @@ void for_each_split(const Batch& batch, std::int64_t splits, Body body) {
 
 std::int64_t splits_of(const Batch& batch) { return (batch.numel + split_size - 1) / split_size; }
 
-void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair, double* coefficients) {
+void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair) {
     const double model_w = pair[2], excess_w = pair[4], excess_l = pair[5], size = pair[6];
     HeadInputs in;
     in.beta = o.beta ? o.beta[i] : o.beta_value;
@@ -261,14 +305,14 @@ void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair,
     pair[0] = weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w);
     pair[1] = logit;
     // dL/dpred_w = slope dz/dm_w dm_w/dpred = slope (-beta/2) (2/D) (pred - target), the loser's with +.
-    coefficients[0] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
-    coefficients[1] = scale * weight / size * slope * in.beta;
+    pair[7] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
+    pair[8] = scale * weight / size * slope * in.beta;
 }
 
 void finish_batch(const Objective& o, std::int64_t count, const double* pairs, double* total, double* metrics) {
     double sum = 0;
     std::fill(metrics, metrics + 12, 0.0);
-    for (std::int64_t i = 0; i < count; ++i, pairs += 7) {
+    for (std::int64_t i = 0; i < count; ++i, pairs += pair_columns) {
         const double z = pairs[1], m_w = pairs[2], m_l = pairs[3], e_w = pairs[4], e_l = pairs[5];
         const double half_beta = 0.5 * (o.beta ? o.beta[i] : o.beta_value), e = std::exp(-std::abs(z));
         sum += pairs[0];
@@ -292,8 +336,7 @@ void finish_batch(const Objective& o, std::int64_t count, const double* pairs, d
 
 }  // namespace
 
-void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* coefficients, double* total,
-               double* metrics) {
+void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* total, double* metrics) {
     const std::int64_t splits = splits_of(batch);
     struct Slot {
         Sums win, lose;
@@ -315,7 +358,7 @@ void pair_loss(const Batch& batch, const Objective& objective, double* pairs, do
             sum.lose.excess += slot.lose.excess;
             sum.elements += slot.elements;
         }
-        double* pair = pairs + 7 * i;
+        double* pair = pairs + pair_columns * i;
         const double size = batch.mask ? sum.elements : static_cast<double>(batch.numel);
         pair[2] = sum.win.model / size;
         pair[3] = sum.lose.model / size;
@@ -327,22 +370,30 @@ void pair_loss(const Batch& batch, const Objective& objective, double* pairs, do
             pair[5] = pair[3] - (objective.ref_error_lose ? objective.ref_error_lose[i] : 0.0);
         }
         pair[6] = size;
-        if (objective.head) finish_pair(objective, i, scale, pair, coefficients + 2 * i);
+        if (objective.head) finish_pair(objective, i, scale, pair);
     }
     if (objective.head) finish_batch(objective, batch.pairs, pairs, total, metrics);
 }
 
-void pair_gradient(const Batch& batch, const double* coefficients, const double* grad_loss,
-                   std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride) {
+void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t coefficients_stride,
+                   const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride) {
     const std::size_t size = size_of(batch.pred.dtype);
+    const std::size_t arm = static_cast<std::size_t>((batch.pairs - 1) * grad_stride + batch.numel) * size;
+    advise_huge_pages(grad_win, arm);
+    advise_huge_pages(grad_lose, arm);
+    // From the last pair to the first: what the forward pass read last may still be in the cache.
     for_each_split(batch, splits_of(batch),
-                   [&](std::int64_t pair, std::int64_t begin, std::int64_t end, std::int64_t) {
-                       const double upstream = grad_loss[pair * grad_loss_stride];
+                   [&](std::int64_t from_last, std::int64_t begin, std::int64_t end, std::int64_t) {
+                       const std::int64_t pair = batch.pairs - 1 - from_last;
+                       const std::int64_t at = pair * grad_loss_stride;
+                       const double upstream = grad_loss_is_double ? static_cast<const double*>(grad_loss)[at]
+                                                                   : static_cast<const float*>(grad_loss)[at];
+                       const double* scales = coefficients + pair * coefficients_stride;
                        const std::size_t to = static_cast<std::size_t>(pair * grad_stride + begin) * size;
                        scale_split(batch, batch.pred.win, batch.target.win, pair, begin, end,
-                                   upstream * coefficients[2 * pair], static_cast<char*>(grad_win) + to);
+                                   upstream * scales[0], static_cast<char*>(grad_win) + to);
                        scale_split(batch, batch.pred.lose, batch.target.lose, pair, begin, end,
-                                   upstream * coefficients[2 * pair + 1], static_cast<char*>(grad_lose) + to);
+                                   upstream * scales[1], static_cast<char*>(grad_lose) + to);
                    });
 }
 

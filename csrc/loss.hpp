@@ -35,14 +35,15 @@ struct Objective {
     enum { mean, sum, none } reduction;
 };
 
-// Per pair, 7 doubles: loss, z, m_w, m_l, excess_w, excess_l, elements. Two gradient coefficients per pair. `total` is
-// the reduced loss; `metrics` are in the order of polydpo_fast/metrics.py.
-void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* coefficients, double* total,
-               double* metrics);
+// Per pair, 9 doubles: loss, z, m_w, m_l, excess_w, excess_l, elements, gradient coefficients of winner and loser.
+// `total` is the reduced loss; `metrics` are in the order of polydpo_fast/metrics.py. Without a head only m_w to
+// elements are written.
+constexpr int pair_columns = 9;
+void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* total, double* metrics);
 
 // grad = grad_loss * coefficient * (pred - target), of pred's dtype, 0 where masked. grad_loss_stride is 0 for one
-// value for all pairs. batch.ref is not used.
-void pair_gradient(const Batch& batch, const double* coefficients, const double* grad_loss,
-                   std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride);
+// value for all pairs. Both coefficients of a pair are adjacent. batch.ref is not used.
+void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t coefficients_stride,
+                   const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride);
 
 }  // namespace polydpo

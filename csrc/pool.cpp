@@ -79,6 +79,8 @@ Pool* pool = nullptr;
 // A forked child has the parent's pool without its threads, perhaps with a locked mutex: it gets a new one.
 void renew() { pool = new Pool; }
 
+std::atomic<GompParallel> team{nullptr};
+
 Pool& the_pool() {
     static std::once_flag once;
     std::call_once(once, [] {
@@ -89,6 +91,16 @@ Pool& the_pool() {
 }
 
 }  // namespace
+
+void team_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body) {
+    const GompParallel entry = team.load();
+    const auto members = static_cast<unsigned>(std::min<std::size_t>(std::max(threads, 1), count));
+    if (entry == nullptr || members < 2) return parallel_for(count, threads, body);
+    Job job(count, body);
+    entry([](void* data) { static_cast<Job*>(data)->work(); }, &job, members, 0);
+}
+
+void set_team(GompParallel entry) { team.store(entry); }
 
 void parallel_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body) {
     const auto helpers = static_cast<int>(std::min<std::size_t>(std::max(threads, 1), count)) - 1;

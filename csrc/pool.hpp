@@ -11,4 +11,13 @@ namespace polydpo {
 // a child starts workers of its own. body must not throw.
 void parallel_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body);
 
+// The same on the threads of the OpenMP runtime that PyTorch computes with, if its entry point has been given: they
+// are awake between two operators, and would compete for the cores with threads of our own. For work of microseconds
+// on the thread that runs PyTorch; not after fork.
+void team_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body);
+
+// GOMP_parallel of that runtime (libgomp; LLVM's and Intel's have it too), or null for parallel_for's threads.
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+void set_team(GompParallel entry);
+
 }  // namespace polydpo

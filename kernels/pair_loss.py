@@ -39,7 +39,7 @@ _jit_head = (lambda head: head) if triton.knobs.runtime.interpret else triton.ji
 HEADS = {name: _jit_head(objective.head) for name, objective in OBJECTIVES.items()}
 
 # Columns of a row of `pairs`.
-PAIR_COLUMNS = tl.constexpr(7)  # loss, z, m_w, m_l, excess_w, excess_l, elements
+PAIR_COLUMNS = tl.constexpr(9)  # loss, z, m_w, m_l, excess_w, excess_l, elements, coefficient_w, coefficient_l
 
 
 # Triton makes a constant of an integer argument that is 1, which has no dtype and would compile a kernel of its own.
@@ -49,8 +49,8 @@ def errors_kernel(
     pred_win, pred_lose, ref_win, ref_lose, target_win, target_lose, mask, ref_error, beta, alpha, weight,
     # scratch: partial sums (B, 5, splits), arrival counters (1 + B) that are zero before and after
     slots, counters,
-    # outputs: pairs (B, 7), gradient coefficients (B, 2), loss () or (B,), metrics (12,)
-    pairs, coefficients, loss, metrics,
+    # outputs: pairs (B, 9), loss () or (B,), metrics (12,)
+    pairs, loss, metrics,
     # shapes: pairs, elements per sample, splits per sample, blocks per split
     n_pairs, numel, n_splits, n_blocks,
     # strides from one pair to the next, in elements; of ref_error from one arm to the other too
@@ -119,7 +119,7 @@ def errors_kernel(
     if arrived == n_splits - 1:
         tl.store(counters + 1 + pair, 0)
         _finish_pair(
-            slots + row * 5 * n_splits, pairs + row * PAIR_COLUMNS, coefficients + row * 2, loss + row,
+            slots + row * 5 * n_splits, pairs + row * PAIR_COLUMNS, loss + row,
             mask, ref_error, beta, alpha, weight, pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
             beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight, HEAD, REF, REDUCTION, SLOT_BLOCK,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def errors_kernel(
 
 @triton.jit
 def _finish_pair(
-    slots, out, coefficients, loss, mask, ref_error, beta, alpha, weight,
+    slots, out, loss, mask, ref_error, beta, alpha, weight,
     pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
     beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight,
     HEAD: tl.constexpr, REF: tl.constexpr, REDUCTION: tl.constexpr, SLOT_BLOCK: tl.constexpr,
@@ -191,8 +191,8 @@ def _finish_pair(
         scale = w / size
         if REDUCTION == "mean":
             scale = scale / n_pairs.to(tl.float64)
-        tl.store(coefficients, scale * (2.0 * sft_weight - slope * b))
-        tl.store(coefficients + 1, scale * slope * b)
+        tl.store(out + 7, scale * (2.0 * sft_weight - slope * b))
+        tl.store(out + 8, scale * slope * b)
         tl.store(out, value)
         tl.store(out + 1, logit)
         if REDUCTION == "none":
@@ -272,16 +272,16 @@ def _finish_batch(
     tl.store(metrics + 11, tl.sum(false_success) / n)
 
 
-@triton.jit(do_not_specialize=["n_splits", "grad_loss_stride"])
+@triton.jit(do_not_specialize=["n_splits", "coefficients_stride", "grad_loss_stride"])
 def gradient_kernel(
     # inputs, one pointer per arm; mask may be None; outputs
     pred_win, pred_lose, target_win, target_lose, mask, grad_win, grad_lose,
-    # coefficients (B, 2) of the error launch, gradient of the loss () or (B,)
+    # gradient coefficients (B, 2), by rows of any stride; gradient of the loss () or (B,)
     coefficients, grad_loss,
     # shapes: elements per sample, programs per sample
     numel, n_splits,
     # strides from one pair to the next, in elements
-    pred_stride, target_stride, mask_stride, grad_stride, grad_loss_stride,
+    pred_stride, target_stride, mask_stride, grad_stride, coefficients_stride, grad_loss_stride,
     # constants
     SHARED_TARGET: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -291,8 +291,8 @@ def gradient_kernel(
     row = pair.to(tl.int64)
     first = split.to(tl.int64) * BLOCK
     scale = tl.load(grad_loss + row * grad_loss_stride).to(tl.float64)
-    scale_w = (tl.load(coefficients + row * 2).to(tl.float64) * scale).to(ACC)
-    scale_l = (tl.load(coefficients + row * 2 + 1).to(tl.float64) * scale).to(ACC)
+    scale_w = (tl.load(coefficients + row * coefficients_stride).to(tl.float64) * scale).to(ACC)
+    scale_l = (tl.load(coefficients + row * coefficients_stride + 1).to(tl.float64) * scale).to(ACC)
     at = tl.arange(0, BLOCK)
     inside = at < numel - first
     kept = inside
@@ -345,11 +345,11 @@ def launch_errors(
     reference_free: bool,
     reduction: str,
     double: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss () or (B,), gradient coefficients (B, 2), metrics (12,), pairs (B, 7), in one launch.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () or (B,), metrics (12,), pairs (B, 9), in one launch.
 
     mask: (B or 1, ...) uint8, in the element order of the samples. ref_error: (2, B). parameters: beta, four alphas,
-    keep, flip, margin, sft_weight. Under reduction="errors" only the pairs' columns from m_w on are written.
+    keep, flip, margin, sft_weight. Under reduction="errors" only the pairs' columns from m_w to elements are written.
     """
     pred_win = pred[0]
     device = pred_win.device
@@ -360,14 +360,13 @@ def launch_errors(
     loss = torch.empty((n_pairs,) if reduction == "none" else (), dtype=value_dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=value_dtype, device=device)
     pairs = torch.empty((n_pairs, PAIR_COLUMNS.value), dtype=torch.float64, device=device)
-    coefficients = torch.empty((n_pairs, 2), dtype=torch.float64, device=device)
     slots = torch.empty(n_pairs * 5 * n_splits, dtype=torch.float64, device=device)
     ref_win, ref_lose = (None, None) if ref is None else ref
     with torch.cuda.device_of(pred_win):
         errors_kernel[(n_pairs * n_splits,)](
             pred_win, pred[1], ref_win, ref_lose, target[0], target[1], mask, ref_error, beta, alpha, weight,
             slots, _counters(n_pairs, device),
-            pairs, coefficients, loss, metrics,
+            pairs, loss, metrics,
             n_pairs, numel, n_splits, n_blocks,
             pred_win.stride(0), 0 if ref_win is None else ref_win.stride(0), target[0].stride(0),
             0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
@@ -379,7 +378,7 @@ def launch_errors(
             BLOCK=BLOCK, SLOT_BLOCK=SLOT_BLOCK, PAIR_BLOCK=PAIR_BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return loss, coefficients, metrics, pairs
+    return loss, metrics, pairs
 
 
 def launch_gradient(
@@ -396,7 +395,7 @@ def launch_gradient(
             numel, n_splits,
             pred_win.stride(0), target[0].stride(0),
             0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
-            grad[0].stride(0), grad_loss.stride(0) if grad_loss.dim() else 0,
+            grad[0].stride(0), coefficients.stride(0), grad_loss.stride(0) if grad_loss.dim() else 0,
             SHARED_TARGET=target[0] is target[1], ACC=tl.float64 if double else tl.float32, BLOCK=BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -3,16 +3,18 @@
 from . import reference
 from ._version import __version__
 from .decode import DecodedPairs, DecodeError, DecodeFailure, DecodeLimits, decode_pairs
-from .functional import available_backends, loss
+from .functional import PairErrors, available_backends, loss, pair_errors
 
 __all__ = [
     "DecodeError",
     "DecodeFailure",
     "DecodeLimits",
     "DecodedPairs",
+    "PairErrors",
     "__version__",
     "available_backends",
     "decode_pairs",
     "loss",
+    "pair_errors",
     "reference",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal, TypedDict, overload
 
@@ -17,6 +18,11 @@ from .arguments import Arms, check_head, check_inputs
 from .metrics import METRICS
 from .objectives import program
 from .reference import PairErrors
+
+try:
+    from . import _C
+except ImportError:  # the losses work without the extension
+    _C = None  # type: ignore[assignment]
 
 __all__ = ["PairErrors", "available_backends", "loss", "pair_errors"]
 
@@ -224,7 +230,7 @@ def pair_errors(
 
 # Looked up once: torch.compile cannot trace through any of them.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_HAS_CPP = importlib.util.find_spec("polydpo_fast._C") is not None
+_HAS_CPP = _C is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -261,7 +267,7 @@ _library = torch.library.Library("polydpo_fast", "DEF")
 _library.define(
     "pair_loss(Tensor[] pred, Tensor[] ref, Tensor[] target, Tensor? ref_error, Tensor? mask, Tensor? beta,"
     " Tensor? alpha, Tensor? weight, float[] parameters, str objective, bool reference_free, str layout,"
-    " str reduction, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    " str reduction, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pair_gradient(Tensor[] pred, Tensor[] target, Tensor? mask, Tensor coefficients, Tensor grad_loss,"
@@ -284,9 +290,12 @@ def _pair_loss(
     layout: str,
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient coefficients (B, 2), metrics (12,), pairs (B, 7); with reduction="errors" only the pairs."""
-    double = any(x.dtype == torch.float64 for x in (pred[0], *ref, target[0]))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics (12,), and of each pair, (B, 9), what the kernels call its columns.
+
+    With reduction="errors" only the errors and sizes of the pairs.
+    """
+    double = torch.float64 in (pred[0].dtype, target[0].dtype, ref[0].dtype if ref else None)
     pred, ref, target = _common_order(pred, ref, target)
     if mask is not None:
         mask = _dense_mask(mask, pred[0])
@@ -318,6 +327,7 @@ def _pair_gradient(
     layout: str,
     backend: str,
 ) -> list[Tensor]:
+    """grad_loss * coefficient * (pred - target); the coefficients of a pair are the last two of its columns."""
     double = torch.float64 in (pred[0].dtype, target[0].dtype)
     pred, target = _common_order(pred, target)
     if mask is not None:
@@ -332,10 +342,25 @@ _library.impl("pair_loss", _pair_loss, "CompositeExplicitAutograd")
 _library.impl("pair_gradient", _pair_gradient, "CompositeExplicitAutograd")
 
 
+def _call(implementation: Callable[..., Any], pred: Tensor) -> Any:
+    """The operator, or its implementation itself where nothing would see the difference: it saves microseconds.
+
+    The operator is for those who look at operators: torch.compile, and modes and subclasses that override them.
+    """
+    if torch.compiler.is_compiling() or type(pred) not in _PLAIN or torch._C._len_torch_dispatch_stack():
+        return _OPERATORS[implementation]
+    return implementation
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_OPERATORS = {
+    _pair_loss: torch.ops.polydpo_fast.pair_loss,
+    _pair_gradient: torch.ops.polydpo_fast.pair_gradient,
+}
+
+
 @torch.library.register_fake("polydpo_fast::pair_loss", lib=_library)
-def _(
-    pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     reduction = arguments[-2]
     first = pred[0]
     pairs = first.shape[0] if len(pred) == 2 else first.shape[0] // 2
@@ -343,9 +368,8 @@ def _(
     dtype = torch.float64 if double else torch.float32
     return (
         first.new_empty((pairs,) if reduction == "none" else (), dtype=dtype),
-        first.new_empty((pairs, 2), dtype=torch.float64),
         first.new_empty(len(METRICS), dtype=dtype),
-        first.new_empty((pairs, 7), dtype=torch.float64),
+        first.new_empty((pairs, 9), dtype=torch.float64),
     )
 
 
@@ -386,7 +410,7 @@ class _FusedLoss(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         preds = [pred] if pred_lose is None else [pred, pred_lose]
-        value, coefficients, metrics, _ = torch.ops.polydpo_fast.pair_loss(
+        value, metrics, pairs = _call(_pair_loss, pred)(
             preds,
             ref,
             target,
@@ -402,7 +426,7 @@ class _FusedLoss(torch.autograd.Function):
             reduction,
             backend,
         )
-        ctx.save_for_backward(pred, pred_lose, mask, coefficients, *target)
+        ctx.save_for_backward(pred, pred_lose, mask, pairs, *target)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.backend = layout, backend
@@ -414,11 +438,9 @@ class _FusedLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 15
         _refuse_second_derivative()
-        pred, pred_lose, mask, coefficients, *target = ctx.saved_tensors
+        pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
         preds = [pred] if pred_lose is None else [pred, pred_lose]
-        grad = torch.ops.polydpo_fast.pair_gradient(
-            preds, target, mask, coefficients, grad_loss, ctx.layout, ctx.backend
-        )
+        grad = _call(_pair_gradient, pred)(preds, target, mask, pairs, grad_loss, ctx.layout, ctx.backend)
         return (grad[0], None if pred_lose is None else grad[1], *(None,) * 13)
 
 
@@ -437,7 +459,7 @@ class _FusedErrors(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         preds = [pred] if pred_lose is None else [pred, pred_lose]
-        value, _, _, pairs = torch.ops.polydpo_fast.pair_loss(
+        value, _, pairs = _call(_pair_loss, pred)(
             preds,
             ref,
             target,
@@ -504,11 +526,11 @@ def _triton_errors(
     layout: str,
     reduction: str,
     double: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels import pair_loss
 
     pairs = _pairs_in(pred)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = pair_loss.launch_errors(
+    result: tuple[Tensor, Tensor, Tensor] = pair_loss.launch_errors(
         _arms(pred, layout, pairs),
         _arms(ref, layout, pairs) if ref else None,
         _arms(target, layout, pairs),
@@ -542,7 +564,7 @@ def _triton_gradient(
         _arms(target, layout, pairs),
         mask,
         _arms(grad, layout, pairs),
-        coefficients,
+        coefficients[:, -2:],
         grad_loss,
         double=double,
     )
@@ -557,9 +579,21 @@ _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2, "errors": 0}
 
 @cache
 def _cpp_head(objective: str) -> Any:
-    from . import _C
-
+    _join_openmp()
     return _C.Head(*program(objective))
+
+
+@cache
+def _join_openmp() -> None:
+    """Gives C++ the threads of the OpenMP runtime that PyTorch has loaded, if it can be found."""
+    import ctypes
+
+    with open("/proc/self/maps") as maps:
+        loaded = {line.split(maxsplit=5)[5].rstrip() for line in maps if re.search(r"/lib(g|i|)omp[^/]*\.so", line)}
+    if len(loaded) == 1:  # of two runtimes we could not tell which is PyTorch's
+        entry = getattr(ctypes.CDLL(loaded.pop()), "GOMP_parallel", None)
+        if entry is not None:
+            _C.set_team(ctypes.cast(entry, ctypes.c_void_p).value or 0)
 
 
 def _address(x: list[Tensor], layout: str, pairs: int) -> tuple[int, int, int, int]:
@@ -594,31 +628,31 @@ def _cpp_errors(
     layout: str,
     reduction: str,
     double: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import _C
-
+) -> tuple[Tensor, Tensor, Tensor]:
     pairs = _pairs_in(pred)
     dtype = torch.float64 if double else torch.float32
     value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype)
-    coefficients = torch.empty((pairs, 2), dtype=torch.float64)
     metrics = torch.empty(len(METRICS), dtype=dtype)
-    table = torch.empty((pairs, 7), dtype=torch.float64)
-    numbers = [
-        None if x is None else x.to(torch.float64).contiguous() for x in (ref_error, beta, alpha, weight)
-    ]  # held until the call returns
+    table = torch.empty((pairs, 9), dtype=torch.float64)
+    tensors = [0, 0, 0, 0]
+    held = []  # until the call returns
+    for i, x in enumerate((ref_error, beta, alpha, weight)):
+        if x is not None:
+            held.append(x.to(torch.float64).contiguous())
+            tensors[i] = held[-1].data_ptr()
     _C.pair_loss(
         _address(pred, layout, pairs),
         _address(ref, layout, pairs) if ref else (0, 0, 0, 0),
         _address(target, layout, pairs),
         _mask_address(mask),
-        (pairs, pred[0][0].numel(), double, torch.get_num_threads()),
+        (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
         None if reduction == "errors" else _cpp_head(objective),
-        tuple(0 if x is None else x.data_ptr() for x in numbers),
+        tensors,
         parameters,
         _REDUCTIONS[reduction],
-        (value.data_ptr(), coefficients.data_ptr(), metrics.data_ptr(), table.data_ptr()),
+        (value.data_ptr(), metrics.data_ptr(), table.data_ptr()),
     )
-    return value, coefficients, metrics, table
+    return value, metrics, table
 
 
 def _cpp_gradient(
@@ -631,18 +665,14 @@ def _cpp_gradient(
     layout: str,
     double: bool,
 ) -> None:
-    from . import _C
-
     pairs = _pairs_in(pred)
-    upstream = grad_loss.to(torch.float64)
     _C.pair_gradient(
         _address(pred, layout, pairs),
         _address(target, layout, pairs),
         _mask_address(mask),
-        (pairs, pred[0][0].numel(), double, torch.get_num_threads()),
-        coefficients.data_ptr(),
-        upstream.data_ptr(),
-        upstream.stride(0) if upstream.dim() else 0,
+        (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
+        (coefficients.data_ptr() + 8 * (coefficients.shape[1] - 2), coefficients.stride(0)),
+        (grad_loss.data_ptr(), grad_loss.dtype == torch.float64, grad_loss.stride(0) if grad_loss.dim() else 0),
         _address(grad, layout, pairs),
     )
 
@@ -657,7 +687,14 @@ def _common_order(pred: list[Tensor], *others: list[Tensor]) -> tuple[list[Tenso
     the same. So channels_last batches, batch slices and expanded samples are read where they are.
     """
     first = pred[0]
-    if all(x.is_contiguous() for x in (*pred, *(x for other in others for x in other))):
+    for arms in (pred, *others):
+        for x in arms:
+            if not x.is_contiguous():
+                break
+        else:
+            continue
+        break
+    else:
         return (pred, *others)
     if not _dense_sample(first):
         first = first.contiguous()
@@ -672,7 +709,7 @@ def _common_order(pred: list[Tensor], *others: list[Tensor]) -> tuple[list[Tenso
             return [fit(x, None) for x in arms]
         win, lose = (fit(x, None) for x in arms)
         if win.stride(0) != lose.stride(0):  # the backends take one stride for both
-            win, lose = (fit(x, first[0].numel()) for x in (win, lose))
+            win, lose = (fit(x, first.numel() // first.shape[0]) for x in (win, lose))
         return [win, lose]
 
     return (fit_arms([first, *pred[1:]]), *(fit_arms(arms) for arms in others))
@@ -696,7 +733,9 @@ def _dense_sample(x: Tensor) -> bool:
 def _empty_dense_like(like: Tensor, x: Tensor | None = None) -> Tensor:
     """Uninitialised, shape and dtype of x (or `like`), the element order of `like` within a sample, no gaps."""
     x = like if x is None else x
-    return torch.empty_strided(x.shape, (like[0].numel(), *like.stride()[1:]), dtype=x.dtype, device=x.device)
+    return torch.empty_strided(
+        x.shape, (like.numel() // like.shape[0], *like.stride()[1:]), dtype=x.dtype, device=x.device
+    )
 
 
 def _dense_mask(mask: Tensor, pred: Tensor) -> Tensor:

@@ -70,10 +70,8 @@ def pair_errors(
     preds = _arms(model_pred, layout)
     refs: Sequence[Tensor | None] = (None, None) if ref_pred is None else _arms(ref_pred, layout)
     pairs = len(preds[0])
-    if isinstance(target, Tensor) and len(target) == pairs:
-        targets = target, target  # shared by the arms
-    else:
-        targets = _arms(target, layout)
+    shared = isinstance(target, Tensor) and len(target) == pairs
+    targets = _arms((target, target) if shared else target, layout)  # type: ignore[arg-type]
     known: Sequence[Tensor | None] = (None, None) if ref_error is None else _arms(ref_error, layout)
     dtype = torch.float32
     for x in (*preds, *refs, *targets):

@@ -1,0 +1,306 @@
+"""Every option of `polydpo_fast.loss` and `pair_errors`, alone and mixed, on every backend, against the oracle."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_loss import BACKENDS, FUSED
+
+import polydpo_fast
+from polydpo_fast.objectives import OBJECTIVES
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+
+
+def arms(pairs, sample, dtype, seed, device, closeness=0.1):
+    """pred, ref, target as (win, lose), on the device."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return [torch.randn((pairs, *sample), generator=random, dtype=torch.float64) for _ in range(2)]
+
+    pred, step, target = draw(), draw(), draw()
+    ref = [p + closeness * s for p, s in zip(pred, step, strict=True)]
+    return [[x.to(dtype).to(device) for x in pair] for pair in (pred, ref, target)]
+
+
+def join(pair, layout):
+    if layout == "tuple":
+        return tuple(pair)
+    if layout == "interleaved":
+        return torch.stack(pair, dim=1).flatten(0, 1)
+    return torch.cat(pair)
+
+
+def gradient_of(pred, layout):
+    if layout == "tuple":
+        return [x.grad for x in pred]
+    if layout == "interleaved":
+        return [pred.grad[0::2], pred.grad[1::2]]
+    return list(pred.grad.chunk(2))
+
+
+def close(actual, expected, rtol, atol=0.0):
+    np.testing.assert_allclose(actual.detach().double().cpu().numpy(), expected.astype(float), rtol=rtol, atol=atol)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_mix_of_options(device, data):
+    draw = data.draw
+    backend = draw(st.sampled_from(BACKENDS))
+    layout = draw(st.sampled_from(["halves", "interleaved", "tuple"]))
+    pairs, sample = draw(st.integers(1, 4)), tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    pred, ref, target = arms(pairs, sample, torch.float64, draw(st.integers(0, 9999)), device)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    per_pair = [torch.rand(pairs, generator=random, dtype=torch.float64).to(device) for _ in range(5)]
+    objective = draw(st.sampled_from(list(OBJECTIVES)))
+    options, expected = {"objective": objective}, {"objective": objective}
+
+    # beta as a float is float32 on the way into a Triton kernel only under the interpreter: take a round number.
+    beta = 20.0 + 60 * per_pair[0] if draw(st.booleans()) else 40.0
+    options["beta"], expected["beta"] = beta, oracle.wide(beta) if isinstance(beta, torch.Tensor) else beta
+    if objective == "poly_dpo":
+        alpha = draw(st.sampled_from([0.0, 8.0, -0.5, (1.0,), (0.5, -0.25, 2.0), (1.0, 2.0, 0.0, -0.5), "tensor"]))
+        options["alpha"] = 4 * per_pair[1] if alpha == "tensor" else alpha
+        expected["alpha"] = (4 * oracle.wide(per_pair[1]),) if alpha == "tensor" else np.atleast_1d(alpha)
+    for name, key, values in [
+        ("label_smoothing", "smoothing", [0.0, 0.125, 0.25]),
+        ("margin", "margin", [0.0, 0.5]),
+        ("sft_weight", "sft_weight", [0.0, 0.25]),
+    ]:
+        options[name] = expected[key] = draw(st.sampled_from(values))
+    if draw(st.booleans()):
+        options["pair_weight"], expected["weight"] = per_pair[2], oracle.wide(per_pair[2])
+    mask = None
+    if draw(st.booleans()):
+        shape = draw(st.sampled_from([sample, (1, *sample), (pairs, *sample), (pairs, *(1,) * len(sample))]))
+        mask = torch.rand(shape, generator=random) > 0.3
+        mask.view(-1, *shape[1:])[..., :1] = True  # something is left
+        if shape == sample:
+            mask.flatten()[0] = True
+        if shape[1:] == (1,) * len(sample):
+            mask[:] = True
+        options["mask"], expected["mask"] = mask.to(device), mask.numpy()
+    reference = draw(st.sampled_from(["pred", "error", "free"]))
+    given_ref = None
+    if reference == "pred":
+        given_ref, expected["ref"] = join(ref, layout), ref
+    elif reference == "error":
+        options["ref_error"], expected["ref_error"] = join(per_pair[3:], layout), per_pair[3:]
+    else:
+        options["reference_free"] = True
+    shared = draw(st.booleans())
+    if shared:
+        target = [target[0], target[0]]
+    given_target = target[0] if shared else join(target, layout)
+
+    given_pred = join([x.clone() for x in pred], layout)
+    for x in given_pred if layout == "tuple" else [given_pred]:
+        x.requires_grad_()
+    loss, metrics = polydpo_fast.loss(
+        given_pred,
+        given_ref,
+        given_target,
+        **options,
+        layout="interleaved" if layout == "interleaved" else "halves",
+        reduction="none",
+        return_metrics=True,
+        backend=backend,
+    )
+    upstream = per_pair[4]
+    (loss * upstream).sum().backward()
+    losses, logits, (win, lose) = oracle.full(*pred, *target, **expected)
+    close(loss, losses, rtol=1e-9, atol=1e-11)
+    rows = oracle.wide(upstream).reshape(-1, *(1,) * len(sample))
+    for actual, exact in zip(gradient_of(given_pred, layout), (win * rows, lose * rows), strict=True):
+        close(actual, exact, rtol=1e-9, atol=1e-11)
+    close(metrics["logit_mean"], logits.mean(), rtol=1e-9, atol=1e-11)
+    close(metrics["implicit_accuracy"], ((logits > 0) + 0.5 * (logits == 0)).mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", ["halves", "interleaved", "tuple"])
+def test_layouts_agree(backend, dtype, layout, device):
+    pred, ref, target = arms(3, (4, 6, 5), dtype, 0, device)
+    given_pred = join(pred, layout)
+    kind = "interleaved" if layout == "interleaved" else "halves"
+    loss = polydpo_fast.loss(given_pred, join(ref, layout), join(target, layout), layout=kind, backend=backend)
+    expected, _, _ = oracle.full(*pred, *target, ref=ref)
+    close(loss, expected.mean(), rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_masked_may_be_nan(backend, device):
+    pred, ref, target = arms(2, (3, 8), torch.float32, 1, device)
+    mask = torch.ones(2, 1, 8, dtype=torch.bool)
+    mask[0, :, 5:] = False
+    clean = polydpo_fast.loss(tuple(pred), tuple(ref), tuple(target), mask=mask.to(device), backend=backend)
+    for x in (*pred, *ref, *target):
+        x[0, :, 5:] = torch.nan
+    pred = [x.requires_grad_() for x in pred]
+    loss = polydpo_fast.loss(tuple(pred), tuple(ref), tuple(target), mask=mask.to(device), backend=backend)
+    loss.backward()
+    assert loss == clean
+    assert all(torch.isfinite(x.grad).all() for x in pred)
+    assert all((x.grad[0, :, 5:] == 0).all() for x in pred)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pair_with_nothing_left_is_nan_and_alone(backend, device):
+    pred, ref, target = arms(2, (3, 4), torch.float32, 1, device)
+    mask = torch.tensor([[[True]], [[False]]]).to(device)
+    loss = polydpo_fast.loss(tuple(pred), tuple(ref), tuple(target), mask=mask, reduction="none", backend=backend)
+    assert torch.isfinite(loss[0])
+    assert torch.isnan(loss[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("argument", ["channels_last", "transposed", "different"])
+def test_masks_and_tuples_in_other_memory_orders(backend, argument, device):
+    pred, ref, target = arms(2, (3, 4, 5), torch.float32, 2, device)
+    mask = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) > 0.5
+    expected, _, (win, lose) = oracle.full(*pred, *target, ref=ref, mask=mask.numpy(), beta=30.0)
+    if argument == "channels_last":
+        pred, ref, target = ([x.contiguous(memory_format=torch.channels_last) for x in y] for y in (pred, ref, target))
+    elif argument == "transposed":
+        pred = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in pred]
+    else:  # arms in different orders, a target expanded from one sample
+        pred = [pred[0], pred[1].contiguous(memory_format=torch.channels_last)]
+        target = [target[0][:1].expand(2, -1, -1, -1), target[1]]
+        expected, _, (win, lose) = oracle.full(*pred, *target, ref=ref, mask=mask.numpy(), beta=30.0)
+    pred = [x.detach().requires_grad_() for x in pred]
+    loss = polydpo_fast.loss(
+        tuple(pred), tuple(ref), tuple(target), beta=30.0, mask=mask.to(device), reduction="none", backend=backend
+    )
+    loss.sum().backward()
+    close(loss, expected, rtol=1e-5)
+    close(pred[0].grad, win, rtol=1e-5, atol=1e-6)
+    close(pred[1].grad, lose, rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------- your own head
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["halves", "interleaved", "tuple"])
+def test_pair_errors_and_a_head_of_ones_own(backend, layout, device):
+    pred, ref, target = arms(3, (4, 5), torch.float64, 3, device)
+    mask = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(1)) > 0.4
+    given_pred = join([x.clone() for x in pred], layout)
+    for x in given_pred if layout == "tuple" else [given_pred]:
+        x.requires_grad_()
+    errors = polydpo_fast.pair_errors(
+        given_pred,
+        join(ref, layout),
+        join(target, layout),
+        mask=mask.to(device),
+        layout="interleaved" if layout == "interleaved" else "halves",
+        backend=backend,
+    )
+    z = errors.logit(40.0)
+    (torch.nn.functional.softplus(-z) + 0.25 * errors.model_win).sum().backward()
+    _, logits, (win, lose) = oracle.full(*pred, *target, ref=ref, mask=mask.numpy(), beta=40.0, sft_weight=0.25)
+    close(z, logits, rtol=1e-10)
+    for actual, exact in zip(gradient_of(given_pred, layout), (win, lose), strict=True):
+        close(actual, exact, rtol=1e-10, atol=1e-13)
+    assert errors.model_lose.shape == (3,)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_pair_errors_keep_their_precision_next_to_the_reference(backend, device):
+    pred, ref, target = arms(4, (4, 16, 16), torch.bfloat16, 4, device, closeness=0.01)
+    errors = polydpo_fast.pair_errors(tuple(pred), tuple(ref), tuple(target), backend=backend)
+    _, logits, _ = oracle.full(*pred, *target, ref=ref)
+    close(errors.logit(5000.0), logits, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- how training uses it
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_and_grad_scaler(backend, device):
+    """A bfloat16 forward of the policy under autocast, a scaled backward: the unscaled gradient is the plain one."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 6).to(device)
+    x, target = torch.randn(4, 6, device=device), torch.randn(4, 6, device=device)
+    with torch.no_grad():
+        ref = model(x) + 0.1
+    grads = []
+    for scale in (None, 1024.0):
+        model.zero_grad()
+        scaler = torch.amp.GradScaler(device, init_scale=scale or 1.0, enabled=scale is not None)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
+        with torch.autocast(device, torch.bfloat16):
+            pred = model(x)
+            assert pred.dtype == torch.bfloat16
+            loss = polydpo_fast.loss(pred, ref, target, beta=10.0, backend=backend)
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
+        grads.append(model.weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1], rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_functional_transforms_refuse(backend, device):
+    pred, ref, target = (torch.cat(x) for x in arms(2, (3,), torch.float32, 0, device))
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: polydpo_fast.loss(x, ref, target, backend=backend))(pred)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(layout="mixed"), ValueError, "layout is 'mixed'; expected one of 'halves', 'interleaved'"),
+        (dict(ref_pred=None), ValueError, "ref_pred is None, ref_error is None and reference_free is False"),
+        (dict(reference_free=True), ValueError, "ref_pred is given, .* reference_free is True; expected exactly one"),
+        (dict(reference_free=1), TypeError, "reference_free is 1"),
+        (dict(ref_pred=None, ref_error=torch.zeros(3)), ValueError, r"ref_error has shape \(3,\); expected \(4,\)"),
+        (dict(model_pred=(torch.zeros(2, 3),)), TypeError, "model_pred is a tuple; expected a torch.Tensor or a tuple"),
+        (
+            dict(model_pred=(torch.zeros(2, 3, 2), torch.zeros(2, 3, 1))),
+            ValueError,
+            r"model_pred\[1\] has shape \(2, 3, 1\); expected \(2, 3, 2\) like model_pred\[0\]",
+        ),
+        (
+            dict(ref_pred=(torch.zeros(2, 3, 2), torch.zeros(3, 3, 2))),
+            ValueError,
+            r"ref_pred\[1\] has shape \(3, 3, 2\); expected \(2, 3, 2\)",
+        ),
+        (
+            dict(model_pred=(torch.zeros(2, 3, 2), torch.zeros(2, 3, 2).half())),
+            TypeError,
+            r"model_pred\[1\] has dtype torch.float16; expected torch.float32 like model_pred\[0\]",
+        ),
+        (dict(mask=torch.ones(3, 2)), TypeError, "mask has dtype torch.float32; expected torch.bool"),
+        (
+            dict(mask=torch.ones(3, 3, 2, dtype=torch.bool)),
+            ValueError,
+            r"mask has shape \(3, 3, 2\); expected one that",
+        ),
+        (dict(mask=torch.ones(5, dtype=torch.bool)), ValueError, r"mask has shape \(5,\)"),
+        (dict(mask=True), TypeError, "mask is True"),
+        (dict(alpha=[]), ValueError, "alpha has 0 coefficients; expected 1 to 4"),
+        (dict(alpha=[1.0, "x"]), TypeError, r"alpha\[1\] is 'x'"),
+        (dict(alpha=torch.zeros(2, dtype=torch.int64)), TypeError, "alpha has dtype torch.int64"),
+        (dict(beta=torch.ones(2).requires_grad_()), ValueError, "beta requires a gradient; expected a constant"),
+        (dict(alpha=1.0, objective="ipo"), ValueError, "expected 0 for objective 'ipo', which does not use it"),
+        (dict(label_smoothing=0.5), ValueError, "label_smoothing is 0.5; expected a number from 0 to below 0.5"),
+        (dict(sft_weight=-1), ValueError, "sft_weight is -1; expected a number >= 0"),
+        (dict(margin=float("nan")), ValueError, "margin is nan; expected a finite number"),
+        (dict(pair_weight=2.0), TypeError, r"pair_weight is 2.0 \(float\); expected a torch.Tensor"),
+        (dict(pair_weight=torch.ones(4)), ValueError, r"pair_weight has shape \(4,\); expected \(2,\)"),
+        (dict(objective=["poly_dpo"]), ValueError, r"objective is \['poly_dpo'\]; expected one of"),
+        (dict(beta=10**400), ValueError, "expected a finite number > 0"),
+        (dict(target=torch.zeros(4, 3, 2).to_sparse()), TypeError, "target has layout torch.sparse_coo"),
+        (dict(ref_pred=torch.zeros(4, 3, 2, device="meta")), ValueError, "ref_pred is on meta; expected cpu"),
+    ],
+)
+def test_bad_options_are_named(change, error, message):
+    good = dict(model_pred=torch.zeros(4, 3, 2), ref_pred=torch.zeros(4, 3, 2), target=torch.zeros(4, 3, 2))
+    with pytest.raises(error, match=message):
+        polydpo_fast.loss(**{**good, **change})
