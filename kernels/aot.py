@@ -1,16 +1,18 @@
 """Ahead-of-time compilation of the kernels for GPUs that need not be there: `python -m polydpo_fast.kernels.aot`.
 
-Prints one JSON line per kernel, input dtype and target with what decides its speed: registers, spills, shared
-memory and the width of its global loads, read from the machine code by the tools that Triton ships.
+Prints one JSON line per specialisation and target with what decides its speed: registers, spills, shared memory, and
+its 128-bit loads and stores, read from the machine code by the tools that Triton ships.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,6 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from polydpo_fast.metrics import METRICS
 
 from . import pair_loss
 
@@ -30,87 +30,98 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
+THREADS = 128
+
+# What a call may change in the kernels, as the arguments it gives other types or values. None leaves a tensor out.
+ERRORS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixed dtypes": {"pred_win": "*fp32", "pred_lose": "*fp32"},
+    "shared target": {"SHARED_TARGET": True},
+    "mask": {"mask": "*u8"},
+    "ref_error": {"REF": "error", "ref_win": None, "ref_lose": None, "ref_error": "*fp32"},
+    "reference_free": {"REF": "none", "ref_win": None, "ref_lose": None},
+    "per pair": {"beta": "*fp32", "alpha": "*fp32", "weight": "*fp32"},
+    "none": {"REDUCTION": "none"},
+    "sum": {"REDUCTION": "sum"},
+    "errors": {"REDUCTION": "errors"},
+    "one element": {"numel": 1, "pred_stride": 1, "ref_stride": 1, "target_stride": 1},
+    "long strides": dict.fromkeys(("pred_stride", "ref_stride", "target_stride"), "i64"),
+    **{f"head {name}": {"HEAD": head} for name, head in pair_loss.HEADS.items()},
+}
+GRADIENT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixed dtypes": {"target_win": "*fp32", "target_lose": "*fp32"},
+    "shared target": {"SHARED_TARGET": True},
+    "mask": {"mask": "*u8"},
+    "one element": {"numel": 1, "pred_stride": 1, "target_stride": 1, "grad_stride": 1},
+    "long strides": dict.fromkeys(("pred_stride", "target_stride", "grad_stride"), "i64"),
+}
 
 
-def sources(dtype: str) -> Iterator[tuple[str, ASTSource]]:
-    """The kernels as the launchers specialise them for aligned inputs of one dtype."""
+def specialisations() -> Iterator[tuple[str, str, str]]:
+    """(kernel, variant, dtype): every variant in bfloat16, the plain ones in every dtype."""
+    for kernel, variants in (("errors", ERRORS), ("gradient", GRADIENT)):
+        for variant in variants:
+            for dtype in DTYPES if variant == "plain" else DTYPES[:1]:
+                yield kernel, variant, dtype
+
+
+def source(kernel: str, variant: str, dtype: str) -> ASTSource:
+    """A kernel as its launcher specialises it for inputs that are aligned to 16 bytes."""
     acc = "fp64" if dtype == "fp64" else "fp32"
-    value, tensor = f"*{acc}", f"*{dtype}"
-    blocks = {"BLOCK": pair_loss.BLOCK, "ACC": tl.float64 if acc == "fp64" else tl.float32}
-    inputs = dict.fromkeys(("pred_win", "pred_lose", "ref_win", "ref_lose", "target_win", "target_lose"), tensor)
-    yield (
-        "errors",
-        _source(
-            pair_loss.errors_kernel,
-            {
-                **inputs,
-                "slots": "*fp64",
-                "counters": "*i32",
-                "pairs": "*fp64",
-                "coefficients": "*fp64",
-                "loss": value,
-                "metrics": value,
-                **dict.fromkeys(("n_pairs", "numel", "n_splits", "n_blocks"), "i32"),
-                **dict.fromkeys(("pred_stride", "ref_stride", "target_stride"), "i32"),
-                "half_beta": "fp32",
-                "alpha": "fp32",
-            },
-            {
-                "HEAD": pair_loss.HEADS["poly_dpo"],
-                "SHARED_TARGET": False,
-                "REDUCTION": "mean",
-                "N_METRICS": len(METRICS),
-                "SLOT_BLOCK": pair_loss.SLOT_BLOCK,
-                "PAIR_BLOCK": pair_loss.PAIR_BLOCK,
-                **blocks,
-            },
-            aligned=(*inputs, "numel", "pred_stride", "ref_stride", "target_stride"),
-        ),
-    )
-    arms = dict.fromkeys(("pred_win", "pred_lose", "target_win", "target_lose", "grad_win", "grad_lose"), tensor)
-    yield (
-        "gradient",
-        _source(
-            pair_loss.gradient_kernel,
-            {
-                **arms,
-                "coefficients": "*fp64",
-                "grad_loss": value,
-                **dict.fromkeys(("numel", "n_splits", "pred_stride", "target_stride", "grad_stride"), "i32"),
-            },
-            {"SHARED_TARGET": False, "PER_PAIR": False, **blocks},
-            aligned=(*arms, "numel", "pred_stride", "target_stride", "grad_stride"),
-        ),
+    tensor = f"*{dtype}"
+    given: dict[str, Any] = {"BLOCK": pair_loss.BLOCK, "ACC": tl.float64 if acc == "fp64" else tl.float32}
+    if kernel == "errors":
+        function, changes = pair_loss.errors_kernel, ERRORS[variant]
+        inputs = ("pred_win", "pred_lose", "ref_win", "ref_lose", "target_win", "target_lose")
+        strides = ("pred_stride", "ref_stride", "target_stride", "mask_stride")
+        given |= {"HEAD": pair_loss.HEADS["poly_dpo"], "REF": "pred", "SHARED_TARGET": False, "REDUCTION": "mean"}
+        given |= {"SLOT_BLOCK": pair_loss.SLOT_BLOCK, "PAIR_BLOCK": pair_loss.PAIR_BLOCK}
+        given |= dict.fromkeys(("mask", "ref_error", "beta", "alpha", "weight"))
+        given |= {"slots": "*fp64", "counters": "*i32", "pairs": "*fp64", "loss": f"*{acc}", "metrics": f"*{acc}"}
+        given |= dict.fromkeys(("beta_value", "a1", "a2", "a3", "a4", "keep", "flip", "margin", "sft_weight"), "fp64")
+        given |= dict.fromkeys(("n_pairs", "n_splits", "n_blocks", "ref_error_arm", "ref_error_stride"), "i32")
+    else:
+        function, changes = pair_loss.gradient_kernel, GRADIENT[variant]
+        inputs = ("pred_win", "pred_lose", "target_win", "target_lose", "grad_win", "grad_lose")
+        strides = ("pred_stride", "target_stride", "mask_stride", "grad_stride")
+        given |= {"SHARED_TARGET": False, "mask": None, "coefficients": "*fp64", "grad_loss": f"*{acc}"}
+        given |= dict.fromkeys(("n_splits", "coefficients_stride", "grad_loss_stride"), "i32")
+    given |= dict.fromkeys(inputs, tensor) | dict.fromkeys(("numel", *strides), "i32") | changes
+    place = {name: index for index, name in enumerate(function.arg_names)}
+    runtime = {name for name, value in given.items() if isinstance(value, str) and name not in ("REF", "REDUCTION")}
+    aligned = {*inputs, "mask", "numel", *strides} & runtime
+    return ASTSource(
+        function,
+        {name: given[name] if name in runtime else "constexpr" for name in function.arg_names},
+        {(place[name],): value for name, value in given.items() if name not in runtime},
+        {(place[name],): [["tt.divisibility", 16]] for name in aligned},
     )
 
 
-def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...]) -> ASTSource:
-    place = {name: index for index, name in enumerate(kernel.arg_names)}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {(place[name],): [["tt.divisibility", 16]] for name in aligned}
-    return ASTSource(kernel, signature, {(place[name],): value for name, value in constants.items()}, attributes)
-
-
-def report(name: str, dtype: str, target: str) -> dict[str, Any]:
+def report(kernel: str, variant: str, dtype: str, target: str) -> dict[str, Any]:
     """Compiles one kernel for one target and reads its resources off the machine code."""
-    source = dict(sources(dtype))[name]
-    options = {"num_warps": 128 // TARGETS[target].warp_size, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    result: dict[str, Any] = {"kernel": name, "dtype": dtype, "target": target}
+    options = {"num_warps": THREADS // TARGETS[target].warp_size, "enable_fp_fusion": True}
+    compiled = triton.compile(source(kernel, variant, dtype), target=TARGETS[target], options=options)
+    result: dict[str, Any] = {"kernel": kernel, "variant": variant, "dtype": dtype, "target": target}
     result["shared_bytes"] = compiled.metadata.shared
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
         result["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
         result["spilled"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
-        loads = re.findall(r"(?:global|buffer)_load_(\w+)", assembly)
-        result["widest_load_bits"] = 128 if any("dwordx4" in load for load in loads) else 64
+        wide_loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))
+        wide_stores = len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly))
     else:
         usage, machine_code = _disassemble(compiled.asm["cubin"])
         result["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
         result["spilled"] = int(re.search(r"LOCAL:(\d+)", usage)[1])
-        widths = {int(width) for width in re.findall(r"LDG\.E(?:\.\w+)*?\.(64|128)\b", machine_code)}
-        result["widest_load_bits"] = max(widths, default=32)
-        result["wide_loads"] = len(re.findall(r"LDG\.E(?:\.\w+)*?\.128\b", machine_code))
+        wide_loads = len(re.findall(r"LDG\.E(?:\.\w+)*?\.128\b", machine_code))
+        wide_stores = len(re.findall(r"STG\.E(?:\.\w+)*?\.128\b", machine_code))
+    result["wide_loads"], result["wide_stores"] = wide_loads, wide_stores
+    # Of the (2B, ...) tensors: both arms of a block, spread over the threads, once through the loop. What the error
+    # kernel stores is per pair.
+    elements = 2 * pair_loss.BLOCK // THREADS
+    result["bytes_per_element"] = 16 * (wide_loads + (wide_stores if kernel == "gradient" else 0)) / elements
     return result
 
 
@@ -126,8 +137,12 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return usage, code
 
 
+def main() -> None:
+    jobs = [(*specialisation, target) for target in TARGETS for specialisation in specialisations()]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for result in pool.map(report, *zip(*jobs, strict=True)):
+            print(json.dumps(result), flush=True)
+
+
 if __name__ == "__main__":
-    for target in TARGETS:
-        for dtype in DTYPES:
-            for name in ("errors", "gradient"):
-                print(json.dumps(report(name, dtype, target)), flush=True)
+    main()

@@ -83,9 +83,6 @@ def errors_kernel(
     for block in range(n_blocks):
         at = block * BLOCK + lane
         inside = at < left
-        if mask is not None:
-            inside = inside & (tl.load(mask + mask_at + at, inside, 0) != 0)
-            elements += inside.to(tl.int32)
         pw = tl.load(pred_win + pred_at + at, inside, 0.0).to(ACC)
         pl = tl.load(pred_lose + pred_at + at, inside, 0.0).to(ACC)
         tw = tl.load(target_win + target_at + at, inside, 0.0).to(ACC)
@@ -95,14 +92,25 @@ def errors_kernel(
             t_l = tl.load(target_lose + target_at + at, inside, 0.0).to(ACC)
         dw = pw - tw
         dl = pl - t_l
+        if mask is not None:
+            # After loading everything: loads that depend on the mask would be narrow. What is masked may be NaN.
+            kept = tl.load(mask + mask_at + at, inside, 0) != 0
+            elements += kept.to(tl.int32)
+            dw = tl.where(kept, dw, 0.0)
+            dl = tl.where(kept, dl, 0.0)
         model_w += dw * dw
         model_l += dl * dl
         if REF == "pred":
             rw = tl.load(ref_win + ref_at + at, inside, 0.0).to(ACC)
             rl = tl.load(ref_lose + ref_at + at, inside, 0.0).to(ACC)
             # (p - t)^2 - (r - t)^2 = (p - r) ((p - t) + (r - t)): no subtraction of nearly equal sums.
-            excess_w += (pw - rw) * (dw + (rw - tw))
-            excess_l += (pl - rl) * (dl + (rl - t_l))
+            ew = (pw - rw) * (dw + (rw - tw))
+            el = (pl - rl) * (dl + (rl - t_l))
+            if mask is not None:
+                ew = tl.where(kept, ew, 0.0)
+                el = tl.where(kept, el, 0.0)
+            excess_w += ew
+            excess_l += el
 
     slot = slots + row * 5 * n_splits + split
     tl.store(slot, tl.sum(model_w.to(tl.float64)))
@@ -295,22 +303,20 @@ def gradient_kernel(
     scale_l = (tl.load(coefficients + row * coefficients_stride + 1).to(tl.float64) * scale).to(ACC)
     at = tl.arange(0, BLOCK)
     inside = at < numel - first
-    kept = inside
-    if mask is not None:
-        kept = inside & (tl.load(mask + row * mask_stride + first + at, inside, 0) != 0)
     pred_at = row * pred_stride + first
     target_at = row * target_stride + first
     grad_at = row * grad_stride + first
-    pw = tl.load(pred_win + pred_at + at, kept, 0.0).to(ACC)
-    pl = tl.load(pred_lose + pred_at + at, kept, 0.0).to(ACC)
-    tw = tl.load(target_win + target_at + at, kept, 0.0).to(ACC)
+    pw = tl.load(pred_win + pred_at + at, inside, 0.0).to(ACC)
+    pl = tl.load(pred_lose + pred_at + at, inside, 0.0).to(ACC)
+    tw = tl.load(target_win + target_at + at, inside, 0.0).to(ACC)
     if SHARED_TARGET:
         t_l = tw
     else:
-        t_l = tl.load(target_lose + target_at + at, kept, 0.0).to(ACC)
+        t_l = tl.load(target_lose + target_at + at, inside, 0.0).to(ACC)
     gw = scale_w * (pw - tw)
     gl = scale_l * (pl - t_l)
-    if mask is not None:  # NaN * 0 is not 0
+    if mask is not None:
+        kept = tl.load(mask + row * mask_stride + first + at, inside, 0) != 0
         gw = tl.where(kept, gw, 0.0)
         gl = tl.where(kept, gl, 0.0)
     out = grad_win.dtype.element_ty

@@ -1,6 +1,7 @@
 """Where there is no GPU, the Triton kernels run under Triton's interpreter: it must be asked for before import."""
 
 import os
+import socket
 
 import hypothesis
 import pytest
@@ -19,6 +20,13 @@ hypothesis.settings.load_profile("default")
 def device() -> str:
     """Where the Triton kernels run here."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def unused_tcp_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
-"""The kernels compiled for GPUs that need not be there: they compile, do not spill, and load 128 bits at a time.
+"""The kernels compiled for GPUs that need not be there, in every specialisation that a call can ask for.
 
-In a process of its own, since this one may have put Triton into interpreter mode.
+They compile, do not spill, and move 128 bits at a time on the aligned path: then the bytes per element follow from the
+kernel's own loads and stores. In a process of its own, since this one may have put Triton into interpreter mode.
 """
 
 import json
@@ -10,12 +11,22 @@ import sys
 
 import pytest
 
-# Bounds, not readings: 64 registers let 8 programs of 128 threads share an SM, 98 KB of loads in flight.
-MAX_REGISTERS = {
-    ("errors", "bf16"): 96,
-    ("errors", "fp32"): 128,
-    ("gradient", "bf16"): 48,
-    ("gradient", "fp32"): 64,
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+ITEM = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+# Bounds with some room, not readings. At 128 registers four programs of 128 threads share an SM: 48 KB of loads in
+# flight in bfloat16, what a memory latency of 0.5 us needs at 3 TB/s over 132 SMs is 11 KB.
+MAX_REGISTERS = {"errors": {"fp64": 192}, "gradient": {"fp64": 96}}
+MAX_REGISTERS_ELSE = {"errors": 128, "gradient": 64}
+
+# Tensors of the (2B, ...) shape that a variant moves, in units of the dtype's size; a shared target is half of one.
+TENSORS = {
+    ("errors", "plain"): 3,
+    ("errors", "shared target"): 2.5,
+    ("errors", "ref_error"): 2,
+    ("errors", "reference_free"): 2,
+    ("gradient", "plain"): 3,
+    ("gradient", "shared target"): 2.5,
 }
 
 
@@ -29,20 +40,44 @@ def reports():
         text=True,
         timeout=280,
     )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return {(row["target"], row["kernel"], row["dtype"]): row for row in rows}
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("kernel", ["errors", "gradient"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
-def test_compiles_without_spills_and_with_wide_loads(reports, target, kernel, dtype):
-    row = reports[target, kernel, dtype]
-    assert row["spilled"] == 0
-    assert row["widest_load_bits"] == 128
-    if "wide_loads" in row:  # every element load of both arms, 8 elements of a thread at a time
-        tensors = 6 if kernel == "errors" else 4
-        width = {"bf16": 1, "fp16": 1, "fp32": 2, "fp64": 4}[dtype]
-        assert row["wide_loads"] == tensors * width
-    assert row["registers"] <= MAX_REGISTERS.get((kernel, dtype), 255)
+def test_every_specialisation_is_compiled(reports):
+    from polydpo_fast.kernels import aot
+
+    expected = {(*s, target) for s in aot.specialisations() for target in TARGETS}
+    assert {(r["kernel"], r["variant"], r["dtype"], r["target"]) for r in reports} == expected
+    assert len(expected) > 100
+
+
+def test_nothing_spills(reports):
+    assert [r for r in reports if r["spilled"]] == []
+
+
+def test_registers_stay_within_their_bound(reports):
+    for r in reports:
+        bound = MAX_REGISTERS[r["kernel"]].get(r["dtype"], MAX_REGISTERS_ELSE[r["kernel"]])
+        assert r["registers"] <= bound, r
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bytes_per_element_are_those_of_the_formula(reports, target):
+    """All of them in 128-bit instructions: a narrow load or store would be missing from the count."""
+    for r in reports:
+        tensors = TENSORS.get((r["kernel"], r["variant"]))
+        if r["target"] == target and tensors is not None:
+            assert r["bytes_per_element"] == tensors * ITEM[r["dtype"]], r
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward_and_backward_move_twelve_bytes_per_element_in_bfloat16(reports, target):
+    plain = [r for r in reports if r["target"] == target and r["variant"] == "plain" and r["dtype"] == "bf16"]
+    assert sum(r["bytes_per_element"] for r in plain) == 12
+
+
+def test_masks_do_not_narrow_the_loads(reports):
+    for r in reports:
+        if r["variant"] == "mask" and r["kernel"] == "errors":
+            assert r["wide_loads"] >= 6, r
