@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-heavy lint format bench clean
+.PHONY: help setup demo test test-heavy lint format bench bench-loss precision clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,8 +28,14 @@ format: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## Run the benchmarks
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+bench: setup  ## Run the benchmarks of the decoder
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr $(ARGS)
+
+bench-loss: setup  ## Time the loss against eager PyTorch and torch.compile
+	$(BIN)/python benchmarks/loss.py $(ARGS)
+
+precision: setup  ## Print how much of a logit survives, here and in other scripts
+	$(BIN)/python benchmarks/precision.py
 
 setup: $(VENV)/built  ## Install what is missing and build; the other targets do it by themselves
 

@@ -1,0 +1,115 @@
+"""Forward and backward of the loss against eager PyTorch and torch.compile, interleaved: `make bench-loss`.
+
+    python benchmarks/loss.py [--device cpu|cuda] [--rounds N] [--json FILE]
+
+Traffic: with S the bytes of one (2B, ...) tensor, a fused forward and backward must at least read the prediction, the
+reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two passes that find nothing in
+the cache move 6 S (12 bytes per element), which is what the GPU kernels do. GB/s below counts 4 S on a CPU and 6 S on a
+GPU, next to the bandwidth of a copy (2 S) of a tensor of the same size, measured in the same rounds.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import trainers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import polydpo_fast
+
+SHAPES = {
+    "SD1.5": (8, 4, 64, 64),
+    "SDXL": (8, 4, 128, 128),
+    "FLUX": (4, 16, 128, 128),
+    "Wan 480p": (2, 16, 21, 60, 104),
+    "Wan 720p": (2, 16, 21, 90, 160),
+}
+
+
+def step(loss: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    tensors[0].grad = None
+    loss(*tensors).backward()
+
+
+def seconds(run: Callable[[], None], device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(2**26, device=device).zero_()  # 256 MB: nothing of the last round is left in the L2 cache
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int) -> dict[str, float]:
+    """Median seconds of each way, and of a copy, over interleaved rounds."""
+    random = torch.Generator().manual_seed(0)
+    pred, nudge, target = (torch.randn(shape, generator=random) for _ in range(3))
+    tensors = [x.to(device, dtype) for x in (pred, pred + 1e-2 * nudge, target)]
+    tensors[0].requires_grad_()
+    destination = torch.empty_like(tensors[2])
+    torch._dynamo.reset()
+    compiled = torch.compile(trainers.eager, dynamic=False)
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: step(polydpo_fast.loss, tensors),
+        "torch.compile": lambda: step(compiled, tensors),
+        "eager": lambda: step(trainers.eager, tensors),
+        "copy": lambda: destination.copy_(tensors[2]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(rounds + 3):
+        for name, way in ways.items():
+            elapsed = seconds(way, device)
+            if round_ >= 3:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="write the medians, with hardware and versions, to this file")
+    options = parser.parse_args()
+    passes = 4 if options.device == "cpu" else 6
+
+    table = Table(title=f"Forward + backward, milliseconds ({options.device})", title_justify="left")
+    for column in ("model", "shape", "dtype", "ours", "torch.compile", "eager", "GB/s", "copy GB/s"):
+        table.add_column(column, justify="left" if column in ("model", "shape", "dtype") else "right")
+    rows = []
+    jobs = [(name, shape, dtype) for name, shape in SHAPES.items() for dtype in (torch.bfloat16, torch.float32)]
+    for name, shape, dtype in track(jobs, description="measuring"):
+        times = measure(shape, dtype, options.device, options.rounds)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        rows.append({"model": name, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "seconds": times})
+        table.add_row(
+            name,
+            "x".join(map(str, shape)),
+            rows[-1]["dtype"],
+            f"{1e3 * times['ours']:.3f}",
+            *(f"{1e3 * times[k]:.3f} ({times[k] / times['ours']:.1f}x)" for k in ("torch.compile", "eager")),
+            f"{passes * size / times['ours'] / 1e9:.1f}",
+            f"{2 * size / times['copy'] / 1e9:.1f}",
+        )
+    Console(width=130).print(table)
+    if options.json:
+        machine = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or "cpu"
+        head = {"device": options.device, "machine": machine, "threads": torch.get_num_threads()}
+        versions = {"torch": torch.__version__, "polydpo-fast": polydpo_fast.__version__}
+        options.json.write_text(json.dumps({**head, "versions": versions, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
