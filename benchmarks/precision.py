@@ -61,7 +61,7 @@ def main() -> None:
                 f"{wrong:.0%}",
                 f"{none:.0%}",
             )
-    Console(width=130).print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polydpo_fast.layout import arms, pairs_in
 from polydpo_fast.metrics import METRICS
 from polydpo_fast.objectives import OBJECTIVES
 
@@ -324,10 +325,6 @@ def gradient_kernel(
     tl.store(grad_lose + grad_at + at, gl.to(out), inside)
 
 
-Arms = tuple[Tensor, Tensor]
-"""(win, lose), each (B, ...) with the same strides; within a sample dense in one common element order."""
-
-
 def blocks_per_split(numel: int) -> int:
     """How many blocks of a sample one program reads: one until the machine is full, more for large samples.
 
@@ -337,29 +334,30 @@ def blocks_per_split(numel: int) -> int:
 
 
 def launch_errors(
-    pred: Arms,
-    ref: Arms | None,
-    target: Arms,
+    pred: list[Tensor],
+    ref: list[Tensor],
+    target: list[Tensor],
     mask: Tensor | None,
     ref_error: Tensor | None,
     beta: Tensor | None,
     alpha: Tensor | None,
     weight: Tensor | None,
     parameters: Sequence[float],
-    *,
     objective: str,
     reference_free: bool,
+    layout: str,
     reduction: str,
     double: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () or (B,), metrics (12,), pairs (B, 9), in one launch.
 
-    mask: (B or 1, ...) uint8, in the element order of the samples. ref_error: (2, B). parameters: beta, four alphas,
-    keep, flip, margin, sft_weight. Under reduction="errors" only the pairs' columns from m_w to elements are written.
+    Lists hold one tensor of both arms or one for each, dense in one element order within a sample. mask: (B or 1, ...)
+    uint8, in that order. ref_error: (2, B). parameters: beta, four alphas, keep, flip, margin, sft_weight. Under
+    reduction="errors" only the pairs' columns from m_w to elements are written.
     """
-    pred_win = pred[0]
-    device = pred_win.device
-    n_pairs, numel = pred_win.shape[0], pred_win[0].numel()
+    device = pred[0].device
+    n_pairs = pairs_in(pred)
+    numel = pred[0].numel() // pred[0].shape[0]
     n_blocks = blocks_per_split(numel)
     n_splits = triton.cdiv(numel, BLOCK * n_blocks)
     value_dtype = torch.float64 if double else torch.float32
@@ -367,20 +365,23 @@ def launch_errors(
     metrics = torch.empty(len(METRICS), dtype=value_dtype, device=device)
     pairs = torch.empty((n_pairs, PAIR_COLUMNS.value), dtype=torch.float64, device=device)
     slots = torch.empty(n_pairs * 5 * n_splits, dtype=torch.float64, device=device)
-    ref_win, ref_lose = (None, None) if ref is None else ref
+    pred_win, pred_lose = arms(pred, layout, n_pairs)
+    ref_win, ref_lose = arms(ref, layout, n_pairs) if ref else (None, None)
+    target_win, target_lose = arms(target, layout, n_pairs)
+    beta, alpha, weight = (None if x is None else x.contiguous() for x in (beta, alpha, weight))
     with torch.cuda.device_of(pred_win):
         errors_kernel[(n_pairs * n_splits,)](
-            pred_win, pred[1], ref_win, ref_lose, target[0], target[1], mask, ref_error, beta, alpha, weight,
+            pred_win, pred_lose, ref_win, ref_lose, target_win, target_lose, mask, ref_error, beta, alpha, weight,
             slots, _counters(n_pairs, device),
             pairs, loss, metrics,
             n_pairs, numel, n_splits, n_blocks,
-            pred_win.stride(0), 0 if ref_win is None else ref_win.stride(0), target[0].stride(0),
+            pred_win.stride(0), 0 if ref_win is None else ref_win.stride(0), target_win.stride(0),
             0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
             *((0, 0) if ref_error is None else ref_error.stride()),
             *parameters,
             HEAD=HEADS[objective],
-            REF="none" if reference_free else "pred" if ref_win is not None else "error",
-            SHARED_TARGET=target[0] is target[1], REDUCTION=reduction, ACC=tl.float64 if double else tl.float32,
+            REF="none" if reference_free else "pred" if ref else "error",
+            SHARED_TARGET=target_win is target_lose, REDUCTION=reduction, ACC=tl.float64 if double else tl.float32,
             BLOCK=BLOCK, SLOT_BLOCK=SLOT_BLOCK, PAIR_BLOCK=PAIR_BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
@@ -388,21 +389,35 @@ def launch_errors(
 
 
 def launch_gradient(
-    pred: Arms, target: Arms, mask: Tensor | None, grad: Arms, coefficients: Tensor, grad_loss: Tensor, *, double: bool
+    pred: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    grad: list[Tensor],
+    coefficients: Tensor,
+    grad_loss: Tensor,
+    layout: str,
+    double: bool,
 ) -> None:
-    """Writes grad = grad_loss * coefficient * (pred - target), in one launch."""
-    pred_win = pred[0]
-    n_pairs, numel = pred_win.shape[0], pred_win[0].numel()
+    """Writes grad = grad_loss * coefficient * (pred - target), in one launch.
+
+    coefficients: (B, columns), of which the last two are those of winner and loser. grad_loss: () or (B,).
+    """
+    n_pairs = pairs_in(pred)
+    numel = pred[0].numel() // pred[0].shape[0]
     n_splits = triton.cdiv(numel, BLOCK)
+    coefficients = coefficients[:, -2:]
+    pred_win, pred_lose = arms(pred, layout, n_pairs)
+    target_win, target_lose = arms(target, layout, n_pairs)
+    grad_win, grad_lose = arms(grad, layout, n_pairs)
     with torch.cuda.device_of(pred_win):
         gradient_kernel[(n_pairs * n_splits,)](
-            pred_win, pred[1], target[0], target[1], mask, grad[0], grad[1],
+            pred_win, pred_lose, target_win, target_lose, mask, grad_win, grad_lose,
             coefficients, grad_loss,
             numel, n_splits,
-            pred_win.stride(0), target[0].stride(0),
+            pred_win.stride(0), target_win.stride(0),
             0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
-            grad[0].stride(0), coefficients.stride(0), grad_loss.stride(0) if grad_loss.dim() else 0,
-            SHARED_TARGET=target[0] is target[1], ACC=tl.float64 if double else tl.float32, BLOCK=BLOCK,
+            grad_win.stride(0), coefficients.stride(0), grad_loss.stride(0) if grad_loss.dim() else 0,
+            SHARED_TARGET=target_win is target_lose, ACC=tl.float64 if double else tl.float32, BLOCK=BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 

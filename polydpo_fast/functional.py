@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal, TypedDict, overload
@@ -15,14 +15,9 @@ from typing_extensions import Unpack
 
 from . import reference
 from .arguments import Arms, check_head, check_inputs
+from .layout import common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS
-from .objectives import program
 from .reference import PairErrors
-
-try:
-    from . import _C
-except ImportError:  # the losses work without the extension
-    _C = None  # type: ignore[assignment]
 
 __all__ = ["PairErrors", "available_backends", "loss", "pair_errors"]
 
@@ -230,7 +225,7 @@ def pair_errors(
 
 # Looked up once: torch.compile cannot trace through any of them.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_HAS_CPP = _C is not None
+_HAS_CPP = importlib.util.find_spec("polydpo_fast._C") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -258,6 +253,12 @@ def _choose_backend(backend: str | None, device: torch.device) -> str:
             "(triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1; cpp needs a CPU and the built extension)"
         )
     return backend
+
+
+@cache
+def _module_of(backend: str) -> Any:
+    """Where a fused backend's launch_errors and launch_gradient are; imported when first used."""
+    return importlib.import_module("polydpo_fast.cpu" if backend == "cpp" else "polydpo_fast.kernels.pair_loss")
 
 
 # ---------------------------------------------------------------------------------------------- operators
@@ -296,11 +297,10 @@ def _pair_loss(
     With reduction="errors" only the errors and sizes of the pairs.
     """
     double = torch.float64 in (pred[0].dtype, target[0].dtype, ref[0].dtype if ref else None)
-    pred, ref, target = _common_order(pred, ref, target)
+    pred, ref, target = common_order(pred, ref, target)
     if mask is not None:
-        mask = _dense_mask(mask, pred[0])
-    launch = _cpp_errors if backend == "cpp" else _triton_errors
-    return launch(
+        mask = dense_mask(mask, pred[0])
+    result: tuple[Tensor, Tensor, Tensor] = _module_of(backend).launch_errors(
         pred,
         ref,
         target,
@@ -316,6 +316,7 @@ def _pair_loss(
         reduction,
         double,
     )
+    return result
 
 
 def _pair_gradient(
@@ -329,12 +330,11 @@ def _pair_gradient(
 ) -> list[Tensor]:
     """grad_loss * coefficient * (pred - target); the coefficients of a pair are the last two of its columns."""
     double = torch.float64 in (pred[0].dtype, target[0].dtype)
-    pred, target = _common_order(pred, target)
+    pred, target = common_order(pred, target)
     if mask is not None:
-        mask = _dense_mask(mask, pred[0])
-    grad = [_empty_dense_like(x) for x in pred]
-    launch = _cpp_gradient if backend == "cpp" else _triton_gradient
-    launch(pred, target, mask, grad, coefficients, grad_loss, layout, double)
+        mask = dense_mask(mask, pred[0])
+    grad = [empty_dense_like(x) for x in pred]
+    _module_of(backend).launch_gradient(pred, target, mask, grad, coefficients, grad_loss, layout, double)
     return grad
 
 
@@ -362,8 +362,7 @@ _OPERATORS = {
 @torch.library.register_fake("polydpo_fast::pair_loss", lib=_library)
 def _(pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     reduction = arguments[-2]
-    first = pred[0]
-    pairs = first.shape[0] if len(pred) == 2 else first.shape[0] // 2
+    first, pairs = pred[0], pairs_in(pred)
     double = any(x.dtype == torch.float64 for x in (first, *ref, target[0]))
     dtype = torch.float64 if double else torch.float32
     return (
@@ -375,8 +374,8 @@ def _(pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: A
 
 @torch.library.register_fake("polydpo_fast::pair_gradient", lib=_library)
 def _(pred: list[Tensor], target: list[Tensor], *arguments: Any) -> list[Tensor]:
-    pred, _ = _common_order(pred, target)
-    return [_empty_dense_like(x) for x in pred]
+    pred, _ = common_order(pred, target)
+    return [empty_dense_like(x) for x in pred]
 
 
 # ----------------------------------------------------------------------------------------------- autograd
@@ -491,253 +490,3 @@ class _FusedErrors(torch.autograd.Function):
         one = torch.ones((), dtype=torch.float64, device=pred.device)
         result = torch.ops.polydpo_fast.pair_gradient(preds, target, mask, coefficients, one, ctx.layout, ctx.backend)
         return (result[0], None if pred_lose is None else result[1], *(None,) * 7)
-
-
-# ------------------------------------------------------------------------------------------ Triton backend
-
-
-def _arms(x: list[Tensor], layout: str, pairs: int) -> tuple[Tensor, Tensor]:
-    if len(x) == 2:
-        return x[0], x[1]
-    both = x[0]
-    if both.shape[0] == pairs:
-        return both, both  # shared
-    if layout == "interleaved":
-        return both[0::2], both[1::2]
-    return both[:pairs], both[pairs:]
-
-
-def _pairs_in(pred: list[Tensor]) -> int:
-    return pred[0].shape[0] if len(pred) == 2 else pred[0].shape[0] // 2
-
-
-def _triton_errors(
-    pred: list[Tensor],
-    ref: list[Tensor],
-    target: list[Tensor],
-    mask: Tensor | None,
-    ref_error: Tensor | None,
-    beta: Tensor | None,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    parameters: list[float],
-    objective: str,
-    reference_free: bool,
-    layout: str,
-    reduction: str,
-    double: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels import pair_loss
-
-    pairs = _pairs_in(pred)
-    result: tuple[Tensor, Tensor, Tensor] = pair_loss.launch_errors(
-        _arms(pred, layout, pairs),
-        _arms(ref, layout, pairs) if ref else None,
-        _arms(target, layout, pairs),
-        mask,
-        ref_error,
-        *(None if x is None else x.contiguous() for x in (beta, alpha, weight)),
-        parameters,
-        objective=objective,
-        reference_free=reference_free,
-        reduction=reduction,
-        double=double,
-    )
-    return result
-
-
-def _triton_gradient(
-    pred: list[Tensor],
-    target: list[Tensor],
-    mask: Tensor | None,
-    grad: list[Tensor],
-    coefficients: Tensor,
-    grad_loss: Tensor,
-    layout: str,
-    double: bool,
-) -> None:
-    from .kernels import pair_loss
-
-    pairs = _pairs_in(pred)
-    pair_loss.launch_gradient(
-        _arms(pred, layout, pairs),
-        _arms(target, layout, pairs),
-        mask,
-        _arms(grad, layout, pairs),
-        coefficients[:, -2:],
-        grad_loss,
-        double=double,
-    )
-
-
-# --------------------------------------------------------------------------------------------- C++ backend
-
-# The numbers of csrc/loss.hpp.
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2, "errors": 0}
-
-
-@cache
-def _cpp_head(objective: str) -> Any:
-    _join_openmp()
-    return _C.Head(*program(objective))
-
-
-@cache
-def _join_openmp() -> None:
-    """Gives C++ the threads of the OpenMP runtime that PyTorch has loaded, if it can be found."""
-    import ctypes
-
-    with open("/proc/self/maps") as maps:
-        loaded = {line.split(maxsplit=5)[5].rstrip() for line in maps if re.search(r"/lib(g|i|)omp[^/]*\.so", line)}
-    if len(loaded) == 1:  # of two runtimes we could not tell which is PyTorch's
-        entry = getattr(ctypes.CDLL(loaded.pop()), "GOMP_parallel", None)
-        if entry is not None:
-            _C.set_team(ctypes.cast(entry, ctypes.c_void_p).value or 0)
-
-
-def _address(x: list[Tensor], layout: str, pairs: int) -> tuple[int, int, int, int]:
-    """Where the arms begin, their dtype, and the distance from one pair to the next in elements."""
-    first = x[0]
-    base, stride, dtype = first.data_ptr(), first.stride(0), _DTYPES[first.dtype]
-    if len(x) == 2:
-        return base, x[1].data_ptr(), dtype, stride
-    if first.shape[0] == pairs:
-        return base, base, dtype, stride
-    if layout == "interleaved":
-        return base, base + stride * first.element_size(), dtype, 2 * stride
-    return base, base + pairs * stride * first.element_size(), dtype, stride
-
-
-def _mask_address(mask: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0)
-
-
-def _cpp_errors(
-    pred: list[Tensor],
-    ref: list[Tensor],
-    target: list[Tensor],
-    mask: Tensor | None,
-    ref_error: Tensor | None,
-    beta: Tensor | None,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    parameters: list[float],
-    objective: str,
-    reference_free: bool,
-    layout: str,
-    reduction: str,
-    double: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = _pairs_in(pred)
-    dtype = torch.float64 if double else torch.float32
-    value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype)
-    metrics = torch.empty(len(METRICS), dtype=dtype)
-    table = torch.empty((pairs, 9), dtype=torch.float64)
-    tensors = [0, 0, 0, 0]
-    held = []  # until the call returns
-    for i, x in enumerate((ref_error, beta, alpha, weight)):
-        if x is not None:
-            held.append(x.to(torch.float64).contiguous())
-            tensors[i] = held[-1].data_ptr()
-    _C.pair_loss(
-        _address(pred, layout, pairs),
-        _address(ref, layout, pairs) if ref else (0, 0, 0, 0),
-        _address(target, layout, pairs),
-        _mask_address(mask),
-        (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
-        None if reduction == "errors" else _cpp_head(objective),
-        tensors,
-        parameters,
-        _REDUCTIONS[reduction],
-        (value.data_ptr(), metrics.data_ptr(), table.data_ptr()),
-    )
-    return value, metrics, table
-
-
-def _cpp_gradient(
-    pred: list[Tensor],
-    target: list[Tensor],
-    mask: Tensor | None,
-    grad: list[Tensor],
-    coefficients: Tensor,
-    grad_loss: Tensor,
-    layout: str,
-    double: bool,
-) -> None:
-    pairs = _pairs_in(pred)
-    _C.pair_gradient(
-        _address(pred, layout, pairs),
-        _address(target, layout, pairs),
-        _mask_address(mask),
-        (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
-        (coefficients.data_ptr() + 8 * (coefficients.shape[1] - 2), coefficients.stride(0)),
-        (grad_loss.data_ptr(), grad_loss.dtype == torch.float64, grad_loss.stride(0) if grad_loss.dim() else 0),
-        _address(grad, layout, pairs),
-    )
-
-
-# ----------------------------------------------------------------------------------------- memory layout
-
-
-def _common_order(pred: list[Tensor], *others: list[Tensor]) -> tuple[list[Tensor], ...]:
-    """The tensors with one element order within a sample, each sample dense; copies only what does not fit.
-
-    The losses do not care in which order a sample's elements are visited, as long as all tensors are visited in
-    the same. So channels_last batches, batch slices and expanded samples are read where they are.
-    """
-    first = pred[0]
-    for arms in (pred, *others):
-        for x in arms:
-            if not x.is_contiguous():
-                break
-        else:
-            continue
-        break
-    else:
-        return (pred, *others)
-    if not _dense_sample(first):
-        first = first.contiguous()
-    order, sizes = first.stride()[1:], first.shape[1:]
-
-    def fit(x: Tensor, stride: int | None) -> Tensor:
-        fits = _same_order(x.stride()[1:], order, sizes) and (stride is None or x.stride(0) == stride)
-        return x if fits else _empty_dense_like(first, x).copy_(x)
-
-    def fit_arms(arms: list[Tensor]) -> list[Tensor]:
-        if len(arms) < 2:
-            return [fit(x, None) for x in arms]
-        win, lose = (fit(x, None) for x in arms)
-        if win.stride(0) != lose.stride(0):  # the backends take one stride for both
-            win, lose = (fit(x, first.numel() // first.shape[0]) for x in (win, lose))
-        return [win, lose]
-
-    return (fit_arms([first, *pred[1:]]), *(fit_arms(arms) for arms in others))
-
-
-def _same_order(a: Sequence[int], b: Sequence[int], sizes: Sequence[int]) -> bool:
-    return all(s == t or n == 1 for s, t, n in zip(a, b, sizes, strict=True))
-
-
-def _dense_sample(x: Tensor) -> bool:
-    """Whether the elements of a sample fill one stretch of memory without gaps or overlaps."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _empty_dense_like(like: Tensor, x: Tensor | None = None) -> Tensor:
-    """Uninitialised, shape and dtype of x (or `like`), the element order of `like` within a sample, no gaps."""
-    x = like if x is None else x
-    return torch.empty_strided(
-        x.shape, (like.numel() // like.shape[0], *like.stride()[1:]), dtype=x.dtype, device=x.device
-    )
-
-
-def _dense_mask(mask: Tensor, pred: Tensor) -> Tensor:
-    """The expanded mask as bytes in the element order of the samples: (1 or B, ...)."""
-    return _empty_dense_like(pred, mask).copy_(mask).view(torch.uint8)

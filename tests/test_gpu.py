@@ -135,3 +135,33 @@ def test_compiles_with_inductor():
     eager = polydpo_fast.loss(*tensors, alpha=1.0)
     assert torch.equal(compiled, eager)
     assert torch.equal(torch.autograd.grad(compiled, pred)[0], torch.autograd.grad(eager, pred)[0])
+
+
+def test_compiles_for_cuda_graphs():
+    """reduce-overhead warms up in a memory pool of its own, where our counters must not be made."""
+
+    @torch.compile(mode="reduce-overhead")
+    def step(pred, ref, target):
+        return polydpo_fast.loss(pred, ref, target, alpha=1.0)
+
+    for seed in range(5):
+        pred, ref, target = batch((4, 4, 32, 32), seed=seed)
+        with torch.no_grad():
+            assert torch.equal(step(pred, ref, target).clone(), polydpo_fast.loss(pred, ref, target, alpha=1.0))
+
+
+@pytest.mark.parametrize("change", [dict(beta=123.456), dict(alpha=0.1), dict(margin=0.3), dict(sft_weight=0.7)])
+def test_parameters_reach_the_kernel_in_float64(change):
+    pred, ref, target = (x.double() for x in batch((2, 3, 5), torch.float32))
+    ours = polydpo_fast.loss(pred, ref, target, **{"beta": 10.0, **change})
+    reference = polydpo_fast.loss(pred, ref, target, **{"beta": 10.0, **change}, backend="reference")
+    torch.testing.assert_close(ours, reference, rtol=1e-13, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_on_a_device_that_is_not_the_current_one():
+    pred, ref, target = (x.to("cuda:1") for x in batch((4, 4, 16, 16)))
+    pred.requires_grad_()
+    loss = polydpo_fast.loss(pred, ref, target)
+    loss.backward()
+    assert loss.device == pred.grad.device == torch.device("cuda:1")

@@ -81,3 +81,21 @@ def test_masks_do_not_narrow_the_loads(reports):
     for r in reports:
         if r["variant"] == "mask" and r["kernel"] == "errors":
             assert r["wide_loads"] >= 6, r
+
+
+def test_the_launcher_passes_parameters_in_float64_and_counts_as_integers():
+    """How Triton binds the arguments of a real call. A count of 1 must not become a constant: it has no dtype."""
+    code = """
+import json
+from polydpo_fast.kernels.pair_loss import errors_kernel, gradient_kernel
+print(json.dumps([{p.name: [p.annotation_type, p.do_not_specialize] for p in k.params if not p.is_constexpr}
+                  for k in (errors_kernel, gradient_kernel)]))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    errors, gradient = json.loads(done.stdout)
+    for name in ("beta_value", "a1", "a2", "a3", "a4", "keep", "flip", "margin", "sft_weight"):
+        assert errors[name][0] == "fp64", name
+    for name in ("n_pairs", "n_splits", "n_blocks"):
+        assert errors[name][1], name
+    assert gradient["n_splits"][1]

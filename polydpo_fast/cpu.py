@@ -1,0 +1,121 @@
+"""The losses on a CPU: from tensors to the addresses that C++ takes (csrc/loss.hpp)."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .layout import pairs_in
+from .metrics import METRICS
+from .objectives import program
+
+__all__ = ["launch_errors", "launch_gradient"]
+
+# The numbers of csrc/loss.hpp.
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2, "errors": 0}
+
+
+@cache
+def _head(objective: str) -> Any:
+    _join_openmp()
+    return _C.Head(*program(objective))
+
+
+@cache
+def _join_openmp() -> None:
+    """Gives C++ the threads of the OpenMP runtime that PyTorch has loaded, if it can be found."""
+    import ctypes
+
+    with open("/proc/self/maps") as maps:
+        loaded = {line.split(maxsplit=5)[5].rstrip() for line in maps if re.search(r"/lib(g|i|)omp[^/]*\.so", line)}
+    if len(loaded) == 1:  # of two runtimes we could not tell which is PyTorch's
+        entry = getattr(ctypes.CDLL(loaded.pop()), "GOMP_parallel", None)
+        if entry is not None:
+            _C.set_team(ctypes.cast(entry, ctypes.c_void_p).value or 0)
+
+
+def _address(x: list[Tensor], layout: str, pairs: int) -> tuple[int, int, int, int]:
+    """Where the arms begin, their dtype, and the distance from one pair to the next in elements."""
+    first = x[0]
+    base, stride, dtype = first.data_ptr(), first.stride(0), _DTYPES[first.dtype]
+    if len(x) == 2:
+        return base, x[1].data_ptr(), dtype, stride
+    if first.shape[0] == pairs:
+        return base, base, dtype, stride
+    if layout == "interleaved":
+        return base, base + stride * first.element_size(), dtype, 2 * stride
+    return base, base + pairs * stride * first.element_size(), dtype, stride
+
+
+def _mask_address(mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0)
+
+
+def launch_errors(
+    pred: list[Tensor],
+    ref: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    ref_error: Tensor | None,
+    beta: Tensor | None,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    parameters: list[float],
+    objective: str,
+    reference_free: bool,
+    layout: str,
+    reduction: str,
+    double: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = pairs_in(pred)
+    dtype = torch.float64 if double else torch.float32
+    value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype)
+    metrics = torch.empty(len(METRICS), dtype=dtype)
+    table = torch.empty((pairs, 9), dtype=torch.float64)
+    tensors = [0, 0, 0, 0]
+    held = []  # until the call returns
+    for i, x in enumerate((ref_error, beta, alpha, weight)):
+        if x is not None:
+            held.append(x.to(torch.float64).contiguous())
+            tensors[i] = held[-1].data_ptr()
+    _C.pair_loss(
+        _address(pred, layout, pairs),
+        _address(ref, layout, pairs) if ref else (0, 0, 0, 0),
+        _address(target, layout, pairs),
+        _mask_address(mask),
+        (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
+        None if reduction == "errors" else _head(objective),
+        tensors,
+        parameters,
+        _REDUCTIONS[reduction],
+        (value.data_ptr(), metrics.data_ptr(), table.data_ptr()),
+    )
+    return value, metrics, table
+
+
+def launch_gradient(
+    pred: list[Tensor],
+    target: list[Tensor],
+    mask: Tensor | None,
+    grad: list[Tensor],
+    coefficients: Tensor,
+    grad_loss: Tensor,
+    layout: str,
+    double: bool,
+) -> None:
+    pairs = pairs_in(pred)
+    _C.pair_gradient(
+        _address(pred, layout, pairs),
+        _address(target, layout, pairs),
+        _mask_address(mask),
+        (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
+        (coefficients.data_ptr() + 8 * (coefficients.shape[1] - 2), coefficients.stride(0)),
+        (grad_loss.data_ptr(), grad_loss.dtype == torch.float64, grad_loss.stride(0) if grad_loss.dim() else 0),
+        _address(grad, layout, pairs),
+    )
