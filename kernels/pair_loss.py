@@ -148,7 +148,7 @@ def _finish_pair(
     HEAD: tl.constexpr, REF: tl.constexpr, REDUCTION: tl.constexpr, SLOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds a pair's slots, applies the head, stores what the batch and the gradient need."""
-    size = tl.to_tensor(numel).to(tl.float64)
+    size = tl.full([], 1.0, tl.float64) * numel  # also where numel is 1, which Triton makes a constant
     if mask is not None:
         size = _sum_slots(slots + 4 * n_splits, n_splits, SLOT_BLOCK)
     model_w = _sum_slots(slots, n_splits, SLOT_BLOCK) / size
