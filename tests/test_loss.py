@@ -410,3 +410,18 @@ def test_alpha_below_minus_one_warns_once():
         warnings.simplefilter("error")
         polydpo_fast.loss(**GOOD, alpha=-1.5)
         polydpo_fast.loss(**GOOD, alpha=-1.0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the CPU allocator's bytes")
+@pytest.mark.parametrize("backend", FUSED)
+def test_allocates_the_gradient_and_kilobytes(backend, device):
+    pred, ref, target = batch((4, 8, 32, 32), torch.bfloat16, device)
+    pred.requires_grad_()
+    polydpo_fast.loss(pred, ref, target, backend=backend).backward()  # what is made once
+    pred.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        polydpo_fast.loss(pred, ref, target, backend=backend).backward()
+    sizes = [e.cpu_memory_usage for e in profile.events() if e.name in ("aten::empty", "aten::empty_strided")]
+    gradient = pred.numel() * pred.element_size()
+    assert max(sizes) == gradient
+    assert sum(sizes) - gradient < 8192
