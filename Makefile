@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-heavy lint format bench bench-loss precision clean
+.PHONY: help setup demo test lint format bench bench-loss precision clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -15,9 +15,6 @@ demo: setup  ## Teach a small diffusion model a preference, on real images (abou
 
 test: setup  ## Run the test suite
 	$(BIN)/python -m pytest $(ARGS)
-
-test-heavy: setup  ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m heavy $(ARGS)
 
 lint: setup  ## Check style, format and types
 	$(BIN)/ruff check .

@@ -141,8 +141,7 @@ POLYDPO_SCALE(scale_float64, Doubles, Float64)
 // Any dtype to the one that is computed in, n <= chunk elements; masked ones become 0. The slow path: mixed dtypes
 // and masks go through it, a chunk at a time, in the first-level cache.
 template <class Wide>
-void widen(const void* from, Float dtype, std::int64_t at, int n, const std::uint8_t* mask,
-                                      Wide* to) {
+void widen(const void* from, Float dtype, std::int64_t at, int n, const std::uint8_t* mask, Wide* to) {
     const auto convert = [&](const auto* values) {
         for (int i = 0; i < n; ++i) to[i] = Wide::set(values[at + i].get());
     };
@@ -265,7 +264,7 @@ int threads_for(const Batch& batch) {
     return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(batch.threads, useful)));
 }
 
-// Calls body(pair, begin, end, split) for every split of every pair, on the pool.
+// Calls body(pair, begin, end, split) for every split of every pair, on PyTorch's threads.
 template <class Body>
 void for_each_split(const Batch& batch, std::int64_t splits, Body body) {
     team_for(static_cast<std::size_t>(batch.pairs * splits), threads_for(batch), [&](std::size_t index) {

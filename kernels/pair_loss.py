@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polydpo_fast.layout import arms, pairs_in
+from polydpo_fast.layout import PAIR_COLUMNS, arms, pairs_in
 from polydpo_fast.metrics import METRICS
 from polydpo_fast.objectives import OBJECTIVES
 
@@ -39,8 +39,7 @@ PAIR_BLOCK = 64
 _jit_head = (lambda head: head) if triton.knobs.runtime.interpret else triton.jit
 HEADS = {name: _jit_head(objective.head) for name, objective in OBJECTIVES.items()}
 
-# Columns of a row of `pairs`.
-PAIR_COLUMNS = tl.constexpr(9)  # loss, z, m_w, m_l, excess_w, excess_l, elements, coefficient_w, coefficient_l
+COLUMNS = tl.constexpr(PAIR_COLUMNS)
 
 
 # Triton makes a constant of an integer argument that is 1, which has no dtype and would compile a kernel of its own.
@@ -128,7 +127,7 @@ def errors_kernel(
     if arrived == n_splits - 1:
         tl.store(counters + 1 + pair, 0)
         _finish_pair(
-            slots + row * 5 * n_splits, pairs + row * PAIR_COLUMNS, loss + row,
+            slots + row * 5 * n_splits, pairs + row * COLUMNS, loss + row,
             mask, ref_error, beta, alpha, weight, pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
             beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight, HEAD, REF, REDUCTION, SLOT_BLOCK,
         )  # fmt: skip
@@ -238,7 +237,7 @@ def _finish_batch(
     for start in range(0, n_pairs, PAIR_BLOCK):
         at = start + tl.arange(0, PAIR_BLOCK)
         inside = at < n_pairs
-        pair = pairs + at.to(tl.int64) * PAIR_COLUMNS
+        pair = pairs + at.to(tl.int64) * COLUMNS
         z = tl.load(pair + 1, inside, 0.0, cache_modifier=".cg")
         m_w = tl.load(pair + 2, inside, 0.0, cache_modifier=".cg")
         m_l = tl.load(pair + 3, inside, 0.0, cache_modifier=".cg")
@@ -363,7 +362,7 @@ def launch_errors(
     value_dtype = torch.float64 if double else torch.float32
     loss = torch.empty((n_pairs,) if reduction == "none" else (), dtype=value_dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=value_dtype, device=device)
-    pairs = torch.empty((n_pairs, PAIR_COLUMNS.value), dtype=torch.float64, device=device)
+    pairs = torch.empty((n_pairs, PAIR_COLUMNS), dtype=torch.float64, device=device)
     slots = torch.empty(n_pairs * 5 * n_splits, dtype=torch.float64, device=device)
     pred_win, pred_lose = arms(pred, layout, n_pairs)
     ref_win, ref_lose = arms(ref, layout, n_pairs) if ref else (None, None)

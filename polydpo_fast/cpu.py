@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .layout import pairs_in
+from .layout import PAIR_COLUMNS, pairs_in
 from .metrics import METRICS
 from .objectives import program
 
@@ -77,7 +77,7 @@ def launch_errors(
     dtype = torch.float64 if double else torch.float32
     value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype)
     metrics = torch.empty(len(METRICS), dtype=dtype)
-    table = torch.empty((pairs, 9), dtype=torch.float64)
+    table = torch.empty((pairs, PAIR_COLUMNS), dtype=torch.float64)
     tensors = [0, 0, 0, 0]
     held = []  # until the call returns
     for i, x in enumerate((ref_error, beta, alpha, weight)):

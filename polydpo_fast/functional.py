@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from . import reference
 from .arguments import Arms, check_head, check_inputs
-from .layout import common_order, dense_mask, empty_dense_like, pairs_in
+from .layout import PAIR_COLUMNS, common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS
 from .reference import PairErrors
 
@@ -263,7 +263,7 @@ def _module_of(backend: str) -> Any:
 
 # ---------------------------------------------------------------------------------------------- operators
 
-# Raw define and impl: the decorators of torch.library cost two to four times as much per call.
+# By hand: the decorators that register an operator cost more at each call.
 _library = torch.library.Library("polydpo_fast", "DEF")
 _library.define(
     "pair_loss(Tensor[] pred, Tensor[] ref, Tensor[] target, Tensor? ref_error, Tensor? mask, Tensor? beta,"
@@ -292,7 +292,7 @@ def _pair_loss(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics (12,), and of each pair, (B, 9), what the kernels call its columns.
+    """Loss, metrics (12,), and the table of pairs, (B, PAIR_COLUMNS).
 
     With reduction="errors" only the errors and sizes of the pairs.
     """
@@ -368,7 +368,7 @@ def _(pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: A
     return (
         first.new_empty((pairs,) if reduction == "none" else (), dtype=dtype),
         first.new_empty(len(METRICS), dtype=dtype),
-        first.new_empty((pairs, 9), dtype=torch.float64),
+        first.new_empty((pairs, PAIR_COLUMNS), dtype=torch.float64),
     )
 
 

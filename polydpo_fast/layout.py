@@ -7,7 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["arms", "common_order", "dense_mask", "empty_dense_like", "pairs_in"]
+__all__ = ["PAIR_COLUMNS", "arms", "common_order", "dense_mask", "empty_dense_like", "pairs_in"]
+
+PAIR_COLUMNS = 9
+"""Of a row of the table that the error pass writes: loss, z, m_w, m_l, excess_w, excess_l, elements, and the gradient
+coefficients of winner and loser. csrc/loss.hpp has the same."""
 
 
 def arms(x: list[Tensor], layout: str, pairs: int) -> tuple[Tensor, Tensor]:

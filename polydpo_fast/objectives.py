@@ -52,7 +52,7 @@ def hinge(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
 
 
 def linear(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
-    return -z, z - z - 1.0
+    return -z, z - z - 1.0  # -1, and NaN where z is
 
 
 def conservative(label_smoothing: float) -> tuple[float, float]:
