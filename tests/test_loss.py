@@ -242,6 +242,21 @@ def test_a_pair_does_not_depend_on_its_batch_and_runs_agree_bit_for_bit(backend,
         assert torch.equal(alone, whole[pair : pair + 1])
 
 
+def test_the_triton_counters_reset_themselves(device, monkeypatch):
+    """One buffer serves every launch of a stream: each must leave it as it was, zero."""
+    from polydpo_fast.kernels import pair_loss
+
+    counters = torch.zeros(8, dtype=torch.int32, device=device)
+    monkeypatch.setattr(pair_loss, "_counters", lambda pairs, device: counters)
+    tensors = batch((6, 3, 700), torch.float32, device)
+    results = [
+        polydpo_fast.loss(*tensors, return_metrics=True, backend="triton")[1]["logit_mean"].item() for _ in range(3)
+    ]
+    polydpo_fast.pair_errors(*tensors, backend="triton")
+    assert not counters.any()
+    assert len(set(results)) == 1
+
+
 def layouts(x):
     """The same numbers in other memory: (name, tensor)."""
     yield "channels_last", x.contiguous(memory_format=torch.channels_last)
