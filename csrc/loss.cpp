@@ -1,6 +1,9 @@
 #include "loss.hpp"
 
 #include <sys/mman.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -24,20 +27,65 @@ constexpr int chunk = 2048;
 // Threads are not worth waking for less work than this, in elements of one tensor.
 constexpr std::int64_t elements_per_thread = 1 << 16;
 
+// A gradient of this size or more goes past the caches to memory. Four times as much passes through them in a step:
+// what was written first would be gone before anybody reads it, and would have pushed out something else.
+constexpr std::size_t streamed_bytes = 4 << 20;
+
 struct Sums {
     double model = 0, excess = 0;
 };
 
+// The same in eight lanes.
+struct VectorSums {
+    Doubles model = {}, excess = {};
+
+    POLYDPO_INLINE void add_to(Sums& sums) const {
+        for (int l = 0; l < 8; ++l) {
+            sums.model += model[l];
+            sums.excess += excess[l];
+        }
+    }
+};
+
+POLYDPO_INLINE Doubles in_double(const Doubles& values) { return values; }
+
+POLYDPO_INLINE Doubles in_double(const Floats& values) {
+    typedef float Half __attribute__((vector_size(32)));
+    Half halves[2];
+    std::memcpy(halves, &values, sizeof halves);
+    return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+}
+
 // The hardware's prefetchers stop at the end of a page; three streams in turns have many ends.
+template <bool once = false>
 POLYDPO_INLINE void prefetch(const void* at) {
-    constexpr std::ptrdiff_t ahead = 1024;
-    __builtin_prefetch(static_cast<const char*>(at) + ahead);
-    __builtin_prefetch(static_cast<const char*>(at) + ahead + 64);
+    constexpr std::ptrdiff_t ahead = 2048;
+    constexpr int locality = once ? 0 : 3;
+    __builtin_prefetch(static_cast<const char*>(at) + ahead, 0, locality);
+    __builtin_prefetch(static_cast<const char*>(at) + ahead + 64, 0, locality);
+}
+
+// Stores a multiple of 16 bytes past the caches, at a multiple of 16.
+template <std::size_t bytes>
+POLYDPO_INLINE void stream(const void* from, void* to) {
+#ifdef __SSE2__
+    for (std::size_t i = 0; i < bytes / 16; ++i) {
+        _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+    }
+#else
+    std::memcpy(to, from, bytes);
+#endif
+}
+
+POLYDPO_INLINE void end_of_stream() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 // Sums of one arm over n <= chunk elements. Vector is what they are added up in.
 template <class Vector, bool has_ref, class P, class R, class T>
-POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, Sums& sums) {
+POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, VectorSums& sums) {
     constexpr int size = Block<Vector>::size;
     Vector model[2] = {}, excess[2] = {};
     const auto add = [&](const P* pred, const R* ref, const T* target) __attribute__((always_inline)) {
@@ -47,14 +95,16 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
         model[1] += odd * odd;
         if (has_ref) {
             const Block<Vector> r = load(ref);
-            excess[0] += (p.even - r.even) * (even + (r.even - t.even));
-            excess[1] += (p.odd - r.odd) * (odd + (r.odd - t.odd));
+            // (p - t)^2 - (r - t)^2 without the difference of nearly equal numbers.
+            const Vector even_step = p.even - r.even, odd_step = p.odd - r.odd;
+            excess[0] += even_step * ((even + even) - even_step);
+            excess[1] += odd_step * ((odd + odd) - odd_step);
         }
     };
     int i = 0;
     for (; i + size <= n; i += size) {
         prefetch(pred + i);
-        if (has_ref) prefetch(ref + i);
+        if (has_ref) prefetch<true>(ref + i);  // the gradient does not need it: leave the cache to the others
         prefetch(target + i);
         add(pred + i, ref + i, target + i);
     }
@@ -67,29 +117,36 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
         if (has_ref) std::copy(ref + i, ref + n, last_ref);
         add(last_pred, last_ref, last_target);
     }
-    for (int l = 0; l < size / 2; ++l) {
-        sums.model += static_cast<double>(model[0][l]) + static_cast<double>(model[1][l]);
-        if (has_ref) sums.excess += static_cast<double>(excess[0][l]) + static_cast<double>(excess[1][l]);
-    }
+    sums.model += in_double(model[0]) + in_double(model[1]);
+    if (has_ref) sums.excess += in_double(excess[0]) + in_double(excess[1]);
 }
 
-// Both arms of [begin, end), chunk by chunk, so that a target shared by them is read from memory once.
+// Both arms of [begin, end). A target shared by them is read from memory once: they take turns, chunk by chunk. Else one
+// arm after the other, which leaves the hardware's prefetchers half the streams to follow.
 template <class Vector, bool has_ref, class P, class R, class T>
 POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& target, std::int64_t pair,
                               std::int64_t begin, std::int64_t end, Sums& win, Sums& lose) {
     const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
-    for (std::int64_t at = begin; at < end; at += chunk) {
-        const int n = static_cast<int>(std::min<std::int64_t>(chunk, end - at));
-        add_chunk<Vector, has_ref>(static_cast<const P*>(pred.win) + p + at,
-                                 has_ref ? static_cast<const R*>(ref.win) + r + at : nullptr,
-                                 static_cast<const T*>(target.win) + t + at, n, win);
-        add_chunk<Vector, has_ref>(static_cast<const P*>(pred.lose) + p + at,
-                                 has_ref ? static_cast<const R*>(ref.lose) + r + at : nullptr,
-                                 static_cast<const T*>(target.lose) + t + at, n, lose);
+    const std::int64_t turn = target.win == target.lose ? chunk : end - begin;
+    VectorSums sums[2];
+    for (std::int64_t from = begin; from < end; from += turn) {
+        const std::int64_t to = std::min(from + turn, end);
+        for (int arm = 0; arm < 2; ++arm) {
+            const auto of = [arm](const Arms& arms) { return arm == 0 ? arms.win : arms.lose; };
+            for (std::int64_t at = from; at < to; at += chunk) {
+                add_chunk<Vector, has_ref>(static_cast<const P*>(of(pred)) + p + at,
+                                           has_ref ? static_cast<const R*>(of(ref)) + r + at : nullptr,
+                                           static_cast<const T*>(of(target)) + t + at,
+                                           static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
+                                           sums[arm]);
+            }
+        }
     }
+    sums[0].add_to(win);
+    sums[1].add_to(lose);
 }
 
-template <class Vector, class P>
+template <bool streamed, class Vector, class P>
 POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, std::int64_t n, P* grad) {
     constexpr int size = Block<Vector>::size;
     const Vector factor = Vector{} + static_cast<std::remove_reference_t<decltype(Vector{}[0])>>(scale);
@@ -101,7 +158,13 @@ POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, st
     for (; i + size <= n; i += size) {
         prefetch(pred + i);
         prefetch(target + i);
-        store(grad + i, scaled(pred + i, target + i));
+        if (streamed) {
+            P block[size];
+            store(block, scaled(pred + i, target + i));
+            stream<sizeof block>(block, grad + i);
+        } else {
+            store(grad + i, scaled(pred + i, target + i));
+        }
     }
     if (i < n) {
         P last_pred[size] = {}, last_target[size] = {}, last_grad[size];
@@ -110,6 +173,7 @@ POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, st
         store(last_grad, scaled(last_pred, last_target));
         std::copy(last_grad, last_grad + (n - i), grad + i);
     }
+    if (streamed) end_of_stream();
 }
 
 #define POLYDPO_RANGE                                                                                            \
@@ -128,15 +192,19 @@ POLYDPO_ADD(add_float16_alone, Floats, false, Float16)
 POLYDPO_ADD(add_float32_alone, Floats, false, Float32)
 POLYDPO_ADD(add_float64_alone, Doubles, false, Float64)
 
-#define POLYDPO_SCALE(name, Vector, F)                                                                         \
+#define POLYDPO_SCALE(name, streamed, Vector, F)                                                               \
     POLYDPO_CLONES void name(const void* pred, const void* target, double scale, std::int64_t n, void* grad) { \
-        scale_range<Vector>(static_cast<const F*>(pred), static_cast<const F*>(target), scale, n,              \
-                            static_cast<F*>(grad));                                                            \
+        scale_range<streamed, Vector>(static_cast<const F*>(pred), static_cast<const F*>(target), scale, n,    \
+                                      static_cast<F*>(grad));                                                  \
     }
-POLYDPO_SCALE(scale_bfloat16, Floats, Bfloat16)
-POLYDPO_SCALE(scale_float16, Floats, Float16)
-POLYDPO_SCALE(scale_float32, Floats, Float32)
-POLYDPO_SCALE(scale_float64, Doubles, Float64)
+POLYDPO_SCALE(scale_bfloat16, false, Floats, Bfloat16)
+POLYDPO_SCALE(scale_float16, false, Floats, Float16)
+POLYDPO_SCALE(scale_float32, false, Floats, Float32)
+POLYDPO_SCALE(scale_float64, false, Doubles, Float64)
+POLYDPO_SCALE(stream_bfloat16, true, Floats, Bfloat16)
+POLYDPO_SCALE(stream_float16, true, Floats, Float16)
+POLYDPO_SCALE(stream_float32, true, Floats, Float32)
+POLYDPO_SCALE(stream_float64, true, Doubles, Float64)
 
 // Any dtype to the one that is computed in, n <= chunk elements; masked ones become 0. The slow path: mixed dtypes
 // and masks go through it, a chunk at a time, in the first-level cache.
@@ -240,13 +308,16 @@ void scale_split(const Batch& batch, const void* pred, const void* target, std::
         return batch.accumulate_in_double ? scale_mixed<Float64>(batch, pred, target, pair, begin, end, scale, grad)
                                           : scale_mixed<Float32>(batch, pred, target, pair, begin, end, scale, grad);
     }
-    static constexpr decltype(&scale_bfloat16) scales[4] = {scale_bfloat16, scale_float16, scale_float32,
-                                                            scale_float64};
+    static constexpr decltype(&scale_bfloat16) scales[2][4] = {
+        {scale_bfloat16, scale_float16, scale_float32, scale_float64},
+        {stream_bfloat16, stream_float16, stream_float32, stream_float64}};
     const std::size_t size = size_of(dtype);
     const auto from = [&](const void* arm, std::int64_t stride) {
         return static_cast<const char*>(arm) + static_cast<std::size_t>(pair * stride + begin) * size;
     };
-    scales[static_cast<int>(dtype)](from(pred, batch.pred.stride), from(target, batch.target.stride), scale,
+    const bool streamed = static_cast<std::size_t>(2 * batch.pairs * batch.numel) * size >= streamed_bytes &&
+                          reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
+    scales[streamed][static_cast<int>(dtype)](from(pred, batch.pred.stride), from(target, batch.target.stride), scale,
                                     end - begin, grad);
 }
 
