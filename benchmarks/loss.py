@@ -2,10 +2,15 @@
 
     python benchmarks/loss.py [--device cpu|cuda] [--rounds N] [--json FILE]
 
+In a round every way takes a few steps in a row, the first of them unmeasured, and the order changes: what a way finds
+in the caches and in the allocator is its own, as in a training loop, not what the one before left. On a GPU a step is
+one replay of a CUDA graph, with nothing left in the L2 cache: the time of the kernels, without Python's. Host time is
+measured apart.
+
 Traffic: with S the bytes of one (2B, ...) tensor, a fused forward and backward must at least read the prediction, the
 reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two passes that find nothing in
 the cache move 6 S (12 bytes per element), which is what the GPU kernels do. GB/s below counts 4 S on a CPU and 6 S on a
-GPU, next to the bandwidth of a copy (2 S) of a tensor of the same size, measured in the same rounds.
+GPU; its share is that of the machine's copy bandwidth: 2 x 256 MB, more than caches hold, copied in the same rounds.
 """
 
 import argparse
@@ -34,46 +39,79 @@ SHAPES = {
 }
 
 
+STEPS = 5
+COPIED = 2**28
+
+
 def step(loss: Callable[..., Tensor], tensors: list[Tensor]) -> None:
     tensors[0].grad = None
     loss(*tensors).backward()
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
+def stopwatch(device: str) -> Callable[[Callable[[], object]], float]:
+    """A function that gives the seconds that a call takes."""
     if device == "cpu":
-        begin = time.perf_counter()
+
+        def seconds(run: Callable[[], object]) -> float:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+
+        return seconds
+
+    flushed = torch.empty(2**28, dtype=torch.uint8, device=device)
+
+    def gpu_seconds(run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()  # nothing of the last step is left in the L2 cache
+        start.record()
         run()
-        return time.perf_counter() - begin
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(2**26, device=device).zero_()  # 256 MB: nothing of the last round is left in the L2 cache
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return gpu_seconds
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """The same as the replay of a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def measure(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int) -> dict[str, float]:
-    """Median seconds of each way, and of a copy, over interleaved rounds."""
+    """Median seconds of a step of each way, and of a copy of 256 MB, over interleaved rounds."""
     random = torch.Generator().manual_seed(0)
     pred, nudge, target = (torch.randn(shape, generator=random) for _ in range(3))
     tensors = [x.to(device, dtype) for x in (pred, pred + 1e-2 * nudge, target)]
     tensors[0].requires_grad_()
-    destination = torch.empty_like(tensors[2])
+    source, destination = (torch.ones(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
     torch._dynamo.reset()
     compiled = torch.compile(trainers.eager, dynamic=False)
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: step(polydpo_fast.loss, tensors),
         "torch.compile": lambda: step(compiled, tensors),
         "eager": lambda: step(trainers.eager, tensors),
-        "copy": lambda: destination.copy_(tensors[2]),
     }
+    if device != "cpu":
+        ways = {name: captured(way) for name, way in ways.items()}
+    ways["copy"] = lambda: destination.copy_(source)
+    seconds = stopwatch(device)
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(rounds + 3):
-        for name, way in ways.items():
-            elapsed = seconds(way, device)
-            if round_ >= 3:
-                times[name].append(elapsed)
+    for round_ in range(rounds + 1):
+        order = list(ways.items())
+        for name, way in order[round_ % len(ways) :] + order[: round_ % len(ways)]:
+            block = [seconds(way) for _ in range(2 if name == "copy" else STEPS + 1)]
+            if round_ > 0:
+                times[name] += block[1:]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -108,13 +146,13 @@ def host_microseconds(device: str, calls: int = 3000) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path, help="write the medians, with hardware and versions, to this file")
     options = parser.parse_args()
     passes = 4 if options.device == "cpu" else 6
 
     table = Table(title=f"Forward + backward, milliseconds ({options.device})", title_justify="left")
-    for column in ("model", "shape", "dtype", "ours", "torch.compile", "eager", "GB/s", "copy GB/s"):
+    for column in ("model", "shape", "dtype", "ours", "torch.compile", "eager", "GB/s", "of a copy"):
         table.add_column(column, justify="left" if column in ("model", "shape", "dtype") else "right")
     rows = []
     jobs = [(name, shape, dtype) for name, shape in SHAPES.items() for dtype in (torch.bfloat16, torch.float32)]
@@ -129,7 +167,7 @@ def main() -> None:
             f"{1e3 * times['ours']:.3f}",
             *(f"{1e3 * times[k]:.3f} ({times[k] / times['ours']:.1f}x)" for k in ("torch.compile", "eager")),
             f"{passes * size / times['ours'] / 1e9:.1f}",
-            f"{2 * size / times['copy'] / 1e9:.1f}",
+            f"{passes * size / times['ours'] / (2 * COPIED / times['copy']):.0%}",
         )
     Console(width=130).print(table)
     ours, nothing = host_microseconds(options.device)

@@ -118,21 +118,9 @@ polydpo::Head make_head(const std::vector<std::tuple<int, int, int, double>>& pr
     return polydpo::Head(std::move(instructions), loss, slope);
 }
 
-// The caller vouches for all addresses. tensors: ref_error (2, B), beta, alpha, weight (B,) as float64, or 0.
-// out: loss, metrics, pairs; loss and metrics are float64 if the batch is computed in it, else float32.
-void pair_loss(const Address& pred, const Address& ref, const Address& target, const std::array<std::int64_t, 2>& mask,
-               const std::array<std::int64_t, 4>& sizes, const polydpo::Head* head,
-               const std::array<std::int64_t, 4>& tensors, const std::array<double, 9>& parameters, int reduction,
-               const std::array<std::int64_t, 3>& out) {
-    const polydpo::Batch batch = batch_of(pred, ref, target, mask, sizes);
-    const auto doubles = [&](int i) { return reinterpret_cast<const double*>(tensors[i]); };
+polydpo::Objective objective_of(const polydpo::Head* head, const std::array<double, 9>& parameters, int reduction) {
     polydpo::Objective objective{};
     objective.head = head;
-    objective.ref_error_win = doubles(0);
-    objective.ref_error_lose = doubles(0) ? doubles(0) + batch.pairs : nullptr;
-    objective.beta = doubles(1);
-    objective.alpha = doubles(2);
-    objective.weight = doubles(3);
     objective.beta_value = parameters[0];
     std::copy(parameters.begin() + 1, parameters.begin() + 5, objective.alphas);
     objective.keep = parameters[5];
@@ -140,26 +128,49 @@ void pair_loss(const Address& pred, const Address& ref, const Address& target, c
     objective.margin = parameters[7];
     objective.sft_weight = parameters[8];
     objective.reduction = static_cast<decltype(objective.reduction)>(reduction);
-    auto* pairs = reinterpret_cast<double*>(out[2]);
-    double total = 0, metrics[12];
+    return objective;
+}
 
-    py::gil_scoped_release release;
-    polydpo::pair_loss(batch, objective, pairs, &total, metrics);
-    if (head == nullptr) return;
+// The errors' pass, and loss and metrics in the dtype of their tensors: float64 if the batch is computed in it, else
+// float32.
+void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, std::uintptr_t loss_at,
+              std::uintptr_t metrics_at, std::uintptr_t table_at) {
+    auto* table = reinterpret_cast<double*>(table_at);
+    double total = 0, metrics[12];
+    const py::gil_scoped_release release;
+    polydpo::pair_loss(batch, objective, table, &total, metrics);
+    if (objective.head == nullptr) return;
     const auto store = [&](auto* loss, auto* metric) {
         using Value = std::remove_pointer_t<decltype(loss)>;
         if (objective.reduction == polydpo::Objective::none) {
-            for (std::int64_t i = 0; i < batch.pairs; ++i) loss[i] = static_cast<Value>(pairs[polydpo::pair_columns * i]);
+            for (std::int64_t i = 0; i < batch.pairs; ++i) loss[i] = static_cast<Value>(table[polydpo::pair_columns * i]);
         } else {
             *loss = static_cast<Value>(total);
         }
         for (int k = 0; k < 12; ++k) metric[k] = static_cast<Value>(metrics[k]);
     };
     if (batch.accumulate_in_double) {
-        store(reinterpret_cast<double*>(out[0]), reinterpret_cast<double*>(out[1]));
+        store(reinterpret_cast<double*>(loss_at), reinterpret_cast<double*>(metrics_at));
     } else {
-        store(reinterpret_cast<float*>(out[0]), reinterpret_cast<float*>(out[1]));
+        store(reinterpret_cast<float*>(loss_at), reinterpret_cast<float*>(metrics_at));
     }
+}
+
+// The caller vouches for all addresses. tensors: ref_error (2, B), beta, alpha, weight (B,) as float64, or 0.
+// out: loss, metrics, table.
+void pair_loss(const Address& pred, const Address& ref, const Address& target, const std::array<std::int64_t, 2>& mask,
+               const std::array<std::int64_t, 4>& sizes, const polydpo::Head* head,
+               const std::array<std::int64_t, 4>& tensors, const std::array<double, 9>& parameters, int reduction,
+               const std::array<std::uintptr_t, 3>& out) {
+    const polydpo::Batch batch = batch_of(pred, ref, target, mask, sizes);
+    const auto doubles = [&](int i) { return reinterpret_cast<const double*>(tensors[i]); };
+    polydpo::Objective objective = objective_of(head, parameters, reduction);
+    objective.ref_error_win = doubles(0);
+    objective.ref_error_lose = doubles(0) ? doubles(0) + batch.pairs : nullptr;
+    objective.beta = doubles(1);
+    objective.alpha = doubles(2);
+    objective.weight = doubles(3);
+    run_loss(batch, objective, out[0], out[1], out[2]);
 }
 
 void pair_gradient(const Address& pred, const Address& target, const std::array<std::int64_t, 2>& mask,
@@ -172,6 +183,49 @@ void pair_gradient(const Address& pred, const Address& target, const std::array<
                            reinterpret_cast<const void*>(grad_loss[0]), grad_loss[1] != 0, grad_loss[2],
                            reinterpret_cast<void*>(grad[0]), reinterpret_cast<void*>(grad[1]), grad[3]);
 }
+
+// Both for the tensors of one signature: only addresses are left to be given.
+class BoundLoss {
+public:
+    // arms, of pred, ref, target and gradient: from the winners to the losers in bytes, dtype, stride in elements.
+    // sizes: pairs, elements per sample, whether to compute in float64.
+    BoundLoss(const std::array<std::array<std::int64_t, 3>, 4>& arms, const std::array<std::int64_t, 3>& sizes,
+              const polydpo::Head& head, const std::array<double, 9>& parameters, int reduction)
+        : arms_(arms), sizes_(sizes), head_(head), objective_(objective_of(&head_, parameters, reduction)) {}
+    BoundLoss(const BoundLoss&) = delete;  // objective_ points into it
+
+    void errors(std::uintptr_t pred, std::uintptr_t ref, std::uintptr_t target, std::uintptr_t loss,
+                std::uintptr_t metrics, std::uintptr_t table, int threads) const {
+        run_loss(batch(pred, ref, target, threads), objective_, loss, metrics, table);
+    }
+
+    void gradient(std::uintptr_t pred, std::uintptr_t target, std::uintptr_t table, std::uintptr_t grad_loss,
+                  std::int64_t grad_loss_stride, std::uintptr_t grad, int threads) const {
+        const polydpo::Batch tensors = batch(pred, 0, target, threads);
+        const auto* coefficients = reinterpret_cast<const double*>(table) + polydpo::pair_columns - 2;
+        const polydpo::Arms to = at(grad, 3);
+        const py::gil_scoped_release release;
+        polydpo::pair_gradient(tensors, coefficients, polydpo::pair_columns, reinterpret_cast<const void*>(grad_loss),
+                               tensors.accumulate_in_double, grad_loss_stride, const_cast<void*>(to.win),
+                               const_cast<void*>(to.lose), to.stride);
+    }
+
+private:
+    polydpo::Arms at(std::uintptr_t base, int tensor) const {
+        const auto& [lose, dtype, stride] = arms_[tensor];
+        return {reinterpret_cast<const void*>(base), reinterpret_cast<const void*>(base + lose),
+                static_cast<polydpo::Float>(dtype), stride};
+    }
+
+    polydpo::Batch batch(std::uintptr_t pred, std::uintptr_t ref, std::uintptr_t target, int threads) const {
+        return {sizes_[0], sizes_[1], at(pred, 0), at(ref, 1), at(target, 2), nullptr, 0, sizes_[2] != 0, threads};
+    }
+
+    std::array<std::array<std::int64_t, 3>, 4> arms_;
+    std::array<std::int64_t, 3> sizes_;
+    polydpo::Head head_;
+    polydpo::Objective objective_;
+};
 
 #define POLYDPO_TEXT_(x) #x
 #define POLYDPO_TEXT(x) POLYDPO_TEXT_(x)
@@ -195,6 +249,11 @@ PYBIND11_MODULE(_C, module) {
                py::arg("dtype"), py::arg("height"), py::arg("width"), py::arg("cover"), py::arg("strict"),
                py::arg("max_pixels"), py::arg("max_bytes"), py::arg("max_scans"), py::arg("threads"));
     py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
+    py::class_<BoundLoss>(module, "BoundLoss")
+        .def(py::init<const std::array<std::array<std::int64_t, 3>, 4>&, const std::array<std::int64_t, 3>&,
+                      const polydpo::Head&, const std::array<double, 9>&, int>())
+        .def("errors", &BoundLoss::errors)
+        .def("gradient", &BoundLoss::gradient);
     module.def("set_team", [](std::uintptr_t entry) { polydpo::set_team(reinterpret_cast<polydpo::GompParallel>(entry)); });
     module.def("pair_loss", &pair_loss);
     module.def("pair_gradient", &pair_gradient);

@@ -323,10 +323,9 @@ void scale_split(const Batch& batch, const void* pred, const void* target, std::
 
 // A fresh gradient is memory that nobody has touched: at 4 KB a page fault, the faults can cost several times the
 // computation. Asks for huge pages where the system gives them on request; elsewhere this does nothing.
-void advise_huge_pages(void* begin, std::size_t bytes) {
+void advise_huge_pages(std::uintptr_t begin, std::uintptr_t end) {
     constexpr std::uintptr_t huge = 1 << 21;
-    const auto address = reinterpret_cast<std::uintptr_t>(begin);
-    const std::uintptr_t first = (address + huge - 1) / huge * huge, last = (address + bytes) / huge * huge;
+    const std::uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
@@ -335,18 +334,18 @@ int threads_for(const Batch& batch) {
     return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(batch.threads, useful)));
 }
 
-// Calls body(pair, begin, end, split) for every split of every pair, on PyTorch's threads.
+std::int64_t splits_of(const Batch& batch) { return (batch.numel + split_size - 1) / split_size; }
+
+// Calls body(pair, begin, end) for every split of every pair, on PyTorch's threads.
 template <class Body>
-void for_each_split(const Batch& batch, std::int64_t splits, Body body) {
-    team_for(static_cast<std::size_t>(batch.pairs * splits), threads_for(batch), [&](std::size_t index) {
-        const std::int64_t pair = static_cast<std::int64_t>(index) / splits;
-        const std::int64_t split = static_cast<std::int64_t>(index) % splits;
-        const std::int64_t begin = split * split_size;
-        body(pair, begin, std::min(begin + split_size, batch.numel), split);
+void for_each_split(const Batch& batch, bool reversed, Body body) {
+    const std::int64_t splits = splits_of(batch), all = batch.pairs * splits;
+    team_for(static_cast<std::size_t>(all), threads_for(batch), [&](std::size_t index) {
+        const std::int64_t at = reversed ? all - 1 - static_cast<std::int64_t>(index) : static_cast<std::int64_t>(index);
+        const std::int64_t begin = at % splits * split_size;
+        body(at / splits, begin, std::min(begin + split_size, batch.numel));
     });
 }
-
-std::int64_t splits_of(const Batch& batch) { return (batch.numel + split_size - 1) / split_size; }
 
 void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair) {
     const double model_w = pair[2], excess_w = pair[4], excess_l = pair[5], size = pair[6];
@@ -413,8 +412,8 @@ void pair_loss(const Batch& batch, const Objective& objective, double* pairs, do
         double elements = 0;
     };
     std::vector<Slot> slots(static_cast<std::size_t>(batch.pairs * splits));
-    for_each_split(batch, splits, [&](std::int64_t pair, std::int64_t begin, std::int64_t end, std::int64_t split) {
-        Slot& slot = slots[static_cast<std::size_t>(pair * splits + split)];
+    for_each_split(batch, false, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
+        Slot& slot = slots[static_cast<std::size_t>(pair * splits + begin / split_size)];
         add_split(batch, pair, begin, end, slot.win, slot.lose, slot.elements);
     });
     const double scale = objective.reduction == Objective::mean ? 1.0 / static_cast<double>(batch.pairs) : 1.0;
@@ -449,22 +448,26 @@ void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t 
                    const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride) {
     const std::size_t size = size_of(batch.pred.dtype);
     const std::size_t arm = static_cast<std::size_t>((batch.pairs - 1) * grad_stride + batch.numel) * size;
-    advise_huge_pages(grad_win, arm);
-    advise_huge_pages(grad_lose, arm);
-    // From the last pair to the first: what the forward pass read last may still be in the cache.
-    for_each_split(batch, splits_of(batch),
-                   [&](std::int64_t from_last, std::int64_t begin, std::int64_t end, std::int64_t) {
-                       const std::int64_t pair = batch.pairs - 1 - from_last;
-                       const std::int64_t at = pair * grad_loss_stride;
-                       const double upstream = grad_loss_is_double ? static_cast<const double*>(grad_loss)[at]
-                                                                   : static_cast<const float*>(grad_loss)[at];
-                       const double* scales = coefficients + pair * coefficients_stride;
-                       const std::size_t to = static_cast<std::size_t>(pair * grad_stride + begin) * size;
-                       scale_split(batch, batch.pred.win, batch.target.win, pair, begin, end,
-                                   upstream * scales[0], static_cast<char*>(grad_win) + to);
-                       scale_split(batch, batch.pred.lose, batch.target.lose, pair, begin, end,
-                                   upstream * scales[1], static_cast<char*>(grad_lose) + to);
-                   });
+    const auto first = std::min(reinterpret_cast<std::uintptr_t>(grad_win), reinterpret_cast<std::uintptr_t>(grad_lose));
+    const auto last = std::max(reinterpret_cast<std::uintptr_t>(grad_win), reinterpret_cast<std::uintptr_t>(grad_lose));
+    if (last - first <= arm) {  // one tensor of both
+        advise_huge_pages(first, last + arm);
+    } else {
+        advise_huge_pages(first, first + arm);
+        advise_huge_pages(last, last + arm);
+    }
+    // From the last to the first: what the forward pass read last may still be in the cache.
+    for_each_split(batch, true, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
+        const std::int64_t at = pair * grad_loss_stride;
+        const double upstream = grad_loss_is_double ? static_cast<const double*>(grad_loss)[at]
+                                                    : static_cast<const float*>(grad_loss)[at];
+        const double* scales = coefficients + pair * coefficients_stride;
+        const std::size_t to = static_cast<std::size_t>(pair * grad_stride + begin) * size;
+        scale_split(batch, batch.pred.lose, batch.target.lose, pair, begin, end, upstream * scales[1],
+                    static_cast<char*>(grad_lose) + to);
+        scale_split(batch, batch.pred.win, batch.target.win, pair, begin, end, upstream * scales[0],
+                    static_cast<char*>(grad_win) + to);
+    });
 }
 
 }  // namespace polydpo

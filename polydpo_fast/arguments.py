@@ -116,16 +116,22 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     else:
         raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor or a tuple (win, lose) of two")
     for index, tensor in enumerate(tensors):
-        if tensor.dtype in FLOAT_DTYPES and tensor.layout is torch.strided:
+        if tensor.dtype in FLOAT_DTYPES and tensor.layout is torch.strided and not _is_negated(tensor):
             continue
         place = name if len(tensors) == 1 else f"{name}[{index}]"
         if tensor.layout != torch.strided:
             raise TypeError(f"{place} has layout {tensor.layout}; expected a dense tensor (torch.strided)")
+        elif _is_negated(tensor):  # its memory holds the negatives
+            raise TypeError(f"{place} is a lazily negated view (of a complex conjugate); expected .resolve_neg() of it")
         else:
             raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
     if len(tensors) == 2 and tensors[1].dtype != tensors[0].dtype:
         raise TypeError(f"{name}[1] has dtype {tensors[1].dtype}; expected {tensors[0].dtype} like {name}[0]")
     return tensors
+
+
+def _is_negated(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.is_neg()  # compiled graphs resolve it themselves
 
 
 def _on_device(name: str, tensors: list[Tensor], device: torch.device) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .layout import PAIR_COLUMNS, pairs_in
+from .layout import PAIR_COLUMNS, empty_dense_like, pairs_in
 from .metrics import METRICS
 from .objectives import program
 
-__all__ = ["launch_errors", "launch_gradient"]
+__all__ = ["BoundLoss", "launch_errors", "launch_gradient"]
 
 # The numbers of csrc/loss.hpp.
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -119,3 +119,64 @@ def launch_gradient(
         (grad_loss.data_ptr(), grad_loss.dtype == torch.float64, grad_loss.stride(0) if grad_loss.dim() else 0),
         _address(grad, layout, pairs),
     )
+
+
+class BoundLoss:
+    """The loss for tensors of one shape, dtype and order in memory, with the options it was made for.
+
+    What `launch_errors` and `launch_gradient` find out at each call is found out once. For three plain tensors that
+    need no copy, and options that are numbers.
+    """
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],  # model_pred, ref_pred, target
+        pairs: int,
+        parameters: list[float],
+        objective: str,
+        layout: str,
+        reduction: str,
+    ) -> None:
+        pred, _, target = tensors
+        self.strides = pred.stride(), target.stride()
+        self.layout = layout
+        self._double = any(x.dtype == torch.float64 for x in tensors)
+        self._dtype = torch.float64 if self._double else torch.float32
+        self._shape = (pairs,) if reduction == "none" else ()
+        self._table = (pairs, PAIR_COLUMNS)
+        self._grad = pred.shape, empty_dense_like(pred).stride(), pred.dtype
+        arms = []
+        for x in (*tensors, empty_dense_like(pred)):
+            win, lose, dtype, stride = _address([x], layout, pairs)
+            arms.append((lose - win, dtype, stride))
+        sizes = (pairs, pred.numel() // pred.shape[0], self._double)
+        self._c = _C.BoundLoss(arms, sizes, _head(objective), parameters, _REDUCTIONS[reduction])
+
+    def errors(self, pred: Tensor, ref: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = torch.empty(self._shape, dtype=self._dtype)
+        metrics = torch.empty(len(METRICS), dtype=self._dtype)
+        table = torch.empty(self._table, dtype=torch.float64)
+        self._c.errors(
+            pred.data_ptr(),
+            ref.data_ptr(),
+            target.data_ptr(),
+            value.data_ptr(),
+            metrics.data_ptr(),
+            table.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return value, metrics, table
+
+    def gradient(self, pred: Tensor, target: Tensor, table: Tensor, grad_loss: Tensor) -> Tensor:
+        shape, strides, dtype = self._grad
+        grad = torch.empty_strided(shape, strides, dtype=dtype)
+        self._c.gradient(
+            pred.data_ptr(),
+            target.data_ptr(),
+            table.data_ptr(),
+            grad_loss.data_ptr(),
+            grad_loss.stride(0) if self._shape else 0,
+            grad.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
-from .arguments import Arms, check_head, check_inputs
+from .arguments import Arms, Head, Inputs, check_head, check_inputs
 from .layout import PAIR_COLUMNS, common_order, dense_mask, empty_dense_like, pairs_in
-from .metrics import METRICS
+from .metrics import METRICS, unpacked
 from .reference import PairErrors
 
 __all__ = ["PairErrors", "available_backends", "loss", "pair_errors"]
@@ -124,6 +124,15 @@ def loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message says
             which. NaN and Inf in the tensors are no error: they make that pair's loss and gradient NaN.
     """
+    # A call like an earlier one is not checked again.
+    tensors = model_pred, ref_pred, target
+    options = (beta, alpha, objective, label_smoothing, margin, reference_free, sft_weight, layout, reduction, backend)
+    bound = None
+    if ref_error is mask is pair_weight is None and _is_plain(tensors, options):
+        bound = _bound_loss(*[fact for x in tensors for fact in (x.shape, x.stride(), x.dtype)], *options)  # type: ignore
+        if bound:
+            value, metrics = _BoundLoss.apply(model_pred, (ref_pred, target), bound[0])  # type: ignore[no-untyped-call]
+            return (value, unpacked(metrics)) if return_metrics else value
     inputs = check_inputs(
         model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
     )
@@ -148,6 +157,8 @@ def loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
+    if bound is not None and backend == "cpp":
+        _bind(bound, inputs, head, objective, layout, reduction)
     value, metrics = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         inputs.pred[0],
         inputs.pred[1] if len(inputs.pred) == 2 else None,
@@ -165,9 +176,7 @@ def loss(
         reduction,
         backend,
     )
-    if return_metrics:
-        return value, dict(zip(METRICS, metrics.unbind(), strict=True))
-    return value  # type: ignore[no-any-return]
+    return (value, unpacked(metrics)) if return_metrics else value
 
 
 def pair_errors(
@@ -441,6 +450,67 @@ class _FusedLoss(torch.autograd.Function):
         preds = [pred] if pred_lose is None else [pred, pred_lose]
         grad = _call(_pair_gradient, pred)(preds, target, mask, pairs, grad_loss, ctx.layout, ctx.backend)
         return (grad[0], None if pred_lose is None else grad[1], *(None,) * 13)
+
+
+# ---------------------------------------------------------------------------------------------- fast lane
+
+# The usual call, in a training loop on a CPU: three plain tensors with the shapes, strides and options of the call
+# before. What can be known from those is known already, so a call costs a look into a table.
+
+
+def _is_plain(tensors: tuple[Any, ...], options: tuple[object, ...]) -> bool:
+    """Whether a loss may take the fast lane: nobody watches, and its arguments can be looked up."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for x in tensors:
+        if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_neg():
+            return False
+    return all(type(option) in _HASHED for option in options)
+
+
+_HASHED = (float, int, str, bool, type(None))
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _bound_loss(*signature: object) -> list[Any]:
+    """The BoundLoss of a signature, in a list; empty until the first call has been checked and has filled it."""
+    return []
+
+
+def _bind(bound: list[Any], inputs: Inputs, head: Head, objective: str, layout: str, reduction: str) -> None:
+    if inputs.ref is None:
+        return
+    tensors = (inputs.pred[0], inputs.ref[0], inputs.target[0])
+    ordered = common_order(*([x] for x in tensors))
+    if all(x is y for x, (y,) in zip(tensors, ordered, strict=True)):
+        module = _module_of("cpp")
+        bound.append(module.BoundLoss(tensors, inputs.pairs, head.parameters, objective, layout, reduction))
+
+
+class _BoundLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, constants: tuple[Tensor, Tensor], bound: Any) -> tuple[Tensor, Tensor]:
+        ref, target = constants
+        value, metrics, table = bound.errors(pred, ref, target)
+        ctx.save_for_backward(pred, target, table)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        ctx.bound = bound
+        return value, metrics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss = grads[0]
+        if grad_loss is None:
+            return None, None, None
+        _refuse_second_derivative()
+        pred, target, table = ctx.saved_tensors
+        bound: Any = ctx.bound
+        # Hooks on saved tensors may bring back something else than was saved.
+        if _call(_pair_gradient, pred) is _pair_gradient and (pred.stride(), target.stride()) == bound.strides:
+            return bound.gradient(pred, target, table, grad_loss), None, None
+        grad = _call(_pair_gradient, pred)([pred], [target], None, table, grad_loss, bound.layout, "cpp")
+        return grad[0], None, None
 
 
 class _FusedErrors(torch.autograd.Function):

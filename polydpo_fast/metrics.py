@@ -27,7 +27,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .reference import PairErrors
 
-__all__ = ["METRICS", "pair_metrics"]
+__all__ = ["METRICS", "pair_metrics", "unpacked"]
 
 METRICS = (
     "implicit_accuracy",
@@ -44,6 +44,11 @@ METRICS = (
     "false_success",
 )
 """Names of the metrics, in the order in which the kernels store them."""
+
+
+def unpacked(metrics: Tensor) -> dict[str, Tensor]:
+    """The metrics by name, from the tensor that a kernel stored them in."""
+    return dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
 def pair_metrics(errors: PairErrors, logit: Tensor, beta: float | Tensor) -> dict[str, Tensor]:

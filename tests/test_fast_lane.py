@@ -1,0 +1,83 @@
+"""The usual call on a CPU is checked once per signature and then looked up: nothing else may change by it."""
+
+import pytest
+import torch
+
+import polydpo_fast
+from polydpo_fast import functional
+
+pytestmark = pytest.mark.skipif(
+    "cpp" not in functional.available_backends("cpu"), reason="the C++ extension is not built"
+)
+
+
+def three(shape=(4, 3, 6, 5), dtype=torch.float32, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    pred, target, step = (torch.randn(shape, generator=random) for _ in range(3))
+    return [pred.to(dtype), (pred + 0.01 * step).to(dtype), target.to(dtype)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["contiguous", "channels_last", "slice", "shared target"])
+def test_a_later_call_gives_the_bits_of_the_first(reduction, layout, dtype, form):
+    """The first call of a signature is checked, later ones take the fast lane: other numbers, the same function."""
+
+    def run(tensors, beta=7.0):
+        x = tensors[0].detach().requires_grad_()
+        loss, metrics = polydpo_fast.loss(
+            x, *tensors[1:], beta=beta, alpha=2, layout=layout, reduction=reduction, return_metrics=True
+        )
+        (loss * torch.arange(1, 1 + loss.numel())).sum().backward() if reduction == "none" else loss.backward()
+        return loss.detach(), x.grad, torch.stack(list(metrics.values()))
+
+    def formed(tensors):
+        if form == "channels_last":
+            return [x.contiguous(memory_format=torch.channels_last) for x in tensors]
+        if form == "slice":
+            return [torch.cat((x, x))[2:6] if layout == "halves" else x for x in tensors]
+        if form == "shared target":
+            return [*tensors[:2], tensors[2][:2]]
+        return tensors
+
+    functional._bound_loss.cache_clear()
+    first = formed(three(dtype=dtype))
+    expected = run(first)
+    run(formed(three(dtype=dtype, seed=1)))
+    again = run(first)
+    assert functional._bound_loss.cache_info().hits == 2
+    for a, b in zip(again, expected, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+    assert not torch.equal(run(first, beta=8.0)[0], expected[0])
+
+
+def test_bad_input_is_named_however_often():
+    good = three()
+    for _ in range(2):
+        polydpo_fast.loss(*good)
+        polydpo_fast.loss(*good, beta=1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="ref_pred has shape"):
+            polydpo_fast.loss(good[0], good[1][:2], good[2])
+        with pytest.raises(TypeError, match=r"beta is True \(bool\)"):  # equal to 1, of which we know
+            polydpo_fast.loss(*good, beta=True)
+        with pytest.raises(TypeError, match="label_smoothing is a list"):
+            polydpo_fast.loss(*good, label_smoothing=[0.1])
+        with pytest.raises(TypeError, match="strided"):
+            polydpo_fast.loss(good[0].to_sparse(), *good[1:])
+
+
+def test_saved_tensors_may_come_back_in_another_order():
+    """torch.autograd.graph.save_on_cpu and its like keep values, not strides."""
+    tensors = [x.contiguous(memory_format=torch.channels_last) for x in three()]
+    grads = []
+    for hooks in (False, False, True):
+        x = tensors[0].detach().requires_grad_()
+        unpack = torch.Tensor.contiguous if hooks else lambda t: t
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), unpack):
+            polydpo_fast.loss(x, *tensors[1:]).backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
