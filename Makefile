@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-loss precision clean
+.PHONY: help setup demo test lint format bench bench-loss precision sanitize fuzz clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,6 +47,12 @@ $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	@echo "Building the extension and installing the dependencies"
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+sanitize: setup  ## Run the C++ under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
+	sh scripts/sanitize.sh $(BIN)
+
+fuzz: setup  ## Fuzz the decoders, SECONDS=60 each (needs clang)
+	sh scripts/fuzz.sh $(BIN) $(or $(SECONDS),60)
 
 clean:  ## Remove what was built, and the virtual environment
 	rm -rf $(VENV) build dist *.egg-info polydpo_fast/*.so demo-output

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <png.h>
+#include <libdeflate.h>
 
 #include <algorithm>
 #include <array>
@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include <jpeglib.h>
 
 #include "decode.hpp"
 #include "loss.hpp"
@@ -46,8 +48,8 @@ public:
         }
     }
 
-    std::vector<polydpo::Bytes> bytes() const {
-        std::vector<polydpo::Bytes> result;
+    std::vector<polydpo::Image> images() const {
+        std::vector<polydpo::Image> result;
         for (const Py_buffer& view : views_) {
             result.push_back({static_cast<const std::uint8_t*>(view.buf), static_cast<std::size_t>(view.len)});
         }
@@ -58,27 +60,54 @@ private:
     std::vector<Py_buffer> views_;
 };
 
-// The caller vouches for `out`: 2B * 3 * height * width elements of the dtype. Returns the geometry of each sample,
-// (2B, 4) int64 (original height and width, crop top and left), and the failures as (sample, reason).
-py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, std::size_t pairs, std::uintptr_t out, int dtype, int height,
-                       int width, bool cover, bool strict, std::int64_t max_pixels, std::int64_t max_bytes,
-                       int max_scans, int threads) {
+// One row of `draws`: 0 or 1 whether the crop is centred, its two random numbers, 0 or 1 whether it is mirrored.
+using DrawRow = std::array<std::uint32_t, 4>;
+// An image that is pixels already: its row of the batch, height, width, EXIF orientation.
+using RawRow = std::array<std::int64_t, 4>;
+
+// The caller vouches for `out`: 2B * 3 * height * width elements of the dtype; dtype -1 is planes, 2B * height * 3/2 *
+// width bytes. Returns the geometry of each sample,
+// (2B, 4) int64 (oriented height and width, crop top and left), and the failures as (sample, reason).
+py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const std::vector<RawRow>& raw,
+                       const std::vector<DrawRow>& draws, std::uintptr_t out, int dtype,
+                       const std::array<float, 6>& normal, const std::array<std::uint8_t, 3>& background,
+                       const std::array<int, 2>& size, int resize, int interpolation, bool apply_orientation,
+                       bool strict, const std::array<std::int64_t, 4>& limits, int threads) {
     Buffers buffers;
     buffers.add(win, "win");
     buffers.add(lose, "lose");
-    const std::vector<polydpo::Bytes> images = buffers.bytes();
-    if (images.size() != 2 * pairs) throw py::value_error("win and lose do not hold B images each");
-    const polydpo::Options options{{height, width},
-                                   cover ? polydpo::Resize::cover : polydpo::Resize::none,
-                                   static_cast<polydpo::Dtype>(dtype),
+    std::vector<polydpo::Image> images = buffers.images();
+    if (images.size() != 2 * draws.size()) throw py::value_error("win and lose do not hold B images each");
+    for (const auto& [row, height, width, orientation] : raw) {
+        polydpo::Image& image = images.at(static_cast<std::size_t>(row));
+        image.raw = {static_cast<int>(height), static_cast<int>(width)};
+        image.orientation = static_cast<int>(orientation);
+        if (image.bytes != static_cast<std::size_t>(4 * height * width)) throw py::value_error("raw pixels are short");
+    }
+    std::vector<polydpo::Draw> drawn;
+    for (const auto& [centre, top, left, flipped] : draws) drawn.push_back({centre != 0, top, left, flipped != 0});
+    const polydpo::Options options{{size[0], size[1]},
+                                   static_cast<polydpo::Resize>(resize),
+                                   static_cast<polydpo::Interpolation>(interpolation),
+                                   dtype < 0,
+                                   static_cast<polydpo::Dtype>(std::max(dtype, 0)),
+                                   {{normal[0], normal[1], normal[2]}, {normal[3], normal[4], normal[5]}},
+                                   {background[0], background[1], background[2]},
+                                   apply_orientation,
                                    strict,
-                                   {max_pixels, max_bytes, max_scans},
+                                   {limits[0], limits[1], limits[2], static_cast<int>(limits[3])},
                                    threads};
+    bool interrupted = false;
+    const auto stop = [&] {
+        const py::gil_scoped_acquire acquire;
+        return interrupted = PyErr_CheckSignals() != 0;
+    };
     std::vector<polydpo::Decoded> results;
     {
-        py::gil_scoped_release release;
-        results = polydpo::decode_batch(images, options, reinterpret_cast<void*>(out));
+        const py::gil_scoped_release release;
+        results = polydpo::decode_batch(images, drawn, options, reinterpret_cast<void*>(out), stop);
     }
+    if (interrupted) throw py::error_already_set();
     py::array_t<std::int64_t> geometry({images.size(), std::size_t{4}});
     auto view = geometry.mutable_unchecked<2>();
     std::vector<std::pair<std::size_t, std::string>> failures;
@@ -237,17 +266,17 @@ py::dict build_info() {
 #else
     const char* jpeg = "libjpeg API " POLYDPO_TEXT(JPEG_LIB_VERSION);
 #endif
-    const std::string png = std::string("libpng ") + png_get_libpng_ver(nullptr);
-    return py::dict("compiler"_a = __VERSION__, "simd"_a = polydpo::simd_level(), "jpeg"_a = jpeg, "png"_a = png);
+    return py::dict("compiler"_a = __VERSION__, "simd"_a = polydpo::simd_level(), "jpeg"_a = jpeg, "png"_a = "libdeflate " LIBDEFLATE_VERSION_STRING);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The C++ half of polydpo_fast: decode_pairs, and the losses on a CPU. Not for direct use.";
-    module.def("decode_pairs", &decode_pairs, py::arg("win"), py::arg("lose"), py::kw_only(), py::arg("pairs"), py::arg("out"),
-               py::arg("dtype"), py::arg("height"), py::arg("width"), py::arg("cover"), py::arg("strict"),
-               py::arg("max_pixels"), py::arg("max_bytes"), py::arg("max_scans"), py::arg("threads"));
+    module.def("decode_pairs", &decode_pairs, py::arg("win"), py::arg("lose"), py::kw_only(), py::arg("raw"),
+               py::arg("draws"), py::arg("out"), py::arg("dtype"), py::arg("normal"), py::arg("background"),
+               py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
+               py::arg("strict"), py::arg("limits"), py::arg("threads"));
     py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
     py::class_<BoundLoss>(module, "BoundLoss")
         .def(py::init<const std::array<std::array<std::int64_t, 3>, 4>&, const std::array<std::int64_t, 3>&,

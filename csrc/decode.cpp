@@ -1,19 +1,31 @@
 #include "decode.hpp"
 
+#include <cstdio>
 #include <cstring>
 #include <exception>
+#include <memory>
 
+#include "canvas.hpp"
 #include "error.hpp"
+#include "jpeg.hpp"
+#include "png.hpp"
 #include "pool.hpp"
-#include "resample.hpp"
+#include "raw.hpp"
 
 namespace polydpo {
 namespace {
 
-std::string not_an_image(const Bytes& image) {
-    if (image.size == 0) return "it is empty";
-    std::string text = "it is not a JPEG: it begins with";
-    for (std::size_t i = 0; i < image.size && i < 4; ++i) {
+void check(const char* name, std::int64_t value, std::int64_t limit, const char* unit) {
+    if (value > limit) {
+        throw DecodeError("it has " + std::to_string(value) + " " + unit + ", more than " + std::to_string(limit) +
+                          " (limits." + name + ")");
+    }
+}
+
+std::string not_an_image(const Image& image) {
+    if (image.bytes == 0) return "it is empty";
+    std::string text = "it is no image of a known format: it begins with";
+    for (std::size_t i = 0; i < image.bytes && i < 4; ++i) {
         char byte[4];
         std::snprintf(byte, sizeof byte, " %02x", image.data[i]);
         text += byte;
@@ -21,63 +33,99 @@ std::string not_an_image(const Bytes& image) {
     return text;
 }
 
-// Rows go from the entropy decoder to the output one by one, while they are in the first-level cache.
-void decode_image(const Bytes& image, const Options& options, char* out, Decoded& result) {
-    if (static_cast<std::int64_t>(image.size) > options.limits.bytes) {
-        throw DecodeError("it has " + std::to_string(image.size) + " bytes, more than " +
-                          std::to_string(options.limits.bytes) + " (limits.bytes)");
+std::unique_ptr<Reader> open(const Image& image, const Options& options) {
+    const Limits& limits = options.limits;
+    if (image.raw.height > 0) {
+        check("pixels", static_cast<std::int64_t>(image.raw.height) * image.raw.width, limits.pixels, "pixels");
+        return std::make_unique<RawReader>(image.data, image.raw, image.orientation);
     }
-    if (!is_jpeg(image.data, image.size)) throw DecodeError(not_an_image(image));
+    check("bytes", static_cast<std::int64_t>(image.bytes), limits.bytes, "bytes");
+    if (is_jpeg(image.data, image.bytes)) {
+        return std::make_unique<JpegReader>(image.data, image.bytes, limits, options.strict);
+    }
+    if (is_png(image.data, image.bytes)) {
+        return std::make_unique<PngReader>(image.data, image.bytes, limits, options.strict, options.background);
+    }
+    throw DecodeError(not_an_image(image));
+}
 
-    JpegReader reader(image.data, image.size, options.limits, options.strict);
-    const Size source = reader.size(), output = options.output;
-    result.original = source;
-    const Geometry geometry = plan_centre(source, output, options.resize);
+// Y, Cb, Cr as they are stored: nothing is turned, scaled or mirrored, and corners are even.
+void decode_planes(Reader& reader, int orientation, const Draw& draw, const Options& options, void* sample,
+                   Decoded& result) {
+    auto* jpeg = dynamic_cast<JpegReader*>(&reader);
+    if (jpeg == nullptr) throw DecodeError("it is not a JPEG, whose planes could be had as they are stored");
+    if (orientation != 1) {
+        throw DecodeError("it is stored turned or mirrored (EXIF orientation " + std::to_string(orientation) + ")");
+    }
+    const Size source = reader.size();
+    Geometry geometry = plan(source, 1, options.output, options.resize, draw);
+    if (geometry.stored.height != source.height || geometry.stored.width != source.width ||
+        geometry.inner.height != options.output.height || geometry.inner.width != options.output.width) {
+        throw DecodeError("it is " + std::to_string(source.height) + " x " + std::to_string(source.width) +
+                          " and would have to be resized or padded");
+    }
+    geometry.crop.top &= ~1;
+    geometry.crop.left &= ~1;
+    result.top = geometry.crop.top;
+    result.left = draw.flipped ? source.width - options.output.width - geometry.crop.left : geometry.crop.left;
+    jpeg->read_planes(geometry.crop, static_cast<std::uint8_t*>(sample));
+}
+
+// Rows go from the entropy decoder to the output one by one, while they are in the first-level cache.
+void decode_image(const Image& image, const Draw& draw, const Options& options, void* sample, Decoded& result) {
+    const std::unique_ptr<Reader> reader = open(image, options);
+    const Size source = reader->size();
+    const int orientation = options.apply_orientation ? reader->orientation() : 1;
+    result.original = orientation >= 5 ? Size{source.width, source.height} : source;
+    if (options.planes) return decode_planes(*reader, orientation, draw, options, sample, result);
+    const Geometry geometry = plan(source, orientation, options.output, options.resize, draw);
     result.top = geometry.top;
     result.left = geometry.left;
 
-    const std::size_t plane = static_cast<std::size_t>(output.height) * output.width;
-    const auto row_of = [&](int y) {
-        return out + static_cast<std::size_t>(y) * output.width * size_of(options.dtype);
-    };
-    reader.start();
-    if (geometry.resized.height == source.height && geometry.resized.width == source.width) {
-        std::vector<std::uint8_t> row(4 * static_cast<std::size_t>(source.width));
-        for (int y = 0; y < source.height; ++y) {
-            reader.read_row(row.data());
-            const int to = y - geometry.top;
-            if (to >= 0 && to < output.height) {
-                store_row(row.data() + 4 * static_cast<std::size_t>(geometry.left), output.width, options.dtype,
-                          row_of(to), plane);
-            }
+    Canvas canvas(sample, options.output, options.dtype, options.normal, geometry);
+    canvas.pad(options.background);
+    if (geometry.stored.height == source.height && geometry.stored.width == source.width) {
+        const Region given = reader->start(geometry.crop);
+        Row row(given.width);
+        const std::uint8_t* from = row.data() + 4 * static_cast<std::size_t>(geometry.crop.left - given.left);
+        for (int y = 0; y < given.height; ++y) {
+            reader->read_row(row.data());
+            canvas.put(y, from);
         }
     } else {
-        Resampler resampler(source, geometry, output);
+        Resampler resampler(source, geometry.stored, geometry.crop, options.interpolation);
+        check("decoded", static_cast<std::int64_t>(resampler.memory()), options.limits.decoded, "bytes of rows to blend");
+        const Region given = reader->start(resampler.wanted());
+        resampler.begin(given);
         int to = 0;
-        for (int y = 0; y < source.height; ++y) {
-            reader.read_row(resampler.next_row());
+        for (int y = 0; y < given.height; ++y) {
+            reader->read_row(resampler.next_row());
             resampler.commit();
-            while (resampler.ready()) store_row(resampler.take(), output.width, options.dtype, row_of(to++), plane);
+            while (resampler.ready()) canvas.put(to++, resampler.take());
         }
     }
-    reader.finish();
+    reader->finish();
 }
 
 }  // namespace
 
-std::vector<Decoded> decode_batch(const std::vector<Bytes>& images, const Options& options, void* out) {
+std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,
+                                  const Options& options, void* out, const std::function<bool()>& stop) {
     std::vector<Decoded> results(images.size());
-    const std::size_t sample =
-        3 * static_cast<std::size_t>(options.output.height) * options.output.width * size_of(options.dtype);
-    parallel_for(images.size(), options.threads, [&](std::size_t i) {
-        char* place = static_cast<char*>(out) + i * sample;
+    const std::size_t plane = static_cast<std::size_t>(options.output.height) * options.output.width;
+    const std::size_t bytes = options.planes ? plane * 3 / 2 : plane * 3 * size_of(options.dtype);
+    const auto decode = [&](std::size_t i) {
+        char* sample = static_cast<char*>(out) + i * bytes;
         try {
-            decode_image(images[i], options, place, results[i]);
+            decode_image(images[i], draws[i % draws.size()], options, sample, results[i]);
+        } catch (const std::bad_alloc&) {
+            results[i].error = "there is not enough memory to decode it";
         } catch (const std::exception& error) {
             results[i].error = error.what();
-            std::memset(place, 0, sample);
         }
-    });
+        if (!results[i].error.empty()) std::memset(sample, 0, bytes);
+    };
+    parallel_for(images.size(), options.threads, decode, stop);
     return results;
 }
 

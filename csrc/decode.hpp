@@ -3,36 +3,47 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "geometry.hpp"
-#include "jpeg.hpp"
 #include "pixels.hpp"
+#include "reader.hpp"
+#include "resample.hpp"
 
 namespace polydpo {
 
-struct Bytes {
+// A compressed image; or, with a size, RGBX pixels that somebody else has decoded, and their EXIF orientation.
+struct Image {
     const std::uint8_t* data;
-    std::size_t size;
+    std::size_t bytes;
+    Size raw{0, 0};
+    int orientation = 1;
 };
 
 struct Options {
     Size output;
     Resize resize;
+    Interpolation interpolation;
+    bool planes;  // as stored, YCbCr 4:2:0 in bytes, instead of pixels
     Dtype dtype;
-    bool strict;
+    Normalisation normal;
+    Colour background;  // under transparent pixels, and around contained images
+    bool apply_orientation, strict;
     Limits limits;
     int threads;
 };
 
 struct Decoded {
-    Size original{0, 0};
+    Size original{0, 0};  // oriented
     int top = 0, left = 0;
     std::string error;  // empty: decoded
 };
 
-// Decodes every image into its place of `out`, (images.size(), 3, H, W). The place of one that fails is zeroed.
-std::vector<Decoded> decode_batch(const std::vector<Bytes>& images, const Options& options, void* out);
+// Decodes every image into its place of `out`, (images.size(), 3, H, W), or (images.size(), H * 3/2, W) of planes; image i with draws[i % draws.size()]. The place
+// of one that fails is zeroed. `stop` is asked now and then on the calling thread: true leaves the rest undone.
+std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,
+                                  const Options& options, void* out, const std::function<bool()>& stop);
 
 }  // namespace polydpo

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "error.hpp"
 
@@ -13,24 +14,68 @@ int half_to_even(int twice) {
     return twice % 2 ? half + half % 2 : half;
 }
 
+// Sides of 65,500 at most, times 16,384: an int holds them, and only the crop is ever computed.
+Size resized_to(Size source, Size output, Resize resize) {
+    const std::int64_t h = source.height, w = source.width, H = output.height, W = output.width;
+    const auto width = [&] { return static_cast<int>(w * H / h); };
+    const auto height = [&] { return static_cast<int>(h * W / w); };
+    switch (resize) {
+        case Resize::cover:
+            if (H * w >= W * h) return {output.height, std::max(output.width, width())};
+            return {std::max(output.height, height()), output.width};
+        case Resize::contain:
+            if (H * w <= W * h) return {output.height, std::max(1, width())};
+            return {std::max(1, height()), output.width};
+        case Resize::stretch: return output;
+        case Resize::none: break;
+    }
+    if (h < H || w < W) {
+        throw DecodeError("it is " + std::to_string(h) + " x " + std::to_string(w) + ", smaller than the crop of " +
+                          std::to_string(H) + " x " + std::to_string(W) + ", and resize is None");
+    }
+    return source;
+}
+
+// The part of one axis that is used, and whether against its direction.
+struct Span {
+    int start, count;
+    bool reversed;
+};
+
+Span mirrored(const Span& span, int length) { return {length - span.start - span.count, span.count, !span.reversed}; }
+
+int corner(int places, bool centre, std::uint32_t drawn) {  // places: of the corner, 0 ... places
+    if (centre) return half_to_even(places);
+    return static_cast<int>(static_cast<std::uint64_t>(drawn) * (static_cast<std::uint64_t>(places) + 1) >> 32);
+}
+
 }  // namespace
 
-Geometry plan_centre(Size source, Size output, Resize resize) {
-    Size resized = source;
-    if (resize == Resize::cover) {
-        const std::int64_t h = source.height, w = source.width, H = output.height, W = output.width;
-        // Sides of 65,500 at most, times 16,384: an int holds them, and only the crop is ever computed.
-        if (H * w >= W * h) {
-            resized = {output.height, static_cast<int>(std::max(W, w * H / h))};
-        } else {
-            resized = {static_cast<int>(std::max(H, h * W / w)), output.width};
-        }
-    } else if (source.height < output.height || source.width < output.width) {
-        throw DecodeError("it is " + std::to_string(source.height) + " x " + std::to_string(source.width) +
-                          ", smaller than the crop of " + std::to_string(output.height) + " x " +
-                          std::to_string(output.width) + ", and resize is None");
+Geometry plan(Size source, int orientation, Size output, Resize resize, const Draw& draw) {
+    Geometry result{};
+    result.transposed = orientation >= 5;
+    const Size oriented = result.transposed ? Size{source.width, source.height} : source;
+    const Size resized = result.resized = resized_to(oriented, output, resize);
+    const int height = std::min(resized.height, output.height), width = std::min(resized.width, output.width);
+    result.inner = {(output.height - height) / 2, (output.width - width) / 2, height, width};
+    result.top = corner(resized.height - height, draw.centre, draw.top);
+    result.left = corner(resized.width - width, draw.centre, draw.left);
+
+    Span rows{result.top, height, false}, cols{result.left, width, false};
+    if (draw.flipped) cols = mirrored(cols, resized.width);
+    if (result.transposed) std::swap(rows, cols);
+    result.stored = result.transposed ? Size{resized.width, resized.height} : resized;
+    // From the stored image to the oriented one: mirror these axes, then transpose.
+    if (orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7) {
+        rows = mirrored(rows, result.stored.height);
     }
-    return {resized, half_to_even(resized.height - output.height), half_to_even(resized.width - output.width)};
+    if (orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8) {
+        cols = mirrored(cols, result.stored.width);
+    }
+    result.crop = {rows.start, cols.start, rows.count, cols.count};
+    result.row_reversed = rows.reversed;
+    result.col_reversed = cols.reversed;
+    return result;
 }
 
 }  // namespace polydpo

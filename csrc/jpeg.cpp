@@ -1,8 +1,24 @@
 #include "jpeg.hpp"
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include "error.hpp"
+#include "exif.hpp"
 
 namespace polydpo {
+namespace {
+
+// Inks as Adobe stores them, inverted: 255 is none. What is left of the light after the ink and black.
+void to_rgb(std::uint8_t* pixels, int width) {
+    for (int x = 0; x < width; ++x, pixels += 4) {
+        const unsigned black = pixels[3];
+        for (int c = 0; c < 3; ++c) pixels[c] = static_cast<std::uint8_t>((pixels[c] * black + 127) / 255);
+    }
+}
+
+}  // namespace
 
 bool is_jpeg(const std::uint8_t* data, std::size_t size) {
     return size >= 3 && data[0] == 0xff && data[1] == 0xd8 && data[2] == 0xff;
@@ -45,6 +61,7 @@ JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits&
     try {
         guarded([&] {
             jpeg_create_decompress(&info_);
+            jpeg_save_markers(&info_, JPEG_APP0 + 1, 0xffff);  // EXIF
             jpeg_mem_src(&info_, data, static_cast<unsigned long>(size));
             jpeg_read_header(&info_, TRUE);
         });
@@ -53,9 +70,8 @@ JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits&
             throw DecodeError("it has " + std::to_string(pixels) + " pixels, more than " +
                               std::to_string(limits.pixels) + " (limits.pixels)");
         }
-        if (info_.jpeg_color_space == JCS_CMYK || info_.jpeg_color_space == JCS_YCCK) {
-            throw DecodeError("it is a CMYK JPEG, which is not supported yet");
-        }
+        check_memory(limits);
+        orientation_ = orientation_in_markers();
     } catch (...) {
         jpeg_destroy_decompress(&info_);  // the destructor will not run
         throw;
@@ -63,21 +79,119 @@ JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits&
     progress_.progress_monitor = on_progress;
     progress_.scans = limits.scans;
     info_.progress = &progress_;
-    info_.out_color_space = JCS_EXT_RGBX;
+    cmyk_ = info_.jpeg_color_space == JCS_CMYK || info_.jpeg_color_space == JCS_YCCK;
+    info_.out_color_space = cmyk_ ? JCS_CMYK : JCS_EXT_RGBX;
 }
 
 JpegReader::~JpegReader() { jpeg_destroy_decompress(&info_); }
 
-void JpegReader::start() {
-    guarded([this] { jpeg_start_decompress(&info_); });
+// Where there are several scans, the coefficients of the whole image are kept.
+void JpegReader::check_memory(const Limits& limits) {
+    if (!jpeg_has_multiple_scans(&info_)) return;
+    std::int64_t bytes = 0;
+    for (int i = 0; i < info_.num_components; ++i) {
+        const jpeg_component_info& part = info_.comp_info[i];
+        bytes += static_cast<std::int64_t>(part.width_in_blocks) * part.height_in_blocks *
+                 static_cast<std::int64_t>(sizeof(JBLOCK));
+    }
+    if (bytes > limits.decoded) {
+        throw DecodeError("it takes " + std::to_string(bytes) + " bytes to decode, more than " +
+                          std::to_string(limits.decoded) + " (limits.decoded)");
+    }
+}
+
+int JpegReader::orientation_in_markers() const {
+    static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};
+    for (auto* marker = info_.marker_list; marker != nullptr; marker = marker->next) {
+        if (marker->data_length > sizeof name && std::memcmp(marker->data, name, sizeof name) == 0) {
+            return exif_orientation(marker->data + sizeof name, marker->data_length - sizeof name);
+        }
+    }
+    return 1;
+}
+
+Region JpegReader::start(const Region& wanted) {
+    Region given{wanted.top, 0, wanted.height, static_cast<int>(info_.image_width)};
+    guarded([&] {
+        jpeg_start_decompress(&info_);
+        // The upsampling of chroma looks at its neighbours: a block more on each side gives it the ones it has in the
+        // whole image.
+        const int margin = info_.max_h_samp_factor * DCTSIZE;
+        const int left = std::max(0, wanted.left - margin);
+        const int right = std::min(given.width, wanted.left + wanted.width + margin);
+        if (right - left < given.width) {
+            auto x = static_cast<JDIMENSION>(left), width = static_cast<JDIMENSION>(right - left);
+            jpeg_crop_scanline(&info_, &x, &width);
+            given.left = static_cast<int>(x);
+            given.width = static_cast<int>(width);
+        }
+        skip(wanted.top);
+    });
+    return given;
+}
+
+// Only inside guarded().
+void JpegReader::skip(int rows) {
+    if (rows > 0) jpeg_skip_scanlines(&info_, static_cast<JDIMENSION>(rows));
 }
 
 void JpegReader::read_row(std::uint8_t* rgbx) {
     JSAMPROW row = rgbx;
     guarded([this, &row] { jpeg_read_scanlines(&info_, &row, 1); });
+    if (cmyk_) to_rgb(rgbx, static_cast<int>(info_.output_width));
 }
 
 void JpegReader::finish() {
+    const int rest = static_cast<int>(info_.output_height - info_.output_scanline);
+    if (rest > 0 && !error_.strict) return;
+    std::vector<std::uint8_t> row(rest > 0 ? 4 * static_cast<std::size_t>(info_.output_width) : 0);
+    JSAMPROW to = row.data();
+    guarded([&] {
+        // To skip to the very end would not look at what is there; to read the last row takes all before it.
+        skip(rest - 1);
+        if (rest > 0) jpeg_read_scanlines(&info_, &to, 1);
+        jpeg_finish_decompress(&info_);
+    });
+}
+
+void JpegReader::read_planes(const Region& crop, std::uint8_t* planes) {
+    const auto samples = [this](int part, int h, int v) {
+        return info_.comp_info[part].h_samp_factor == h && info_.comp_info[part].v_samp_factor == v;
+    };
+    if (info_.jpeg_color_space != JCS_YCbCr || !samples(0, 2, 2) || !samples(1, 1, 1) || !samples(2, 1, 1)) {
+        throw DecodeError("it is not stored as YCbCr 4:2:0");
+    }
+    constexpr int rows = 2 * DCTSIZE;  // of Y that libjpeg gives at a time
+    std::vector<std::uint8_t> buffers[3];
+    std::vector<JSAMPROW> pointers[3];
+    JSAMPARRAY arrays[3];
+    std::uint8_t* to[3] = {planes, planes + static_cast<std::size_t>(crop.height) * crop.width, nullptr};
+    to[2] = to[1] + static_cast<std::size_t>(crop.height / 2) * (crop.width / 2);
+    for (int part = 0; part < 3; ++part) {
+        const int half = part > 0 ? 2 : 1;
+        // Whole blocks are written, and a whole group of them.
+        const std::size_t width = (static_cast<std::size_t>(info_.image_width) / rows + 1) * rows / half;
+        buffers[part].resize(width * (rows / half));
+        for (int y = 0; y < rows / half; ++y) pointers[part].push_back(buffers[part].data() + width * y);
+        arrays[part] = pointers[part].data();
+    }
+    info_.raw_data_out = TRUE;
+    info_.out_color_space = JCS_YCbCr;
+    guarded([this] { jpeg_start_decompress(&info_); });
+    while (info_.output_scanline < info_.output_height) {
+        const int first = static_cast<int>(info_.output_scanline);
+        guarded([&] { jpeg_read_raw_data(&info_, arrays, rows); });
+        for (int part = 0; part < 3; ++part) {
+            const int half = part > 0 ? 2 : 1;
+            const int width = crop.width / half, top = crop.top / half, end = (crop.top + crop.height) / half;
+            for (int y = 0; y < rows / half; ++y) {
+                const int row = first / half + y;
+                if (row < top || row >= end) continue;
+                std::memcpy(to[part], pointers[part][y] + crop.left / half, static_cast<std::size_t>(width));
+                to[part] += width;
+            }
+        }
+    }
     guarded([this] { jpeg_finish_decompress(&info_); });
 }
 

@@ -9,36 +9,30 @@
 
 #include <jpeglib.h>
 
-#include "geometry.hpp"
+#include "reader.hpp"
 
 namespace polydpo {
-
-// What is refused before anything is allocated for it.
-struct Limits {
-    std::int64_t pixels;  // height times width
-    std::int64_t bytes;   // of the compressed image
-    int scans;            // of a progressive image: each costs a pass over all coefficients
-};
 
 bool is_jpeg(const std::uint8_t* data, std::size_t size);
 
 // libjpeg leaves through longjmp where something is wrong. Every call into it is made by guarded(), which holds the
 // setjmp and turns the jump into a DecodeError, so that no C++ frame with a destructor is ever jumped over.
-class JpegReader {
+class JpegReader : public Reader {
 public:
-    // Reads the header. In strict mode every later warning of the decoder (corrupt or missing data) throws too.
-    // `data` must outlive the reader.
     JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict);
-    ~JpegReader();
+    ~JpegReader() override;
     JpegReader(const JpegReader&) = delete;
     JpegReader& operator=(const JpegReader&) = delete;
 
-    Size size() const { return {static_cast<int>(info_.image_height), static_cast<int>(info_.image_width)}; }
-    void start();
-    // The next row, from top to bottom, as RGBX: 4 * width bytes.
-    void read_row(std::uint8_t* rgbx);
-    // After the last row: reads to the end of the image, so that damage there is seen as well.
-    void finish();
+    Size size() const override { return {static_cast<int>(info_.image_height), static_cast<int>(info_.image_width)}; }
+    int orientation() const override { return orientation_; }
+    Region start(const Region& wanted) override;
+    void read_row(std::uint8_t* rgbx) override;
+    void finish() override;
+
+    // Instead of start to finish: the planes as they are stored, for 4:2:0 colour images only. The part `crop`, all
+    // even, as Y, then Cb and Cr of half the sides.
+    void read_planes(const Region& crop, std::uint8_t* planes);
 
 private:
     struct ErrorManager : jpeg_error_mgr {
@@ -52,6 +46,9 @@ private:
 
     template <class Call>
     void guarded(Call call);
+    void check_memory(const Limits& limits);
+    int orientation_in_markers() const;
+    void skip(int rows);
     [[noreturn]] static void on_error(j_common_ptr info);
     static void on_message(j_common_ptr info, int level);
     static void on_progress(j_common_ptr info);
@@ -59,6 +56,8 @@ private:
     jpeg_decompress_struct info_{};
     ErrorManager error_{};
     Progress progress_{};
+    int orientation_ = 1;
+    bool cmyk_ = false;
 };
 
 }  // namespace polydpo

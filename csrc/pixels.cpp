@@ -9,66 +9,90 @@
 namespace polydpo {
 namespace {
 
-struct ToUint8 {
-    using Type = std::uint8_t;
-    static POLYDPO_INLINE Type from(std::uint32_t v) { return static_cast<Type>(v); }
-    static POLYDPO_INLINE Type from(float v) { return static_cast<Type>(static_cast<int>(v + 0.5f)); }
-};
+constexpr int block = 64;  // pixels at a time, in simple loops that vectorise
 
-template <class Float>
-struct ToFloating {
-    using Type = Float;
-    static POLYDPO_INLINE Type from(std::uint32_t v) {
-        return Float::set(static_cast<float>(2 * static_cast<std::int32_t>(v) - 255) * (1.0f / 255.0f));
-    }
-    static POLYDPO_INLINE Type from(float v) { return Float::set((2.0f * v - 255.0f) * (1.0f / 255.0f)); }
-};
-
-template <class To>
-POLYDPO_INLINE void store(const std::uint8_t* rgbx, int width, void* to, std::size_t plane) {
-    auto* __restrict r = static_cast<typename To::Type*>(to);
-    auto* __restrict g = r + plane;
-    auto* __restrict b = g + plane;
-    for (int x = 0; x < width; ++x) {
-        std::uint32_t pixel;
-        std::memcpy(&pixel, rgbx + 4 * static_cast<std::size_t>(x), 4);  // little endian: R is the low byte
-        r[x] = To::from(pixel & 255u);
-        g[x] = To::from(pixel >> 8 & 255u);
-        b[x] = To::from(pixel >> 16 & 255u);
+// The channels of n pixels, apart. Little endian: R is the low byte.
+POLYDPO_INLINE void split(const std::uint8_t* rgbx, int n, float (*channels)[block]) {
+    std::uint32_t pixels[block];
+    std::memcpy(pixels, rgbx, 4 * static_cast<std::size_t>(n));
+    for (int c = 0; c < 3; ++c) {
+        for (int i = 0; i < n; ++i) channels[c][i] = static_cast<float>(static_cast<int>(pixels[i] >> 8 * c & 255u));
     }
 }
 
-template <class To>
-POLYDPO_INLINE void store(const float* rgbx, int width, void* to, std::size_t plane) {
-    auto* __restrict r = static_cast<typename To::Type*>(to);
-    auto* __restrict g = r + plane;
-    auto* __restrict b = g + plane;
-    for (int x = 0; x < width; ++x) {
-        const float* pixel = rgbx + 4 * static_cast<std::size_t>(x);
-        r[x] = To::from(std::min(std::max(pixel[0], 0.0f), 255.0f));
-        g[x] = To::from(std::min(std::max(pixel[1], 0.0f), 255.0f));
-        b[x] = To::from(std::min(std::max(pixel[2], 0.0f), 255.0f));
+POLYDPO_INLINE void split(const float* rgbx, int n, float (*channels)[block]) {
+    for (int c = 0; c < 3; ++c) {
+        for (int i = 0; i < n; ++i) channels[c][i] = std::min(std::max(rgbx[4 * i + c], 0.0f), 255.0f);
     }
+}
+
+// Levels of one channel to elements of the output.
+struct ToUint8 {
+    using Type = std::uint8_t;
+    static POLYDPO_INLINE void convert(const float* levels, int n, float, float, Type* __restrict to) {
+        for (int i = 0; i < n; ++i) to[i] = static_cast<Type>(static_cast<int>(levels[i] + 0.5f));
+    }
+};
+
+struct ToFloat32 {
+    using Type = float;
+    static POLYDPO_INLINE void convert(const float* levels, int n, float offset, float scale, Type* __restrict to) {
+        for (int i = 0; i < n; ++i) to[i] = (levels[i] - offset) * scale;
+    }
+};
+
+template <Words (*narrow)(Floats), int shift>
+struct ToHalf {
+    using Type = std::uint16_t;
+    static POLYDPO_INLINE void convert(const float* levels, int n, float offset, float scale, Type* __restrict to) {
+        std::uint32_t words[block];
+        for (int i = 0; i < block; i += 16) {
+            Floats values;
+            std::memcpy(&values, levels + i, sizeof values);
+            const Words narrowed = narrow((values - offset) * scale) >> shift;
+            std::memcpy(words + i, &narrowed, sizeof narrowed);
+        }
+        for (int i = 0; i < n; ++i) to[i] = static_cast<Type>(words[i]);
+    }
+};
+
+template <class To, class Channel>
+POLYDPO_INLINE void store_block(const Channel* rgbx, int n, const Normalisation& normal, typename To::Type* to,
+                                std::size_t plane) {
+    float channels[3][block] = {};
+    split(rgbx, n, channels);
+    for (int c = 0; c < 3; ++c) To::convert(channels[c], n, normal.offset[c], normal.scale[c], to + c * plane);
+}
+
+template <class To, class Channel>
+POLYDPO_INLINE void store(const Channel* rgbx, int width, const Normalisation& normal, void* to, std::size_t plane) {
+    auto* out = static_cast<typename To::Type*>(to);
+    int x = 0;
+    for (; x + block <= width; x += block) store_block<To>(rgbx + 4 * x, block, normal, out + x, plane);
+    if (x < width) store_block<To>(rgbx + 4 * x, width - x, normal, out + x, plane);
 }
 
 template <class Pixel>
-POLYDPO_INLINE void dispatch(const Pixel* rgbx, int width, Dtype dtype, void* to, std::size_t plane) {
+POLYDPO_INLINE void dispatch(const Pixel* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
+                             std::size_t plane) {
     switch (dtype) {
-        case Dtype::uint8: return store<ToUint8>(rgbx, width, to, plane);
-        case Dtype::bfloat16: return store<ToFloating<Bfloat16>>(rgbx, width, to, plane);
-        case Dtype::float16: return store<ToFloating<Float16>>(rgbx, width, to, plane);
-        case Dtype::float32: return store<ToFloating<Float32>>(rgbx, width, to, plane);
+        case Dtype::uint8: return store<ToUint8>(rgbx, width, normal, to, plane);
+        case Dtype::bfloat16: return store<ToHalf<narrow_to_bfloat16, 16>>(rgbx, width, normal, to, plane);
+        case Dtype::float16: return store<ToHalf<narrow_to_float16, 0>>(rgbx, width, normal, to, plane);
+        case Dtype::float32: return store<ToFloat32>(rgbx, width, normal, to, plane);
     }
 }
 
 }  // namespace
 
-POLYDPO_CLONES void store_row(const std::uint8_t* rgbx, int width, Dtype dtype, void* to, std::size_t plane) {
-    dispatch(rgbx, width, dtype, to, plane);
+POLYDPO_CLONES void store_row(const std::uint8_t* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
+                              std::size_t plane) {
+    dispatch(rgbx, width, dtype, normal, to, plane);
 }
 
-POLYDPO_CLONES void store_row(const float* rgbx, int width, Dtype dtype, void* to, std::size_t plane) {
-    dispatch(rgbx, width, dtype, to, plane);
+POLYDPO_CLONES void store_row(const float* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
+                              std::size_t plane) {
+    dispatch(rgbx, width, dtype, normal, to, plane);
 }
 
 }  // namespace polydpo

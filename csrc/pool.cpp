@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -13,11 +14,26 @@
 namespace polydpo {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds between_questions{50};
+
 struct Job {
     Job(std::size_t count, const std::function<void(std::size_t)>& body) : count(count), body(body) {}
 
     void work() {
         for (std::size_t index; (index = next.fetch_add(1)) < count;) body(index);
+    }
+
+    // The same on the thread that may be told to stop.
+    void work(const std::function<bool()>& stop) {
+        if (!stop) return work();
+        auto asked = Clock::now();
+        for (std::size_t index; (index = next.fetch_add(1)) < count;) {
+            body(index);
+            if (Clock::now() - asked < between_questions) continue;
+            if (stop()) next.store(count);
+            asked = Clock::now();
+        }
     }
 
     const std::size_t count;
@@ -28,7 +44,8 @@ struct Job {
 
 class Pool {
 public:
-    void run(std::size_t count, int helpers, const std::function<void(std::size_t)>& body) {
+    void run(std::size_t count, int helpers, const std::function<void(std::size_t)>& body,
+             const std::function<bool()>& stop) {
         Job job(count, body);
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -36,7 +53,7 @@ public:
             invitations_.insert(invitations_.end(), helpers, &job);
         }
         invited_.notify_all();
-        job.work();
+        job.work(stop);
         std::unique_lock<std::mutex> lock(mutex_);
         // Invitations that nobody has taken would outlive the job: withdraw them.
         invitations_.erase(std::remove(invitations_.begin(), invitations_.end(), &job), invitations_.end());
@@ -102,12 +119,13 @@ void team_for(std::size_t count, int threads, const std::function<void(std::size
 
 void set_team(GompParallel entry) { team.store(entry); }
 
-void parallel_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body) {
+void parallel_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body,
+                  const std::function<bool()>& stop) {
     const auto helpers = static_cast<int>(std::min<std::size_t>(std::max(threads, 1), count)) - 1;
     if (helpers > 0) {
-        the_pool().run(count, helpers, body);
+        the_pool().run(count, helpers, body, stop);
     } else {
-        for (std::size_t index = 0; index < count; ++index) body(index);
+        Job(count, body).work(stop);
     }
 }
 

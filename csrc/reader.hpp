@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "geometry.hpp"
 
@@ -20,11 +21,6 @@ struct Colour {
     std::uint8_t r, g, b;
 };
 
-// A rectangle of the image as it is stored, before its orientation is applied.
-struct Region {
-    int top, left, height, width;
-};
-
 // Throws DecodeError where the bytes are damaged or ask for more than the limits allow. In strict mode every warning of
 // a decoder (corrupt or missing data, bytes after the end) is an error too. The bytes must outlive the reader.
 class Reader {
@@ -35,12 +31,27 @@ public:
     virtual Size size() const = 0;
     // EXIF: 1 (as stored) to 8.
     virtual int orientation() const = 0;
-    // Prepares to read the rows of `wanted`. Returns what read_row will give: the same rows, and at least its columns.
+    // Prepares to read the rows of `wanted`, a part of the image as stored. Returns what read_row will give: the same rows, and at least its columns.
     virtual Region start(const Region& wanted) = 0;
     // The next row of that region as RGBX bytes (X is anything), 4 * width of them.
     virtual void read_row(std::uint8_t* rgbx) = 0;
     // After the last row. In strict mode what follows the region is examined too.
     virtual void finish() = 0;
+};
+
+// Room for a row of RGBX bytes. Off the boundaries of vectors on purpose: libjpeg-turbo writes rows that lie on them past
+// the caches, and the next step would wait for memory.
+class Row {
+public:
+    explicit Row(int width = 0) : bytes_(4 * static_cast<std::size_t>(width) + 72) {}
+    std::uint8_t* data() {
+        return bytes_.data() + 8 + (64 - reinterpret_cast<std::uintptr_t>(bytes_.data()) % 64) % 64;
+    }
+    // In pixels.
+    int width() const { return static_cast<int>((bytes_.size() - 72) / 4); }
+
+private:
+    std::vector<std::uint8_t> bytes_;
 };
 
 }  // namespace polydpo

@@ -2,55 +2,74 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "simd.hpp"
 
 namespace polydpo {
 namespace {
 
-typedef float Pixel __attribute__((vector_size(16), aligned(4), may_alias));  // R, G, B, X
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));  // two pixels
 
-// out[i] = sum over k of weights[k] * rows[k][i]: the vertical pass.
-POLYDPO_CLONES void blend_rows(const std::uint8_t* const* rows, const float* weights, int count, int length,
-                               float* out) {
+// One row across: two taps, that is two neighbouring pixels, at a time. `wide` is scratch for the row in floats.
+POLYDPO_CLONES void resample_row(const std::uint8_t* in, int in_width, const int* first, const int* count,
+                                 const float* weights, int pairs, int width, float* wide, float* out) {
+    for (int i = 0; i < 4 * in_width; ++i) wide[i] = static_cast<float>(static_cast<int>(in[i]));
+    for (int x = 0; x < width; ++x) {
+        const float* from = wide + 4 * static_cast<std::ptrdiff_t>(first[x]);
+        Floats8 sum = {};
+        for (int k = 0; k < (count[x] + 1) / 2; ++k) {
+            Floats8 pixels, weight;
+            std::memcpy(&pixels, from + 8 * k, sizeof pixels);
+            std::memcpy(&weight, weights + 8 * k, sizeof weight);
+            sum += weight * pixels;
+        }
+        weights += 8 * static_cast<std::size_t>(pairs);
+        Floats4 halves[2];
+        std::memcpy(halves, &sum, sizeof sum);
+        const Floats4 pixel = halves[0] + halves[1], low = {}, high = low + 255.0f;
+        const Floats4 clamped = pixel < low ? low : pixel > high ? high : pixel;
+        std::memcpy(out + 4 * static_cast<std::size_t>(x), &clamped, sizeof clamped);
+    }
+}
+
+// out[i] = sum over k of weights[k] * rows[k][i]: down.
+POLYDPO_CLONES void blend_rows(const float* const* rows, const float* weights, int count, int length, float* out) {
     constexpr int chunk = 64;  // accumulators that stay in registers while all rows are added
     for (int start = 0; start < length; start += chunk) {
         float sum[chunk] = {};
         const int n = std::min(chunk, length - start);
         if (n == chunk) {
             for (int k = 0; k < count; ++k) {
-                const std::uint8_t* row = rows[k] + start;
+                const float* row = rows[k] + start;
                 const float weight = weights[k];
-                for (int i = 0; i < chunk; ++i) sum[i] += weight * static_cast<float>(row[i]);
+                for (int i = 0; i < chunk; ++i) sum[i] += weight * row[i];
             }
         } else {
             for (int k = 0; k < count; ++k) {
-                for (int i = 0; i < n; ++i) sum[i] += weights[k] * static_cast<float>(rows[k][start + i]);
+                for (int i = 0; i < n; ++i) sum[i] += weights[k] * rows[k][start + i];
             }
         }
         std::copy(sum, sum + n, out + start);
     }
 }
 
-// The horizontal pass: one pixel is one vector.
-POLYDPO_CLONES void resample_row(const float* in, const int* first, const int* count, const float* weights, int taps,
-                                 int width, float* out) {
-    for (int x = 0; x < width; ++x) {
-        const float* from = in + 4 * static_cast<std::size_t>(first[x]);
-        Pixel sum = {};
-        for (int k = 0; k < count[x]; ++k) {
-            sum += weights[k] * *reinterpret_cast<const Pixel*>(from + 4 * static_cast<std::size_t>(k));
-        }
-        *reinterpret_cast<Pixel*>(out + 4 * static_cast<std::size_t>(x)) = sum;
-        weights += taps;
-    }
+double triangle(double x) { return std::max(0.0, 1.0 - std::abs(x)); }
+
+double cubic(double x) {
+    constexpr double a = -0.5;
+    x = std::abs(x);
+    if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+    if (x < 2) return (((x - 5) * x + 8) * x - 4) * a;
+    return 0;
 }
 
 }  // namespace
 
-Filter triangle_filter(int source, int resized, int offset, int length) {
-    const double scale = static_cast<double>(source) / resized;
-    const double support = std::max(scale, 1.0);
+Filter make_filter(Interpolation kind, int source, int resized, int offset, int length) {
+    const double scale = static_cast<double>(source) / resized, wide = std::max(scale, 1.0);
+    const double support = (kind == Interpolation::bicubic ? 2.0 : 1.0) * wide;
     Filter filter;
     filter.taps = static_cast<int>(std::ceil(support)) * 2 + 1;
     filter.first.resize(length);
@@ -63,7 +82,8 @@ Filter triangle_filter(int source, int resized, int offset, int length) {
         const int end = std::min(source, static_cast<int>(centre + support + 0.5));
         double total = 0;
         for (int k = 0; k < end - first; ++k) {
-            weights[k] = std::max(0.0, 1.0 - std::abs((first + k + 0.5 - centre) / support));
+            const double x = (first + k + 0.5 - centre) / wide;
+            weights[k] = kind == Interpolation::bicubic ? cubic(x) : triangle(x);
             total += weights[k];
         }
         filter.first[i] = first;
@@ -74,18 +94,47 @@ Filter triangle_filter(int source, int resized, int offset, int length) {
     return filter;
 }
 
-Resampler::Resampler(Size source, const Geometry& geometry, Size output)
-    : across_(triangle_filter(source.width, geometry.resized.width, geometry.left, output.width)),
-      down_(triangle_filter(source.height, geometry.resized.height, geometry.top, output.height)),
-      width_(output.width),
+Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolation kind)
+    : across_(make_filter(kind, source.width, resized.width, crop.left, crop.width)),
+      down_(make_filter(kind, source.height, resized.height, crop.top, crop.height)),
+      width_(crop.width),
       ring_rows_(std::min(down_.taps, source.height)),
-      stride_(4 * static_cast<std::size_t>(source.width)),
-      ring_(ring_rows_ * stride_),
-      blended_(stride_),
-      resized_(4 * static_cast<std::size_t>(output.width)),
-      taps_(down_.taps) {}
+      stride_(4 * static_cast<std::size_t>(crop.width)),
+      taps_(down_.taps) {
+    pairs_ = (across_.taps + 1) / 2;
+    pair_weights_.resize(8 * static_cast<std::size_t>(pairs_) * width_);
+    for (int x = 0; x < width_; ++x) {
+        float* out = pair_weights_.data() + 8 * static_cast<std::size_t>(pairs_) * x;
+        for (int k = 0; k < across_.taps; ++k) {
+            std::fill_n(out + 4 * k, 4, across_.weights[static_cast<std::size_t>(x) * across_.taps + k]);
+        }
+    }
+}
 
-std::uint8_t* Resampler::next_row() { return ring_row(rows_in_); }
+Region Resampler::wanted() const {
+    const auto end = [](const Filter& filter) {
+        int last = 0;
+        for (std::size_t i = 0; i < filter.first.size(); ++i) last = std::max(last, filter.first[i] + filter.count[i]);
+        return last;
+    };
+    const int top = down_.first.front(), left = across_.first.front();
+    return {top, left, end(down_) - top, end(across_) - left};
+}
+
+void Resampler::begin(const Region& given) {
+    for (int& first : across_.first) first -= given.left;
+    rows_in_ = given.top;
+    row_ = Row(given.width);
+    wide_.resize(4 * static_cast<std::size_t>(given.width) + 4);  // the last tap's partner may lie outside
+    ring_.resize(static_cast<std::size_t>(ring_rows_) * stride_);
+    resized_.resize(stride_);
+}
+
+void Resampler::commit() {
+    resample_row(row_.data(), row_.width(), across_.first.data(), across_.count.data(), pair_weights_.data(), pairs_,
+                 width_, wide_.data(), ring_row(rows_in_));
+    ++rows_in_;
+}
 
 bool Resampler::ready() const {
     return rows_out_ < static_cast<int>(down_.first.size()) &&
@@ -96,9 +145,7 @@ const float* Resampler::take() {
     const int y = rows_out_++, count = down_.count[y];
     for (int k = 0; k < count; ++k) taps_[k] = ring_row(down_.first[y] + k);
     blend_rows(taps_.data(), down_.weights.data() + static_cast<std::size_t>(y) * down_.taps, count,
-               static_cast<int>(stride_), blended_.data());
-    resample_row(blended_.data(), across_.first.data(), across_.count.data(), across_.weights.data(), across_.taps,
-                 width_, resized_.data());
+               static_cast<int>(stride_), resized_.data());
     return resized_.data();
 }
 

@@ -5,8 +5,11 @@
 #include <vector>
 
 #include "geometry.hpp"
+#include "reader.hpp"
 
 namespace polydpo {
+
+enum class Interpolation : int { bilinear = 0, bicubic = 1 };
 
 // The weights of one axis: output i is the sum of weights[i * taps + k] * input[first[i] + k], k < count[i].
 struct Filter {
@@ -15,31 +18,41 @@ struct Filter {
     int taps = 0;
 };
 
-// The triangle (bilinear) filter, widened by the scale when it shrinks, as Pillow and torchvision define it, for the
-// outputs [offset, offset + length) of an axis resized from `source` to `resized`.
-Filter triangle_filter(int source, int resized, int offset, int length);
+// The triangle (bilinear) or Catmull-Rom (bicubic, a = -1/2) filter, widened by the scale when it shrinks, as Pillow and
+// torchvision define it, for the outputs [offset, offset + length) of an axis resized from `source` to `resized`.
+Filter make_filter(Interpolation kind, int source, int resized, int offset, int length);
 
-// Takes the rows of an RGBX image from top to bottom and gives the rows of the resized crop.
+// Takes the rows of an RGBX image from top to bottom and gives the rows of a crop of the resized image. Across first,
+// then down, like Pillow; both in float32, the first clamped to 0..255 as Pillow's bytes are.
 class Resampler {
 public:
-    Resampler(Size source, const Geometry& geometry, Size output);
+    // All as stored: the whole image's size before and after, and the crop in the latter.
+    Resampler(Size source, Size resized, const Region& crop, Interpolation kind);
 
-    // Where to write the next row of the source (4 * width bytes); rows stay valid while they are needed.
-    std::uint8_t* next_row();
+    // The part of the image that the crop needs.
+    Region wanted() const;
+    // Bytes that it will keep.
+    std::size_t memory() const { return stride_ * sizeof(float) * static_cast<std::size_t>(ring_rows_); }
+    // Which part will come: the rows of that, at least its columns.
+    void begin(const Region& given);
+    // Where to write the next row of it (4 * width bytes).
+    std::uint8_t* next_row() { return row_.data(); }
     // Says that it is written. Then `while (ready()) use(take())` gives what it completes: rows of RGBX floats.
-    void commit() { ++rows_in_; }
+    void commit();
     bool ready() const;
     const float* take();
 
 private:
-    std::uint8_t* ring_row(int row) { return ring_.data() + static_cast<std::size_t>(row % ring_rows_) * stride_; }
+    float* ring_row(int row) { return ring_.data() + static_cast<std::size_t>(row % ring_rows_) * stride_; }
 
     Filter across_, down_;
     int width_, ring_rows_, rows_in_ = 0, rows_out_ = 0;
+    int pairs_;                      // of taps across
+    std::vector<float> pair_weights_;  // across_.weights, two taps at a time, each four times
     std::size_t stride_;
-    std::vector<std::uint8_t> ring_;
-    std::vector<float> blended_, resized_;
-    std::vector<const std::uint8_t*> taps_;
+    Row row_;
+    std::vector<float> wide_, ring_, resized_;
+    std::vector<const float*> taps_;
 };
 
 }  // namespace polydpo

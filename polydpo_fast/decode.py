@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import operator
 import os
 from collections.abc import Sequence
@@ -14,9 +15,16 @@ from typing_extensions import Buffer  # of collections.abc from Python 3.12 on; 
 
 __all__ = ["DecodeError", "DecodeFailure", "DecodeLimits", "DecodedPairs", "decode_pairs"]
 
-# The numbers of csrc/pixels.hpp.
-_DTYPES = {torch.uint8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# The numbers of csrc/pixels.hpp, geometry.hpp and resample.hpp.
+_DTYPES = {"yuv420": -1, torch.uint8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_RESIZES = {None: 0, "cover": 1, "contain": 2, "stretch": 3}
+_INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 _MAX_SIDE = 16384
+
+# What C++ decodes; anything else is Pillow's, of those formats whose decoders run no other programs.
+_NATIVE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+_PILLOW_FORMATS = ("WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "QOI")
+_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -26,14 +34,17 @@ class DecodeLimits:
     pixels: height times width.
     bytes: of the compressed image.
     scans: of a progressive JPEG; each is a pass over all coefficients, so a small file can cost minutes.
+    decoded: bytes of memory that a decoder may take for one image besides its rows: the coefficients of a progressive
+        JPEG, the inflated data of a PNG.
     """
 
     pixels: int = 1 << 27
     bytes: int = 1 << 28
     scans: int = 100
+    decoded: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name, largest in (("pixels", 2**62), ("bytes", 2**62), ("scans", 2**30)):
+        for name, largest in (("pixels", 2**62), ("bytes", 2**62), ("scans", 2**30), ("decoded", 2**62)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
                 raise ValueError(f"limits.{name} is {value!r}; expected an int from 1 to {largest}")
@@ -68,12 +79,13 @@ class DecodeError(ValueError):
 class DecodedPairs:
     """The result of `decode_pairs` for B pairs. Rows are [winners; losers], the halves layout of the loss.
 
-    pixels: (2B, 3, H, W).
+    pixels: (2B, 3, H, W); planes under dtype="yuv420".
     ok: (B,) bool; False where an arm failed under on_error="mask".
     errors: what failed, at most one per image.
-    original_size: (2B, 2) int64, height and width of the image before the transform.
-    crop_top_left: (2B, 2) int64, corner of the crop in the resized image. With original_size, SDXL's size
-        conditioning.
+    original_size: (2B, 2) int64, height and width of the image, upright, before the transform.
+    crop_top_left: (2B, 2) int64, corner of the crop in the resized and mirrored image. With original_size, SDXL's
+        size conditioning.
+    flipped: (B,) bool, whether the pair is mirrored.
     """
 
     pixels: Tensor
@@ -81,6 +93,7 @@ class DecodedPairs:
     errors: tuple[DecodeFailure, ...]
     original_size: Tensor
     crop_top_left: Tensor
+    flipped: Tensor
 
 
 def decode_pairs(
@@ -88,9 +101,17 @@ def decode_pairs(
     lose: Sequence[Buffer],
     *,
     size: int | tuple[int, int] = 1024,
-    resize: Literal["cover"] | None = "cover",
-    dtype: torch.dtype = torch.bfloat16,
+    resize: Literal["cover", "contain", "stretch"] | None = "cover",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    crop: Literal["center", "random"] = "center",
+    hflip: float = 0.0,
+    seeds: Sequence[int] | Tensor | None = None,
+    dtype: torch.dtype | Literal["yuv420"] = torch.bfloat16,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+    background: tuple[int, int, int] = (255, 255, 255),
     out: Tensor | None = None,
+    exif: Literal["apply", "ignore"] = "apply",
     strict: bool = True,
     limits: DecodeLimits | None = None,
     on_error: Literal["raise", "mask"] = "raise",
@@ -102,22 +123,43 @@ def decode_pairs(
     the output, images side by side on `threads` threads. The bytes do not depend on the number of threads, nor on
     the processor.
 
+    Crop and mirror are drawn once per pair, and are the same for both arms, also where these differ in size or format.
+
     Args:
         win, lose: the compressed images, B bytes-like objects each (bytes, memoryview, pyarrow buffers, ...).
-            JPEG: baseline and progressive, colour or grey. An EXIF orientation is not applied.
+            JPEG (baseline, progressive, grey, CMYK) and PNG (all of it, without gamma and colour profiles) are
+            decoded here; WebP, AVIF, the first frame of a GIF, BMP, TIFF, JPEG 2000 and a few more by Pillow, if it is
+            installed, one after the other.
         size: of the output: a side, or (height, width), 1 to 16384.
-        resize: "cover" scales the image, keeping its aspect ratio, until it just covers the output, with the
-            antialiased triangle filter (Pillow's and torchvision's bilinear); None does not scale. Both then cut
-            the centre. Rounding follows torchvision's Resize and CenterCrop.
-        dtype: bfloat16, float16 or float32 in [-1, 1], that is (2 v - 255) / 255, rounded to nearest even in 16
-            bits and within 1 ulp in float32; or uint8 in 0..255.
+        resize: "cover" scales the image, keeping its aspect ratio, until it just covers the output, and cuts what is
+            too much (torchvision's Resize and CenterCrop, with their rounding); "contain" scales it until it just fits,
+            and pads with the background; "stretch" scales each side on its own; None only cuts.
+        interpolation: "bilinear" or "bicubic", both antialiased: Pillow's and torchvision's filters, within one level
+            of 255 of Pillow's result.
+        crop: "center" or "random": where to cut what is too much. At random every corner has the same chance.
+        hflip: the probability, 0 to 1, that a pair is mirrored left to right; before the crop, as Diffusers' SDXL
+            scripts do it.
+        seeds: (B,) integers; what is drawn for a pair depends on its seed alone. None draws them with torch.randint,
+            so that torch.manual_seed decides.
+        dtype: bfloat16, float16 or float32, normalised: (v / 255 - mean) / std, rounded to nearest even in 16 bits;
+            or uint8 in 0..255. Or "yuv420": the planes of a 4:2:0 JPEG as they are stored, a quarter of the bytes of
+            bfloat16 and no colour conversion on the CPU; see below.
+        mean, std: a number, or one per channel. The default gives [-1, 1], within 1 ulp in float32.
+        background: red, green and blue, 0 to 255, under transparent pixels and around contained images.
         out: a contiguous CPU tensor (2B, 3, H, W) of that dtype, pinned or not, to write into. It is returned
             as `pixels`.
-        strict: whether a decoder's warning (damaged or missing data) is an error.
+        exif: "apply" turns and mirrors the image as its EXIF orientation says; "ignore" takes it as it is stored.
+        strict: whether a decoder's warning (damaged or missing data) is an error, also outside of the crop.
         limits: what an image may cost; `DecodeLimits()` if None.
         on_error: "raise" a DecodeError, or "mask": both arms of a failed pair are zeroed, `ok` is False there,
             the other pairs are not touched. What is not bytes-like raises all the same.
         threads: at most so many; None for as many as processors this process may use.
+
+    With dtype="yuv420", `pixels` is (2B, H * 3/2, W) uint8, H and W even: for each image H * W bytes of Y, then
+    H/2 * W/2 of Cb and of Cr. `polydpo_fast.yuv420_to_rgb(batch.pixels, flip=batch.flipped.repeat(2))` makes the same
+    pixels of them, on a GPU; mirroring is left to it, and corners of crops are rounded down to even. The outermost
+    pixels of a crop may differ, because their neighbours' colours are cut off. Images that are not 4:2:0 JPEGs, or
+    would have to be turned or resized, fail.
 
     Raises:
         DecodeError: an image could not be decoded (on_error="raise"). `out` then holds unspecified pixels.
@@ -128,14 +170,18 @@ def decode_pairs(
     win, lose = _check_arms(win, lose)
     pairs = len(win)
     height, width = _check_size(size)
-    if resize not in ("cover", None):
-        raise ValueError(f"resize is {resize!r}; expected 'cover' or None")
-    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8")
+    _check_choice("resize", resize, (*_RESIZES,))
+    _check_choice("interpolation", interpolation, (*_INTERPOLATIONS,))
+    _check_choice("crop", crop, ("center", "random"))
+    _check_choice("exif", exif, ("apply", "ignore"))
+    _check_choice("on_error", on_error, ("raise", "mask"))
+    if not isinstance(dtype, (torch.dtype, str)) or dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8, or 'yuv420'")
+    planes = dtype == "yuv420"
+    if planes and (height % 2 or width % 2):
+        raise ValueError(f"size is {size!r}; expected even sides for dtype='yuv420'")
     if not isinstance(strict, bool):
         raise TypeError(f"strict is {strict!r}; expected True or False")
-    if on_error not in ("raise", "mask"):
-        raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'mask'")
     if limits is None:
         limits = DecodeLimits()
     elif not isinstance(limits, DecodeLimits):
@@ -144,30 +190,37 @@ def decode_pairs(
         threads = len(os.sched_getaffinity(0))
     elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
         raise ValueError(f"threads is {threads!r}; expected an int from 1 to 1024")
-    shape = (2 * pairs, 3, height, width)
+    shape = (2 * pairs, height * 3 // 2, width) if planes else (2 * pairs, 3, height, width)
+    element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
     if out is None:
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=element)
     else:
-        _check_out(out, shape, dtype)
+        _check_out(out, shape, element)
 
+    draws = _draw(pairs, crop, hflip, seeds)
+    images, raw, refused = _through_pillow([*win, *lose], _check_colour(background), limits)
     geometry, failed = _C.decode_pairs(
-        win,
-        lose,
-        pairs=pairs,
+        images[:pairs],
+        images[pairs:],
+        raw=raw,
+        draws=draws,
         out=out.data_ptr(),
         dtype=_DTYPES[dtype],
-        height=height,
-        width=width,
-        cover=resize == "cover",
+        normal=_normalisation(mean, std),
+        background=background,
+        size=(height, width),
+        resize=_RESIZES[resize],
+        interpolation=_INTERPOLATIONS[interpolation],
+        apply_orientation=exif == "apply",
         strict=strict,
-        max_pixels=limits.pixels,
-        max_bytes=limits.bytes,
-        max_scans=limits.scans,
+        limits=(limits.pixels, limits.bytes, limits.decoded, limits.scans),
         threads=threads,
     )
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
-    errors = tuple(DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in failed)
+    errors = tuple(
+        DecodeFailure("win" if row < pairs else "lose", row % pairs, refused.get(row, reason)) for row, reason in failed
+    )
     if errors and on_error == "raise":
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool)
@@ -176,7 +229,138 @@ def decode_pairs(
         out[error.index] = 0
         out[pairs + error.index] = 0
     numbers = torch.from_numpy(geometry)
-    return DecodedPairs(out, ok, errors, original_size=numbers[:, :2], crop_top_left=numbers[:, 2:])
+    flipped = torch.tensor([bool(flip) for *_, flip in draws])
+    return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped)
+
+
+# -------------------------------------------------------------------------------------------- what is drawn
+
+
+def _draw(
+    pairs: int, crop: str, hflip: float, seeds: Sequence[int] | Tensor | None
+) -> list[tuple[bool, int, int, bool]]:
+    """For each pair: whether its crop is centred, two uniform 32-bit numbers for its corner, whether it is mirrored."""
+    if isinstance(hflip, bool) or not isinstance(hflip, (int, float)) or not 0 <= hflip <= 1:
+        raise ValueError(f"hflip is {hflip!r}; expected a number from 0 to 1")
+    if seeds is None:
+        if crop == "center" and hflip in (0, 1):
+            return [(True, 0, 0, hflip == 1)] * pairs
+        seeds = torch.randint(2**63 - 1, (pairs,))
+    try:
+        numbers = [operator.index(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
+    except TypeError:
+        raise TypeError(f"seeds is {seeds!r}; expected a sequence of integers") from None
+    if len(numbers) != pairs:
+        raise ValueError(f"seeds has {len(numbers)} numbers; expected {pairs}, one per pair")
+    draws = []
+    for seed in numbers:
+        top, left, flip = (_splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3))
+        draws.append((crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
+    return draws
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _splitmix64(state: int) -> int:
+    """Steele, Lea and Flood 2014: 64 well mixed bits of a counter."""
+    z = state % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+# ------------------------------------------------------------------------------------------ through Pillow
+
+
+def _through_pillow(
+    images: list[Buffer], background: tuple[int, int, int], limits: DecodeLimits
+) -> tuple[list[Buffer], list[tuple[int, int, int, int]], dict[int, str]]:
+    """Replaces the images that C++ does not decode by their pixels.
+
+    Returns the images, (row, height, width, EXIF orientation) of those that are pixels now, and the reasons of those
+    that Pillow could not decode: they go on as they are, to be refused with the others.
+    """
+    raw, refused = [], {}
+    for row, image in enumerate(images):
+        try:
+            data = memoryview(image).cast("B")
+        except TypeError:
+            continue  # C++ says what is wrong with it
+        if len(data) < 4 or len(data) > limits.bytes or bytes(data[:8]).startswith((*_NATIVE, _NATIVE[1][: len(data)])):
+            continue
+        try:
+            images[row], *facts = _pillow_pixels(data, background, limits)
+        except Exception as error:  # Pillow's plugins raise anything: OSError, ValueError, SyntaxError, struct.error
+            refused[row] = f"{error or type(error).__name__}"
+        else:
+            raw.append((row, facts[0], facts[1], facts[2]))
+    return images, raw, refused
+
+
+def _pillow_pixels(
+    data: memoryview, background: tuple[int, int, int], limits: DecodeLimits
+) -> tuple[bytes, int, int, int]:
+    """RGBX bytes, height, width and EXIF orientation."""
+    begins = f"it begins with {data[:4].hex(' ')}"
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise ValueError(
+            f"it is neither JPEG nor PNG: {begins}; for other formats: pip install 'polydpo-fast[data]'"
+        ) from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no image of a known format: {begins}") from None
+    with image:
+        width, height = image.size
+        if width * height > limits.pixels:
+            raise ValueError(f"it has {width * height} pixels, more than {limits.pixels} (limits.pixels)")
+        if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to 8
+            raise ValueError(f"its pixels are of Pillow's mode {image.mode}; expected 8 bits per channel")
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        if image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, (*background, 255))
+            canvas.alpha_composite(image.convert("RGBA"))
+        else:
+            canvas = image.convert("RGB")
+        pixels = canvas.convert("RGB").tobytes("raw", "RGBX")
+    return pixels, height, width, orientation if orientation in range(1, 9) else 1
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) -> list[float]:
+    """What C++ subtracts from the levels of each channel, and what it multiplies them with."""
+    means, stds = _per_channel("mean", mean), _per_channel("std", std)
+    if not all(s > 0 for s in stds):
+        raise ValueError(f"std is {std!r}; expected numbers > 0")
+    return [255 * m for m in means] + [1 / (255 * s) for s in stds]
+
+
+def _per_channel(name: str, value: float | Sequence[float]) -> list[float]:
+    values = list(value) if isinstance(value, Sequence) else [value] * 3
+    for x in values:
+        if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) < 1e6:
+            raise ValueError(f"{name} is {value!r}; expected a number, or three")
+    if len(values) != 3:
+        raise ValueError(f"{name} has {len(values)} numbers; expected one, or three")
+    return values
+
+
+def _check_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not (isinstance(colour, Sequence) and len(colour) == 3) or not all(
+        isinstance(c, int) and not isinstance(c, bool) and 0 <= c <= 255 for c in colour
+    ):
+        raise ValueError(f"background is {colour!r}; expected red, green and blue, integers from 0 to 255")
+    return colour[0], colour[1], colour[2]
 
 
 def _check_arms(win: Sequence[Buffer], lose: Sequence[Buffer]) -> tuple[list[Buffer], list[Buffer]]:

@@ -18,7 +18,7 @@ command -v pkg-config >/dev/null || need pkg-config
 header() { ls /usr/include/"$1" /usr/include/*/"$1" /usr/local/include/"$1" >/dev/null 2>&1; }
 # pkg-config knows libraries in other places; without it the usual ones are looked at.
 pkg-config --exists libjpeg 2>/dev/null || { ! command -v pkg-config >/dev/null && header jpeglib.h; } || need libjpeg-dev
-pkg-config --exists libpng 2>/dev/null || { ! command -v pkg-config >/dev/null && header png.h; } || need libpng-dev
+pkg-config --exists libdeflate 2>/dev/null || { ! command -v pkg-config >/dev/null && header libdeflate.h; } || need libdeflate-dev
 
 [ -z "$missing" ] && exit 0
 if ! command -v apt-get >/dev/null; then

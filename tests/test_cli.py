@@ -13,7 +13,7 @@ runner = CliRunner()
 def test_info_names_versions_backends_and_codecs():
     result = runner.invoke(app, ["info"])
     assert result.exit_code == 0
-    for text in (polydpo_fast.__version__, "torch", "reference", "libjpeg", "libpng", "SIMD level", "processors"):
+    for text in (polydpo_fast.__version__, "torch", "reference", "libjpeg", "libdeflate", "SIMD level", "processors"):
         assert text in result.stdout
 
 

@@ -1,0 +1,37 @@
+// One image's place in the output: rows of pixels go where its geometry says.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "geometry.hpp"
+#include "pixels.hpp"
+#include "reader.hpp"
+
+namespace polydpo {
+
+class Canvas {
+public:
+    // `sample` is the image's (3, H, W) of the output.
+    Canvas(void* sample, Size output, Dtype dtype, const Normalisation& normal, const Geometry& geometry);
+
+    // Everything that the image does not cover.
+    void pad(Colour background);
+    // A row of the crop, in the order of the image as stored: RGBX bytes, or floats in 0..255.
+    template <class Channel>
+    void put(int row, const Channel* rgbx);
+
+private:
+    char* at(int y, int x) const;
+
+    char* sample_;
+    Size output_;
+    Dtype dtype_;
+    Normalisation normal_;
+    Geometry geometry_;
+    std::size_t plane_;
+    std::vector<char> turned_, reversed_;  // scratch
+};
+
+}  // namespace polydpo

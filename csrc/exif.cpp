@@ -1,0 +1,26 @@
+#include "exif.hpp"
+
+namespace polydpo {
+
+int exif_orientation(const std::uint8_t* tiff, std::size_t size) {
+    if (size < 8 || tiff[0] != tiff[1] || (tiff[0] != 'I' && tiff[0] != 'M')) return 1;
+    const bool little = tiff[0] == 'I';
+    const auto u16 = [&](std::size_t at) -> std::uint32_t {
+        return little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1];
+    };
+    const auto u32 = [&](std::size_t at) {
+        return little ? u16(at) | u16(at + 2) << 16 : u16(at) << 16 | u16(at + 2);
+    };
+    const std::size_t directory = u32(4);
+    if (u16(2) != 42 || directory > size - 2) return 1;
+    std::size_t entry = directory + 2;
+    for (std::uint32_t left = u16(directory); left > 0 && size - entry >= 12; --left, entry += 12) {
+        if (u16(entry) != 0x0112) continue;
+        const std::uint32_t value = u16(entry + 8);  // in the first two of its four bytes, in either byte order
+        const bool one_short = u16(entry + 2) == 3 && u32(entry + 4) == 1;
+        return one_short && value >= 1 && value <= 8 ? static_cast<int>(value) : 1;
+    }
+    return 1;
+}
+
+}  // namespace polydpo

@@ -1,0 +1,13 @@
+// The one EXIF tag that changes how an image is read; JPEG and PNG carry it in the same form.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace polydpo {
+
+// The orientation, 1 to 8, that a TIFF header ("II*" or "MM*") and its first directory tell; 1 where they tell none or
+// are damaged in any way.
+int exif_orientation(const std::uint8_t* tiff, std::size_t size);
+
+}  // namespace polydpo
