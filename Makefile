@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-loss precision sanitize fuzz clean
+.PHONY: help setup demo test lint format bench bench-peers bench-loss precision sanitize fuzz clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,6 +27,15 @@ format: setup  ## Format the code
 
 bench: setup  ## Run the benchmarks of the decoder
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr $(ARGS)
+
+PEERS := build/peers
+bench-peers: setup $(PEERS)/installed  ## The same beside OpenCV, simplejpeg, imagecodecs, SPDL and DALI (1.5 GB)
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr $(ARGS)
+
+$(PEERS)/installed:
+	$(BIN)/python -m pip install -q --target $(PEERS) opencv-python-headless simplejpeg imagecodecs spdl spdl-io \
+		nvidia-dali-cuda120
+	touch $@
 
 bench-loss: setup  ## Time the loss against eager PyTorch and torch.compile
 	$(BIN)/python benchmarks/loss.py $(ARGS)

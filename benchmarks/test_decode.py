@@ -1,10 +1,21 @@
-"""JPEG pairs to the VAE's input, one thread, CPU time: `make bench`.
+"""Images to the VAE's input, (N, 3, 1024, 1024) normalised in 16 bits, beside everybody else's way: `make bench`.
 
-The peer is the recipe of Diffusers' training scripts: Pillow, ToTensor, Normalize, stack.
+CPU time of one thread per image, in interleaved rounds: the ways of a source take turns, so that a slow phase of the
+machine is everybody's. `make bench-peers` installs the peers beside the project and runs this with them.
+
+The bound is what bare libjpeg-turbo takes to decode the same file to RGB rows and do nothing with them.
 """
 
+import ctypes
+import functools
+import importlib
 import io
+import os
+import statistics
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,56 +24,232 @@ from PIL import Image
 
 import polydpo_fast
 
-PAIRS = 4
+SIDE = 1024
+IMAGES = 4  # of a batch; even
+ROUNDS = 9
 
 
-def picture(side):
-    random = np.random.default_rng(0)
+def photograph(side):
+    """Smooth shapes and grain: 1.5 bits per pixel at quality 92."""
     y, x = np.mgrid[:side, :side] / side
     waves = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y + x), np.sin(20 * (x * x + y * y))], axis=-1)
-    values = 128 + 60 * waves + random.normal(0, 4, (side, side, 3))
+    return _image(128 + 60 * waves, side, grain=4)
+
+
+def dense(side):
+    """Grain everywhere, as strong in every block: 3.3 bits per pixel, hard work for an entropy decoder."""
+    return _image(np.full((side, side, 3), 128.0), side, grain=12)
+
+
+def _image(values, side, grain):
+    values = values + np.random.default_rng(0).normal(0, grain, (side, side, 3))
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
-def jpeg(side, progressive):
+def encoded(image, format="JPEG", **options):
     file = io.BytesIO()
-    picture(side).save(file, "JPEG", quality=92, progressive=progressive)
+    image.save(file, format, **({"quality": 92, **options} if format == "JPEG" else options))
     return file.getvalue()
 
 
+SOURCES = {
+    "photograph": lambda: encoded(photograph(SIDE)),
+    "photograph, progressive": lambda: encoded(photograph(SIDE), progressive=True),
+    "dense": lambda: encoded(dense(SIDE)),
+    "2048 x 2048 resized": lambda: encoded(photograph(2 * SIDE)),
+    "photograph, PNG": lambda: encoded(photograph(SIDE), "PNG"),
+    "dense, PNG": lambda: encoded(dense(SIDE), "PNG"),
+}
+
+# ------------------------------------------------------------------------------------------------- the ways
+# Each takes the bytes of an image and returns a function that makes a batch of it.
+
+
 def ours(data):
-    out = torch.empty((2 * PAIRS, 3, 1024, 1024), dtype=torch.bfloat16)
-    return lambda: polydpo_fast.decode_pairs([data] * PAIRS, [data] * PAIRS, out=out, threads=1)
+    out = torch.empty((IMAGES, 3, SIDE, SIDE), dtype=torch.bfloat16)
+    arm = [data] * (IMAGES // 2)
+    return lambda: polydpo_fast.decode_pairs(arm, arm, out=out, threads=1)
 
 
-def diffusers_recipe(data):
-    def load():
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        if image.size != (1024, 1024):
-            image = image.resize((1024, 1024), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
-        return (pixels - 0.5) / 0.5
+def bare_libjpeg(data):
+    if data[:2] != b"\xff\xd8":
+        pytest.skip("libjpeg decodes JPEG only")
+    library = _compiled()
+    library.decode.argtypes = [ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+    row = ctypes.create_string_buffer(3 * Image.open(io.BytesIO(data)).width)
 
     def run():
-        torch.set_num_threads(1)
-        return torch.stack([load() for _ in range(2 * PAIRS)]).to(torch.bfloat16)
+        for _ in range(IMAGES):
+            library.decode(data, len(data), row)
 
     return run
 
 
-def pillow_decode_only(data):
+@functools.cache
+def _compiled():
+    source = Path(__file__).with_name("bare_libjpeg.c")
+    library = Path(tempfile.mkdtemp()) / "bare_libjpeg.so"
+    flags = subprocess.run(["pkg-config", "--cflags", "--libs", "libjpeg"], capture_output=True, text=True, check=True)
+    subprocess.run(["gcc", "-O3", "-shared", "-fPIC", source, "-o", library, *flags.stdout.split()], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pillow_decoding_alone(data):
     def run():
-        for _ in range(2 * PAIRS):
+        for _ in range(IMAGES):
             Image.open(io.BytesIO(data)).load()
 
     return run
 
 
-@pytest.mark.parametrize("source", ["1024 baseline", "1024 progressive", "2048 baseline"])
-@pytest.mark.parametrize("way", [ours, diffusers_recipe, pillow_decode_only])
-def test_decode(benchmark, way, source):
-    side, kind = source.split()
-    run = way(jpeg(int(side), kind == "progressive"))
-    benchmark.group = f"{source}, {2 * PAIRS} images"
-    benchmark._timer = time.process_time  # CPU time: wall time on a shared machine says little
-    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
+def normalised(rgb):
+    """(H, W, 3) bytes as ToTensor and Normalize make them a tensor."""
+    pixels = torch.from_numpy(rgb).permute(2, 0, 1).contiguous().float().div(255)
+    return (pixels - 0.5) / 0.5
+
+
+def batch_of(load):
+    return lambda: torch.stack([normalised(load()) for _ in range(IMAGES)]).to(torch.bfloat16)
+
+
+def diffusers_recipe(data):
+    """Pillow, ToTensor, Normalize, stack: what Diffusers' training scripts do."""
+
+    def load():
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        if image.size != (SIDE, SIDE):
+            image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        return np.array(image)
+
+    return batch_of(load)
+
+
+def opencv(data):
+    cv2 = pytest.importorskip("cv2")
+    cv2.setNumThreads(1)
+
+    def load():
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if image.shape[0] != SIDE:
+            image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+    return batch_of(load)
+
+
+def jpeg_module(name, decoder):
+    def way(data):
+        decode = getattr(pytest.importorskip(name), decoder)
+        if data[:2] != b"\xff\xd8":
+            pytest.skip(f"{name}.{decoder} decodes JPEG only")
+        if decode(data).shape[0] != SIDE:
+            pytest.skip(f"{name} does not resize")
+        return batch_of(lambda: decode(data))
+
+    way.__name__ = name
+    return way
+
+
+def spdl(data):
+    try:
+        io_module = importlib.import_module("spdl.io")
+        io_module.demux_image(data)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"spdl: {str(error)[:60]}")
+    options = {} if Image.open(io.BytesIO(data)).size == (SIDE, SIDE) else dict(scale_width=SIDE, scale_height=SIDE)
+    description = io_module.get_video_filter_desc(pix_fmt="rgb24", **options)
+
+    def load():
+        frames = io_module.decode_packets(io_module.demux_image(data), filter_desc=description)
+        return io_module.to_numpy(io_module.convert_frames(frames))
+
+    return batch_of(load)
+
+
+def dali(data):
+    """NVIDIA DALI's CPU operators; float16, because it has no bfloat16."""
+    pytest.importorskip("nvidia.dali")
+    from nvidia.dali import fn, pipeline_def, types
+
+    image = np.frombuffer(data, np.uint8)
+
+    # Not ahead of time in the background: that would be on the other ways' bill.
+    options = dict(prefetch_queue_depth=1, exec_async=False, exec_pipelined=False, exec_dynamic=False)
+
+    @pipeline_def(batch_size=IMAGES, num_threads=1, device_id=None, **options)
+    def pipeline():
+        pixels = fn.decoders.image(fn.external_source(source=lambda: [image] * IMAGES, batch=True), device="cpu")
+        if Image.open(io.BytesIO(data)).size != (SIDE, SIDE):
+            pixels = fn.resize(pixels, size=(SIDE, SIDE), antialias=True)
+        return fn.crop_mirror_normalize(
+            pixels, dtype=types.FLOAT16, output_layout="CHW", mean=[127.5] * 3, std=[127.5] * 3
+        )
+
+    pipe = pipeline()
+    pipe.build()
+    return pipe.run
+
+
+WAYS = [
+    *(ours, bare_libjpeg, pillow_decoding_alone, diffusers_recipe, opencv),
+    *(jpeg_module("simplejpeg", "decode_jpeg"), jpeg_module("imagecodecs", "jpeg8_decode")),
+    *(spdl, dali),
+]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """CPU milliseconds per image: {(source, way): [one per round]}, or the reason why a way was skipped."""
+    torch.set_num_threads(1)
+    results = {}
+    for source, make in SOURCES.items():
+        data, runs = make(), {}
+        for way in WAYS:
+            try:
+                runs[way.__name__] = way(data)
+                runs[way.__name__]()
+            except pytest.skip.Exception as reason:
+                results[source, way.__name__] = str(reason)
+        times = {name: [] for name in runs}
+        for _ in range(ROUNDS):
+            for name, run in runs.items():
+                begin = time.process_time()
+                run()
+                times[name].append(1e3 * (time.process_time() - begin) / IMAGES)
+        results.update({(source, name): values for name, values in times.items()})
+    return results
+
+
+@pytest.mark.parametrize("way", [way.__name__ for way in WAYS])
+@pytest.mark.parametrize("source", SOURCES)
+def test_decode(benchmark, measured, source, way):
+    """Reports what the interleaved rounds measured."""
+    times = measured[source, way]
+    if isinstance(times, str):
+        pytest.skip(times)
+    replayed = iter(times)
+    benchmark.group = f"{source}: CPU time per image"
+    benchmark.extra_info["ratio to ours"] = statistics.median(times) / statistics.median(measured[source, "ours"])
+    clock = [0.0]
+
+    def tick():
+        clock[0] += next(replayed) / 1e3
+
+    benchmark._timer = lambda: clock[0]
+    benchmark.pedantic(tick, rounds=len(times))
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
+def test_two_threads(benchmark):
+    """Wall time of one thread and of two on the same batch, interleaved; the ratio is in extra_info."""
+    arm = [SOURCES["photograph"]()] * 8
+    out = torch.empty((16, 3, SIDE, SIDE), dtype=torch.bfloat16)
+    times = {1: [], 2: []}
+    for _ in range(ROUNDS):
+        for threads, kept in times.items():
+            begin = time.perf_counter()
+            polydpo_fast.decode_pairs(arm, arm, out=out, threads=threads)
+            kept.append(time.perf_counter() - begin)
+    benchmark.group = "16 photographs, wall time with two threads"
+    benchmark.extra_info["speed-up"] = statistics.median(times[1]) / statistics.median(times[2])
+    benchmark.pedantic(lambda: polydpo_fast.decode_pairs(arm, arm, out=out, threads=2), rounds=ROUNDS)

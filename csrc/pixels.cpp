@@ -41,15 +41,25 @@ struct ToFloat32 {
     }
 };
 
-template <Words (*narrow)(Floats), int shift>
-struct ToHalf {
+// Finite numbers only: Bfloat16::set without its care for NaN.
+struct ToBfloat16 {
+    using Type = std::uint16_t;
+    static POLYDPO_INLINE void convert(const float* levels, int n, float offset, float scale, Type* __restrict to) {
+        for (int i = 0; i < n; ++i) {
+            const std::uint32_t bits = bits_of((levels[i] - offset) * scale);
+            to[i] = static_cast<Type>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+    }
+};
+
+struct ToFloat16 {
     using Type = std::uint16_t;
     static POLYDPO_INLINE void convert(const float* levels, int n, float offset, float scale, Type* __restrict to) {
         std::uint32_t words[block];
         for (int i = 0; i < block; i += 16) {
             Floats values;
             std::memcpy(&values, levels + i, sizeof values);
-            const Words narrowed = narrow((values - offset) * scale) >> shift;
+            const Words narrowed = narrow_to_float16((values - offset) * scale);
             std::memcpy(words + i, &narrowed, sizeof narrowed);
         }
         for (int i = 0; i < n; ++i) to[i] = static_cast<Type>(words[i]);
@@ -59,7 +69,7 @@ struct ToHalf {
 template <class To, class Channel>
 POLYDPO_INLINE void store_block(const Channel* rgbx, int n, const Normalisation& normal, typename To::Type* to,
                                 std::size_t plane) {
-    float channels[3][block] = {};
+    float channels[3][block];
     split(rgbx, n, channels);
     for (int c = 0; c < 3; ++c) To::convert(channels[c], n, normal.offset[c], normal.scale[c], to + c * plane);
 }
@@ -77,8 +87,8 @@ POLYDPO_INLINE void dispatch(const Pixel* rgbx, int width, Dtype dtype, const No
                              std::size_t plane) {
     switch (dtype) {
         case Dtype::uint8: return store<ToUint8>(rgbx, width, normal, to, plane);
-        case Dtype::bfloat16: return store<ToHalf<narrow_to_bfloat16, 16>>(rgbx, width, normal, to, plane);
-        case Dtype::float16: return store<ToHalf<narrow_to_float16, 0>>(rgbx, width, normal, to, plane);
+        case Dtype::bfloat16: return store<ToBfloat16>(rgbx, width, normal, to, plane);
+        case Dtype::float16: return store<ToFloat16>(rgbx, width, normal, to, plane);
         case Dtype::float32: return store<ToFloat32>(rgbx, width, normal, to, plane);
     }
 }

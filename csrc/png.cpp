@@ -51,11 +51,22 @@ POLYDPO_INLINE Pixel load(const std::uint8_t* from) {
     return __builtin_convertvector(pixel, Pixel);
 }
 
-// What is stored plus what the pixels around it foretell, by `guess(left, up, corner)`. A pixel of 3 or 6 bytes is
-// loaded and stored as 4 or 8: the next one is loaded before the store runs into it, and what follows the row is put
-// back.
-template <std::size_t bytes, class Guess>
-POLYDPO_INLINE void each_pixel(std::uint8_t* row, const std::uint8_t* above, std::size_t size, Guess guess) {
+template <int filter>
+POLYDPO_INLINE Pixel guess(Pixel left, Pixel up, Pixel corner) {
+    if (filter == 1) return left;
+    if (filter == 3) return (left + up) >> 1;
+    // Paeth: the one of the three that is nearest to left + up - corner. This form of it (Fabian Giesen's) is a short
+    // way from `left` to the result, and that way is what each pixel waits for.
+    const Pixel bound = (3 * corner - up) - left;
+    const Pixel low = left < up ? left : up, high = left < up ? up : left;
+    const Pixel not_low = high > bound, not_high = bound > low;
+    return (low & ~not_low) | (high & ~not_high) | (corner & (not_low & not_high));
+}
+
+// Pixels of 3 or 6 bytes are loaded and stored as 4 or 8: the next one is loaded before the store runs into it, and
+// what follows the row is put back.
+template <std::size_t bytes, int filter>
+POLYDPO_INLINE void each_pixel(std::uint8_t* row, const std::uint8_t* above, std::size_t size) {
     constexpr std::size_t word = word_of(bytes);
     Pixel left = {}, corner = {}, next = load<bytes>(row);
     std::uint8_t after[8];
@@ -63,7 +74,7 @@ POLYDPO_INLINE void each_pixel(std::uint8_t* row, const std::uint8_t* above, std
     for (std::size_t i = 0; i < size; i += bytes) {
         const Pixel stored = next, up = load<bytes>(above + i);
         next = load<bytes>(row + i + bytes);
-        left = (Pixel)((Bytes16)guess(left, up, corner) + (Bytes16)stored);  // the high bytes stay 0
+        left = (Pixel)((Bytes16)guess<filter>(left, up, corner) + (Bytes16)stored);  // the high bytes stay 0
         corner = up;
         const Bytes8 pixel = __builtin_convertvector(left, Bytes8);
         std::memcpy(row + i, &pixel, word);
@@ -73,20 +84,9 @@ POLYDPO_INLINE void each_pixel(std::uint8_t* row, const std::uint8_t* above, std
 
 template <std::size_t bytes>
 POLYDPO_INLINE void unfilter_pixels(int filter, std::uint8_t* row, const std::uint8_t* above, std::size_t size) {
-    if (filter == 1) {
-        each_pixel<bytes>(row, above, size, [](Pixel left, Pixel, Pixel) __attribute__((always_inline)) { return left; });
-    } else if (filter == 3) {
-        each_pixel<bytes>(row, above, size, [](Pixel left, Pixel up, Pixel) __attribute__((always_inline)) { return (left + up) >> 1; });
-    } else {
-        // Paeth: the one of the three that is nearest to left + up - corner. This form of it (Fabian Giesen's) is a
-        // short way from `left` to the result, and that way is what each pixel waits for.
-        each_pixel<bytes>(row, above, size, [](Pixel left, Pixel up, Pixel corner) __attribute__((always_inline)) {
-            const Pixel bound = (3 * corner - up) - left;
-            const Pixel low = left < up ? left : up, high = left < up ? up : left;
-            const Pixel not_low = high > bound, not_high = bound > low;
-            return (low & ~not_low) | (high & ~not_high) | (corner & (not_low & not_high));
-        });
-    }
+    if (filter == 1) return each_pixel<bytes, 1>(row, above, size);
+    if (filter == 3) return each_pixel<bytes, 3>(row, above, size);
+    return each_pixel<bytes, 4>(row, above, size);
 }
 
 // `size` is a multiple of `pixel_bytes`.
@@ -122,10 +122,6 @@ POLYDPO_INLINE int index_at(const std::uint8_t* row, int x, int depth) {
     return row[bit >> 3] >> (8 - depth - (bit & 7)) & ((1 << depth) - 1);
 }
 
-POLYDPO_INLINE void look_up(const PngFormat& format, const std::uint8_t* row, int width, int depth, std::uint8_t* to) {
-    for (int x = 0; x < width; ++x, to += 4) std::memcpy(to, &format.table[index_at(row, x, depth)], 4);
-}
-
 template <int channels, bool wide>
 POLYDPO_INLINE void expand(const PngFormat& format, const std::uint8_t* __restrict row, int width,
                            std::uint8_t* __restrict to) {
@@ -152,8 +148,13 @@ POLYDPO_INLINE void expand(const PngFormat& format, const std::uint8_t* __restri
 }
 
 POLYDPO_CLONES void expand_row(const PngFormat& format, const std::uint8_t* row, int width, std::uint8_t* to) {
+    if (format.indexed && format.depth == 8) {
+        for (int x = 0; x < width; ++x, to += 4) std::memcpy(to, &format.table[row[x]], 4);
+        return;
+    }
     if (format.indexed) {
-        return format.depth == 8 ? look_up(format, row, width, 8, to) : look_up(format, row, width, format.depth, to);
+        for (int x = 0; x < width; ++x, to += 4) std::memcpy(to, &format.table[index_at(row, x, format.depth)], 4);
+        return;
     }
     switch (format.channels * (format.depth / 8)) {
         case 2: return format.depth == 16 ? expand<1, true>(format, row, width, to)
@@ -273,6 +274,7 @@ void PngReader::read_chunks() {
             }
         }
         if (cut_ && name != name_of("IDAT")) break;
+        if (idat_count_ > 0 && name != name_of("IDAT")) idat_over = true;
         const bool critical = !(type[0] & 32);
         const auto refuse = [&](const char* why) {
             throw DecodeError("its chunk " + std::string(type, type + 4) + " at byte " + std::to_string(at) + why);
@@ -282,7 +284,6 @@ void PngReader::read_chunks() {
             if (critical || strict_) refuse(" has a wrong checksum");
             continue;
         }
-        if (idat_count_ > 0 && name != name_of("IDAT")) idat_over = true;
         switch (name) {
             case name_of("IHDR"):
                 if (at != 8) refuse(" is the second of its kind");
@@ -442,9 +443,11 @@ void PngReader::join_passes() {
         above_ = no_row_.data();
         for (int y = 0; y < pass.height; ++y) {
             expand_row(format_, next_row(pass), pass.width, pixels.data());
-            std::uint8_t* to = joined_.get() + 4 * ((static_cast<std::size_t>(pass.top) + std::size_t(y) * pass.down) *
-                                                        width_ + pass.left);
-            for (int x = 0; x < pass.width; ++x, to += 4 * pass.across) std::memcpy(to, &pixels[4 * std::size_t(x)], 4);
+            const std::size_t row = static_cast<std::size_t>(pass.top) + static_cast<std::size_t>(y) * pass.down;
+            std::uint8_t* to = joined_.get() + 4 * (row * width_ + pass.left);
+            for (std::size_t x = 0; x < static_cast<std::size_t>(pass.width); ++x) {
+                std::memcpy(to + 4 * x * pass.across, &pixels[4 * x], 4);
+            }
         }
     }
     inflated_.reset();

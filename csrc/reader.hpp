@@ -39,16 +39,16 @@ public:
     virtual void finish() = 0;
 };
 
-// Room for a row of RGBX bytes. Off the boundaries of vectors on purpose: libjpeg-turbo writes rows that lie on them past
+// Room for a row of RGBX bytes. Off the 32-byte boundaries on purpose: libjpeg-turbo writes rows that lie on them past
 // the caches, and the next step would wait for memory.
 class Row {
 public:
-    explicit Row(int width = 0) : bytes_(4 * static_cast<std::size_t>(width) + 72) {}
+    explicit Row(int width = 0) : bytes_(4 * static_cast<std::size_t>(width) + 80) {}
     std::uint8_t* data() {
-        return bytes_.data() + 8 + (64 - reinterpret_cast<std::uintptr_t>(bytes_.data()) % 64) % 64;
+        return bytes_.data() + 16 + (64 - reinterpret_cast<std::uintptr_t>(bytes_.data()) % 64) % 64;
     }
     // In pixels.
-    int width() const { return static_cast<int>((bytes_.size() - 72) / 4); }
+    int width() const { return static_cast<int>((bytes_.size() - 80) / 4); }
 
 private:
     std::vector<std::uint8_t> bytes_;

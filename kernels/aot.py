@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the kernels for GPUs that need not be there: `python -m polydpo_fast.kernels.aot`.
 
 Prints one JSON line per specialisation and target with what decides its speed: registers, spills, shared memory, and
-its 128-bit loads and stores, read from the machine code by the tools that Triton ships.
+its wide loads and stores, read from the machine code by the tools that Triton ships.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import pair_loss
+from . import pair_loss, yuv
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,6 +30,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
+RGB_DTYPES = ("bf16", "fp16", "fp32", "u8")
 THREADS = 128
 
 # What a call may change in the kernels, as the arguments it gives other types or values. None leaves a tensor out.
@@ -56,18 +57,28 @@ GRADIENT: dict[str, dict[str, Any]] = {
     "one element": {"numel": 1, "pred_stride": 1, "target_stride": 1, "grad_stride": 1},
     "long strides": dict.fromkeys(("pred_stride", "target_stride", "grad_stride"), "i64"),
 }
+RGB: dict[str, dict[str, Any]] = {
+    "crop and flip": {},
+    "whole": {"crop": None, "flip": None},
+    "width 1": {"w": 1},
+}
 
 
 def specialisations() -> Iterator[tuple[str, str, str]]:
-    """(kernel, variant, dtype): every variant in bfloat16, the plain ones in every dtype."""
+    """(kernel, variant, dtype): every variant in bfloat16, the usual ones in every dtype."""
     for kernel, variants in (("errors", ERRORS), ("gradient", GRADIENT)):
         for variant in variants:
             for dtype in DTYPES if variant == "plain" else DTYPES[:1]:
                 yield kernel, variant, dtype
+    for variant in RGB:
+        for dtype in RGB_DTYPES if variant == "crop and flip" else RGB_DTYPES[:1]:
+            yield "rgb", variant, dtype
 
 
 def source(kernel: str, variant: str, dtype: str) -> ASTSource:
     """A kernel as its launcher specialises it for inputs that are aligned to 16 bytes."""
+    if kernel == "rgb":
+        return _rgb_source(variant, dtype)
     acc = "fp64" if dtype == "fp64" else "fp32"
     tensor = f"*{dtype}"
     given: dict[str, Any] = {"BLOCK": pair_loss.BLOCK, "ACC": tl.float64 if acc == "fp64" else tl.float32}
@@ -88,9 +99,22 @@ def source(kernel: str, variant: str, dtype: str) -> ASTSource:
         given |= {"SHARED_TARGET": False, "mask": None, "coefficients": "*fp64", "grad_loss": f"*{acc}"}
         given |= dict.fromkeys(("n_splits", "coefficients_stride", "grad_loss_stride"), "i32")
     given |= dict.fromkeys(inputs, tensor) | dict.fromkeys(("numel", *strides), "i32") | changes
-    place = {name: index for index, name in enumerate(function.arg_names)}
     runtime = {name for name, value in given.items() if isinstance(value, str) and name not in ("REF", "REDUCTION")}
-    aligned = {*inputs, "mask", "numel", *strides} & runtime
+    return _specialised(function, given, runtime, {*inputs, "mask", "numel", *strides} & runtime)
+
+
+def _rgb_source(variant: str, dtype: str) -> ASTSource:
+    given: dict[str, Any] = {"planes": "*u8", "crop": "*i64", "flip": "*u8", "out": f"*{dtype}"}
+    given |= dict.fromkeys(("H", "W", "h", "w"), "i32") | {"ROWS": yuv.ROWS, "COLS": yuv.COLS}
+    given |= dict.fromkeys(("mean_r", "mean_g", "mean_b", "scale_r", "scale_g", "scale_b"), "fp32")
+    given |= RGB[variant]
+    runtime = {name for name, value in given.items() if isinstance(value, str)}
+    return _specialised(yuv.rgb_kernel, given, runtime, {"planes", "crop", "flip", "out", "w"} & runtime)
+
+
+def _specialised(function: Any, given: dict[str, Any], runtime: set[str], aligned: set[str]) -> ASTSource:
+    """runtime: the arguments that are not constants. aligned: those of them that are multiples of 16."""
+    place = {name: index for index, name in enumerate(function.arg_names)}
     return ASTSource(
         function,
         {name: given[name] if name in runtime else "constexpr" for name in function.arg_names},
@@ -109,20 +133,28 @@ def report(kernel: str, variant: str, dtype: str, target: str) -> dict[str, Any]
         assembly = compiled.asm["amdgcn"]
         result["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
         result["spilled"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
-        wide_loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))
-        wide_stores = len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly))
+        loads, stores = (_count(assembly, rf"(?:global|buffer)_{to}_dwordx%s\b", (4, 2)) for to in ("load", "store"))
     else:
         usage, machine_code = _disassemble(compiled.asm["cubin"])
         result["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
         result["spilled"] = int(re.search(r"LOCAL:(\d+)", usage)[1])
-        wide_loads = len(re.findall(r"LDG\.E(?:\.\w+)*?\.128\b", machine_code))
-        wide_stores = len(re.findall(r"STG\.E(?:\.\w+)*?\.128\b", machine_code))
-    result["wide_loads"], result["wide_stores"] = wide_loads, wide_stores
+        loads, stores = (_count(machine_code, rf"{to}\.E(?:\.\w+)*?\.%s\b", (128, 64)) for to in ("LDG", "STG"))
+    result["wide_loads"], result["wide_stores"] = loads[0], stores[0]
+    if kernel == "rgb":
+        # The planes come from memory once, 1.5 bytes, narrow as the loads are. The rest is what the wide stores write.
+        stored = 16 * stores[0] + 8 * stores[1]
+        result["bytes_per_pixel"] = 1.5 + stored / (yuv.ROWS * yuv.COLS // THREADS)
+        return result
     # Of the (2B, ...) tensors: both arms of a block, spread over the threads, once through the loop. What the error
     # kernel stores is per pair.
     elements = 2 * pair_loss.BLOCK // THREADS
-    result["bytes_per_element"] = 16 * (wide_loads + (wide_stores if kernel == "gradient" else 0)) / elements
+    result["bytes_per_element"] = 16 * (loads[0] + (stores[0] if kernel == "gradient" else 0)) / elements
     return result
+
+
+def _count(code: str, instruction: str, widths: tuple[int, int]) -> list[int]:
+    """How often an instruction occurs with 128 and with 64 bits."""
+    return [len(re.findall(instruction % width, code)) for width in widths]
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from . import reference
 from ._version import __version__
 from .decode import DecodedPairs, DecodeError, DecodeFailure, DecodeLimits, decode_pairs
 from .functional import PairErrors, available_backends, loss, pair_errors
+from .yuv import yuv420_to_rgb
 
 __all__ = [
     "DecodeError",
@@ -17,4 +18,5 @@ __all__ = [
     "loss",
     "pair_errors",
     "reference",
+    "yuv420_to_rgb",
 ]

@@ -467,6 +467,27 @@ def test_planes_are_those_that_are_stored():
             assert np.abs(half - cut[::2, ::2, channel]).max() <= 1
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (4, 6), (34, 50), (61, 83), (128, 66)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_planes_become_the_same_pixels(shape, progressive):
+    """Bit for bit; in a crop all but the outermost pixels, which have lost the colours of their neighbours."""
+    data = jpeg(picture(*shape), progressive=progressive)
+    size = shape[0] // 2 * 2, shape[1] // 2 * 2
+    for options in (dict(), dict(crop="random", hflip=0.5, seeds=[1, 2, 3])):
+        if options:
+            size = tuple(max(2, n // 4 * 2) for n in shape)
+        arguments = dict(size=size, resize=None, **options)
+        stored = decode_pairs([data] * 3, [data] * 3, dtype="yuv420", **arguments)
+        rgb = polydpo_fast.yuv420_to_rgb(stored.pixels, flip=stored.flipped.repeat(2), dtype=torch.uint8)
+        whole = decode_pairs([data], [data], size=shape, resize=None, dtype=torch.uint8).pixels[0]
+        for pixels, (top, left), flip in zip(rgb, stored.crop_top_left.tolist(), stored.flipped.repeat(2), strict=True):
+            expected = (whole.flip(2) if flip else whole)[:, top : top + size[0], left : left + size[1]]
+            edge = 0 if size == shape else 1
+            inner = (slice(None), slice(edge, size[0] - edge), slice(edge, size[1] - edge))
+            if min(size) > 4 or size == shape:
+                assert torch.equal(pixels[inner], expected[inner])
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -1,7 +1,8 @@
 """The kernels compiled for GPUs that need not be there, in every specialisation that a call can ask for.
 
-They compile, do not spill, and move 128 bits at a time on the aligned path: then the bytes per element follow from the
-kernel's own loads and stores. In a process of its own, since this one may have put Triton into interpreter mode.
+They compile, do not spill, and move 128 bits at a time on the aligned path (64 where bytes are written): then the bytes
+per element follow from the kernel's own loads and stores. In a process of its own, since this one may have put Triton
+into interpreter mode.
 """
 
 import json
@@ -12,12 +13,12 @@ import sys
 import pytest
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-ITEM = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+ITEM = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "u8": 1}
 
 # Bounds with some room, not readings. At 128 registers four programs of 128 threads share an SM: 48 KB of loads in
 # flight in bfloat16, what a memory latency of 0.5 us needs at 3 TB/s over 132 SMs is 11 KB.
-MAX_REGISTERS = {"errors": {"fp64": 192}, "gradient": {"fp64": 96}}
-MAX_REGISTERS_ELSE = {"errors": 128, "gradient": 64}
+MAX_REGISTERS = {"errors": {"fp64": 192}, "gradient": {"fp64": 96}, "rgb": {}}
+MAX_REGISTERS_ELSE = {"errors": 128, "gradient": 64, "rgb": 128}
 
 # Tensors of the (2B, ...) shape that a variant moves, in units of the dtype's size; a shared target is half of one.
 TENSORS = {
@@ -75,6 +76,14 @@ def test_bytes_per_element_are_those_of_the_formula(reports, target):
 def test_forward_and_backward_move_twelve_bytes_per_element_in_bfloat16(reports, target):
     plain = [r for r in reports if r["target"] == target and r["variant"] == "plain" and r["dtype"] == "bf16"]
     assert sum(r["bytes_per_element"] for r in plain) == 12
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bytes_per_pixel_are_the_planes_and_three_wide_values(reports, target):
+    rgb = [r for r in reports if r["target"] == target and r["kernel"] == "rgb" and r["variant"] != "width 1"]
+    assert {r["dtype"] for r in rgb} == {"bf16", "fp16", "fp32", "u8"}
+    for r in rgb:
+        assert r["bytes_per_pixel"] == 1.5 + 3 * ITEM[r["dtype"]], r
 
 
 def test_masks_do_not_narrow_the_loads(reports):
