@@ -1,5 +1,6 @@
 """`decode_pairs` against Pillow, NumPy and bytes that are no images."""
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -9,6 +10,7 @@ import signal
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -447,6 +449,27 @@ def test_cmyk():
     assert levels_apart(decoded.pixels[0], pillow_pixels(data, 40)) <= 1
 
 
+ARITHMETIC = base64.b64decode(
+    """
+    /9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxOUlNSMj5a
+    YVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT0//yQAR
+    CAAQABADASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD/AHLIaKgMEez5zkCVd2nkON8sNhvNBKSm5nfCN+OV1zt+OWSYuO02
+    /9k=
+    """
+)
+
+
+def test_arithmetic_coding():
+    """Pillow's own encoder with quality=60, transcoded by libjpeg-turbo's jpegtran -arithmetic."""
+    y, x = np.mgrid[:16, :16] * 15
+    huffman = jpeg(Image.fromarray(np.stack([x, y, (x // 15 ^ y // 15) * 15], axis=-1).astype(np.uint8)), quality=60)
+    try:
+        decoded = decode_pairs([ARITHMETIC], [huffman], size=16, dtype=torch.uint8)
+    except DecodeError as error:
+        pytest.skip(f"this libjpeg was built without it: {error}")
+    assert torch.equal(decoded.pixels[0], decoded.pixels[1])
+
+
 def test_planes_are_those_that_are_stored():
     """Pillow's YCbCr draft has the chroma upsampled; where it is the same everywhere that is the stored value."""
     y, x = np.mgrid[:64, :96]
@@ -605,6 +628,90 @@ def test_limits():
     ]:
         with pytest.raises(DecodeError, match=reason):
             decode_pairs([data], [data], size=16, limits=limits)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "PNG"])
+def test_every_truncation_is_noticed(kind):
+    """At 60 places, the last of them one byte before the end, under a crop that does not need the end."""
+    image = picture(64, 64)
+    good = png(image) if kind == "PNG" else jpeg(image, progressive=kind == "progressive")
+    for length in sorted({len(good) * k // 60 for k in range(60)} | {len(good) - 1}):
+        decoded = decode_pairs([good[:length]], [good], size=(8, 64), resize=None, on_error="mask")
+        assert not decoded.ok[0], length
+        lenient = decode_pairs([good[:length]], [good], size=(8, 64), resize=None, on_error="mask", strict=False)
+        assert lenient.errors == () or lenient.errors[0].arm == "win"
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def bomb(width, height, data=b""):
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "limits", "reason"),
+    [
+        (bomb(60_000, 60_000), {}, "limits.pixels"),
+        (bomb(2**31 - 1, 2**31 - 1), {}, ""),
+        (bomb(0, 5), {}, ""),
+        (bomb(4, 4, b"\0" * 50_000_000), {}, ""),  # inflates to far more than its header says
+        (bomb(4, 4, b"\0" * 20), {}, ""),  # and to less
+        (bomb(100, 100, b"\0" * 30_100), dict(decoded=30_000), "limits.decoded"),
+        (jpeg(picture(64, 64), progressive=True), dict(decoded=10_000), "limits.decoded"),
+    ],
+)
+def test_bombs_are_refused_before_they_go_off(data, limits, reason):
+    with pytest.raises(DecodeError, match=rf"win\[0\] could not be decoded: .*{reason}"):
+        decode_pairs([data], [GOOD], size=4, limits=DecodeLimits(**limits))
+
+
+def test_what_a_resize_keeps_is_limited_too():
+    """Rows that one output row is blended from: all of them, at the output's width."""
+    data = jpeg(Image.new("L", (2, 40_000)))
+    with pytest.raises(DecodeError, match=r"limits\.decoded"):
+        decode_pairs([data], [data], size=(1, 16_000), resize="stretch")
+
+
+@pytest.mark.parametrize("shape", [(1, 65_500), (65_500, 1), (3, 65_500)])
+def test_the_widest_jpegs(shape):
+    data = jpeg(Image.new("RGB", shape[::-1], (200, 100, 50)), quality=100, subsampling=0)
+    for options in (dict(resize="stretch"), dict(resize="contain", background=(200, 100, 50))):
+        pixels = decode_pairs([data], [data], size=8, dtype=torch.uint8, **options).pixels[0]
+        assert (pixels.int() - torch.tensor([200, 100, 50]).reshape(3, 1, 1)).abs().max() <= 2
+
+
+@given(data=st.data())
+def test_any_geometry_is_pillows(data):
+    """Sizes, orientation, resize, filter, crop, mirror, mixed at random; the arms differ in size."""
+    draw = data.draw
+    shapes = [draw(st.tuples(st.integers(1, 90), st.integers(1, 90))) for _ in range(2)]
+    images = [
+        png(picture(*shape), exif=exif(draw(st.integers(1, 8)))[6:])
+        if draw(st.booleans())
+        else jpeg(picture(*shape), subsampling=draw(st.integers(0, 2)), exif=exif(draw(st.integers(1, 8))))
+        for shape in shapes
+    ]
+    size = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+    options = dict(
+        resize=draw(st.sampled_from(["cover", "contain", "stretch"])),
+        interpolation=draw(st.sampled_from(["bilinear", "bicubic"])),
+    )
+    decoded = decode_pairs(
+        images[:1],
+        images[1:],
+        size=size,
+        crop=draw(st.sampled_from(["center", "random"])),
+        hflip=0.5,
+        seeds=[draw(st.integers(0, 2**64))],
+        dtype=torch.uint8,
+        **options,
+    )
+    for pixels, image, corner in zip(decoded.pixels, images, decoded.crop_top_left.tolist(), strict=True):
+        expected = pillow_pixels(image, size, **options, corner=tuple(corner), flip=decoded.flipped.item())
+        assert levels_apart(pixels, expected) <= 1
 
 
 @given(data=st.data())
