@@ -29,16 +29,15 @@ void scatter(const char* from, int count, char* to, std::size_t stride) {
 
 }  // namespace
 
-Canvas::Canvas(void* sample, Size output, Dtype dtype, const Normalisation& normal, const Geometry& geometry)
+Canvas::Canvas(void* sample, Size output, const Finish& finish, const Geometry& geometry)
     : sample_(static_cast<char*>(sample)),
       output_(output),
-      dtype_(dtype),
-      normal_(normal),
+      finish_(finish),
       geometry_(geometry),
       plane_(static_cast<std::size_t>(output.height) * output.width) {}
 
 char* Canvas::at(int y, int x) const {
-    return sample_ + (static_cast<std::size_t>(y) * output_.width + x) * size_of(dtype_);
+    return sample_ + (static_cast<std::size_t>(y) * output_.width + x) * size_of(finish_.dtype());
 }
 
 void Canvas::pad(Colour background) {
@@ -51,7 +50,7 @@ void Canvas::pad(Colour background) {
         pixels[i + 2] = background.b;
     }
     for (int y = 0; y < output_.height; ++y) {
-        store_row(pixels.data(), output_.width, dtype_, normal_, at(y, 0), plane_);
+        finish_.store(pixels.data(), output_.width, at(y, 0), plane_);
     }
 }
 
@@ -67,12 +66,11 @@ void Canvas::put(int row, const Channel* rgbx) {
     }
     const int to = geometry_.row_reversed ? crop.height - 1 - row : row;
     if (!geometry_.transposed) {
-        return store_row(static_cast<const Channel*>(pixels), crop.width, dtype_, normal_,
-                         at(inner.top + to, inner.left), plane_);
+        return finish_.store(static_cast<const Channel*>(pixels), crop.width, at(inner.top + to, inner.left), plane_);
     }
-    const std::size_t size = size_of(dtype_), count = static_cast<std::size_t>(crop.width);
+    const std::size_t size = size_of(finish_.dtype()), count = static_cast<std::size_t>(crop.width);
     turned_.resize(3 * count * size);
-    store_row(static_cast<const Channel*>(pixels), crop.width, dtype_, normal_, turned_.data(), count);
+    finish_.store(static_cast<const Channel*>(pixels), crop.width, turned_.data(), count);
     for (int c = 0; c < 3; ++c) {
         const char* from = turned_.data() + c * count * size;
         char* column = at(inner.top, inner.left + to) + c * plane_ * size;

@@ -13,8 +13,8 @@ namespace polydpo {
 
 class Canvas {
 public:
-    // `sample` is the image's (3, H, W) of the output.
-    Canvas(void* sample, Size output, Dtype dtype, const Normalisation& normal, const Geometry& geometry);
+    // `sample` is the image's (3, H, W) of the output. `finish` must outlive it.
+    Canvas(void* sample, Size output, const Finish& finish, const Geometry& geometry);
 
     // Everything that the image does not cover.
     void pad(Colour background);
@@ -27,8 +27,7 @@ private:
 
     char* sample_;
     Size output_;
-    Dtype dtype_;
-    Normalisation normal_;
+    const Finish& finish_;
     Geometry geometry_;
     std::size_t plane_;
     std::vector<char> turned_, reversed_;  // scratch

@@ -72,7 +72,8 @@ void decode_planes(Reader& reader, int orientation, const Draw& draw, const Opti
 }
 
 // Rows go from the entropy decoder to the output one by one, while they are in the first-level cache.
-void decode_image(const Image& image, const Draw& draw, const Options& options, void* sample, Decoded& result) {
+void decode_image(const Image& image, const Draw& draw, const Options& options, const Finish& finish, void* sample,
+                  Decoded& result) {
     const std::unique_ptr<Reader> reader = open(image, options);
     const Size source = reader->size();
     const int orientation = options.apply_orientation ? reader->orientation() : 1;
@@ -82,7 +83,7 @@ void decode_image(const Image& image, const Draw& draw, const Options& options, 
     result.top = geometry.top;
     result.left = geometry.left;
 
-    Canvas canvas(sample, options.output, options.dtype, options.normal, geometry);
+    Canvas canvas(sample, options.output, finish, geometry);
     canvas.pad(options.background);
     if (geometry.stored.height == source.height && geometry.stored.width == source.width) {
         const Region given = reader->start(geometry.crop);
@@ -112,12 +113,13 @@ void decode_image(const Image& image, const Draw& draw, const Options& options, 
 std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,
                                   const Options& options, void* out, const std::function<bool()>& stop) {
     std::vector<Decoded> results(images.size());
+    const Finish finish(options.dtype, options.normal);
     const std::size_t plane = static_cast<std::size_t>(options.output.height) * options.output.width;
     const std::size_t bytes = options.planes ? plane * 3 / 2 : plane * 3 * size_of(options.dtype);
     const auto decode = [&](std::size_t i) {
         char* sample = static_cast<char*>(out) + i * bytes;
         try {
-            decode_image(images[i], draws[i % draws.size()], options, sample, results[i]);
+            decode_image(images[i], draws[i % draws.size()], options, finish, sample, results[i]);
         } catch (const std::bad_alloc&) {
             results[i].error = "there is not enough memory to decode it";
         } catch (const std::exception& error) {

@@ -6,6 +6,11 @@
 #include "floats.hpp"
 #include "simd.hpp"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(POLYDPO_NO_CLONES)
+#define POLYDPO_BYTE_TABLES
+#include <immintrin.h>
+#endif
+
 namespace polydpo {
 namespace {
 
@@ -93,16 +98,86 @@ POLYDPO_INLINE void dispatch(const Pixel* rgbx, int width, Dtype dtype, const No
     }
 }
 
-}  // namespace
-
-POLYDPO_CLONES void store_row(const std::uint8_t* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
-                              std::size_t plane) {
+POLYDPO_CLONES void compute_row(const std::uint8_t* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
+                                std::size_t plane) {
     dispatch(rgbx, width, dtype, normal, to, plane);
 }
 
-POLYDPO_CLONES void store_row(const float* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
-                              std::size_t plane) {
+POLYDPO_CLONES void compute_row(const float* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
+                                std::size_t plane) {
     dispatch(rgbx, width, dtype, normal, to, plane);
+}
+
+#ifdef POLYDPO_BYTE_TABLES
+// Of 256 levels there are 256 results. Where the processor looks 64 bytes up in a table at once (AVX-512 VBMI), that is
+// a third of the work of computing them. Takes the largest multiple of 64 pixels, and returns how many that was.
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) int look_row_up(const std::uint8_t* rgbx, int width,
+                                                                       const std::uint8_t (*table)[2][256],
+                                                                       std::uint16_t* to, std::size_t plane) {
+    // Two bytes of an element are joined within 16-byte lanes, the lower eight of a lane for the first half of the
+    // pixels: so lane L takes the pixels 8 L to 8 L + 7 of either half.
+    alignas(64) std::uint8_t places[64];
+    for (int i = 0; i < 64; ++i) places[i] = static_cast<std::uint8_t>(4 * (8 * (i / 16) + i % 8));
+    const __m512i first = _mm512_load_si512(places);
+    constexpr __mmask64 second_half = 0xff00ff00ff00ff00;
+    int x = 0;
+    for (; x + 64 <= width; x += 64) {
+        const auto* pixels = reinterpret_cast<const __m512i*>(rgbx + 4 * static_cast<std::size_t>(x));
+        const __m512i p0 = _mm512_loadu_si512(pixels), p1 = _mm512_loadu_si512(pixels + 1);
+        const __m512i p2 = _mm512_loadu_si512(pixels + 2), p3 = _mm512_loadu_si512(pixels + 3);
+        for (int c = 0; c < 3; ++c) {
+            const __m512i from = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(c)));
+            const __m512i levels = _mm512_mask_blend_epi8(second_half, _mm512_permutex2var_epi8(p0, from, p1),
+                                                          _mm512_permutex2var_epi8(p2, from, p3));
+            const __mmask64 upper = _mm512_movepi8_mask(levels);
+            __m512i bytes[2];
+            for (int half = 0; half < 2; ++half) {
+                const auto* rows = reinterpret_cast<const __m512i*>(table[c][half]);
+                bytes[half] = _mm512_mask_blend_epi8(
+                    upper, _mm512_permutex2var_epi8(_mm512_load_si512(rows), levels, _mm512_load_si512(rows + 1)),
+                    _mm512_permutex2var_epi8(_mm512_load_si512(rows + 2), levels, _mm512_load_si512(rows + 3)));
+            }
+            std::uint16_t* out = to + c * plane + x;
+            _mm512_storeu_si512(out, _mm512_unpacklo_epi8(bytes[0], bytes[1]));
+            _mm512_storeu_si512(out + 32, _mm512_unpackhi_epi8(bytes[0], bytes[1]));
+        }
+    }
+    return x;
+}
+#endif
+
+}  // namespace
+
+Finish::Finish(Dtype dtype, const Normalisation& normal) : dtype_(dtype), normal_(normal) {
+#ifdef POLYDPO_BYTE_TABLES
+    by_table_ = size_of(dtype) == 2 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw");
+    if (!by_table_) return;
+    std::uint8_t levels[4 * 256];
+    for (int v = 0; v < 256; ++v) std::memset(levels + 4 * v, v, 4);
+    std::uint16_t elements[3][256];
+    compute_row(levels, 256, dtype, normal, elements, 256);
+    for (int c = 0; c < 3; ++c) {
+        for (int v = 0; v < 256; ++v) {
+            table_[c][0][v] = static_cast<std::uint8_t>(elements[c][v]);
+            table_[c][1][v] = static_cast<std::uint8_t>(elements[c][v] >> 8);
+        }
+    }
+#endif
+}
+
+void Finish::store(const std::uint8_t* rgbx, int width, void* to, std::size_t plane) const {
+    int done = 0;
+#ifdef POLYDPO_BYTE_TABLES
+    if (by_table_) done = look_row_up(rgbx, width, table_, static_cast<std::uint16_t*>(to), plane);
+#endif
+    if (done < width) {
+        compute_row(rgbx + 4 * static_cast<std::size_t>(done), width - done, dtype_, normal_,
+                    static_cast<char*>(to) + static_cast<std::size_t>(done) * size_of(dtype_), plane);
+    }
+}
+
+void Finish::store(const float* rgbx, int width, void* to, std::size_t plane) const {
+    compute_row(rgbx, width, dtype_, normal_, to, plane);
 }
 
 }  // namespace polydpo

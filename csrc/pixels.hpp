@@ -17,14 +17,24 @@ struct Normalisation {
     float offset[3], scale[3];
 };
 
-// Stores `width` pixels of one row as three planes: normalised, computed in float32, rounded to nearest even in 16 bits;
-// uint8 is v itself, rounded half up. `to` is where the row begins in the first plane, and `plane` the distance to the
-// next in elements.
-//
-// RGBX bytes, as the decoder gives them.
-void store_row(const std::uint8_t* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to,
-               std::size_t plane);
-// RGBX floats in 0..255, as the resampler gives them; values outside are clamped.
-void store_row(const float* rgbx, int width, Dtype dtype, const Normalisation& normal, void* to, std::size_t plane);
+// Stores rows of pixels as three planes: normalised, computed in float32, rounded to nearest even in 16 bits; uint8 is the
+// level itself, rounded half up. `to` is where the row begins in the first plane, and `plane` the distance to the next
+// in elements.
+class Finish {
+public:
+    Finish(Dtype dtype, const Normalisation& normal);
+
+    Dtype dtype() const { return dtype_; }
+    // RGBX bytes, as the decoder gives them.
+    void store(const std::uint8_t* rgbx, int width, void* to, std::size_t plane) const;
+    // RGBX floats in 0..255, as the resampler gives them; values outside are clamped.
+    void store(const float* rgbx, int width, void* to, std::size_t plane) const;
+
+private:
+    Dtype dtype_;
+    Normalisation normal_;
+    bool by_table_ = false;
+    alignas(64) std::uint8_t table_[3][2][256];  // of a channel's levels: the low and the high bytes of their elements
+};
 
 }  // namespace polydpo
