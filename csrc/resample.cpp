@@ -10,25 +10,29 @@ namespace polydpo {
 namespace {
 
 typedef float Floats4 __attribute__((vector_size(16)));
-typedef float Floats8 __attribute__((vector_size(32)));  // two pixels
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));  // four pixels
 
-// One row across: two taps, that is two neighbouring pixels, at a time. `wide` is scratch for the row in floats.
+// One row across: four taps, that is four neighbouring pixels, at a time. `wide` is scratch for the row in floats.
 POLYDPO_CLONES void resample_row(const std::uint8_t* in, int in_width, const int* first, const int* count,
-                                 const float* weights, int pairs, int width, float* wide, float* out) {
+                                 const float* weights, int quads, int width, float* wide, float* out) {
     for (int i = 0; i < 4 * in_width; ++i) wide[i] = static_cast<float>(static_cast<int>(in[i]));
     for (int x = 0; x < width; ++x) {
         const float* from = wide + 4 * static_cast<std::ptrdiff_t>(first[x]);
-        Floats8 sum = {};
-        for (int k = 0; k < (count[x] + 1) / 2; ++k) {
-            Floats8 pixels, weight;
-            std::memcpy(&pixels, from + 8 * k, sizeof pixels);
-            std::memcpy(&weight, weights + 8 * k, sizeof weight);
+        Floats16 sum = {};
+        for (int k = 0; k < (count[x] + 3) / 4; ++k) {
+            Floats16 pixels, weight;
+            std::memcpy(&pixels, from + 16 * k, sizeof pixels);
+            std::memcpy(&weight, weights + 16 * k, sizeof weight);
             sum += weight * pixels;
         }
-        weights += 8 * static_cast<std::size_t>(pairs);
-        Floats4 halves[2];
+        weights += 16 * static_cast<std::size_t>(quads);
+        Floats8 halves[2];
         std::memcpy(halves, &sum, sizeof sum);
-        const Floats4 pixel = halves[0] + halves[1], low = {}, high = low + 255.0f;
+        const Floats8 both = halves[0] + halves[1];
+        Floats4 quarters[2];
+        std::memcpy(quarters, &both, sizeof both);
+        const Floats4 pixel = quarters[0] + quarters[1], low = {}, high = low + 255.0f;
         const Floats4 clamped = pixel < low ? low : pixel > high ? high : pixel;
         std::memcpy(out + 4 * static_cast<std::size_t>(x), &clamped, sizeof clamped);
     }
@@ -101,10 +105,10 @@ Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolatio
       ring_rows_(std::min(down_.taps, source.height)),
       stride_(4 * static_cast<std::size_t>(crop.width)),
       taps_(down_.taps) {
-    pairs_ = (across_.taps + 1) / 2;
-    pair_weights_.resize(8 * static_cast<std::size_t>(pairs_) * width_);
+    quads_ = (across_.taps + 3) / 4;
+    quad_weights_.resize(16 * static_cast<std::size_t>(quads_) * width_);
     for (int x = 0; x < width_; ++x) {
-        float* out = pair_weights_.data() + 8 * static_cast<std::size_t>(pairs_) * x;
+        float* out = quad_weights_.data() + 16 * static_cast<std::size_t>(quads_) * x;
         for (int k = 0; k < across_.taps; ++k) {
             std::fill_n(out + 4 * k, 4, across_.weights[static_cast<std::size_t>(x) * across_.taps + k]);
         }
@@ -125,13 +129,13 @@ void Resampler::begin(const Region& given) {
     for (int& first : across_.first) first -= given.left;
     rows_in_ = given.top;
     row_ = Row(given.width);
-    wide_.resize(4 * static_cast<std::size_t>(given.width) + 4);  // the last tap's partner may lie outside
+    wide_.resize(4 * static_cast<std::size_t>(given.width) + 12);  // the last tap's partners may lie outside
     ring_.resize(static_cast<std::size_t>(ring_rows_) * stride_);
     resized_.resize(stride_);
 }
 
 void Resampler::commit() {
-    resample_row(row_.data(), row_.width(), across_.first.data(), across_.count.data(), pair_weights_.data(), pairs_,
+    resample_row(row_.data(), row_.width(), across_.first.data(), across_.count.data(), quad_weights_.data(), quads_,
                  width_, wide_.data(), ring_row(rows_in_));
     ++rows_in_;
 }

@@ -47,8 +47,8 @@ private:
 
     Filter across_, down_;
     int width_, ring_rows_, rows_in_ = 0, rows_out_ = 0;
-    int pairs_;                      // of taps across
-    std::vector<float> pair_weights_;  // across_.weights, two taps at a time, each four times
+    int quads_;                        // of taps across
+    std::vector<float> quad_weights_;  // across_.weights, four taps at a time, each for four channels
     std::size_t stride_;
     Row row_;
     std::vector<float> wide_, ring_, resized_;
