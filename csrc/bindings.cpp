@@ -17,6 +17,7 @@
 #include <jpeglib.h>
 
 #include "decode.hpp"
+#include "frame.hpp"
 #include "loss.hpp"
 #include "pool.hpp"
 #include "simd.hpp"
@@ -121,6 +122,63 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
     }
     return py::make_tuple(geometry, failures);
 }
+
+// Stores the frames of one clip, one by one, all under the same geometry. The caller vouches for `out`: 3 planes of
+// height * width elements of the dtype, `plane` elements apart.
+class FrameStore {
+public:
+    FrameStore(const DrawRow& draw, int dtype, const std::array<float, 6>& normal,
+               const std::array<std::uint8_t, 3>& background, const std::array<int, 2>& size, int resize,
+               int interpolation, bool apply_orientation, std::int64_t memory)
+        : draw_{draw[0] != 0, draw[1], draw[2], draw[3] != 0},
+          options_{{size[0], size[1]},
+                   static_cast<polydpo::Resize>(resize),
+                   static_cast<polydpo::Interpolation>(interpolation),
+                   false,
+                   static_cast<polydpo::Dtype>(dtype),
+                   {{normal[0], normal[1], normal[2]}, {normal[3], normal[4], normal[5]}},
+                   {background[0], background[1], background[2]},
+                   apply_orientation,
+                   true,
+                   {0, 0, memory, 0},
+                   1},
+          finish_(options_.dtype, options_.normal) {}
+
+    // Y, Cb, Cr as buffers, their strides in bytes; height, width, depth, and the shifts of the chroma's width and height;
+    // range, matrix, orientation. Returns oriented height and width, crop top and left. Throws RuntimeError.
+    std::array<int, 4> store(const py::sequence& planes, const std::array<std::ptrdiff_t, 3>& strides,
+                             const std::array<int, 5>& form, bool full_range, int matrix, int orientation,
+                             std::uintptr_t out, std::size_t plane) const {
+        Buffers buffers;
+        buffers.add(planes, "planes");
+        const std::vector<polydpo::Image> views = buffers.images();
+        if (views.size() != 3) throw py::value_error("planes are not three");
+        const auto& [height, width, depth, shift_x, shift_y] = form;
+        polydpo::Frame frame{{}, {}, {height, width}, depth, shift_x, shift_y, full_range,
+                             static_cast<polydpo::Matrix>(matrix), orientation};
+        for (std::size_t i = 0; i < 3; ++i) {
+            const std::ptrdiff_t rows = i ? (height + shift_y) >> shift_y : height;
+            const std::ptrdiff_t bytes = (i ? (width + shift_x) >> shift_x : width) * (depth > 8 ? 2 : 1);
+            if (strides[i] < bytes || static_cast<std::ptrdiff_t>(views[i].bytes) < (rows - 1) * strides[i] + bytes) {
+                throw py::value_error("a plane is smaller than its frame");
+            }
+            frame.planes[i] = views[i].data;
+            frame.strides[i] = strides[i];
+        }
+        polydpo::Decoded result;
+        {
+            const py::gil_scoped_release release;
+            polydpo::FrameReader reader(frame);
+            polydpo::render(reader, draw_, options_, finish_, reinterpret_cast<void*>(out), plane, result);
+        }
+        return {result.original.height, result.original.width, result.top, result.left};
+    }
+
+private:
+    polydpo::Draw draw_;
+    polydpo::Options options_;
+    polydpo::Finish finish_;
+};
 
 using Address = std::array<std::int64_t, 4>;  // winners, losers, dtype, stride in elements
 
@@ -277,6 +335,13 @@ PYBIND11_MODULE(_C, module) {
                py::arg("draws"), py::arg("out"), py::arg("dtype"), py::arg("normal"), py::arg("background"),
                py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
                py::arg("strict"), py::arg("limits"), py::arg("threads"));
+    py::class_<FrameStore>(module, "FrameStore")
+        .def(py::init<const DrawRow&, int, const std::array<float, 6>&, const std::array<std::uint8_t, 3>&,
+                      const std::array<int, 2>&, int, int, bool, std::int64_t>(),
+             py::kw_only(), py::arg("draw"), py::arg("dtype"), py::arg("normal"), py::arg("background"),
+             py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
+             py::arg("memory"))
+        .def("store", &FrameStore::store);
     py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
     py::class_<BoundLoss>(module, "BoundLoss")
         .def(py::init<const std::array<std::array<std::int64_t, 3>, 4>&, const std::array<std::int64_t, 3>&,

@@ -13,8 +13,8 @@ namespace polydpo {
 
 class Canvas {
 public:
-    // `sample` is the image's (3, H, W) of the output. `finish` must outlive it.
-    Canvas(void* sample, Size output, const Finish& finish, const Geometry& geometry);
+    // `sample` is the image's (3, H, W) of the output, its planes `plane` elements apart. `finish` must outlive it.
+    Canvas(void* sample, std::size_t plane, Size output, const Finish& finish, const Geometry& geometry);
 
     // Everything that the image does not cover.
     void pad(Colour background);

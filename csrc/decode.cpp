@@ -50,7 +50,7 @@ std::unique_ptr<Reader> open(const Image& image, const Options& options) {
 }
 
 // Y, Cb, Cr as they are stored: nothing is turned, scaled or mirrored, and corners are even.
-void decode_planes(Reader& reader, int orientation, const Draw& draw, const Options& options, void* sample,
+void render_planes(Reader& reader, int orientation, const Draw& draw, const Options& options, void* sample,
                    Decoded& result) {
     auto* jpeg = dynamic_cast<JpegReader*>(&reader);
     if (jpeg == nullptr) throw DecodeError("it is not a JPEG, whose planes could be had as they are stored");
@@ -71,44 +71,43 @@ void decode_planes(Reader& reader, int orientation, const Draw& draw, const Opti
     jpeg->read_planes(geometry.crop, static_cast<std::uint8_t*>(sample));
 }
 
+}  // namespace
+
 // Rows go from the entropy decoder to the output one by one, while they are in the first-level cache.
-void decode_image(const Image& image, const Draw& draw, const Options& options, const Finish& finish, void* sample,
-                  Decoded& result) {
-    const std::unique_ptr<Reader> reader = open(image, options);
-    const Size source = reader->size();
-    const int orientation = options.apply_orientation ? reader->orientation() : 1;
+void render(Reader& reader, const Draw& draw, const Options& options, const Finish& finish, void* sample,
+            std::size_t plane, Decoded& result) {
+    const Size source = reader.size();
+    const int orientation = options.apply_orientation ? reader.orientation() : 1;
     result.original = orientation >= 5 ? Size{source.width, source.height} : source;
-    if (options.planes) return decode_planes(*reader, orientation, draw, options, sample, result);
+    if (options.planes) return render_planes(reader, orientation, draw, options, sample, result);
     const Geometry geometry = plan(source, orientation, options.output, options.resize, draw);
     result.top = geometry.top;
     result.left = geometry.left;
 
-    Canvas canvas(sample, options.output, finish, geometry);
+    Canvas canvas(sample, plane, options.output, finish, geometry);
     canvas.pad(options.background);
     if (geometry.stored.height == source.height && geometry.stored.width == source.width) {
-        const Region given = reader->start(geometry.crop);
+        const Region given = reader.start(geometry.crop);
         Row row(given.width);
         const std::uint8_t* from = row.data() + 4 * static_cast<std::size_t>(geometry.crop.left - given.left);
         for (int y = 0; y < given.height; ++y) {
-            reader->read_row(row.data());
+            reader.read_row(row.data());
             canvas.put(y, from);
         }
     } else {
         Resampler resampler(source, geometry.stored, geometry.crop, options.interpolation);
         check("decoded", static_cast<std::int64_t>(resampler.memory()), options.limits.decoded, "bytes of rows to blend");
-        const Region given = reader->start(resampler.wanted());
+        const Region given = reader.start(resampler.wanted());
         resampler.begin(given);
         int to = 0;
         for (int y = 0; y < given.height; ++y) {
-            reader->read_row(resampler.next_row());
+            reader.read_row(resampler.next_row());
             resampler.commit();
             while (resampler.ready()) canvas.put(to++, resampler.take());
         }
     }
-    reader->finish();
+    reader.finish();
 }
-
-}  // namespace
 
 std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,
                                   const Options& options, void* out, const std::function<bool()>& stop) {
@@ -119,7 +118,7 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
     const auto decode = [&](std::size_t i) {
         char* sample = static_cast<char*>(out) + i * bytes;
         try {
-            decode_image(images[i], draws[i % draws.size()], options, finish, sample, results[i]);
+            render(*open(images[i], options), draws[i % draws.size()], options, finish, sample, plane, results[i]);
         } catch (const std::bad_alloc&) {
             results[i].error = "there is not enough memory to decode it";
         } catch (const std::exception& error) {

@@ -41,6 +41,10 @@ struct Decoded {
     std::string error;  // empty: decoded
 };
 
+// One image, whose reader has just been made, into its (3, H, W) of the output, with planes `plane` elements apart.
+void render(Reader& reader, const Draw& draw, const Options& options, const Finish& finish, void* sample,
+            std::size_t plane, Decoded& result);
+
 // Decodes every image into its place of `out`, (images.size(), 3, H, W), or (images.size(), H * 3/2, W) of planes; image i with draws[i % draws.size()]. The place
 // of one that fails is zeroed. `stop` is asked now and then on the calling thread: true leaves the rest undone.
 std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,

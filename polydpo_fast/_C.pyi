@@ -23,6 +23,33 @@ def decode_pairs(
     threads: int,
 ) -> tuple[NDArray[np.int64], list[tuple[int, str]]]: ...
 
+class FrameStore:
+    def __init__(
+        self,
+        *,
+        draw: tuple[bool, int, int, bool],
+        dtype: int,
+        normal: Sequence[float],
+        background: tuple[int, int, int],
+        size: tuple[int, int],
+        resize: int,
+        interpolation: int,
+        apply_orientation: bool,
+        memory: int,
+    ) -> None: ...
+    def store(
+        self,
+        planes: Sequence[Any],
+        strides: Sequence[int],
+        form: tuple[int, int, int, int, int],
+        full_range: bool,
+        matrix: int,
+        orientation: int,
+        out: int,
+        plane: int,
+        /,
+    ) -> tuple[int, int, int, int]: ...
+
 class Head:
     def __init__(self, program: Sequence[tuple[int, int, int, float]], loss: int, slope: int) -> None: ...
 

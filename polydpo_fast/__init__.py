@@ -2,18 +2,22 @@
 
 from . import reference
 from ._version import __version__
+from .clips import ClipLimits, DecodedClips, decode_clips
 from .decode import DecodedPairs, DecodeError, DecodeFailure, DecodeLimits, decode_pairs
 from .functional import PairErrors, available_backends, loss, pair_errors
 from .yuv import yuv420_to_rgb
 
 __all__ = [
+    "ClipLimits",
     "DecodeError",
     "DecodeFailure",
     "DecodeLimits",
+    "DecodedClips",
     "DecodedPairs",
     "PairErrors",
     "__version__",
     "available_backends",
+    "decode_clips",
     "decode_pairs",
     "loss",
     "pair_errors",

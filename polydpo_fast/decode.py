@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ _DTYPES = {"yuv420": -1, torch.uint8: 0, torch.bfloat16: 1, torch.float16: 2, to
 _RESIZES = {None: 0, "cover": 1, "contain": 2, "stretch": 3}
 _INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 _MAX_SIDE = 16384
+
+T = TypeVar("T")
 
 # What C++ decodes; anything else is Pillow's, of those formats whose decoders run no other programs.
 _NATIVE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
@@ -363,7 +365,7 @@ def _check_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     return colour[0], colour[1], colour[2]
 
 
-def _check_arms(win: Sequence[Buffer], lose: Sequence[Buffer]) -> tuple[list[Buffer], list[Buffer]]:
+def _check_arms(win: Sequence[T], lose: Sequence[T]) -> tuple[list[T], list[T]]:
     for name, arm in (("win", win), ("lose", lose)):
         # A single image is a sequence too, of numbers.
         if isinstance(arm, (bytes, bytearray, memoryview, str)) or not isinstance(arm, Sequence):

@@ -1,0 +1,42 @@
+// A video frame's planes in the form of a decoded image.
+#pragma once
+
+#include <vector>
+
+#include "reader.hpp"
+
+namespace polydpo {
+
+enum class Matrix : int { bt601 = 0, bt709 = 1, bt2020 = 2 };
+
+// Y, Cb, Cr; rows of bytes, or of 16-bit words where the depth is above 8.
+struct Frame {
+    const std::uint8_t* planes[3];
+    std::ptrdiff_t strides[3];  // from row to row in bytes
+    Size size;
+    int depth;             // bits, 8 to 16
+    int shift_x, shift_y;  // of the chroma planes' size: 1 is half
+    bool full_range;
+    Matrix matrix;
+    int orientation;  // as in EXIF
+};
+
+// Converts row by row. Chroma is interpolated linearly; where it is subsampled, its samples lie on the even columns and
+// between the rows, as H.264, HEVC, VP9 and AV1 have it unless they say otherwise.
+class FrameReader : public Reader {
+public:
+    explicit FrameReader(const Frame& frame);
+    Size size() const override { return frame_.size; }
+    int orientation() const override { return frame_.orientation; }
+    Region start(const Region& wanted) override;
+    void read_row(std::uint8_t* rgbx) override;
+    void finish() override {}
+
+private:
+    Frame frame_;
+    Region region_{};
+    int row_ = 0;
+    std::vector<float> luma_, chroma_[2], narrow_;
+};
+
+}  // namespace polydpo

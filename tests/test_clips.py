@@ -1,0 +1,318 @@
+"""`decode_clips` against full decodes, and against the colour formulas written out in NumPy."""
+
+import io
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polydpo_fast
+from polydpo_fast import ClipLimits, DecodeError, decode_clips
+from polydpo_fast.clips import _plan, _Timeline
+
+av = pytest.importorskip("av", reason="PyAV is not installed")
+
+ALL = ["libx264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4"]
+QUIET = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "12"}}
+
+
+def scene(index, height, width):
+    """Everything moves, and no two frames are alike."""
+    y, x = np.mgrid[:height, :width]
+    channels = [(x + 5 * index) % 256, (2 * y + 3 * index) % 256, np.full((height, width), 40 + 2 * index % 200)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def encode(
+    count=30, height=48, width=64, codec="libx264", container="mp4", rate=24, pixels="yuv420p", ticks=None, **options
+):
+    """A clip; `ticks` are the presentation times in 1/600 s. Options with dashes are given with underscores."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        if codec not in av.codecs_available:
+            pytest.skip(f"this PyAV has no encoder {codec}")
+        stream = output.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.options = {"g": "8", "bf": "2", **QUIET.get(codec, {}), **options}
+        if ticks is not None:
+            stream.codec_context.time_base = Fraction(1, 600)
+        for index in range(count):
+            frame = av.VideoFrame.from_ndarray(scene(index, height, width), format="rgb24")
+            if ticks is not None:
+                frame.pts, frame.time_base = ticks[index], Fraction(1, 600)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def full_decode(data):
+    """[(seconds from the first frame, frame)] of the whole clip."""
+    with av.open(io.BytesIO(data)) as container:
+        frames = list(container.decode(video=0))
+    return [(float((f.pts - frames[0].pts) * f.time_base), f) for f in frames]
+
+
+def rgb(frame):
+    """(3, H, W) levels in float64, by the definitions of BT.601 and BT.709; chroma interpolated linearly."""
+    name, height, width = frame.format.name, frame.height, frame.width
+    depth = 10 if "10" in name else 8
+    sub_x, sub_y = "444" not in name, "420" in name
+
+    def plane(index, h, w):
+        raw = np.frombuffer(frame.planes[index], np.uint16 if depth > 8 else np.uint8)
+        row = frame.planes[index].line_size // raw.itemsize
+        return raw[: row * h].reshape(h, row)[:, :w].astype(np.float64) / 2 ** (depth - 8)
+
+    h, w = (height + sub_y) // 2 if sub_y else height, (width + sub_x) // 2 if sub_x else width
+    y, chroma = plane(0, height, width), [plane(i, h, w) for i in (1, 2)]
+    at_y = np.clip((np.arange(height) - 0.5) / 2, 0, h - 1) if sub_y else np.arange(height)
+    at_x = np.clip(np.arange(width) / 2, 0, w - 1) if sub_x else np.arange(width)
+
+    def interpolated(c):
+        c = np.stack([np.interp(at_y, np.arange(h), c[:, i]) for i in range(w)], axis=1)
+        return np.stack([np.interp(at_x, np.arange(w), row) for row in c])
+
+    cb, cr = (interpolated(c) - 128 for c in chroma)
+    full = frame.color_range == 2 or "yuvj" in name
+    most = 255 if depth == 8 else 255 + 0.75
+    y, cb, cr = (y * 255 / most, cb * 255 / most, cr * 255 / most) if full else (
+        (y - 16) * 255 / 219, cb * 255 / 224, cr * 255 / 224,
+    )  # fmt: skip
+    kr, kb = (0.2126, 0.0722) if frame.colorspace == 1 or (frame.colorspace == 2 and height >= 720) else (0.299, 0.114)
+    red, blue = y + 2 * (1 - kr) * cr, y + 2 * (1 - kb) * cb
+    return np.stack([red, (y - kr * red - kb * blue) / (1 - kr - kb), blue]).clip(0, 255)
+
+
+def assert_frames(clip, expected):
+    """(3, T, H, W) bytes are those of the decoded frames, to the rounding."""
+    assert clip.shape[1] == len(expected)
+    for k, frame in enumerate(expected):
+        assert np.abs(clip[:, k].numpy() - rgb(frame)).max() <= 0.51, k
+
+
+CLIP = encode()
+
+
+@pytest.mark.parametrize("codec", ALL)
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_frames_are_those_of_a_full_decode(codec, container):
+    data = encode(codec=codec, container=container)
+    whole = full_decode(data)
+    assert len(whole) == 30
+    decoded = decode_clips([data], [data], frames=7, size=(48, 64), dtype=torch.uint8)
+    assert decoded.pixels.shape == (2, 3, 7, 48, 64)
+    assert_frames(decoded.pixels[0], [frame for _, frame in whole[11:18]])
+    assert torch.equal(decoded.pixels[0], decoded.pixels[1])
+    np.testing.assert_allclose(decoded.times[0], [t for t, _ in whole[11:18]], atol=1e-3)
+    for first in (0, 8, 9, 23):
+        late = decode_clips([data], [data], frames=7, size=(48, 64), start=whole[first][0], dtype=torch.uint8)
+        assert_frames(late.pixels[0], [frame for _, frame in whole[first : first + 7]])
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libx264", {"x264-params": "open-gop=1:keyint=8"}), ("libx265", {})])
+def test_open_groups_of_pictures(codec, options):
+    """Frames before a keyframe that need the group before: found by an earlier seek."""
+    options = options or {"x265-params": "open-gop=1:keyint=8:log-level=none"}
+    data = encode(codec=codec, bf="3", **options)
+    whole = full_decode(data)
+    for first in range(0, 26, 3):
+        decoded = decode_clips([data], [data], frames=4, size=(48, 64), start=whole[first][0], dtype=torch.uint8)
+        assert_frames(decoded.pixels[0], [frame for _, frame in whole[first : first + 4]])
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le"])
+@pytest.mark.parametrize("shape", [(48, 64), (50, 66), (720, 32)])
+def test_colours(pixels, shape):
+    data = encode(3, *shape, codec="libx265" if "10" in pixels else "libx264", pixels=pixels)
+    whole = full_decode(data)
+    assert whole[0][1].format.name == pixels
+    decoded = decode_clips([data], [data], frames=3, size=shape, dtype=torch.uint8)
+    assert_frames(decoded.pixels[0], [frame for _, frame in whole])
+
+
+def test_the_streams_own_matrix_is_honoured():
+    data = encode(2, **{"x264-params": "colormatrix=bt709"})
+    decoded = decode_clips([data], [data], frames=2, size=(48, 64), dtype=torch.uint8)
+    whole = full_decode(data)
+    assert whole[0][1].colorspace == 1
+    assert_frames(decoded.pixels[0], [frame for _, frame in whole])
+
+
+def test_variable_frame_rate_and_a_start_that_is_not_zero():
+    ticks = np.cumsum([900] + [7, 31, 12, 55, 25] * 6)[:30].tolist()
+    data = encode(ticks=ticks, container="matroska")
+    whole = full_decode(data)
+    decoded = decode_clips([data], [data], frames=12, size=(48, 64), start=0.3, fps=20, dtype=torch.uint8)
+    expected = [[frame for t, frame in whole if t <= 0.3 + k / 20 + 5e-4][-1] for k in range(12)]
+    assert_frames(decoded.pixels[0], expected)
+    np.testing.assert_allclose(decoded.times[0], 0.3 + np.arange(12) / 20, atol=1e-6)
+
+
+def test_both_arms_share_the_times():
+    """12 and 30 frames per second: the loser shows what it has at the winner's times."""
+    win, lose = encode(24, rate=12), encode(45, rate=30, height=96, width=128)
+    shown = full_decode(lose)
+    for options in (dict(), dict(start="random", seeds=[3], crop="random", hflip=0.5), dict(fps=10, start=0.4)):
+        decoded = decode_clips([win], [lose], frames=6, size=(40, 40), dtype=torch.uint8, **options)
+        exact = decode_clips(
+            [lose], [lose], frames=1, size=(40, 40), dtype=torch.uint8, start=decoded.times[0, 2].item(), fps=1,
+            **{k: v for k, v in options.items() if k in ("crop", "hflip", "seeds")},
+        )  # fmt: skip
+        assert torch.equal(decoded.pixels[1, :, 2], exact.pixels[0, :, 0])
+        assert decoded.times[0, -1] < shown[-1][0] + 1 / 30
+
+
+def test_random_starts_depend_on_the_seed_and_stay_inside():
+    starts = set()
+    for seed in range(30):
+        decoded = decode_clips([CLIP], [CLIP], frames=5, size=8, start="random", seeds=[seed], dtype=torch.uint8)
+        again = decode_clips([CLIP], [CLIP], frames=5, size=8, start="random", seeds=[seed], dtype=torch.uint8)
+        assert torch.equal(decoded.pixels, again.pixels)
+        starts.add(round(decoded.times[0, 0].item() * 24))
+    assert len(starts) > 10
+    assert starts <= set(range(26))
+
+
+@pytest.mark.parametrize("fps", [None, 24])
+def test_short_clips_follow_the_policy(fps):
+    data = encode(5)
+    whole = [frame for _, frame in full_decode(data)]
+    options = dict(frames=8, size=(48, 64), fps=fps, dtype=torch.uint8)
+    with pytest.raises(
+        DecodeError, match=r"win\[0\] .* it ends after 0.208 s \(5 frames\); expected a frame at 0.292 s"
+    ):
+        decode_clips([data], [CLIP], **options, start=0.0)
+    with pytest.raises(DecodeError, match=r"lose\[0\] .* it ends after 0.208 s"):
+        decode_clips([CLIP], [data], **options, start=0.0)
+    repeated = decode_clips([data], [data], short="repeat", **options)
+    assert_frames(repeated.pixels[0], whole + [whole[-1]] * 3)
+    looped = decode_clips([data], [data], short="loop", **options)
+    assert_frames(looped.pixels[0], whole + whole[:3])
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_plans_hold_for_any_times(data):
+    draw = data.draw
+    arms = []
+    for _ in range(2):
+        steps = draw(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+        arms.append(_Timeline(np.cumsum([draw(st.integers(-100, 100)), *steps]).tolist(), Fraction(1, 90)))
+    frames, fps = draw(st.integers(1, 10)), draw(st.sampled_from([None, 1, 12.5, 60]))
+    start = draw(st.sampled_from(["center", "random"]))
+    drawn = draw(st.floats(0, 1, exclude_max=True))
+    times = _plan(tuple(arms), frames, fps, start, drawn, "repeat")
+    assert len(times) == frames
+    assert all(b > a for a, b in itertools.pairwise(times))
+    assert times[0] >= 0
+    try:
+        assert _plan(tuple(arms), frames, fps, start, drawn, "error") == times
+    except ValueError:
+        # Only where no start would have done.
+        if fps is None:
+            assert sum(t < arms[1].duration() for t in arms[0].times()) < frames
+        else:
+            assert min(a.duration() for a in arms) <= Fraction(fps) ** -1 * (frames - 1) + Fraction(2, 90)
+    for arm in arms:
+        for t, pts in zip(times, arm.shown_at(times, "repeat"), strict=True):
+            shown = [p for p in arm.pts if (p - arm.pts[0]) * arm.unit <= t + arm.unit / 2]
+            assert pts == shown[-1]
+
+
+def test_layouts_dtypes_threads_and_out_agree():
+    options = dict(frames=5, size=(30, 40), crop="random", hflip=0.5, seeds=[4, 5])
+    base = decode_clips([CLIP] * 2, [CLIP] * 2, **options)
+    assert base.pixels.dtype == torch.bfloat16
+    for threads in (1, 3, 16):
+        assert torch.equal(decode_clips([CLIP] * 2, [CLIP] * 2, threads=threads, **options).pixels, base.pixels)
+    out = torch.zeros(4, 5, 3, 30, 40, dtype=torch.bfloat16)
+    turned = decode_clips([CLIP] * 2, [CLIP] * 2, layout="TCHW", out=out, **options)
+    assert turned.pixels is out
+    assert torch.equal(out.transpose(1, 2), base.pixels)
+    single = decode_clips([CLIP] * 2, [CLIP] * 2, dtype=torch.float32, **options)
+    assert torch.equal(single.pixels.bfloat16(), base.pixels)
+    assert torch.equal(single.crop_top_left, base.crop_top_left)
+    assert single.original_size.tolist() == [[48, 64]] * 4
+
+
+def test_paths_will_do(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(CLIP)
+    a = decode_clips([path], [str(path)], frames=3, size=16)
+    assert torch.equal(a.pixels[0], decode_clips([CLIP], [CLIP], frames=3, size=16).pixels[0])
+    with pytest.raises(DecodeError, match=r"win\[0\] .*No such file"):
+        decode_clips([tmp_path / "none"], [path], frames=3, size=16)
+
+
+def sound():
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "limits", "reason"),
+    [
+        (b"", {}, "it is empty"),
+        (PLAYLIST, {}, "it is neither MP4, MOV, Matroska nor WebM: it begins with 23 45 58 54"),
+        (b"<html>", {}, "it is neither"),
+        (CLIP[: len(CLIP) // 2], {}, ""),
+        (CLIP[:40], {}, ""),
+        (sound, {}, "it has no video stream"),
+        (lambda: encode(3, codec="mpeg2video"), {}, "its codec is mpeg2video; expected one of h264"),
+        (CLIP, dict(pixels=3000), r"it has 3072 pixels, more than 3000 \(limits.pixels\)"),
+        (CLIP, dict(bytes=1000), "limits.bytes"),
+        (CLIP, dict(frames=29), "limits.frames"),
+        (CLIP, dict(timeout_s=0.0), "limits.timeout_s"),
+    ],
+)
+def test_bad_clips_are_named_and_masked(data, limits, reason):
+    bad = data() if callable(data) else data
+    options = dict(frames=3, size=16, limits=ClipLimits(**limits))
+    with pytest.raises(DecodeError, match=rf"lose\[0\] could not be decoded: .*{reason}|win\[0\]") as error:
+        decode_clips([CLIP], [bad], **options)
+    assert any(f.arm == "lose" and f.index == 0 for f in error.value.failures)
+    if not limits:
+        masked = decode_clips([CLIP, CLIP], [CLIP, bad], on_error="mask", **options)
+        assert masked.ok.tolist() == [True, False]
+        assert not masked.pixels[[1, 3]].any()
+        assert torch.equal(masked.pixels[0], decode_clips([CLIP], [CLIP], **options).pixels[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(win=CLIP), TypeError, "win is a bytes; expected a list"),
+        (dict(lose=[]), ValueError, "lose has 0 images; expected 1 like win"),
+        (dict(frames=0), ValueError, "frames is 0; expected an int from 1 to 65536"),
+        (dict(fps=0), ValueError, "fps is 0; expected a number above 0"),
+        (dict(start=-1), ValueError, "start is -1; expected 'center', 'random', or seconds >= 0"),
+        (dict(start="end"), ValueError, "start is 'end'"),
+        (dict(short="cut"), ValueError, "short is 'cut'; expected one of 'error', 'repeat', 'loop'"),
+        (dict(layout="THWC"), ValueError, "layout is 'THWC'; expected one of 'CTHW', 'TCHW'"),
+        (dict(dtype="yuv420"), TypeError, "dtype is yuv420; expected torch.bfloat16"),
+        (dict(limits=3), TypeError, "limits is a int; expected a ClipLimits"),
+        (dict(threads=0), ValueError, "threads is 0"),
+        (dict(seeds=[1, 2]), ValueError, "seeds has 2 numbers"),
+        (dict(out=torch.zeros(1)), ValueError, r"out has shape \(1,\); expected \(2, 3, 2, 8, 8\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        decode_clips(**{**dict(win=[CLIP], lose=[CLIP], frames=2, size=8), **change})
+
+
+def test_the_public_names():
+    assert polydpo_fast.decode_clips is decode_clips
