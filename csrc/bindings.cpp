@@ -26,6 +26,23 @@ namespace py = pybind11;
 
 namespace {
 
+// pybind11's own aborts the process when a daemon thread comes back to an interpreter that is gone: Python then unwinds the
+// thread through this destructor, which therefore may throw.
+class ReleasedGil {
+public:
+    ReleasedGil() : state_(PyEval_SaveThread()) {}
+    ~ReleasedGil() noexcept(false) { PyEval_RestoreThread(state_); }
+    ReleasedGil(const ReleasedGil&) = delete;
+
+private:
+    PyThreadState* state_;
+};
+
+unsigned long main_thread() {
+    static const auto ident = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+    return ident;
+}
+
 // The buffers of one call. They keep the exporting objects locked (a bytearray cannot be resized) until the end.
 class Buffers {
 public:
@@ -99,13 +116,17 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
                                    {limits[0], limits[1], limits[2], static_cast<int>(limits[3])},
                                    threads};
     bool interrupted = false;
+    // Only the main thread hears of signals; and whoever asks for the lock while Python ends does not come back, though
+    // other threads are still at work on what lies on this one's stack.
+    const bool listens = PyThread_get_thread_ident() == main_thread();
     const auto stop = [&] {
+        if (!listens) return false;
         const py::gil_scoped_acquire acquire;
         return interrupted = PyErr_CheckSignals() != 0;
     };
     std::vector<polydpo::Decoded> results;
     {
-        const py::gil_scoped_release release;
+        const ReleasedGil released;
         results = polydpo::decode_batch(images, drawn, options, reinterpret_cast<void*>(out), stop);
     }
     if (interrupted) throw py::error_already_set();
@@ -167,7 +188,7 @@ public:
         }
         polydpo::Decoded result;
         {
-            const py::gil_scoped_release release;
+            const ReleasedGil released;
             polydpo::FrameReader reader(frame);
             polydpo::render(reader, draw_, options_, finish_, reinterpret_cast<void*>(out), plane, result);
         }
@@ -224,7 +245,7 @@ void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, 
               std::uintptr_t metrics_at, std::uintptr_t table_at) {
     auto* table = reinterpret_cast<double*>(table_at);
     double total = 0, metrics[12];
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     polydpo::pair_loss(batch, objective, table, &total, metrics);
     if (objective.head == nullptr) return;
     const auto store = [&](auto* loss, auto* metric) {
@@ -265,7 +286,7 @@ void pair_gradient(const Address& pred, const Address& target, const std::array<
                    const std::array<std::int64_t, 3>& grad_loss, const Address& grad) {
     // coefficients: address, stride; grad_loss: address, whether float64 (else float32), stride.
     const polydpo::Batch batch = batch_of(pred, {}, target, mask, sizes);
-    py::gil_scoped_release release;
+    const ReleasedGil released;
     polydpo::pair_gradient(batch, reinterpret_cast<const double*>(coefficients[0]), coefficients[1],
                            reinterpret_cast<const void*>(grad_loss[0]), grad_loss[1] != 0, grad_loss[2],
                            reinterpret_cast<void*>(grad[0]), reinterpret_cast<void*>(grad[1]), grad[3]);
@@ -291,7 +312,7 @@ public:
         const polydpo::Batch tensors = batch(pred, 0, target, threads);
         const auto* coefficients = reinterpret_cast<const double*>(table) + polydpo::pair_columns - 2;
         const polydpo::Arms to = at(grad, 3);
-        const py::gil_scoped_release release;
+        const ReleasedGil released;
         polydpo::pair_gradient(tensors, coefficients, polydpo::pair_columns, reinterpret_cast<const void*>(grad_loss),
                                tensors.accumulate_in_double, grad_loss_stride, const_cast<void*>(to.win),
                                const_cast<void*>(to.lose), to.stride);

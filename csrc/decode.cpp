@@ -58,14 +58,14 @@ void render_planes(Reader& reader, int orientation, const Draw& draw, const Opti
         throw DecodeError("it is stored turned or mirrored (EXIF orientation " + std::to_string(orientation) + ")");
     }
     const Size source = reader.size();
-    Geometry geometry = plan(source, 1, options.output, options.resize, draw);
+    // Drawn in the stored image, where corners are even; told as seen in the mirrored one.
+    const Geometry geometry =
+        plan(source, 1, options.output, options.resize, {draw.centre, draw.top, draw.left, false}, 2);
     if (geometry.stored.height != source.height || geometry.stored.width != source.width ||
         geometry.inner.height != options.output.height || geometry.inner.width != options.output.width) {
         throw DecodeError("it is " + std::to_string(source.height) + " x " + std::to_string(source.width) +
                           " and would have to be resized or padded");
     }
-    geometry.crop.top &= ~1;
-    geometry.crop.left &= ~1;
     result.top = geometry.crop.top;
     result.left = draw.flipped ? source.width - options.output.width - geometry.crop.left : geometry.crop.left;
     jpeg->read_planes(geometry.crop, static_cast<std::uint8_t*>(sample));
@@ -95,8 +95,9 @@ void render(Reader& reader, const Draw& draw, const Options& options, const Fini
             canvas.put(y, from);
         }
     } else {
+        check("decoded", Resampler::memory(source, geometry.stored, geometry.crop, options.interpolation),
+              options.limits.decoded, "bytes of rows and weights to blend");
         Resampler resampler(source, geometry.stored, geometry.crop, options.interpolation);
-        check("decoded", static_cast<std::int64_t>(resampler.memory()), options.limits.decoded, "bytes of rows to blend");
         const Region given = reader.start(resampler.wanted());
         resampler.begin(given);
         int to = 0;
@@ -124,9 +125,14 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
         } catch (const std::exception& error) {
             results[i].error = error.what();
         }
-        if (!results[i].error.empty()) std::memset(sample, 0, bytes);
     };
     parallel_for(images.size(), options.threads, decode, stop);
+    // Both arms or none.
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        if (results[i].error.empty()) continue;
+        std::memset(static_cast<char*>(out) + i * bytes, 0, bytes);
+        std::memset(static_cast<char*>(out) + (i + draws.size()) % images.size() * bytes, 0, bytes);
+    }
     return results;
 }
 

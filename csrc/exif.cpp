@@ -16,9 +16,9 @@ int exif_orientation(const std::uint8_t* tiff, std::size_t size) {
     std::size_t entry = directory + 2;
     for (std::uint32_t left = u16(directory); left > 0 && size - entry >= 12; --left, entry += 12) {
         if (u16(entry) != 0x0112) continue;
-        const std::uint32_t value = u16(entry + 8);  // in the first two of its four bytes, in either byte order
-        const bool one_short = u16(entry + 2) == 3 && u32(entry + 4) == 1;
-        return one_short && value >= 1 && value <= 8 ? static_cast<int>(value) : 1;
+        const std::uint32_t type = u16(entry + 2);  // 3: SHORT, in the first two of four bytes; 4: LONG, in all
+        const std::uint32_t value = type == 3 ? u16(entry + 8) : type == 4 ? u32(entry + 8) : 1;
+        return u32(entry + 4) == 1 && value >= 1 && value <= 8 ? static_cast<int>(value) : 1;
     }
     return 1;
 }

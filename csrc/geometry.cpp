@@ -1,6 +1,7 @@
 #include "geometry.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -14,11 +15,18 @@ int half_to_even(int twice) {
     return twice % 2 ? half + half % 2 : half;
 }
 
-// Sides of 65,500 at most, times 16,384: an int holds them, and only the crop is ever computed.
+// Of a very long image, only the crop is ever computed; but its place must be a number that an int holds.
+int side(std::int64_t length) {
+    if (length > std::numeric_limits<int>::max()) {
+        throw DecodeError("it would be " + std::to_string(length) + " pixels long after the resize");
+    }
+    return static_cast<int>(length);
+}
+
 Size resized_to(Size source, Size output, Resize resize) {
     const std::int64_t h = source.height, w = source.width, H = output.height, W = output.width;
-    const auto width = [&] { return static_cast<int>(w * H / h); };
-    const auto height = [&] { return static_cast<int>(h * W / w); };
+    const auto width = [&] { return side(w * H / h); };
+    const auto height = [&] { return side(h * W / w); };
     switch (resize) {
         case Resize::cover:
             if (H * w >= W * h) return {output.height, std::max(output.width, width())};
@@ -44,22 +52,24 @@ struct Span {
 
 Span mirrored(const Span& span, int length) { return {length - span.start - span.count, span.count, !span.reversed}; }
 
-int corner(int places, bool centre, std::uint32_t drawn) {  // places: of the corner, 0 ... places
-    if (centre) return half_to_even(places);
-    return static_cast<int>(static_cast<std::uint64_t>(drawn) * (static_cast<std::uint64_t>(places) + 1) >> 32);
+// places: of the corner, 0 ... places. A multiple of step.
+int corner(int places, bool centre, std::uint32_t drawn, int step) {
+    if (centre) return half_to_even(places) / step * step;
+    const auto choices = static_cast<std::uint64_t>(places / step) + 1;
+    return step * static_cast<int>(drawn * choices >> 32);
 }
 
 }  // namespace
 
-Geometry plan(Size source, int orientation, Size output, Resize resize, const Draw& draw) {
+Geometry plan(Size source, int orientation, Size output, Resize resize, const Draw& draw, int step) {
     Geometry result{};
     result.transposed = orientation >= 5;
     const Size oriented = result.transposed ? Size{source.width, source.height} : source;
     const Size resized = result.resized = resized_to(oriented, output, resize);
     const int height = std::min(resized.height, output.height), width = std::min(resized.width, output.width);
     result.inner = {(output.height - height) / 2, (output.width - width) / 2, height, width};
-    result.top = corner(resized.height - height, draw.centre, draw.top);
-    result.left = corner(resized.width - width, draw.centre, draw.left);
+    result.top = corner(resized.height - height, draw.centre, draw.top, step);
+    result.left = corner(resized.width - width, draw.centre, draw.left, step);
 
     Span rows{result.top, height, false}, cols{result.left, width, false};
     if (draw.flipped) cols = mirrored(cols, resized.width);

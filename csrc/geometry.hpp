@@ -43,6 +43,7 @@ struct Geometry {
 // contain: the larger scale that fits into the output, the other side rounded down; padded on both sides.
 // stretch: each side to that of the output. none: as it is.
 // A centred corner is rounded half to even (as torchvision's CenterCrop).
-Geometry plan(Size source, int orientation, Size output, Resize resize, const Draw& draw);
+// Corners are multiples of `step`.
+Geometry plan(Size source, int orientation, Size output, Resize resize, const Draw& draw, int step = 1);
 
 }  // namespace polydpo

@@ -259,13 +259,15 @@ void PngReader::plan_passes() {
 void PngReader::read_chunks() {
     bool ended = false, idat_over = false;
     std::size_t at = 8;
-    for (; !ended; at += 12 + std::size_t{big32(data_ + at)}) {
+    while (!ended) {
         const std::size_t left = size_ - at;
-        cut_ = left < 12 || big32(data_ + at) > left - 12;
+        // Read once: the bytes may change under us, and what was checked must be what is used.
+        const std::size_t stated = left < 12 ? 0 : big32(data_ + at);
+        cut_ = left < 12 || stated > left - 12;
         if (cut_ && (strict_ || left < 8)) break;
         const std::uint8_t* type = data_ + at + 4;
         const std::uint8_t* body = data_ + at + 8;
-        const std::size_t length = std::min(std::size_t{big32(data_ + at)}, left - 8);
+        const std::size_t length = cut_ ? left - 8 : stated;
         const std::uint32_t name = big32(type);
         for (int i = 0; i < 4; ++i) {
             const int letter = type[i] | 32;
@@ -282,6 +284,7 @@ void PngReader::read_chunks() {
         if (checksums && !cut_ && (critical || strict_ || name == name_of("tRNS") || name == name_of("eXIf")) &&
             libdeflate_crc32(0, type, 4 + length) != big32(body + length)) {
             if (critical || strict_) refuse(" has a wrong checksum");
+            at += 12 + length;
             continue;
         }
         switch (name) {
@@ -324,10 +327,10 @@ void PngReader::read_chunks() {
                 if (critical) refuse(" is of no known kind");
         }
         if (cut_) break;
+        at += 12 + length;
     }
     if (cut_ && (strict_ || idat_count_ == 0)) throw DecodeError("its PNG data end early");
     if (idat_count_ == 0) throw DecodeError("it has no image data");
-    if (strict_ && size_ > at) throw DecodeError("it goes on after its end, from byte " + std::to_string(at));
 }
 
 // ---- The rows ----

@@ -71,11 +71,29 @@ double cubic(double x) {
 
 }  // namespace
 
+namespace {
+
+double support_of(Interpolation kind, int source, int resized) {
+    return (kind == Interpolation::bicubic ? 2.0 : 1.0) * std::max(static_cast<double>(source) / resized, 1.0);
+}
+
+std::int64_t taps_of(double support) { return static_cast<std::int64_t>(std::ceil(support)) * 2 + 1; }
+
+}  // namespace
+
+std::int64_t Resampler::memory(Size source, Size resized, const Region& crop, Interpolation kind) {
+    const std::int64_t across = taps_of(support_of(kind, source.width, resized.width));
+    const std::int64_t down = taps_of(support_of(kind, source.height, resized.height));
+    const std::int64_t weights = crop.width * (across + 4 * (across + 3)) + crop.height * down;
+    const std::int64_t rows = 4 * crop.width * (std::min<std::int64_t>(down, source.height) + 1) + 5 * std::int64_t{source.width};
+    return static_cast<std::int64_t>(sizeof(float)) * (weights + rows);
+}
+
 Filter make_filter(Interpolation kind, int source, int resized, int offset, int length) {
     const double scale = static_cast<double>(source) / resized, wide = std::max(scale, 1.0);
-    const double support = (kind == Interpolation::bicubic ? 2.0 : 1.0) * wide;
+    const double support = support_of(kind, source, resized);
     Filter filter;
-    filter.taps = static_cast<int>(std::ceil(support)) * 2 + 1;
+    filter.taps = static_cast<int>(taps_of(support));
     filter.first.resize(length);
     filter.count.resize(length);
     filter.weights.assign(static_cast<std::size_t>(length) * filter.taps, 0.0f);

@@ -31,8 +31,8 @@ public:
 
     // The part of the image that the crop needs.
     Region wanted() const;
-    // Bytes that it will keep.
-    std::size_t memory() const { return stride_ * sizeof(float) * static_cast<std::size_t>(ring_rows_); }
+    // Bytes that one would take.
+    static std::int64_t memory(Size source, Size resized, const Region& crop, Interpolation kind);
     // Which part will come: the rows of that, at least its columns.
     void begin(const Region& given);
     // Where to write the next row of it (4 * width bytes).

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .objectives import MAX_ALPHAS, OBJECTIVES
 
-__all__ = ["Arms", "Head", "Inputs", "check_head", "check_inputs"]
+__all__ = ["Arms", "Head", "Inputs", "check_head", "check_inputs", "is_lazy"]
 
 Arms = Tensor | Sequence[Tensor]
 """Both arms of a batch: a (2B, ...) tensor, or a tuple (win, lose) of (B, ...)."""
@@ -116,13 +116,13 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     else:
         raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor or a tuple (win, lose) of two")
     for index, tensor in enumerate(tensors):
-        if tensor.dtype in FLOAT_DTYPES and tensor.layout is torch.strided and not _is_negated(tensor):
+        if tensor.dtype in FLOAT_DTYPES and tensor.layout is torch.strided and not is_lazy(tensor):
             continue
         place = name if len(tensors) == 1 else f"{name}[{index}]"
         if tensor.layout != torch.strided:
             raise TypeError(f"{place} has layout {tensor.layout}; expected a dense tensor (torch.strided)")
-        elif _is_negated(tensor):  # its memory holds the negatives
-            raise TypeError(f"{place} is a lazily negated view (of a complex conjugate); expected .resolve_neg() of it")
+        elif is_lazy(tensor):
+            raise TypeError(f"{place} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
         else:
             raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
     if len(tensors) == 2 and tensors[1].dtype != tensors[0].dtype:
@@ -130,8 +130,9 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     return tensors
 
 
-def _is_negated(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and x.is_neg()  # compiled graphs resolve it themselves
+def is_lazy(x: Tensor) -> bool:
+    """Whether memory holds the negatives of the values, or nothing. Compiled graphs resolve that themselves."""
+    return not torch.compiler.is_compiling() and (x.is_neg() or x._is_zerotensor())
 
 
 def _on_device(name: str, tensors: list[Tensor], device: torch.device) -> None:

@@ -186,11 +186,11 @@ def decode_clips(
     _check_count("threads", threads, 1024)
     inner = (3, frames, height, width) if layout == "CTHW" else (frames, 3, height, width)
     if out is None:
-        out = torch.empty((2 * pairs, *inner), dtype=dtype)
+        out = torch.empty((2 * pairs, *inner), dtype=dtype, device="cpu")
     else:
         _check_out(out, (2 * pairs, *inner), dtype)
     if seeds is None and start == "random":
-        seeds = torch.randint(2**63 - 1, (pairs,))
+        seeds = torch.randint(2**63 - 1, (pairs,), device="cpu")
     draws = _draw(pairs, crop, hflip, seeds)
     starts = [_splitmix64(int(seed) + _START) / 2**64 for seed in seeds] if seeds is not None else [0.0] * pairs
     stores = [
@@ -209,8 +209,8 @@ def decode_clips(
     ]
 
     reasons: dict[int, str] = {}
-    geometry = torch.zeros((2 * pairs, 4), dtype=torch.int64)
-    times = torch.zeros((pairs, frames), dtype=torch.float64)
+    geometry = torch.zeros((2 * pairs, 4), dtype=torch.int64, device="cpu")
+    times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
     at_once = min(threads, len(clips))
     # FFmpeg's own threads only where there are more processors than clips.
     opened = [_Clip(clip, limits, strict, max(1, threads // len(clips))) for clip in clips]
@@ -233,7 +233,8 @@ def decode_clips(
         for k, pts in enumerate(chosen):
             first_place.setdefault(pts, k)
         for pts, frame in clip.frames(sorted(first_place)):
-            geometry[row] = torch.tensor(_store(store, frame, base + first_place[pts] * frame_step * element, plane))
+            place = base + first_place[pts] * frame_step * element
+            geometry[row] = torch.tensor(_store(store, frame, place, plane), device="cpu")
         shown = out[row] if layout == "TCHW" else out[row].transpose(0, 1)
         for k, pts in enumerate(chosen):
             if first_place[pts] != k:
@@ -251,7 +252,7 @@ def decode_clips(
             except _TooShortError as early:
                 reasons[pair if early.arm == 0 else pair + pairs] = str(early)
             else:
-                times[pair] = torch.tensor([float(t) for t in plans[pair]], dtype=torch.float64)
+                times[pair] = torch.tensor([float(t) for t in plans[pair]], dtype=torch.float64, device="cpu")
         rows = [row for row in range(2 * pairs) if row % pairs in plans]
         list(pool.map(lambda row: attempt(row, lambda: decode(row)), rows))
     if not out.is_inference():
@@ -262,12 +263,12 @@ def decode_clips(
     )
     if errors and on_error == "raise":
         raise DecodeError(errors)
-    ok = torch.ones(pairs, dtype=torch.bool)
+    ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
     for failure in errors:
         ok[failure.index] = False
         out[failure.index] = 0
         out[pairs + failure.index] = 0
-    flipped = torch.tensor([bool(flip) for *_, flip in draws])
+    flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
     return DecodedClips(out, ok, errors, times, geometry[:, :2], geometry[:, 2:], flipped)
 
 

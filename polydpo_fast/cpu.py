@@ -75,9 +75,9 @@ def launch_errors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pairs = pairs_in(pred)
     dtype = torch.float64 if double else torch.float32
-    value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype)
-    metrics = torch.empty(len(METRICS), dtype=dtype)
-    table = torch.empty((pairs, PAIR_COLUMNS), dtype=torch.float64)
+    value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype, device="cpu")
+    metrics = torch.empty(len(METRICS), dtype=dtype, device="cpu")
+    table = torch.empty((pairs, PAIR_COLUMNS), dtype=torch.float64, device="cpu")
     tensors = [0, 0, 0, 0]
     held = []  # until the call returns
     for i, x in enumerate((ref_error, beta, alpha, weight)):
@@ -121,6 +121,10 @@ def launch_gradient(
     )
 
 
+def _facts(x: Tensor) -> tuple[object, ...]:
+    return x.shape, x.stride(), x.dtype, x.device
+
+
 class BoundLoss:
     """The loss for tensors of one shape, dtype and order in memory, with the options it was made for.
 
@@ -138,7 +142,7 @@ class BoundLoss:
         reduction: str,
     ) -> None:
         pred, _, target = tensors
-        self.strides = pred.stride(), target.stride()
+        self._saved = _facts(pred), _facts(target)
         self.layout = layout
         self._double = any(x.dtype == torch.float64 for x in tensors)
         self._dtype = torch.float64 if self._double else torch.float32
@@ -152,10 +156,14 @@ class BoundLoss:
         sizes = (pairs, pred.numel() // pred.shape[0], self._double)
         self._c = _C.BoundLoss(arms, sizes, _head(objective), parameters, _REDUCTIONS[reduction])
 
+    def knows(self, pred: Tensor, target: Tensor, table: Tensor) -> bool:
+        """Whether these are still as they were when they were saved; hooks may have brought back something else."""
+        return (_facts(pred), _facts(target)) == self._saved and table.dtype == torch.float64 and table.is_contiguous()
+
     def errors(self, pred: Tensor, ref: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value = torch.empty(self._shape, dtype=self._dtype)
-        metrics = torch.empty(len(METRICS), dtype=self._dtype)
-        table = torch.empty(self._table, dtype=torch.float64)
+        value = torch.empty(self._shape, dtype=self._dtype, device="cpu")
+        metrics = torch.empty(len(METRICS), dtype=self._dtype, device="cpu")
+        table = torch.empty(self._table, dtype=torch.float64, device="cpu")
         self._c.errors(
             pred.data_ptr(),
             ref.data_ptr(),
@@ -169,7 +177,7 @@ class BoundLoss:
 
     def gradient(self, pred: Tensor, target: Tensor, table: Tensor, grad_loss: Tensor) -> Tensor:
         shape, strides, dtype = self._grad
-        grad = torch.empty_strided(shape, strides, dtype=dtype)
+        grad = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
         self._c.gradient(
             pred.data_ptr(),
             target.data_ptr(),

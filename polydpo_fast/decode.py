@@ -27,6 +27,8 @@ T = TypeVar("T")
 _NATIVE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 _PILLOW_FORMATS = ("WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "QOI")
 _EXIF_ORIENTATION = 0x0112
+# Pillow's Image.Transpose that undoes each orientation.
+_UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,13 @@ def decode_pairs(
         dtype: bfloat16, float16 or float32, normalised: (v / 255 - mean) / std, rounded to nearest even in 16 bits;
             or uint8 in 0..255. Or "yuv420": the planes of a 4:2:0 JPEG as they are stored, a quarter of the bytes of
             bfloat16 and no colour conversion on the CPU; see below.
-        mean, std: a number, or one per channel. The default gives [-1, 1], within 1 ulp in float32.
+        mean, std: a number, or one per channel. The default gives [-1, 1], within 2^-23 in float32.
         background: red, green and blue, 0 to 255, under transparent pixels and around contained images.
         out: a contiguous CPU tensor (2B, 3, H, W) of that dtype, pinned or not, to write into. It is returned
             as `pixels`.
         exif: "apply" turns and mirrors the image as its EXIF orientation says; "ignore" takes it as it is stored.
-        strict: whether a decoder's warning (damaged or missing data) is an error, also outside of the crop.
+        strict: whether a decoder's warning (damaged, missing or misplaced data) is an error, also outside of the
+            crop. Bytes after the end of an image are not looked at. Pillow's decoders know no other way than strict.
         limits: what an image may cost; `DecodeLimits()` if None.
         on_error: "raise" a DecodeError, or "mask": both arms of a failed pair are zeroed, `ok` is False there,
             the other pairs are not touched. What is not bytes-like raises all the same.
@@ -159,9 +162,9 @@ def decode_pairs(
 
     With dtype="yuv420", `pixels` is (2B, H * 3/2, W) uint8, H and W even: for each image H * W bytes of Y, then
     H/2 * W/2 of Cb and of Cr. `polydpo_fast.yuv420_to_rgb(batch.pixels, flip=batch.flipped.repeat(2))` makes the same
-    pixels of them, on a GPU; mirroring is left to it, and corners of crops are rounded down to even. The outermost
-    pixels of a crop may differ, because their neighbours' colours are cut off. Images that are not 4:2:0 JPEGs, or
-    would have to be turned or resized, fail.
+    pixels of them, on a GPU; mirroring is left to it, and corners of crops are even in the image as stored. The
+    outermost pixels of a crop may differ, because their neighbours' colours are cut off. Images that are
+    not 4:2:0 JPEGs, or would have to be turned or resized, fail.
 
     Raises:
         DecodeError: an image could not be decoded (on_error="raise"). `out` then holds unspecified pixels.
@@ -195,43 +198,42 @@ def decode_pairs(
     shape = (2 * pairs, height * 3 // 2, width) if planes else (2 * pairs, 3, height, width)
     element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
     if out is None:
-        out = torch.empty(shape, dtype=element)
+        out = torch.empty(shape, dtype=element, device="cpu")
     else:
         _check_out(out, shape, element)
 
     draws = _draw(pairs, crop, hflip, seeds)
     images, raw, refused = _through_pillow([*win, *lose], _check_colour(background), limits)
-    geometry, failed = _C.decode_pairs(
-        images[:pairs],
-        images[pairs:],
-        raw=raw,
-        draws=draws,
-        out=out.data_ptr(),
-        dtype=_DTYPES[dtype],
-        normal=_normalisation(mean, std),
-        background=background,
-        size=(height, width),
-        resize=_RESIZES[resize],
-        interpolation=_INTERPOLATIONS[interpolation],
-        apply_orientation=exif == "apply",
-        strict=strict,
-        limits=(limits.pixels, limits.bytes, limits.decoded, limits.scans),
-        threads=threads,
-    )
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
+    try:
+        geometry, failed = _C.decode_pairs(
+            images[:pairs],
+            images[pairs:],
+            raw=raw,
+            draws=draws,
+            out=out.data_ptr(),
+            dtype=_DTYPES[dtype],
+            normal=_normalisation(mean, std),
+            background=background,
+            size=(height, width),
+            resize=_RESIZES[resize],
+            interpolation=_INTERPOLATIONS[interpolation],
+            apply_orientation=exif == "apply",
+            strict=strict,
+            limits=(limits.pixels, limits.bytes, limits.decoded, limits.scans),
+            threads=threads,
+        )
+    finally:
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
     errors = tuple(
         DecodeFailure("win" if row < pairs else "lose", row % pairs, refused.get(row, reason)) for row, reason in failed
     )
     if errors and on_error == "raise":
         raise DecodeError(errors)
-    ok = torch.ones(pairs, dtype=torch.bool)
-    for error in errors:
-        ok[error.index] = False
-        out[error.index] = 0
-        out[pairs + error.index] = 0
+    ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
+    ok[[error.index for error in errors]] = False
     numbers = torch.from_numpy(geometry)
-    flipped = torch.tensor([bool(flip) for *_, flip in draws])
+    flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
     return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped)
 
 
@@ -247,7 +249,7 @@ def _draw(
     if seeds is None:
         if crop == "center" and hflip in (0, 1):
             return [(True, 0, 0, hflip == 1)] * pairs
-        seeds = torch.randint(2**63 - 1, (pairs,))
+        seeds = torch.randint(2**63 - 1, (pairs,), device="cpu")
     try:
         numbers = [operator.index(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
     except TypeError:
@@ -287,7 +289,7 @@ def _through_pillow(
     for row, image in enumerate(images):
         try:
             data = memoryview(image).cast("B")
-        except TypeError:
+        except (TypeError, ValueError):
             continue  # C++ says what is wrong with it
         if len(data) < 4 or len(data) > limits.bytes or bytes(data[:8]).startswith((*_NATIVE, _NATIVE[1][: len(data)])):
             continue
@@ -319,14 +321,22 @@ def _pillow_pixels(
         width, height = image.size
         if width * height > limits.pixels:
             raise ValueError(f"it has {width * height} pixels, more than {limits.pixels} (limits.pixels)")
+        if 4 * width * height > limits.decoded:
+            raise ValueError(f"it takes {4 * width * height} bytes, more than {limits.decoded} (limits.decoded)")
         if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to 8
             raise ValueError(f"its pixels are of Pillow's mode {image.mode}; expected 8 bits per channel")
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        if image.has_transparency_data:
-            canvas = Image.new("RGBA", image.size, (*background, 255))
-            canvas.alpha_composite(image.convert("RGBA"))
+        if image.format == "TIFF" and orientation in _UNDONE:  # Pillow turns these by itself: turned back
+            upright: Image.Image = image.copy()
+            turned = upright.transpose(Image.Transpose(_UNDONE[orientation]))
         else:
-            canvas = image.convert("RGB")
+            turned = image
+        width, height = turned.size
+        if turned.has_transparency_data:
+            canvas = Image.new("RGBA", turned.size, (*background, 255))
+            canvas.alpha_composite(turned.convert("RGBA"))
+        else:
+            canvas = turned.convert("RGB")
         pixels = canvas.convert("RGB").tobytes("raw", "RGBX")
     return pixels, height, width, orientation if orientation in range(1, 9) else 1
 
@@ -342,8 +352,8 @@ def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> 
 def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) -> list[float]:
     """What C++ subtracts from the levels of each channel, and what it multiplies them with."""
     means, stds = _per_channel("mean", mean), _per_channel("std", std)
-    if not all(s > 0 for s in stds):
-        raise ValueError(f"std is {std!r}; expected numbers > 0")
+    if not all(s >= 1e-6 for s in stds):
+        raise ValueError(f"std is {std!r}; expected numbers > 0, at least 1e-6")
     return [255 * m for m in means] + [1 / (255 * s) for s in stds]
 
 
@@ -395,8 +405,9 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         raise ValueError(f"out has shape {tuple(out.shape)}; expected {shape}")
     if out.dtype != dtype:
         raise TypeError(f"out has dtype {out.dtype}; expected {dtype}")
-    if out.device.type != "cpu" or not out.is_contiguous() or out.requires_grad:
+    plain = out.layout == torch.strided and not out.is_neg() and not out._is_zerotensor()
+    if out.device.type != "cpu" or not plain or not out.is_contiguous() or out.requires_grad:
         raise ValueError(
-            f"out is on {out.device}, contiguous: {out.is_contiguous()}, requires_grad: {out.requires_grad}; "
+            f"out is on {out.device}, of layout {out.layout}, requires_grad: {out.requires_grad}; "
             "expected a contiguous CPU tensor without gradient"
         )

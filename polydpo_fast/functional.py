@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
-from .arguments import Arms, Head, Inputs, check_head, check_inputs
+from .arguments import Arms, Head, Inputs, check_head, check_inputs, is_lazy
 from .layout import PAIR_COLUMNS, common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS, unpacked
 from .reference import PairErrors
@@ -397,6 +397,11 @@ def _refuse_second_derivative() -> None:
         )
 
 
+def _materialised(grad: Tensor) -> Tensor:
+    """The same with its values in memory, where C++ and Triton look for them."""
+    return torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device) + grad if is_lazy(grad) else grad
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -448,6 +453,7 @@ class _FusedLoss(torch.autograd.Function):
         _refuse_second_derivative()
         pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
         preds = [pred] if pred_lose is None else [pred, pred_lose]
+        grad_loss = _materialised(grad_loss)
         grad = _call(_pair_gradient, pred)(preds, target, mask, pairs, grad_loss, ctx.layout, ctx.backend)
         return (grad[0], None if pred_lose is None else grad[1], *(None,) * 13)
 
@@ -463,7 +469,7 @@ def _is_plain(tensors: tuple[Any, ...], options: tuple[object, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for x in tensors:
-        if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_neg():
+        if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or is_lazy(x):
             return False
     return all(type(option) in _HASHED for option in options)
 
@@ -492,7 +498,8 @@ class _BoundLoss(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, constants: tuple[Tensor, Tensor], bound: Any) -> tuple[Tensor, Tensor]:
         ref, target = constants
         value, metrics, table = bound.errors(pred, ref, target)
-        ctx.save_for_backward(pred, target, table)
+        # In the order of _FusedLoss: checkpointing may record one and replay the other.
+        ctx.save_for_backward(pred, None, None, table, target)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         ctx.bound = bound
@@ -504,10 +511,10 @@ class _BoundLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None
         _refuse_second_derivative()
-        pred, target, table = ctx.saved_tensors
+        pred, _, _, table, target = ctx.saved_tensors
+        grad_loss = _materialised(grad_loss)
         bound: Any = ctx.bound
-        # Hooks on saved tensors may bring back something else than was saved.
-        if _call(_pair_gradient, pred) is _pair_gradient and (pred.stride(), target.stride()) == bound.strides:
+        if _call(_pair_gradient, pred) is _pair_gradient and bound.knows(pred, target, table):
             return bound.gradient(pred, target, table, grad_loss), None, None
         grad = _call(_pair_gradient, pred)([pred], [target], None, table, grad_loss, bound.layout, "cpp")
         return grad[0], None, None

@@ -8,6 +8,8 @@ import multiprocessing
 import pickle
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -339,6 +341,35 @@ def test_crop_and_mirror_are_drawn_once_per_pair():
     assert torch.equal(mixed.flipped, decoded.flipped)
 
 
+def test_the_three_draws_of_a_pair_are_independent():
+    image = jpeg(Image.new("L", (64, 64)))
+    drawn = decode_pairs(
+        [image] * 2000, [image] * 2000, size=8, resize=None, crop="random", hflip=0.5, seeds=range(2000)
+    )
+    numbers = torch.cat((drawn.crop_top_left[:2000], drawn.flipped[:, None]), dim=1).double().T
+    correlation = torch.corrcoef(numbers) - torch.eye(3)
+    assert correlation.abs().max() < 0.1  # of 2000 independent draws 0.02 is usual
+
+
+def test_corners_of_planes_are_even_and_equally_likely():
+    image = jpeg(Image.new("RGB", (37, 34)))
+    drawn = decode_pairs(
+        [image] * 3000,
+        [image] * 3000,
+        size=32,
+        resize=None,
+        crop="random",
+        hflip=0.5,
+        seeds=range(3000),
+        dtype="yuv420",
+    )
+    tops, lefts = drawn.crop_top_left[:3000].T
+    assert set(tops.tolist()) == {0, 2}
+    assert 1400 < (tops == 0).sum() < 1600
+    stored = torch.where(drawn.flipped, 37 - 32 - lefts, lefts)
+    assert [900 < (stored == left).sum() < 1100 for left in (0, 2, 4)] == [True] * 3
+
+
 def test_draws_depend_on_the_seed_alone():
     data = jpeg(picture(64, 96))
     options = dict(size=32, crop="random", hflip=0.5, dtype=torch.uint8)
@@ -428,6 +459,30 @@ def test_transparent_webp_and_orientation_through_pillow():
     assert levels_apart(decoded.pixels[0], expected) <= 1
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_oriented_tiffs_are_turned_once(orientation):
+    """Pillow turns these by itself when they are loaded, and no other format."""
+    image = picture(31, 45)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    tiff = file(image, "TIFF", compression="tiff_lzw", exif=tags.tobytes())
+    same = png(image, exif=exif(orientation)[6:])
+    for mode in ("apply", "ignore"):
+        decoded = decode_pairs([tiff], [same], size=24, dtype=torch.uint8, exif=mode)
+        assert torch.equal(decoded.pixels[0], decoded.pixels[1])
+        assert decoded.original_size[0].tolist() == decoded.original_size[1].tolist()
+
+
+def test_an_orientation_may_be_a_long():
+    tag = struct.pack("<HHII", 0x0112, 4, 1, 6)
+    long = b"Exif\0\0II*\0" + struct.pack("<I", 8) + struct.pack("<H", 1) + tag + b"\0\0\0\0"
+    turned = decode_pairs([jpeg(picture(30, 50), exif=long)], [jpeg(picture(30, 50), exif=exif(6))], size=16)
+    assert torch.equal(turned.pixels[0], turned.pixels[1])
+    odd = b"Exif\0\0II*\0" + struct.pack("<I", 8) + struct.pack("<H", 1) + struct.pack("<HHIHH", 0x0112, 3, 2, 6, 0)
+    plain = decode_pairs([jpeg(picture(30, 50), exif=odd + b"\0\0\0\0")], [jpeg(picture(30, 50))], size=16)
+    assert torch.equal(plain.pixels[0], plain.pixels[1])  # of two values none is meant
+
+
 def test_sixteen_bit_pixels_that_pillow_would_clip_are_refused():
     data = file(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "TIFF")
     with pytest.raises(DecodeError, match=r"mode I;16.*; expected 8 bits per channel"):
@@ -496,11 +551,12 @@ def test_planes_become_the_same_pixels(shape, progressive):
     """Bit for bit; in a crop all but the outermost pixels, which have lost the colours of their neighbours."""
     data = jpeg(picture(*shape), progressive=progressive)
     size = shape[0] // 2 * 2, shape[1] // 2 * 2
-    for options in (dict(), dict(crop="random", hflip=0.5, seeds=[1, 2, 3])):
+    for options in (dict(), dict(crop="random", hflip=0.5, seeds=[0, 2, 5])):
         if options:
             size = tuple(max(2, n // 4 * 2) for n in shape)
         arguments = dict(size=size, resize=None, **options)
         stored = decode_pairs([data] * 3, [data] * 3, dtype="yuv420", **arguments)
+        assert not options or len(set(stored.flipped.tolist())) == 2
         rgb = polydpo_fast.yuv420_to_rgb(stored.pixels, flip=stored.flipped.repeat(2), dtype=torch.uint8)
         whole = decode_pairs([data], [data], size=shape, resize=None, dtype=torch.uint8).pixels[0]
         for pixels, (top, left), flip in zip(rgb, stored.crop_top_left.tolist(), stored.flipped.repeat(2), strict=True):
@@ -666,6 +722,101 @@ def bomb(width, height, data=b""):
 def test_bombs_are_refused_before_they_go_off(data, limits, reason):
     with pytest.raises(DecodeError, match=rf"win\[0\] could not be decoded: .*{reason}"):
         decode_pairs([data], [GOOD], size=4, limits=DecodeLimits(**limits))
+
+
+def test_a_side_beyond_what_a_number_holds_is_refused():
+    """One column of a million pixels, covered at a width of 4096: four thousand million rows."""
+    column = zlib.compress(b"\0\x80" * 1_000_000)
+    header = struct.pack(">IIBBBBB", 1, 1_000_000, 8, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", column) + chunk(b"IEND", b"")
+    with pytest.raises(DecodeError, match="it would be 4096000000 pixels long after the resize"):
+        decode_pairs([data], [data], size=(16, 4096))
+    assert (decode_pairs([data], [data], size=16, dtype=torch.uint8).pixels == 0x80).all()
+
+
+def test_weights_of_a_resize_are_limited_too():
+    data = file(Image.new("L", (1, 3_000_000)), "TIFF", compression="tiff_deflate")
+    with pytest.raises(DecodeError, match=r"limits\.decoded"):
+        decode_pairs([data], [data], size=16, resize="stretch", limits=DecodeLimits(decoded=20_000_000))
+
+
+def test_a_damaged_palette_index_below_the_crop_is_noticed():
+    rows = b"".join(b"\0" + bytes([0, 1, 2 if y < 9 else 200]) for y in range(10))
+    header = struct.pack(">IIBBBBB", 3, 10, 8, 3, 0, 0, 0)
+    data = b"".join(
+        [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), chunk(b"PLTE", bytes(9)), chunk(b"IDAT", zlib.compress(rows))]
+    )
+    data += chunk(b"IEND", b"")
+    assert decode_pairs([data], [data], size=(2, 3), resize=None, strict=False).ok.all()
+    with pytest.raises(DecodeError):
+        decode_pairs([data], [data], size=(2, 3), resize=None)
+
+
+def test_bytes_after_the_end_are_no_damage():
+    for data in (png(picture(20, 20)), jpeg(picture(20, 20))):
+        pixels = decode_pairs([data + b"\n\0appended"], [data], size=16).pixels
+        assert torch.equal(pixels[0], pixels[1])
+
+
+def test_bytes_that_change_during_the_call_do_no_harm():
+    """The length of a PNG's text chunk flickers: any outcome but a crash."""
+    data = bytearray(png(picture(64, 64)))
+    text = chunk(b"tEXt", b"k\0" + b"v" * 100)
+    at = data.index(b"IDAT") - 4
+    data[at:at] = text * 50
+    stop = threading.Event()
+
+    def flicker():
+        while not stop.is_set():
+            for k in range(50):
+                data[at + k * len(text)] ^= 0x7F
+
+    thread = threading.Thread(target=flicker)
+    thread.start()
+    try:
+        for _ in range(300):
+            decode_pairs([data], [data], size=8, on_error="mask", strict=False)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("work", ["decode_pairs([data] * 400, [data] * 400, size=64)", "loss(*tensors)"])
+def test_a_daemon_thread_does_not_abort_the_end_of_the_process(work):
+    """A prefetching thread inside a call when the interpreter goes."""
+    program = f"""
+import io, threading, time, numpy as np, torch
+from PIL import Image
+from polydpo_fast import decode_pairs, loss
+file = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(file, "JPEG")
+data, tensors = file.getvalue(), [torch.randn(2, 4_000_000) for _ in range(3)]
+def forever():
+    while True:
+        {work}
+threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.3)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_default_device_is_not_where_results_go():
+    data = jpeg(picture(20, 20))
+    with torch.device("meta"):
+        decoded = decode_pairs([data], [data], size=16, crop="random", hflip=0.5)
+    for tensor in (decoded.pixels, decoded.ok, decoded.flipped, decoded.original_size):
+        assert tensor.device.type == "cpu"
+
+
+def test_masking_works_in_an_inference_tensor():
+    data = jpeg(picture(20, 20))
+    with torch.inference_mode():
+        out = torch.ones(4, 3, 8, 8)
+    decoded = decode_pairs([data, b""], [data, data], size=8, dtype=torch.float32, out=out, on_error="mask")
+    assert decoded.ok.tolist() == [True, False]
+    assert not out[[1, 3]].any()
+    assert out[[0, 2]].any()
 
 
 def test_what_a_resize_keeps_is_limited_too():

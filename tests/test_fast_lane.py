@@ -81,3 +81,54 @@ def test_saved_tensors_may_come_back_in_another_order():
         grads.append(x.grad)
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])
+
+
+def test_checkpointing_may_record_the_first_call_and_replay_a_later_one():
+    from torch.utils.checkpoint import checkpoint
+
+    functional._bound_loss.cache_clear()
+    tensors = three()
+    x = tensors[0].requires_grad_()
+    checkpoint(lambda p: polydpo_fast.loss(p * 1.0, *tensors[1:], beta=3.0), x, use_reentrant=False).backward()
+    recorded, x.grad = x.grad, None
+    polydpo_fast.loss(x, *tensors[1:], beta=3.0).backward()
+    assert torch.equal(x.grad, recorded)
+
+
+def test_saved_tensors_may_come_back_in_another_dtype():
+    tensors = three()
+    grads = []
+    for _ in range(3):
+        x = tensors[0].detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half() if t.dim() > 2 else t, lambda t: t):
+            polydpo_fast.loss(x, *tensors[1:]).backward()
+        grads.append(x.grad.float())
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+    x = tensors[0].detach().requires_grad_()
+    polydpo_fast.loss(x, *tensors[1:]).backward()
+    torch.testing.assert_close(grads[0], x.grad, rtol=2e-2, atol=1e-2 * x.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("sign", [-1.0, 0.0])
+def test_an_upstream_gradient_may_be_lazy(sign):
+    tensors = three()
+    upstream = torch.tensor(1j).conj().imag if sign else torch._efficientzerotensor(())
+    for _ in range(2):
+        x = tensors[0].detach().requires_grad_()
+        loss = polydpo_fast.loss(x, *tensors[1:])
+        (grad,) = torch.autograd.grad(loss, x, upstream)
+        (expected,) = torch.autograd.grad(polydpo_fast.loss(x, *tensors[1:]), x)
+        assert torch.equal(grad, sign * expected)
+
+
+def test_a_default_device_is_not_where_results_go():
+    tensors = three()
+    expected = polydpo_fast.loss(*tensors)
+    for reduction in ("mean", "none", "none"):
+        with torch.device("meta"):
+            x = tensors[0].detach().requires_grad_()
+            loss = polydpo_fast.loss(x, *tensors[1:], reduction=reduction)
+            loss.sum().backward()
+        assert loss.device.type == x.grad.device.type == "cpu"
+        torch.testing.assert_close(loss.detach().mean(), expected)

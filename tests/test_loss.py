@@ -471,7 +471,7 @@ GOOD = dict(model_pred=torch.zeros(4, 3, 2), ref_pred=torch.zeros(4, 3, 2), targ
         (
             dict(ref_pred=torch.zeros(4, 3, 2, dtype=torch.cfloat).conj().imag),
             TypeError,
-            "ref_pred is a lazily negated",
+            "ref_pred is lazily negated",
         ),
         (dict(beta=0.0), ValueError, "beta is 0.0; expected a finite number > 0"),
         (dict(beta=-1), ValueError, "beta is -1"),
