@@ -66,7 +66,7 @@ class ClipLimits:
     pixels: height times width of a frame.
     bytes: of the compressed clip.
     frames: in the stream, also of those that are not used.
-    timeout_s: seconds that one clip may take; looked at between two frames.
+    timeout_s: seconds of work that one clip may take; looked at between two frames.
     """
 
     pixels: int = 1 << 24
@@ -103,7 +103,7 @@ def decode_clips(
     *,
     frames: int = 81,
     size: int | tuple[int, int] = (720, 1280),
-    fps: float | None = None,
+    fps: float | Fraction | None = None,
     start: Literal["center", "random"] | float = "center",
     short: Literal["error", "repeat", "loop"] = "error",
     resize: Literal["cover", "contain", "stretch"] | None = "cover",
@@ -129,6 +129,7 @@ def decode_clips(
     are decoded side by side. Start, frame times, crop and mirror are the same for both arms of a pair.
 
     Frames are chosen by the times at which they are presented: those that a full decode gives, whatever the seeking.
+    Rotation by quarter turns is applied; mirrored display matrices and pixels that are not square are not (yet).
     Colour follows the stream's own flags; without any it is BT.709 from 720 lines on, BT.601 below, limited range.
 
     Args:
@@ -169,8 +170,8 @@ def decode_clips(
     _check_choice("crop", crop, ("center", "random"))
     _check_choice("layout", layout, ("CTHW", "TCHW"))
     _check_choice("on_error", on_error, ("raise", "mask"))
-    if fps is not None and not (_is_number(fps) and 0 < fps <= 1000):
-        raise ValueError(f"fps is {fps!r}; expected a number above 0, at most 1000, or None")
+    if fps is not None and not (_is_number(fps) and 0.001 <= fps <= 1000):
+        raise ValueError(f"fps is {fps!r}; expected a number from 0.001 to 1000, or None")
     if start not in ("center", "random") and not (_is_number(start) and 0 <= start < math.inf):  # type: ignore[operator]
         raise ValueError(f"start is {start!r}; expected 'center', 'random', or seconds >= 0")
     if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
@@ -209,7 +210,7 @@ def decode_clips(
     ]
 
     reasons: dict[int, str] = {}
-    geometry = torch.zeros((2 * pairs, 4), dtype=torch.int64, device="cpu")
+    geometry = [(0, 0, 0, 0)] * (2 * pairs)
     times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
     at_once = min(threads, len(clips))
     # FFmpeg's own threads only where there are more processors than clips.
@@ -234,11 +235,12 @@ def decode_clips(
             first_place.setdefault(pts, k)
         for pts, frame in clip.frames(sorted(first_place)):
             place = base + first_place[pts] * frame_step * element
-            geometry[row] = torch.tensor(_store(store, frame, place, plane), device="cpu")
-        shown = out[row] if layout == "TCHW" else out[row].transpose(0, 1)
-        for k, pts in enumerate(chosen):
-            if first_place[pts] != k:
-                shown[k] = shown[first_place[pts]]
+            geometry[row] = _store(store, frame, place, plane)
+        with torch.inference_mode(out.is_inference()):  # a thread has a mode of its own
+            shown = out[row] if layout == "TCHW" else out[row].transpose(0, 1)
+            for k, pts in enumerate(chosen):
+                if first_place[pts] != k:
+                    shown[k] = shown[first_place[pts]]
 
     plans: dict[int, list[Fraction]] = {}
     with ThreadPoolExecutor(at_once) as pool:
@@ -264,19 +266,21 @@ def decode_clips(
     if errors and on_error == "raise":
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
-    for failure in errors:
-        ok[failure.index] = False
-        out[failure.index] = 0
-        out[pairs + failure.index] = 0
+    with torch.inference_mode(out.is_inference()):
+        for failure in errors:
+            ok[failure.index] = False
+            out[failure.index] = 0
+            out[pairs + failure.index] = 0
     flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
-    return DecodedClips(out, ok, errors, times, geometry[:, :2], geometry[:, 2:], flipped)
+    numbers = torch.tensor(geometry, dtype=torch.int64, device="cpu")
+    return DecodedClips(out, ok, errors, times, numbers[:, :2], numbers[:, 2:], flipped)
 
 
 _START = 4 * 0x9E3779B97F4A7C15  # the fourth number of a pair's seed; _draw takes three
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
 
 
 def _check_count(name: str, value: object, most: int) -> None:
@@ -322,7 +326,7 @@ class _TooShortError(ValueError):
 def _plan(
     arms: tuple[_Timeline, _Timeline],
     frames: int,
-    fps: float | None,
+    fps: float | Fraction | None,
     start: str | float,
     drawn: float,
     short: str,
@@ -371,9 +375,12 @@ class _Clip:
 
     def __init__(self, source: Source, limits: ClipLimits, strict: bool, threads: int) -> None:
         self._source, self._limits, self._strict, self._threads = source, limits, strict, threads
-        self._deadline = math.inf
+        self._left = limits.timeout_s  # seconds, of work on this clip, not of waiting for others
+        self._since = 0.0
         self.timeline = _Timeline([], Fraction(1))
         self._keys: list[int] = []
+        self._sought = False
+        self._form: tuple[int, int, float] | None = None
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
@@ -399,7 +406,9 @@ class _Clip:
                 if context.name not in _decoders():
                     raise ValueError(f"its codec is {context.name}; expected one of {', '.join(_CODECS)}")
                 pixels = context.width * context.height
-                if not 0 < pixels <= self._limits.pixels:
+                if pixels <= 0:
+                    raise ValueError("its header states no size")
+                if pixels > self._limits.pixels:
                     raise ValueError(f"it has {pixels} pixels, more than {self._limits.pixels} (limits.pixels)")
                 context.thread_count = self._threads
                 context.thread_type = "AUTO" if self._threads > 1 else "NONE"
@@ -408,20 +417,22 @@ class _Clip:
                 yield container, stream
 
     def _look_at_the_clock(self) -> None:
-        if time.monotonic() > self._deadline:
+        if time.monotonic() - self._since > self._left:
             raise TimeoutError(f"it took more than {self._limits.timeout_s} s (limits.timeout_s)")
 
     def index(self) -> None:
         """Reads the packets, without decoding them, for the times of the frames and the places to seek to."""
-        self._deadline = time.monotonic() + self._limits.timeout_s
+        self._since = time.monotonic()
         pts, keys = [], []
         with self._open() as (container, stream):
             for packet in container.demux(stream):
-                if packet.pts is None or packet.is_discard:
+                if packet.pts is None:
                     continue
-                pts.append(packet.pts)
                 if packet.is_keyframe:
                     keys.append(packet.pts)
+                if packet.is_discard:  # cut off by an edit list, but what follows may be decoded from it
+                    continue
+                pts.append(packet.pts)
                 if len(pts) > self._limits.frames:
                     raise ValueError(f"it has more than {self._limits.frames} frames (limits.frames)")
                 self._look_at_the_clock()
@@ -429,18 +440,39 @@ class _Clip:
         if not pts:
             raise ValueError("it has no frames with a presentation time")
         self.timeline, self._keys = _Timeline(sorted(set(pts)), unit), sorted(keys)
+        self._left -= time.monotonic() - self._since
 
     def frames(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
-        """(pts, frame) of the wanted presentation times, which ascend."""
+        """(pts, frame) of the wanted presentation times, which ascend.
+
+        Not everything that is marked as a place to seek to is one: open groups of pictures and gradual refreshes need
+        what came before. Where seeking fails, the rest is decoded from the start.
+        """
+        self._since, given = time.monotonic(), 0
+        try:
+            for found in self._frames(wanted, seeking=True):
+                yield found
+                given += 1
+        except TimeoutError:
+            raise
+        except (OSError, ValueError):
+            if not self._sought:
+                raise
+            yield from self._frames(wanted[given:], seeking=False)
+
+    def _frames(self, wanted: list[int], seeking: bool) -> Iterator[tuple[int, Any]]:
+        self._sought = False
         with self._open() as (container, stream):
             at, decoder, last = 0, None, -math.inf
             while at < len(wanted):
-                key = self._keys[bisect.bisect_right(self._keys, wanted[at]) - 1] if self._keys else wanted[at]
+                before = bisect.bisect_right(self._keys, wanted[at])
+                key = self._keys[before - 1] if before else self.timeline.pts[0]
                 # Far ahead it is cheaper to seek than to decode what nobody needs.
                 skipped = bisect.bisect_right(self._keys, key) - bisect.bisect_right(self._keys, last)
-                if decoder is None or skipped > 1:
-                    if decoder is not None or key > self.timeline.pts[0]:
+                if decoder is None or (seeking and skipped > 1):
+                    if seeking and (decoder is not None or (before and key > self._keys[0])):
                         container.seek(key, stream=stream, backward=True)
+                        self._sought = True
                     decoder = container.decode(stream)
                 frame = next(decoder, None)
                 self._look_at_the_clock()
@@ -457,7 +489,11 @@ class _Clip:
                     raise ValueError(f"its frame at {moment:.3f} s does not decode")
                 if self._strict and frame.is_corrupt:
                     raise ValueError("one of its frames is corrupt")
-                if frame.width * frame.height > self._limits.pixels:  # a stream may change its mind
+                form = frame.width, frame.height, frame.rotation
+                if self._form not in (None, form):
+                    raise ValueError(f"its frames change from {self._form} to {form} (width, height, rotation)")
+                self._form = form
+                if frame.width * frame.height > self._limits.pixels:  # other than the header said
                     raise ValueError(f"a frame has more than {self._limits.pixels} pixels (limits.pixels)")
                 yield frame.pts, frame
                 at += 1
