@@ -38,10 +38,7 @@ private:
     PyThreadState* state_;
 };
 
-unsigned long main_thread() {
-    static const auto ident = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
-    return ident;
-}
+unsigned long main_thread = 0;  // Python's name for it; set when the module is imported
 
 // The buffers of one call. They keep the exporting objects locked (a bytearray cannot be resized) until the end.
 class Buffers {
@@ -118,7 +115,7 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
     bool interrupted = false;
     // Only the main thread hears of signals; and whoever asks for the lock while Python ends does not come back, though
     // other threads are still at work on what lies on this one's stack.
-    const bool listens = PyThread_get_thread_ident() == main_thread();
+    const bool listens = PyThread_get_thread_ident() == main_thread;
     const auto stop = [&] {
         if (!listens) return false;
         const py::gil_scoped_acquire acquire;
@@ -352,6 +349,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The C++ half of polydpo_fast: decode_pairs, and the losses on a CPU. Not for direct use.";
+    main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
     module.def("decode_pairs", &decode_pairs, py::arg("win"), py::arg("lose"), py::kw_only(), py::arg("raw"),
                py::arg("draws"), py::arg("out"), py::arg("dtype"), py::arg("normal"), py::arg("background"),
                py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
