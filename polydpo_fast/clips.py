@@ -421,7 +421,7 @@ class _Clip:
             raise TimeoutError(f"it took more than {self._limits.timeout_s} s (limits.timeout_s)")
 
     def index(self) -> None:
-        """Reads the packets, without decoding them, for the times of the frames and the places to seek to."""
+        """Reads the packets, without decoding more than the first, for the times of frames and the places to seek."""
         self._since = time.monotonic()
         pts, keys = [], []
         with self._open() as (container, stream):
@@ -439,7 +439,13 @@ class _Clip:
             unit = stream.time_base
         if not pts:
             raise ValueError("it has no frames with a presentation time")
-        self.timeline, self._keys = _Timeline(sorted(set(pts)), unit), sorted(keys)
+        # A clip that was cut off another may begin with packets that need what is not there any more.
+        with self._open() as (container, stream):
+            first = next((frame.pts for frame in container.decode(stream) if frame.pts is not None), None)
+        if first is None:
+            raise ValueError("none of its frames can be decoded")
+        shown = sorted({p for p in pts if p >= first})
+        self.timeline, self._keys = _Timeline(shown, unit), sorted(keys)
         self._left -= time.monotonic() - self._since
 
     def frames(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:

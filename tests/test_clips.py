@@ -164,6 +164,30 @@ def test_edit_lists_that_start_between_keyframes(cut):
         assert_frames(decoded.pixels[0], [frame for _, frame in whole[first : first + 2]])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_clips_that_begin_with_what_cannot_be_decoded(strict):
+    """Cut at a keyframe of an open group: the pictures shown before it refer to the group that is gone."""
+    source = encode(40, codec="libx265", bf="3", **{"x265-params": "open-gop=1:keyint=8:log-level=none"})
+    file = io.BytesIO()
+    with av.open(io.BytesIO(source)) as whole, av.open(file, "w", format="matroska") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        keys = 0
+        for packet in whole.demux(video=0):
+            keys += packet.is_keyframe
+            if keys >= 2 and packet.dts is not None:
+                packet.stream = stream
+                cut.mux(packet)
+    data = file.getvalue()
+    shown = full_decode(data)
+    with av.open(io.BytesIO(data)) as container:
+        assert len(shown) < sum(packet.pts is not None for packet in container.demux(video=0))
+    for first in (0, 1, 9, 20):
+        decoded = decode_clips(
+            [data], [data], frames=3, size=(48, 64), start=shown[first][0], dtype=torch.uint8, strict=strict
+        )
+        assert_frames(decoded.pixels[0], [frame for _, frame in shown[first : first + 3]])
+
+
 def test_waiting_for_other_clips_is_no_work():
     big = encode(60, 360, 640)
     alone = time.perf_counter()
