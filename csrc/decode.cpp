@@ -58,14 +58,13 @@ void render_planes(Reader& reader, int orientation, const Draw& draw, const Opti
         throw DecodeError("it is stored turned or mirrored (EXIF orientation " + std::to_string(orientation) + ")");
     }
     const Size source = reader.size();
-    // Drawn in the stored image, where corners are even; told as seen in the mirrored one.
-    const Geometry geometry =
-        plan(source, 1, options.output, options.resize, {draw.centre, draw.top, draw.left, false}, 2);
+    Geometry geometry = plan(source, 1, options.output, options.resize, draw, 2);
     if (geometry.stored.height != source.height || geometry.stored.width != source.width ||
         geometry.inner.height != options.output.height || geometry.inner.width != options.output.width) {
         throw DecodeError("it is " + std::to_string(source.height) + " x " + std::to_string(source.width) +
                           " and would have to be resized or padded");
     }
+    geometry.crop.left &= ~1;  // even in the mirrored image is odd in the stored one, where the difference is odd
     result.top = geometry.crop.top;
     result.left = draw.flipped ? source.width - options.output.width - geometry.crop.left : geometry.crop.left;
     jpeg->read_planes(geometry.crop, static_cast<std::uint8_t*>(sample));

@@ -22,7 +22,8 @@ struct Colour {
 };
 
 // Throws DecodeError where the bytes are damaged or ask for more than the limits allow. In strict mode every warning of
-// a decoder (corrupt or missing data, bytes after the end) is an error too. The bytes must outlive the reader.
+// a decoder (corrupt, missing or misplaced data) is an error too; what follows the end of an image is not looked at.
+// The bytes must outlive the reader.
 class Reader {
 public:
     virtual ~Reader() = default;
@@ -31,7 +32,8 @@ public:
     virtual Size size() const = 0;
     // EXIF: 1 (as stored) to 8.
     virtual int orientation() const = 0;
-    // Prepares to read the rows of `wanted`, a part of the image as stored. Returns what read_row will give: the same rows, and at least its columns.
+    // Prepares to read the rows of `wanted`, a part of the image as stored. Returns what read_row will give: the same
+    // rows, and at least its columns.
     virtual Region start(const Region& wanted) = 0;
     // The next row of that region as RGBX bytes (X is anything), 4 * width of them.
     virtual void read_row(std::uint8_t* rgbx) = 0;
