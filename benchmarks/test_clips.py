@@ -5,11 +5,12 @@ done with the frames.
 """
 
 import io
-import time
+import statistics
 
 import numpy as np
 import pytest
 import torch
+from interleaved import cpu_seconds, report
 
 import polydpo_fast
 
@@ -72,26 +73,11 @@ def measured():
     """CPU seconds of a pair of clips, one per round."""
     torch.set_num_threads(1)
     data = clip()
-    runs = {name: way(data) for name, way in WAYS.items()}
-    times = {name: [] for name in runs}
-    for round_ in range(ROUNDS + 1):
-        for name, run in runs.items():
-            begin = time.process_time()
-            run()
-            if round_:
-                times[name].append(time.process_time() - begin)
-    return times
+    return cpu_seconds({name: way(data) for name, way in WAYS.items()}, ROUNDS)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_clips(benchmark, measured, way):
-    """Reports what the interleaved rounds measured."""
-    replayed, clock = iter(measured[way]), [0.0]
-
-    def tick():
-        clock[0] += next(replayed)
-
-    benchmark.group = f"pair of 720p clips, {FRAMES} frames each: CPU time"
-    benchmark.extra_info["frames per CPU second"] = 2 * FRAMES / float(np.median(measured[way]))
-    benchmark._timer = lambda: clock[0]
-    benchmark.pedantic(tick, rounds=ROUNDS)
+    rate = 2 * FRAMES / statistics.median(measured[way])
+    group = f"pair of 720p clips, {FRAMES} frames each: CPU time"
+    report(benchmark, group, measured[way], **{"frames per CPU second": rate})

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interleaved import cpu_seconds, report
 from PIL import Image
 
 import polydpo_fast
@@ -199,7 +200,7 @@ WAYS = [
 
 @pytest.fixture(scope="module")
 def measured():
-    """CPU milliseconds per image: {(source, way): [one per round]}, or the reason why a way was skipped."""
+    """{(source, way): CPU seconds per image, one per round}, or the reason why a way was skipped."""
     torch.set_num_threads(1)
     results = {}
     for source, make in SOURCES.items():
@@ -207,36 +208,21 @@ def measured():
         for way in WAYS:
             try:
                 runs[way.__name__] = way(data)
-                runs[way.__name__]()
             except pytest.skip.Exception as reason:
                 results[source, way.__name__] = str(reason)
-        times = {name: [] for name in runs}
-        for _ in range(ROUNDS):
-            for name, run in runs.items():
-                begin = time.process_time()
-                run()
-                times[name].append(1e3 * (time.process_time() - begin) / IMAGES)
-        results.update({(source, name): values for name, values in times.items()})
+        for name, times in cpu_seconds(runs, ROUNDS).items():
+            results[source, name] = [t / IMAGES for t in times]
     return results
 
 
 @pytest.mark.parametrize("way", [way.__name__ for way in WAYS])
 @pytest.mark.parametrize("source", SOURCES)
 def test_decode(benchmark, measured, source, way):
-    """Reports what the interleaved rounds measured."""
     times = measured[source, way]
     if isinstance(times, str):
         pytest.skip(times)
-    replayed = iter(times)
-    benchmark.group = f"{source}: CPU time per image"
-    benchmark.extra_info["ratio to ours"] = statistics.median(times) / statistics.median(measured[source, "ours"])
-    clock = [0.0]
-
-    def tick():
-        clock[0] += next(replayed) / 1e3
-
-    benchmark._timer = lambda: clock[0]
-    benchmark.pedantic(tick, rounds=len(times))
+    ratio = statistics.median(times) / statistics.median(measured[source, "ours"])
+    report(benchmark, f"{source}: CPU time per image", times, **{"ratio to ours": ratio})
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
