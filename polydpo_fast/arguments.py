@@ -263,6 +263,8 @@ def _per_pair(name: str, value: Tensor, inputs: Inputs) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(inputs.pairs,)}, one value per pair")
     if value.device != inputs.pred[0].device:
         raise ValueError(f"{name} is on {value.device}; expected {inputs.pred[0].device} like model_pred")
+    if is_lazy(value):
+        raise TypeError(f"{name} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
     if value.requires_grad:
         raise ValueError(f"{name} requires a gradient; expected a constant (detach it, or use pair_errors)")
     return value

@@ -6,6 +6,7 @@ import bisect
 import io
 import math
 import os
+import struct
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from typing_extensions import Buffer
 
 from .decode import (
     _DTYPES,
+    _GOLDEN,
     _INTERPOLATIONS,
     _RESIZES,
     DecodeError,
@@ -27,8 +29,10 @@ from .decode import (
     _check_arms,
     _check_choice,
     _check_colour,
+    _check_count,
     _check_out,
     _check_size,
+    _check_threads,
     _draw,
     _normalisation,
     _splitmix64,
@@ -45,9 +49,9 @@ Source = Buffer | str | os.PathLike[str]
 
 # Told apart by their first bytes, so that no other demuxer of FFmpeg's ever sees what somebody sent: some of them open
 # further files and addresses.
-_CONTAINERS = {"mp4": "mov,mp4,m4a,3gp,3g2,mj2", "matroska": "matroska,webm"}
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 _CODECS = ("h264", "hevc", "vp9", "vp8", "av1", "mpeg4")
+_DECODERS = (*_CODECS, "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9")  # as FFmpeg calls those that others wrote
 # Of what csrc/frame.hpp takes: bits, and the shifts of the chroma's width and height.
 _FORMATS = {
     f"yuv{j}{name}p{end}": (depth, *shifts)
@@ -73,6 +77,12 @@ class ClipLimits:
     bytes: int = 1 << 32
     frames: int = 1 << 20
     timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("pixels", "bytes", "frames"):
+            _check_count(f"limits.{name}", getattr(self, name), 2**62)
+        if not _is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
+            raise ValueError(f"limits.timeout_s is {self.timeout_s!r}; expected seconds >= 0")
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ def decode_clips(
     are decoded side by side. Start, frame times, crop and mirror are the same for both arms of a pair.
 
     Frames are chosen by the times at which they are presented: those that a full decode gives, whatever the seeking.
-    Rotation by quarter turns is applied; mirrored display matrices and pixels that are not square are not (yet).
+    Quarter turns and mirrors of the display matrix are applied; pixels are taken as square, also where they are not.
     Colour follows the stream's own flags; without any it is BT.709 from 720 lines on, BT.601 below, limited range.
 
     Args:
@@ -182,9 +192,7 @@ def decode_clips(
         limits = ClipLimits()
     elif not isinstance(limits, ClipLimits):
         raise TypeError(f"limits is a {type(limits).__name__}; expected a ClipLimits")
-    if threads is None:
-        threads = len(os.sched_getaffinity(0))
-    _check_count("threads", threads, 1024)
+    threads = _check_threads(threads)
     inner = (3, frames, height, width) if layout == "CTHW" else (frames, 3, height, width)
     if out is None:
         out = torch.empty((2 * pairs, *inner), dtype=dtype, device="cpu")
@@ -276,16 +284,11 @@ def decode_clips(
     return DecodedClips(out, ok, errors, times, numbers[:, :2], numbers[:, 2:], flipped)
 
 
-_START = 4 * 0x9E3779B97F4A7C15  # the fourth number of a pair's seed; _draw takes three
+_START = 4 * _GOLDEN  # the fourth number of a pair's seed; _draw takes three
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
-
-
-def _check_count(name: str, value: object, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}; expected an int from 1 to {most}")
 
 
 # ------------------------------------------------------------------------------------------------ the times
@@ -380,7 +383,7 @@ class _Clip:
         self.timeline = _Timeline([], Fraction(1))
         self._keys: list[int] = []
         self._sought = False
-        self._form: tuple[int, int, float] | None = None
+        self._form: tuple[int, int, int] | None = None
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
@@ -403,7 +406,7 @@ class _Clip:
                     raise ValueError("it has no video stream")
                 stream = container.streams.video[0]
                 context = stream.codec_context
-                if context.name not in _decoders():
+                if context.name not in _DECODERS:
                     raise ValueError(f"its codec is {context.name}; expected one of {', '.join(_CODECS)}")
                 pixels = context.width * context.height
                 if pixels <= 0:
@@ -495,9 +498,9 @@ class _Clip:
                     raise ValueError(f"its frame at {moment:.3f} s does not decode")
                 if self._strict and frame.is_corrupt:
                     raise ValueError("one of its frames is corrupt")
-                form = frame.width, frame.height, frame.rotation
+                form = frame.width, frame.height, _orientation(frame)
                 if self._form not in (None, form):
-                    raise ValueError(f"its frames change from {self._form} to {form} (width, height, rotation)")
+                    raise ValueError(f"its frames change from {self._form} to {form} (width, height, orientation)")
                 self._form = form
                 if frame.width * frame.height > self._limits.pixels:  # other than the header said
                     raise ValueError(f"a frame has more than {self._limits.pixels} pixels (limits.pixels)")
@@ -515,13 +518,9 @@ def _container(begin: bytes) -> str:
     raise ValueError(f"it is neither MP4, MOV, Matroska nor WebM: it begins with {begin[:4].hex(' ')}")
 
 
-def _decoders() -> tuple[str, ...]:
-    """Names of FFmpeg's decoders of those codecs, which may be other libraries'."""
-    return (*_CODECS, "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9")
-
-
 def _store(store: _C.FrameStore, frame: Any, out: int, plane: int) -> tuple[int, int, int, int]:
     """Original height and width, crop top and left."""
+    orientation = _orientation(frame)
     name = frame.format.name
     if name not in _FORMATS:
         frame = frame.reformat(format="yuv444p")
@@ -535,11 +534,27 @@ def _store(store: _C.FrameStore, frame: Any, out: int, plane: int) -> tuple[int,
         (frame.height, frame.width, depth, shift_x, shift_y),
         full,
         matrix,
-        _ORIENTATIONS.get(round(frame.rotation), 1),
+        orientation,
         out,
         plane,
     )
 
 
-# EXIF's orientation for a rotation counterclockwise in degrees.
-_ORIENTATIONS = {0: 1, 90: 8, 180: 3, -180: 3, -90: 6}
+def _orientation(frame: Any) -> int:
+    """EXIF's number for the frame's display matrix.
+
+    Column x, row y of the frame is shown at a x + c y, b x + d y. (`frame.rotation` does not know mirrored ones.)
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = (int(v > 0) - int(v < 0) for v in struct.unpack("=9i", bytes(data))[:5])
+            if (a, b, c, d) not in _ORIENTATIONS:
+                raise ValueError(f"it is to be shown turned by {frame.rotation} degrees; expected quarter turns")
+            return _ORIENTATIONS[a, b, c, d]
+    return 1
+
+
+_ORIENTATIONS = {
+    **{(1, 0, 0, 1): 1, (-1, 0, 0, 1): 2, (-1, 0, 0, -1): 3, (1, 0, 0, -1): 4},
+    **{(0, 1, 1, 0): 5, (0, 1, -1, 0): 6, (0, -1, -1, 0): 7, (0, -1, 1, 0): 8},
+}

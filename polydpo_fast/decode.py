@@ -191,10 +191,7 @@ def decode_pairs(
         limits = DecodeLimits()
     elif not isinstance(limits, DecodeLimits):
         raise TypeError(f"limits is a {type(limits).__name__}; expected a DecodeLimits")
-    if threads is None:
-        threads = len(os.sched_getaffinity(0))
-    elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-        raise ValueError(f"threads is {threads!r}; expected an int from 1 to 1024")
+    threads = _check_threads(threads)
     shape = (2 * pairs, height * 3 // 2, width) if planes else (2 * pairs, 3, height, width)
     element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
     if out is None:
@@ -342,6 +339,19 @@ def _pillow_pixels(
 
 
 # ------------------------------------------------------------------------------------------------- arguments
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}; expected an int from 1 to {most}")
+
+
+def _check_threads(threads: int | None) -> int:
+    """At most so many; as many as processors this process may use if None."""
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    _check_count("threads", threads, 1024)
+    return threads
 
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:

@@ -144,6 +144,58 @@ def test_places_that_only_look_like_ones_to_seek_to(container, options):
     assert_frames(sparse.pixels[0], [whole[k][1] for k in (0, 19, 38)])
 
 
+@pytest.mark.parametrize(
+    "matrix", [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+)
+def test_display_matrices(matrix):
+    """All eight turns and mirrors: column x, row y is shown at a x + c y, b x + d y."""
+    a, b, c, d = matrix
+    data = encode(3)
+    at = data.index(b"tkhd") + 44
+    values = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    data = data[:at] + values + data[at + 36 :]
+    stored = rgb(full_decode(data)[1][1])
+    y, x = np.mgrid[:48, :64]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    shown = np.zeros((3, to_y.max() + 1, to_x.max() + 1))
+    shown[:, to_y, to_x] = stored
+    decoded = decode_clips([data], [data], frames=3, size=shown.shape[1:], dtype=torch.uint8)
+    assert np.abs(decoded.pixels[0, :, 1].numpy() - shown).max() <= 0.51
+    assert decoded.original_size[0].tolist() == list(shown.shape[1:])
+
+
+def test_other_angles_are_refused():
+    data = encode(3)
+    at = data.index(b"tkhd") + 44
+    half = 46341  # sin 45 degrees
+    data = data[:at] + struct.pack(">9i", half, half, 0, -half, half, 0, 0, 0, 1 << 30) + data[at + 36 :]
+    with pytest.raises(DecodeError, match="it is to be shown turned by -45"):
+        decode_clips([data], [data], frames=2, size=16)
+
+
+def test_frames_that_change_their_size_are_refused():
+    file = io.BytesIO()
+    first, second = (encode(8, 48, width, codec="libvpx-vp9", container="webm") for width in (64, 96))
+    with av.open(file, "w", format="webm") as joined, av.open(io.BytesIO(first)) as a, av.open(io.BytesIO(second)) as b:
+        stream = joined.add_stream_from_template(a.streams.video[0])
+        for source, shift in ((a, 0), (b, 400)):
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                    joined.mux(packet)
+    data = file.getvalue()
+    assert {frame.width for _, frame in full_decode(data)} == {64, 96}
+    with pytest.raises(DecodeError, match=r"its frames change from \(64, 48, 1\) to \(96, 48, 1\)"):
+        decode_clips([data], [data], frames=16, size=16)
+
+
+@pytest.mark.parametrize("bad", [dict(pixels=0), dict(bytes=1.5), dict(frames=True), dict(timeout_s=-1)])
+def test_limits_are_checked(bad):
+    with pytest.raises(ValueError, match=rf"limits.{next(iter(bad))} is .*; expected"):
+        ClipLimits(**bad)
+
+
 def cut_by_an_edit_list(data, frames, rate=24):
     """The same MP4 with its first frames cut off as editors do it: the data stay, the presentation skips them."""
     at = data.index(b"elst")

@@ -65,6 +65,8 @@ def test_bad_input_is_named_however_often():
             polydpo_fast.loss(*good, beta=True)
         with pytest.raises(TypeError, match="label_smoothing is a list"):
             polydpo_fast.loss(*good, label_smoothing=[0.1])
+        with pytest.raises(TypeError, match="target is lazily negated"):  # of the shape and strides of a good one
+            polydpo_fast.loss(*good[:2], torch._neg_view(good[2]))
         with pytest.raises(TypeError, match="strided"):
             polydpo_fast.loss(good[0].to_sparse(), *good[1:])
 
