@@ -1,31 +1,33 @@
-"""Forward and backward of the loss against eager PyTorch and torch.compile, interleaved: `make bench-loss`.
+"""The loss against eager PyTorch, Salesforce's formula and torch.compile, interleaved.
 
-    python benchmarks/loss.py [--device cpu|cuda] [--rounds N] [--json FILE]
+    python benchmarks/loss.py [--device cpu|cuda] [--rounds N] [--seconds S] [--json FILE]
+    python -m pytest benchmarks/test_loss.py        # the same by pytest-benchmark, on the CPU
 
-In a round every way takes a few steps in a row, the first of them unmeasured, and the order changes: what a way finds
-in the caches and in the allocator is its own, as in a training loop, not what the one before left. On a GPU a step is
-one replay of a CUDA graph, with nothing left in the L2 cache: the time of the kernels, without Python's. Host time is
-measured apart.
+In a round every way takes a few steps in a row, the first of them unmeasured, and the order changes. On a GPU a step is
+one replay of a CUDA graph, with nothing left in the L2 cache and again with what the last replay left there: the time
+of the kernels, without Python's. Host time is measured apart.
 
 Traffic: with S the bytes of one (2B, ...) tensor, a fused forward and backward must at least read the prediction, the
 reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two passes that find nothing in
-the cache move 6 S (12 bytes per element), which is what the GPU kernels do. GB/s below counts 4 S on a CPU and 6 S on a
-GPU; its share is that of the machine's copy bandwidth: 2 x 256 MB, more than caches hold, copied in the same rounds.
+the cache move 6 S (12 bytes per element), which is what the GPU kernels do. `bytes` below is 4 S on a CPU and 6 S on a
+GPU, 3 S for a forward alone. What it is held against is the machine's copy bandwidth: 2 x 256 MB, more than caches
+hold, copied in the same rounds.
 """
 
 import argparse
 import json
-import platform
-import statistics
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import trainers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import Measured, Times, cpu_and_wall, interleaved, row
 from torch import Tensor
 
 import polydpo_fast
@@ -33,44 +35,117 @@ import polydpo_fast
 SHAPES = {
     "SD1.5": (8, 4, 64, 64),
     "SDXL": (8, 4, 128, 128),
-    "FLUX": (4, 16, 128, 128),
+    "SD3, FLUX": (4, 16, 128, 128),
     "Wan 480p": (2, 16, 21, 60, 104),
     "Wan 720p": (2, 16, 21, 90, 160),
 }
-
-
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STEPS = 5
 COPIED = 2**28
 
 
-def step(loss: Callable[..., Tensor], tensors: list[Tensor]) -> None:
-    tensors[0].grad = None
-    loss(*tensors).backward()
+class Job(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    backward: bool = True
+    compiled: tuple[str, ...] = ("torch.compile",)
+
+    @property
+    def case(self) -> str:
+        passes = "forward and backward" if self.backward else "forward"
+        return f"{self.name}, {str(self.dtype).removeprefix('torch.')}, {passes}"
 
 
-def stopwatch(device: str) -> Callable[[Callable[[], object]], float]:
-    """A function that gives the seconds that a call takes."""
+def jobs(device: str) -> list[Job]:
+    """What is measured, the most telling first: where time is short, the rest is left out."""
+    tuned = ("torch.compile", "torch.compile, max-autotune")
+    if device != "cpu":
+        tuned += ("torch.compile, cooperative reductions",)
+    found = [Job(model, shape, dtype, compiled=tuned) for dtype in DTYPES for model, shape in SHAPES.items()]
+    found += [Job(model, shape, torch.bfloat16, backward=False) for model, shape in SHAPES.items()]
+    found += [Job(f"SDXL, {n} pairs", (2 * n, 4, 128, 128), torch.bfloat16) for n in (1, 2, 4, 8, 16, 32)]
+    return found
+
+
+COMPILED: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "torch.compile": lambda: torch.compile(trainers.eager, dynamic=False),
+    # Without its own CUDA graphs: a step is captured in one here.
+    "torch.compile, max-autotune": lambda: torch.compile(
+        trainers.eager, dynamic=False, mode="max-autotune-no-cudagraphs"
+    ),
+    "torch.compile, cooperative reductions": lambda: torch.compile(
+        trainers.eager, dynamic=False, options={"triton.cooperative_reductions": True}
+    ),
+}
+
+
+def measure(job: Job, device: str, rounds: int) -> list[Measured]:
+    """All ways, and a copy of 256 MB."""
+    tensors = drawn(job.shape, job.dtype, device)
+    torch._dynamo.reset()
+    losses = {"ours": polydpo_fast.loss, "eager": trainers.eager, "Salesforce's formula": trainers.salesforce_loss}
+    losses |= {name: COMPILED[name]() for name in job.compiled}
+
+    def stepping(loss: Callable[..., Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            tensors[0].grad = None
+            value = loss(*tensors)
+            if job.backward:
+                value.backward()
+
+        return step
+
+    steps = {name: stepping(loss) for name, loss in losses.items()}
+    for step in steps.values():
+        step()  # compiles
+    peaks = {name: peak_bytes(step, tensors[0], device) for name, step in steps.items()}
+    source, destination = (torch.ones(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    ways = steps if device == "cpu" else {name: captured(step) for name, step in steps.items()}
+    ways["copy"] = lambda: destination.copy_(source)
+    times = interleaved(ways, rounds, STEPS, stopwatch(device))
+    passes = 3 if not job.backward else 4 if device == "cpu" else 6
+    facts = {
+        "model": job.name,
+        "shape": list(job.shape),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "backward": job.backward,
+        "bytes": passes * math.prod(job.shape) * job.dtype.itemsize,
+    }
+    of_way = {name: {**facts, "peak_bytes": peak} for name, peak in peaks.items()}
+    of_way["copy"] = {**facts, "bytes": 2 * COPIED}
+    clock = "wall" if device == "cpu" else "gpu"
+    return [Measured(job.case, name, times[name], clock, facts=of_way[name]) for name in times]
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Prediction, reference and target."""
+    random = torch.Generator().manual_seed(0)
+    pred, nudge, target = (torch.randn(shape, generator=random) for _ in range(3))
+    tensors = [x.to(device, dtype) for x in (pred, pred + 1e-2 * nudge, target)]
+    tensors[0].requires_grad_()
+    return tensors
+
+
+def stopwatch(device: str) -> Callable[[Callable[[], object]], dict[str, float]]:
+    """A function that gives the seconds that a call takes, by clock."""
     if device == "cpu":
-
-        def seconds(run: Callable[[], object]) -> float:
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-
-        return seconds
-
+        return cpu_and_wall
     flushed = torch.empty(2**28, dtype=torch.uint8, device=device)
 
-    def gpu_seconds(run: Callable[[], object]) -> float:
+    def once(run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flushed.zero_()  # nothing of the last step is left in the L2 cache
         start.record()
         run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    return gpu_seconds
+    def gpu(run: Callable[[], object]) -> dict[str, float]:
+        flushed.zero_()  # nothing of the last step is left in the L2 cache
+        return {"gpu": once(run), "gpu, warm L2": once(run)}
+
+    return gpu
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -87,32 +162,28 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int) -> dict[str, float]:
-    """Median seconds of a step of each way, and of a copy of 256 MB, over interleaved rounds."""
-    random = torch.Generator().manual_seed(0)
-    pred, nudge, target = (torch.randn(shape, generator=random) for _ in range(3))
-    tensors = [x.to(device, dtype) for x in (pred, pred + 1e-2 * nudge, target)]
-    tensors[0].requires_grad_()
-    source, destination = (torch.ones(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
-    torch._dynamo.reset()
-    compiled = torch.compile(trainers.eager, dynamic=False)
-    ways: dict[str, Callable[[], object]] = {
-        "ours": lambda: step(polydpo_fast.loss, tensors),
-        "torch.compile": lambda: step(compiled, tensors),
-        "eager": lambda: step(trainers.eager, tensors),
-    }
+def allocations(run: Callable[[], object]) -> list[int]:
+    """Bytes that PyTorch's CPU allocator gave (positive) and took back (negative) in a call, in their order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+def peak_bytes(run: Callable[[], object], pred: Tensor, device: str) -> int:
+    """Most bytes that a step holds at a time beyond its inputs, its gradient included."""
+    pred.grad = None
     if device != "cpu":
-        ways = {name: captured(way) for name, way in ways.items()}
-    ways["copy"] = lambda: destination.copy_(source)
-    seconds = stopwatch(device)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(rounds + 1):
-        order = list(ways.items())
-        for name, way in order[round_ % len(ways) :] + order[: round_ % len(ways)]:
-            block = [seconds(way) for _ in range(2 if name == "copy" else STEPS + 1)]
-            if round_ > 0:
-                times[name] += block[1:]
-    return {name: statistics.median(values) for name, values in times.items()}
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    held = peak = 0
+    for change in allocations(run):
+        held += change
+        peak = max(peak, held)
+    return peak
 
 
 class _Nothing(torch.autograd.Function):
@@ -128,55 +199,56 @@ class _Nothing(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None, None
 
 
-def host_microseconds(device: str, calls: int = 3000) -> tuple[float, float]:
-    """Wall time of a forward and backward on 16 elements: ours, and of an autograd.Function that does nothing."""
-    tensors = [torch.randn(2, 4, 2, 2, device=device) for _ in range(3)]
-    tensors[0].requires_grad_()
-    times: list[list[float]] = [[], []]
+def host(device: str, calls: int = 3000) -> list[Measured]:
+    """Wall time of a forward and backward on 16 elements, of ours and of an autograd.Function that does nothing."""
+    tensors = drawn((2, 2, 2, 2), torch.float32, device)
+    times: dict[str, Times] = {"ours": {"wall": []}, "an empty autograd.Function": {"wall": []}}
     for call in range(calls):
-        for loss, kept in zip((polydpo_fast.loss, _Nothing.apply), times, strict=True):
+        for loss, kept in zip((polydpo_fast.loss, _Nothing.apply), times.values(), strict=True):
+            tensors[0].grad = None
             begin = time.perf_counter()
-            step(loss, tensors)
+            loss(*tensors).backward()
             if call >= calls // 10:
-                kept.append(time.perf_counter() - begin)
-    ours, nothing = (1e6 * statistics.median(kept) for kept in times)
-    return ours, nothing
+                kept["wall"].append(time.perf_counter() - begin)
+    return [Measured("host time, 16 elements", name, kept, "wall") for name, kept in times.items()]
+
+
+def printed(rows: list[dict], device: str) -> None:
+    table = Table(title=f"Milliseconds ({device}); times of ours", title_justify="left")
+    for column in ("", "ours", "torch.compile", "eager", "GB/s", "of a copy"):
+        table.add_column(column, justify="left" if not column else "right")
+    for case in dict.fromkeys(found["case"] for found in rows):
+        of = {found["way"]: found for found in rows if found["case"] == case}
+        ours = of["ours"]["median"]
+        if "copy" not in of:
+            table.add_row(case, f"{1e3 * ours:.3f}", "", "", "", "")
+            continue
+        rate, copy = (of[way]["bytes"] / of[way]["median"] for way in ("ours", "copy"))
+        peers = [of[way]["median"] for way in ("torch.compile", "eager")]
+        ratios = (f"{1e3 * t:.3f} ({t / ours:.1f}x)" for t in peers)
+        table.add_row(case, f"{1e3 * ours:.3f}", *ratios, f"{rate / 1e9:.1f}", f"{rate / copy:.0%}")
+    Console(width=130).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--json", type=Path, help="write the medians, with hardware and versions, to this file")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further measurement after that")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    passes = 4 if options.device == "cpu" else 6
-
-    table = Table(title=f"Forward + backward, milliseconds ({options.device})", title_justify="left")
-    for column in ("model", "shape", "dtype", "ours", "torch.compile", "eager", "GB/s", "of a copy"):
-        table.add_column(column, justify="left" if column in ("model", "shape", "dtype") else "right")
-    rows = []
-    jobs = [(name, shape, dtype) for name, shape in SHAPES.items() for dtype in (torch.bfloat16, torch.float32)]
-    for name, shape, dtype in track(jobs, description="measuring"):
-        times = measure(shape, dtype, options.device, options.rounds)
-        size = torch.Size(shape).numel() * dtype.itemsize
-        rows.append({"model": name, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "seconds": times})
-        table.add_row(
-            name,
-            "x".join(map(str, shape)),
-            rows[-1]["dtype"],
-            f"{1e3 * times['ours']:.3f}",
-            *(f"{1e3 * times[k]:.3f} ({times[k] / times['ours']:.1f}x)" for k in ("torch.compile", "eager")),
-            f"{passes * size / times['ours'] / 1e9:.1f}",
-            f"{passes * size / times['ours'] / (2 * COPIED / times['copy']):.0%}",
-        )
-    Console(width=130).print(table)
-    ours, nothing = host_microseconds(options.device)
-    print(f"host: {ours:.0f} us a forward and backward of 16 elements; of an empty autograd.Function: {nothing:.0f} us")
-    if options.json:
-        machine = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or "cpu"
-        head = {"device": options.device, "machine": machine, "threads": torch.get_num_threads()}
-        versions = {"torch": torch.__version__, "polydpo-fast": polydpo_fast.__version__}
-        options.json.write_text(json.dumps({**head, "versions": versions, "rows": rows}, indent=1) + "\n")
+    begin, left = time.monotonic(), []
+    rows = [row(measured) for measured in host(options.device)]
+    for job in track(jobs(options.device), description="measuring"):
+        if time.monotonic() - begin > options.seconds:
+            left.append(job)
+        else:
+            rows += [row(measured) for measured in measure(job, options.device, options.rounds)]
+        if options.json:  # what was measured is kept if the process is stopped
+            options.json.write_text(json.dumps({"rows": rows, "left out": len(left)}, indent=1) + "\n")
+    printed(rows, options.device)
+    if left:
+        print(f"no time was left for {len(left)} of {len(jobs(options.device))} cases")
 
 
 if __name__ == "__main__":

@@ -36,3 +36,8 @@ def diffusers_margin(pred: Tensor, ref: Tensor, target: Tensor) -> Tensor:
 def eager(pred: Tensor, ref: Tensor, target: Tensor, beta: float = 5000.0) -> Tensor:
     """The careful version of the usual fifteen lines, in float32: the baseline of the benchmarks. Loss ()."""
     return -logsigmoid(salesforce(pred.float(), ref.float(), target.float(), beta)).mean()
+
+
+def salesforce_loss(pred: Tensor, ref: Tensor, target: Tensor) -> Tensor:
+    """The loss of that script, errors in the dtype of the inputs. Loss ()."""
+    return -logsigmoid(salesforce(pred, ref, target)).mean()

@@ -1,0 +1,36 @@
+"""The loss on the CPU, beside eager PyTorch, Salesforce's formula and torch.compile: loss.py says what and how."""
+
+import functools
+
+import loss
+import pytest
+from timing import report
+
+JOBS = {job.case: job for job in loss.jobs("cpu")}
+
+
+@functools.cache
+def measured(case):
+    return {found.way: found for found in loss.measure(JOBS[case], "cpu", rounds=12)}
+
+
+@functools.cache
+def host():
+    return {found.way: found for found in loss.host("cpu")}
+
+
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        (job.case, way)
+        for job in JOBS.values()
+        for way in ("ours", *job.compiled, "eager", "Salesforce's formula", "copy")
+    ],
+)
+def test_loss(benchmark, case, way):
+    report(benchmark, measured(case)[way])
+
+
+@pytest.mark.parametrize("way", ["ours", "an empty autograd.Function"])
+def test_host_time(benchmark, way):
+    report(benchmark, host()[way])

@@ -1,0 +1,73 @@
+"""Ways to do one thing, timed in turns, so that a slow phase of the machine is everybody's; and their report."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+Times = dict[str, list[float]]  # by clock, the seconds of each time that a way was measured
+
+
+def cpu_and_wall(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds that a call takes: of all threads of this process together, and of the clock on the wall."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"cpu": cpu, "wall": wall}
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    calls: int = 1,
+    stopwatch: Callable[[Callable[[], object]], dict[str, float]] = cpu_and_wall,
+) -> dict[str, Times]:
+    """Times of each way over the rounds, after one round that is not counted.
+
+    The order of the ways changes from round to round. Of several calls in a row the first is not counted: what a way
+    then finds in the caches and in the allocator is its own, as in a training loop, not what the one before left.
+    """
+    times: dict[str, Times] = {name: {} for name in ways}
+    order = list(ways)
+    for round_ in range(rounds + 1):
+        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
+            for call in range(calls + (calls > 1)):
+                measured = stopwatch(ways[name])
+                if round_ > 0 and (call > 0 or calls == 1):
+                    for clock, seconds in measured.items():
+                        times[name].setdefault(clock, []).append(seconds)
+    return times
+
+
+class Measured(NamedTuple):
+    """The times of a way to do a case's work, of `per` things each; and what else is to be kept of it."""
+
+    case: str
+    way: str
+    times: Times
+    clock: str = "cpu"
+    per: int = 1
+    facts: Mapping[str, object] = {}
+
+
+def row(measured: Measured) -> dict:
+    """What is kept in a file of results: median and interquartile range of the clock, medians of the others."""
+    case, way, times, clock, per, facts = measured
+    seconds = [t / per for t in times[clock]]
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    others = {name: statistics.median(values) / per for name, values in times.items() if name != clock}
+    kept = {"median": statistics.median(seconds), "iqr": high - low, "rounds": len(seconds)}
+    return {"case": case, "way": way, "clock": clock, **kept, **others, **facts}
+
+
+def report(benchmark, measured: Measured) -> None:
+    """Gives pytest-benchmark times that have been measured already: its clock is set forward by them."""
+    benchmark.group = f"{measured.facts.get('curve', measured.case)}: {measured.clock} time"
+    benchmark.extra_info.update(row(measured))
+    at, seconds = [0.0], iter(measured.times[measured.clock])
+
+    def tick() -> None:
+        at[0] += next(seconds) / measured.per
+
+    benchmark._timer = lambda: at[0]
+    benchmark.pedantic(tick, rounds=len(measured.times[measured.clock]))
