@@ -13,24 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .decode import (
-    _DTYPES,
-    _GOLDEN,
-    _INTERPOLATIONS,
-    _RESIZES,
-    DecodeError,
-    DecodeFailure,
-    _check_arms,
-    _check_choice,
-    _check_colour,
-    _check_count,
-    _check_out,
-    _check_size,
-    _check_threads,
-    _draw,
-    _normalisation,
-    _splitmix64,
-)
+from .decode import DecodeError, DecodeFailure
+from .decode_arguments import ClipLimits, check_clips
 from .timeline import TooShortError, plan
 from .video import Clip, Source, orientation
 
@@ -50,28 +34,6 @@ _MATRICES = {1: 1, 5: 0, 6: 0, 9: 2, 10: 2}
 _MATRIX_NAMES = ("bt601", "bt709", "bt2020")
 _FULL_RANGE = 2
 _STORED = ("yuv420p", "yuvj420p")  # what can be had as it is stored
-
-
-@dataclass(frozen=True)
-class ClipLimits:
-    """What a clip may cost; more is refused before memory is allocated for it.
-
-    pixels: height times width of a frame.
-    bytes: of the compressed clip.
-    frames: in the stream, also of those that are not used.
-    timeout_s: seconds of work that one clip may take; looked at between two frames.
-    """
-
-    pixels: int = 1 << 24
-    bytes: int = 1 << 32
-    frames: int = 1 << 20
-    timeout_s: float = 120.0
-
-    def __post_init__(self) -> None:
-        for name in ("pixels", "bytes", "frames"):
-            _check_count(f"limits.{name}", getattr(self, name), 2**62)
-        if not _is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
-            raise ValueError(f"limits.timeout_s is {self.timeout_s!r}; expected seconds >= 0")
 
 
 @dataclass(frozen=True)
@@ -180,70 +142,26 @@ def decode_clips(
         import av  # noqa: F401
     except ImportError:
         raise ImportError("decode_clips needs PyAV: pip install 'polydpo-fast[video]'") from None
-    clips = [clip for arm in _check_arms(win, lose, "clips", "bytes-like objects or paths") for clip in arm]
-    pairs = len(clips) // 2
-    height, width = _check_size(size)
-    _check_count("frames", frames, 1 << 16)
-    _check_choice("short", short, ("error", "repeat", "loop"))
-    _check_choice("resize", resize, (*_RESIZES,))
-    _check_choice("interpolation", interpolation, (*_INTERPOLATIONS,))
-    _check_choice("crop", crop, ("center", "random"))
-    _check_choice("layout", layout, ("CTHW", "TCHW"))
-    _check_choice("on_error", on_error, ("raise", "mask"))
-    if fps is not None and not (_is_number(fps) and 0.001 <= fps <= 1000):
-        raise ValueError(f"fps is {fps!r}; expected a number from 0.001 to 1000, or None")
-    if start not in ("center", "random") and not (_is_number(start) and 0 <= start < math.inf):  # type: ignore[operator]
-        raise ValueError(f"start is {start!r}; expected 'center', 'random', or seconds >= 0")
-    if not isinstance(dtype, (torch.dtype, str)) or dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8, or 'yuv420'")
-    planes = dtype == "yuv420"
-    if planes and (height % 2 or width % 2):
-        raise ValueError(f"size is {size!r}; expected even sides for dtype='yuv420'")
-    if not isinstance(strict, bool):
-        raise TypeError(f"strict is {strict!r}; expected True or False")
-    if limits is None:
-        limits = ClipLimits()
-    elif not isinstance(limits, ClipLimits):
-        raise TypeError(f"limits is a {type(limits).__name__}; expected a ClipLimits")
-    if not isinstance(cache, (str, os.PathLike, type(None))):
-        raise TypeError(f"cache is a {type(cache).__name__}; expected the path of a folder, or None")
-    threads = _check_threads(threads)
-    inner: tuple[int, ...] = (3, frames, height, width) if layout == "CTHW" else (frames, 3, height, width)
-    if planes:
-        inner = (frames, height * 3 // 2, width)
-    element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
-    if out is None:
-        out = torch.empty((2 * pairs, *inner), dtype=element, device="cpu")
-    else:
-        _check_out(out, (2 * pairs, *inner), element)
-    if seeds is None and start == "random":
-        seeds = torch.randint(2**63 - 1, (pairs,), device="cpu")
-    draws = _draw(pairs, crop, hflip, seeds)
-    starts = [_splitmix64(int(seed) + _START) / 2**64 for seed in seeds] if seeds is not None else [0.0] * pairs
+    asked = check_clips(
+        win, lose, frames=frames, size=size, fps=fps, start=start, short=short, resize=resize,
+        interpolation=interpolation, crop=crop, hflip=hflip, seeds=seeds, dtype=dtype, mean=mean, std=std,
+        background=background, layout=layout, out=out, strict=strict, limits=limits, on_error=on_error,
+        threads=threads, cache=cache,
+    )  # fmt: skip
+    clips, planes, (height, width), out = [*asked.win, *asked.lose], asked.planes, asked.size, asked.out
+    pairs = len(asked.win)
     stores = [
-        _C.FrameStore(
-            draw=draw,
-            dtype=_DTYPES[dtype],
-            normal=_normalisation(mean, std),
-            background=_check_colour(background),
-            size=(height, width),
-            resize=_RESIZES[resize],
-            interpolation=_INTERPOLATIONS[interpolation],
-            apply_orientation=True,
-            memory=1 << 30,
-            planes=planes,
-        )
-        for draw in draws
+        _C.FrameStore(draw=draw, apply_orientation=True, memory=1 << 30, planes=planes, **asked.native)
+        for draw in asked.draws
     ]
 
     reasons: dict[int, str] = {}
     geometry, colours = [(0, 0, 0, 0)] * (2 * pairs), [("bt709", False)] * (2 * pairs)
     times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
-    at_once = min(threads, len(clips))
     # FFmpeg's own threads only where there are more processors than clips.
-    opened = [Clip(clip, limits, strict, max(1, threads // len(clips)), cache) for clip in clips]
+    opened = [Clip(clip, asked.limits, strict, max(1, asked.threads // len(clips)), cache) for clip in clips]
     in_order = planes or layout == "TCHW"
-    frame_bytes = math.prod(inner[1:] if in_order else inner[2:]) * out.element_size()
+    frame_bytes = math.prod(out.shape[2:] if in_order else out.shape[3:]) * out.element_size()
     plane = 0 if planes else height * width * (1 if in_order else frames)
 
     def attempt(row: int, work: Any) -> None:
@@ -270,14 +188,14 @@ def decode_clips(
                     shown[k] = shown[first_place[pts]]
 
     plans: dict[int, list[Fraction]] = {}
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(min(asked.threads, len(clips))) as pool:
         list(pool.map(lambda row: attempt(row, opened[row].index), range(2 * pairs)))
         for pair in range(pairs):
             if pair in reasons or pair + pairs in reasons:
                 continue
             arms = opened[pair].timeline, opened[pair + pairs].timeline
             try:
-                plans[pair] = plan(arms, frames, fps, start, starts[pair], short)
+                plans[pair] = plan(arms, frames, fps, start, asked.starts[pair], short)
             except TooShortError as early:
                 reasons[pair if early.arm == 0 else pair + pairs] = str(early)
             else:
@@ -298,18 +216,11 @@ def decode_clips(
             ok[failure.index] = False
             out[failure.index] = 0
             out[pairs + failure.index] = 0
-    flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
+    flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
     numbers = torch.tensor(geometry, dtype=torch.int64, device="cpu")
     concealed = torch.tensor([clip.concealed for clip in opened], device="cpu")
     matrix, full_range = zip(*colours, strict=True)
     return DecodedClips(out, ok, errors, times, numbers[:, :2], numbers[:, 2:], flipped, concealed, matrix, full_range)
-
-
-_START = 4 * _GOLDEN  # the fourth number of a pair's seed; _draw takes three
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
 
 
 def _check_frame(frame: Any, aspect: Fraction, resize: str | None, planes: bool) -> None:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import io
-import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Buffer  # of collections.abc from Python 3.12 on; PyTorch brings it
 
+from .decode_arguments import DecodeLimits, check_images
+
 __all__ = ["DecodeError", "DecodeFailure", "DecodeLimits", "DecodedPairs", "decode_pairs"]
-
-# The numbers of csrc/pixels.hpp, geometry.hpp and resample.hpp.
-_DTYPES = {"yuv420": -1, torch.uint8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-_RESIZES = {None: 0, "cover": 1, "contain": 2, "stretch": 3}
-_INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
-_MAX_SIDE = 16384
-
-T = TypeVar("T")
 
 # What C++ decodes; anything else is Pillow's, of those formats whose decoders run no other programs.
 _NATIVE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
@@ -29,29 +21,6 @@ _PILLOW_FORMATS = ("WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA
 _EXIF_ORIENTATION = 0x0112
 # Pillow's Image.Transpose that undoes each orientation.
 _UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """What an image may cost; more is refused before memory is allocated for it.
-
-    pixels: height times width.
-    bytes: of the compressed image.
-    scans: of a progressive JPEG; each is a pass over all coefficients, so a small file can cost minutes.
-    decoded: bytes of memory that a decoder may take for one image besides its rows: the coefficients of a progressive
-        JPEG, the inflated data of a PNG.
-    """
-
-    pixels: int = 1 << 27
-    bytes: int = 1 << 28
-    scans: int = 100
-    decoded: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        for name, largest in (("pixels", 2**62), ("bytes", 2**62), ("scans", 2**30), ("decoded", 2**62)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-                raise ValueError(f"limits.{name} is {value!r}; expected an int from 1 to {largest}")
 
 
 @dataclass(frozen=True)
@@ -172,52 +141,25 @@ def decode_pairs(
     """
     from . import _C
 
-    win, lose = _check_arms(win, lose)
-    pairs = len(win)
-    height, width = _check_size(size)
-    _check_choice("resize", resize, (*_RESIZES,))
-    _check_choice("interpolation", interpolation, (*_INTERPOLATIONS,))
-    _check_choice("crop", crop, ("center", "random"))
-    _check_choice("exif", exif, ("apply", "ignore"))
-    _check_choice("on_error", on_error, ("raise", "mask"))
-    if not isinstance(dtype, (torch.dtype, str)) or dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8, or 'yuv420'")
-    planes = dtype == "yuv420"
-    if planes and (height % 2 or width % 2):
-        raise ValueError(f"size is {size!r}; expected even sides for dtype='yuv420'")
-    if not isinstance(strict, bool):
-        raise TypeError(f"strict is {strict!r}; expected True or False")
-    if limits is None:
-        limits = DecodeLimits()
-    elif not isinstance(limits, DecodeLimits):
-        raise TypeError(f"limits is a {type(limits).__name__}; expected a DecodeLimits")
-    threads = _check_threads(threads)
-    shape = (2 * pairs, height * 3 // 2, width) if planes else (2 * pairs, 3, height, width)
-    element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
-    if out is None:
-        out = torch.empty(shape, dtype=element, device="cpu")
-    else:
-        _check_out(out, shape, element)
-
-    draws = _draw(pairs, crop, hflip, seeds)
-    images, raw, refused = _through_pillow([*win, *lose], _check_colour(background), limits)
+    asked = check_images(
+        win, lose, size=size, resize=resize, interpolation=interpolation, crop=crop, hflip=hflip, seeds=seeds,
+        dtype=dtype, mean=mean, std=std, background=background, out=out, exif=exif, strict=strict, limits=limits,
+        on_error=on_error, threads=threads,
+    )  # fmt: skip
+    pairs, out, limits = len(asked.win), asked.out, asked.limits
+    images, raw, refused = _through_pillow([*asked.win, *asked.lose], background, limits)
     try:
         geometry, failed = _C.decode_pairs(
             images[:pairs],
             images[pairs:],
             raw=raw,
-            draws=draws,
+            draws=asked.draws,
             out=out.data_ptr(),
-            dtype=_DTYPES[dtype],
-            normal=_normalisation(mean, std),
-            background=background,
-            size=(height, width),
-            resize=_RESIZES[resize],
-            interpolation=_INTERPOLATIONS[interpolation],
             apply_orientation=exif == "apply",
             strict=strict,
             limits=(limits.pixels, limits.bytes, limits.decoded, limits.scans),
-            threads=threads,
+            threads=asked.threads,
+            **asked.native,
         )
     finally:
         if not out.is_inference():
@@ -230,45 +172,8 @@ def decode_pairs(
     ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
     ok[[error.index for error in errors]] = False
     numbers = torch.from_numpy(geometry)
-    flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
+    flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
     return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped)
-
-
-# -------------------------------------------------------------------------------------------- what is drawn
-
-
-def _draw(
-    pairs: int, crop: str, hflip: float, seeds: Sequence[int] | Tensor | None
-) -> list[tuple[bool, int, int, bool]]:
-    """For each pair: whether its crop is centred, two uniform 32-bit numbers for its corner, whether it is mirrored."""
-    if isinstance(hflip, bool) or not isinstance(hflip, (int, float)) or not 0 <= hflip <= 1:
-        raise ValueError(f"hflip is {hflip!r}; expected a number from 0 to 1")
-    if seeds is None:
-        if crop == "center" and hflip in (0, 1):
-            return [(True, 0, 0, hflip == 1)] * pairs
-        seeds = torch.randint(2**63 - 1, (pairs,), device="cpu")
-    try:
-        numbers = [operator.index(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
-    except TypeError:
-        raise TypeError(f"seeds is {seeds!r}; expected a sequence of integers") from None
-    if len(numbers) != pairs:
-        raise ValueError(f"seeds has {len(numbers)} numbers; expected {pairs}, one per pair")
-    draws = []
-    for seed in numbers:
-        top, left, flip = (_splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3))
-        draws.append((crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
-    return draws
-
-
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _splitmix64(state: int) -> int:
-    """Steele, Lea and Flood 2014: 64 well mixed bits of a counter."""
-    z = state % 2**64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    return z ^ z >> 31
 
 
 # ------------------------------------------------------------------------------------------ through Pillow
@@ -336,90 +241,3 @@ def _pillow_pixels(
             canvas = turned.convert("RGB")
         pixels = canvas.convert("RGB").tobytes("raw", "RGBX")
     return pixels, height, width, orientation if orientation in range(1, 9) else 1
-
-
-# ------------------------------------------------------------------------------------------------- arguments
-
-
-def _check_count(name: str, value: object, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}; expected an int from 1 to {most}")
-
-
-def _check_threads(threads: int | None) -> int:
-    """At most so many; as many as processors this process may use if None."""
-    if threads is None:
-        return len(os.sched_getaffinity(0))
-    _check_count("threads", threads, 1024)
-    return threads
-
-
-def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if not isinstance(value, (str, type(None))) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) -> list[float]:
-    """What C++ subtracts from the levels of each channel, and what it multiplies them with."""
-    means, stds = _per_channel("mean", mean), _per_channel("std", std)
-    if not all(s >= 1e-6 for s in stds):
-        raise ValueError(f"std is {std!r}; expected numbers > 0, at least 1e-6")
-    return [255 * m for m in means] + [1 / (255 * s) for s in stds]
-
-
-def _per_channel(name: str, value: float | Sequence[float]) -> list[float]:
-    values = list(value) if isinstance(value, Sequence) else [value] * 3
-    for x in values:
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) < 1e6:
-            raise ValueError(f"{name} is {value!r}; expected a number, or three")
-    if len(values) != 3:
-        raise ValueError(f"{name} has {len(values)} numbers; expected one, or three")
-    return values
-
-
-def _check_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    if not (isinstance(colour, Sequence) and len(colour) == 3) or not all(
-        isinstance(c, int) and not isinstance(c, bool) and 0 <= c <= 255 for c in colour
-    ):
-        raise ValueError(f"background is {colour!r}; expected red, green and blue, integers from 0 to 255")
-    return colour[0], colour[1], colour[2]
-
-
-def _check_arms(
-    win: Sequence[T], lose: Sequence[T], noun: str = "images", members: str = "bytes-like objects"
-) -> tuple[list[T], list[T]]:
-    for name, arm in (("win", win), ("lose", lose)):
-        # A single one is a sequence too, of numbers.
-        if isinstance(arm, (bytes, bytearray, memoryview, str)) or not isinstance(arm, Sequence):
-            raise TypeError(f"{name} is a {type(arm).__name__}; expected a list of {members}")
-    win, lose = list(win), list(lose)  # other threads may change the caller's
-    if len(win) != len(lose):
-        raise ValueError(f"lose has {len(lose)} {noun}; expected {len(win)} like win")
-    if len(win) == 0:
-        raise ValueError("win and lose are empty; expected at least one pair")
-    return win, lose
-
-
-def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    try:
-        height, width = map(operator.index, size if isinstance(size, Sequence) else (size, size))
-    except (TypeError, ValueError):
-        raise TypeError(f"size is {size!r}; expected an int or (height, width)") from None
-    if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
-        raise ValueError(f"size is {size!r}; expected sides from 1 to {_MAX_SIDE}")
-    return height, width
-
-
-def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out is a {type(out).__name__}; expected a torch.Tensor")
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}; expected {shape}")
-    if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}; expected {dtype}")
-    plain = out.layout == torch.strided and not out.is_neg() and not out._is_zerotensor()
-    if out.device.type != "cpu" or not plain or not out.is_contiguous() or out.requires_grad:
-        raise ValueError(
-            f"out is on {out.device}, of layout {out.layout}, requires_grad: {out.requires_grad}; "
-            "expected a contiguous CPU tensor without gradient"
-        )

@@ -12,17 +12,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from typing_extensions import Buffer
 
 from . import cache
+from .decode_arguments import ClipLimits
 from .mp4 import check_counts
 from .timeline import Timeline
-
-if TYPE_CHECKING:
-    from .clips import ClipLimits
 
 __all__ = ["Clip", "Source", "orientation"]
 

@@ -229,12 +229,10 @@ def _yuv420_to_rgb(
     # (v/255 - mean) / std = (v - 255 mean) * 1/(255 std): a difference and a product, which nothing fuses.
     means = [255 * m for m in mean]
     scales = [1 / (255 * s) for s in std]
-    if backend == "triton":
-        _kernels().launch_rgb(planes, crop, flip, written, means, scales, colours, left)
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
-    else:
-        _reference(planes, crop, flip, written, means, scales, colours, left)
+    run = _kernels().launch_rgb if backend == "triton" else _reference
+    run(planes, crop, flip, written, means, scales, colours, left)
+    if backend == "triton" and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
 
 
 _library.impl("yuv420_to_rgb", _yuv420_to_rgb, "CompositeExplicitAutograd")

@@ -11,8 +11,10 @@ from PIL import Image
 from test_decode import jpeg, picture, png
 
 from polydpo_fast import _C, DecodeError, DecodeLimits, decode_clips, decode_pairs
-from polydpo_fast.data import dali
+from polydpo_fast.data import dali, dali_clips, dali_images
 from polydpo_fast.data.dali import CanaryError, CppDecoder, DaliDecoder, choose_decoder
+from polydpo_fast.data.dali_engine import Engine
+from polydpo_fast.decode_arguments import _drawn
 
 LEVELS = dict(dtype=torch.float32, mean=0.0, std=1 / 255)  # pixels are levels of 255, not rounded
 LIMITS = (1 << 27, 1 << 28, 1 << 30, 100)
@@ -32,7 +34,9 @@ def decoder():
 def in_cpp(monkeypatch):
     """Counts the pairs of images that go through C++; canaries among them."""
     seen = []
-    monkeypatch.setattr(dali, "decode_pairs", lambda win, *a, **k: seen.append(len(win)) or decode_pairs(win, *a, **k))
+    monkeypatch.setattr(
+        dali_images, "decode_pairs", lambda win, *a, **k: seen.append(len(win)) or decode_pairs(win, *a, **k)
+    )
     return seen
 
 
@@ -133,7 +137,7 @@ def test_the_plan_is_the_one_that_cpp_follows():
     images, seeds = [oriented(o) for o in range(1, 9)], range(8)
     options = dict(size=(32, 48), crop="random", hflip=0.5, seeds=seeds)
     known = decode_pairs(images, images, **options)
-    rows = plans(*images, draws=dali._draw(8, "random", 0.5, seeds), size=(32, 48))
+    rows = plans(*images, draws=_drawn([*seeds], 8, "random", 0.5)[0], size=(32, 48))
     assert [row[13:] for row in rows] == known.crop_top_left[:8].tolist()
     assert all(row[10] == (orientation >= 5) for orientation, row in enumerate(rows, 1))
 
@@ -294,7 +298,7 @@ def test_a_dali_that_decodes_nothing_is_told_of(decoder, monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(decoder, "_run", broken)
+    monkeypatch.setattr(dali_images, "_run", broken)
     image = jpeg(picture(48, 48))
     with pytest.warns(UserWarning, match="DALI decoded none"):
         got = decoder.decode_pairs([image], [image], size=32)
@@ -312,7 +316,7 @@ def test_into_a_buffer(decoder):
     for wrong, message in (
         (torch.empty((2, 3, 32, 31), dtype=torch.float16), "out has shape"),
         (torch.empty((2, 3, 32, 32)), "out has dtype"),
-        (torch.empty((2, 3, 32, 32), dtype=torch.float16, device="meta"), "expected a contiguous tensor on cpu"),
+        (torch.empty((2, 3, 32, 32), dtype=torch.float16, device="meta"), "expected a contiguous CPU tensor"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             decoder.decode_pairs([image], [image], size=32, dtype=torch.float16, out=wrong)
@@ -341,6 +345,8 @@ def test_planes_are_those_of_cpp(decoder):
         (dict(std=0), ValueError, "std is 0"),
         (dict(background=(1, 2)), ValueError, "background is"),
         (dict(on_error="skip"), ValueError, "on_error is 'skip'"),
+        (dict(frames=3), TypeError, "there is no option 'frames'; expected any of size, resize"),
+        (dict(threads=0), ValueError, "threads is 0; expected an int from 1"),
         (dict(limits=DecodeLimits(pixels=9)), DecodeError, "limits.pixels"),
     ],
 )
@@ -354,7 +360,8 @@ def test_bad_arguments(decoder, changed, error, message):
 @needs_dali
 def test_it_can_be_pickled():
     copy = pickle.loads(pickle.dumps(DaliDecoder("cpu", 1, canary=7, hardware_load=0.5)))
-    assert (copy.device, copy._threads, copy._canary, copy._hardware_load) == (torch.device("cpu"), 1, 7, 0.5)
+    engine = copy._engine
+    assert (copy.device, engine.threads, engine.canary, engine.hardware_load) == (torch.device("cpu"), 1, 7, 0.5)
 
 
 # -------------------------------------------------------------------------------------------------- canary
@@ -365,7 +372,7 @@ def test_it_can_be_pickled():
 def test_the_canary_sees_one_wrong_tile(dtype, monkeypatch):
     """A block of 16 x 16 pixels, one of 64, is off by 10 levels in one channel; 6 are let pass."""
     decoder, image = DaliDecoder("cpu", 1), jpeg(picture(128, 128))
-    run = decoder._run
+    run = dali_images._run
     for off, seen in ((10, True), (6, False)):
 
         def tampered(*arguments, off=off):
@@ -378,9 +385,11 @@ def test_the_canary_sees_one_wrong_tile(dtype, monkeypatch):
         for y, x in itertools.product(range(32, 48), range(64, 80)):
             pixels[x, y] = (*pixels[x, y][:1], 100, pixels[x, y][2])
         exact = png(known)
-        monkeypatch.setattr(decoder, "_run", tampered)
-        monkeypatch.setattr(dali, "decode_pairs", lambda win, _, exact=exact, **o: decode_pairs(win, [exact], **o))
-        decoder._pairs = itertools.count()
+        monkeypatch.setattr(dali_images, "_run", tampered)
+        monkeypatch.setattr(
+            dali_images, "decode_pairs", lambda win, _, exact=exact, **o: decode_pairs(win, [exact], **o)
+        )
+        decoder._engine._pairs = itertools.count()
         if seen:
             with pytest.raises(CanaryError, match=r"lose\[0\] is decoded by DALI into other pixels.*1\d\.\d levels"):
                 decoder.decode_pairs([image], [image], size=128, dtype=dtype)
@@ -441,7 +450,7 @@ def test_frames_are_those_of_cpp(decoder, clips, monkeypatch, win, lose, options
     at edges of saturated colours, 37 beyond BT.601's; on average a quarter of a level, and of BT.709 less than 2.
     The next frame is 3 levels away on average, another mirror or crop more."""
     asked = []
-    monkeypatch.setattr(dali, "decode_clips", lambda *a, **o: asked.append(o["frames"]) or decode_clips(*a, **o))
+    monkeypatch.setattr(dali_clips, "decode_clips", lambda *a, **o: asked.append(o["frames"]) or decode_clips(*a, **o))
     arms = [clips[win]], [clips[lose]]
     a = decode_clips(*arms, seeds=[3], **LEVELS, **options)
     b = decoder.decode_clips(*arms, seeds=[3], **LEVELS, **options)
@@ -484,16 +493,15 @@ def test_the_canary_lets_colours_pass_that_bt601_has_not(decoder, clips, monkeyp
 
 @needs_dali
 @pytest.mark.parametrize("interpolation", [None, "bilinear", "bicubic"])
-@pytest.mark.parametrize("graph", ["_image_graph", "_clip_graph"])
-def test_the_gpu_pipelines_are_sound(graph, interpolation):
+@pytest.mark.parametrize("way", [dali_images, dali_clips])
+def test_the_gpu_pipelines_are_sound(way, interpolation):
     """Every operator and argument is known to DALI, on a GPU; whether it runs there is for the tests below."""
     from nvidia.dali import Pipeline
 
-    decoder = DaliDecoder("cpu", 1)
-    decoder.device = torch.device("cuda", 0)
+    engine = Engine(torch.device("cuda", 0), 1, None, 0.65)
     pipeline = Pipeline(batch_size=2, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
-        pipeline.set_outputs(getattr(decoder, graph)(interpolation))
+        pipeline.set_outputs(way._graph(engine, interpolation))
     written = pipeline.serialize()
     assert b"mixed" in written
     assert (b"Resize" in written) == (interpolation is not None)

@@ -1,0 +1,221 @@
+"""Clips of pairs by DALI: the frames that PyAV's timeline chooses; the others by C++."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Buffer
+
+from .. import _C
+from ..clips import DecodedClips, decode_clips
+from ..decode import DecodeError, DecodeFailure
+from ..decode_arguments import ClipLimits, Draw, check_clips
+from ..timeline import plan
+from ..video import Clip, Source, orientation
+from .dali_engine import Engine, Finish, Plan, compare, for_cpp, resized, to_709
+
+__all__ = ["decode"]
+
+_DEFAULTS: dict[str, Any] = decode_clips.__kwdefaults__ or {}
+_TO_709 = to_709()
+
+
+def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], options: dict[str, Any]) -> DecodedClips:
+    """`decode_clips`, by DALI where it may have the clips."""
+    options = engine.with_defaults(_DEFAULTS, options)
+    asked = check_clips(win, lose, device=engine.device, **options)
+    pairs, out, frames, short = len(asked.win), asked.out, options["frames"], options["short"]
+    frames_axis = 1 if options["layout"] == "TCHW" else 2  # of the whole
+    finish = Finish(out.dtype, asked.native, engine.device)
+    facts = _Facts(pairs, frames)
+    with engine.writing(out):
+        others, refused = [], []
+        for i in range(pairs):
+            pair = (asked.win[i], asked.lose[i])
+            sides = None if asked.planes else _opened(engine, pair, options["strict"], asked.limits, options["cache"])
+            try:
+                if sides is None:
+                    raise ValueError("it is not for DALI")
+                timelines = sides[0].clip.timeline, sides[1].clip.timeline
+                times = plan(timelines, frames, options["fps"], options["start"], asked.starts[i], short)
+                where = [
+                    Plan(*_C.plan(side.size, draw=asked.draws[i], size=asked.size, resize=asked.native["resize"]))
+                    for side in sides
+                ]
+                for row, side, way in zip((i, i + pairs), sides, where, strict=True):
+                    shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short))
+                    target = out[row].movedim(frames_axis - 1, 0)
+                    for k, frame in enumerate(_frames(engine, side, shown, way, options["interpolation"])):
+                        finish.store(_recoloured(frame) if side.bt709 else frame, way, target[k])
+            except (ValueError, RuntimeError) as error:  # C++ says what is wrong, if anything is
+                others.append(i)
+                if isinstance(error, RuntimeError):
+                    refused.append(i)
+                continue
+            finally:
+                engine.wait()  # the frames of one clip at a time: they are large
+            facts.set(i, times, where, sides)
+            if engine.is_canary():
+                first = dict(frames=1, fps=1, start=times[0], short="repeat" if short == "error" else short)
+                *arms, given = for_cpp(asked, options | first, [i])
+                known = decode_clips(*arms, **given)
+                if known.ok.all():
+                    mine = out[[i, i + pairs]].select(frames_axis, 0)
+                    colours = [side.bt709 for side in sides]
+                    compare(i, mine, known.pixels.select(frames_axis, 0), asked.native["normal"], colours)
+        if others:
+            *arms, given = for_cpp(asked, options, others)
+            rest = decode_clips(*arms, **given)
+            facts.take(rest, others)
+            if any(rest.ok[others.index(i)] for i in refused):
+                warnings.warn("DALI could not decode a clip of a batch that C++ could", stacklevel=3)
+            for k, row in enumerate((*others, *(i + pairs for i in others))):
+                out[row].copy_(rest.pixels[k])
+    if facts.failures and options["on_error"] == "raise":
+        raise DecodeError(facts.failures)
+    return facts.result(out, asked.draws)
+
+
+# ---------------------------------------------------------------------------------------------- inside DALI
+
+
+def _frames(engine: Engine, side: _Side, shown: np.ndarray, where: Plan, interpolation: str) -> list[Tensor]:
+    way = interpolation if where.is_resized() else None
+    inputs: dict[str, list[np.ndarray]] = {
+        "encoded": [np.frombuffer(memoryview(side.data), np.uint8)],
+        "frames": [shown.astype(np.int32)],
+    }
+    whole = where._replace(crop_top=0, crop_left=0, crop_height=where.height, crop_width=where.width)
+    if way is not None:
+        inputs |= {name: [v] for name, v in where.inputs(way, whole).items() if name not in ("start", "shape")}
+    (levels,) = engine.run(("clips", way), lambda: _graph(engine, way), 1, inputs)
+    if way is None:
+        top, left = where.crop_top, where.crop_left
+        levels = levels[:, top : top + where.crop_height, left : left + where.crop_width]
+    return list(levels)
+
+
+def _graph(engine: Engine, interpolation: str | None) -> Any:
+    """The frames as stored, (T, H, W, 3) uint8; resized and cropped, float32."""
+    from nvidia.dali import fn, types
+
+    pixels = fn.decoders.video(
+        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
+        device="mixed" if engine.is_gpu else "cpu",
+        frames=fn.external_source(name="frames", dtype=types.INT32, ndim=1),
+    )
+    return pixels if interpolation is None else resized(pixels, interpolation)
+
+
+def _recoloured(levels: Tensor) -> Tensor:
+    """RGB that was taken for BT.601, (h, w, 3), as it is in BT.709."""
+    return levels.float() @ torch.tensor(_TO_709, dtype=torch.float32, device=levels.device).T
+
+
+# ----------------------------------------------------------------------------------------------- the clips
+
+
+class _Side(NamedTuple):
+    """A clip that has been looked at."""
+
+    clip: Clip
+    data: Buffer
+    codec: str
+    size: tuple[int, int]
+    bt709: bool
+    is_plain: bool  # DALI would show the same frames
+
+
+def _opened(
+    engine: Engine, sources: Sequence[Source], strict: bool, limits: ClipLimits, cache: Any
+) -> tuple[_Side, _Side] | None:
+    """Both clips of a pair, if DALI can take them."""
+    sides = []
+    for source in sources:
+        try:
+            side = _open_clip(source, Clip(source, limits, strict, 1, cache))
+        except (OSError, ValueError):  # FFmpeg's errors are both; C++ says what is wrong
+            return None
+        if not engine.is_gpu and side.codec not in ("vp8", "vp9"):
+            raise ValueError(
+                f"a clip's codec is {side.codec}, and DALI's CPU build decodes VP8 and VP9 only; "
+                "use decoder='cpp', or a DaliDecoder on a CUDA device"
+            )
+        if not side.is_plain:
+            return None
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _open_clip(source: Source, clip: Clip) -> _Side:
+    clip.index()
+    data: Buffer
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            data = file.read()
+    else:
+        data = source
+    with clip._open(True, 1) as (container, stream):
+        codec = stream.codec_context.codec.canonical_name
+        packets, frame = 0, None
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            if frame is None:
+                frame = next(iter(packet.decode()), None)
+    if frame is None:
+        raise ValueError("none of its frames can be decoded")
+    matrix = int(frame.colorspace)
+    is_plain = (
+        frame.format.name == "yuv420p"
+        and int(frame.color_range) != 2
+        and matrix in (1, 2, 5, 6)
+        and orientation(frame) == 1
+        and clip.aspect == 1
+        and packets == len(clip.timeline.pts)
+        and frame.pts == int(clip.timeline.pts[0])
+    )
+    # As in decode_clips: without a matrix, BT.709 from 720 lines on.
+    bt709 = matrix == 1 or (matrix == 2 and frame.height >= 720)
+    return _Side(clip, data, codec, (frame.height, frame.width), bt709, is_plain)
+
+
+class _Facts:
+    """What `DecodedClips` tells beside the pixels, pair by pair."""
+
+    def __init__(self, pairs: int, frames: int) -> None:
+        self._pairs = pairs
+        self._ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
+        self._times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
+        self._original = torch.zeros((2 * pairs, 2), dtype=torch.int64, device="cpu")
+        self._corner = torch.zeros_like(self._original)
+        self._concealed = torch.zeros(2 * pairs, dtype=torch.int64, device="cpu")
+        self._matrix, self._full_range = ["bt709"] * (2 * pairs), [False] * (2 * pairs)
+        self.failures: list[DecodeFailure] = []
+
+    def set(self, pair: int, times: Sequence[Fraction], plans: Sequence[Plan], sides: Sequence[_Side]) -> None:
+        self._times[pair] = torch.tensor([float(t) for t in times], dtype=torch.float64)
+        for row, way, side in zip((pair, pair + self._pairs), plans, sides, strict=True):
+            self._original[row], self._corner[row] = torch.tensor(way.original()), torch.tensor(way.corner())
+            self._matrix[row] = "bt709" if side.bt709 else "bt601"
+
+    def take(self, rest: DecodedClips, chosen: list[int]) -> None:
+        rows = [*chosen, *(i + self._pairs for i in chosen)]
+        self._ok[chosen], self._times[chosen] = rest.ok, rest.times
+        self._original[rows], self._corner[rows] = rest.original_size, rest.crop_top_left
+        self._concealed[rows] = rest.concealed
+        for k, row in enumerate(rows):
+            self._matrix[row], self._full_range[row] = rest.matrix[k], rest.full_range[k]
+        self.failures += [DecodeFailure(e.arm, chosen[e.index], e.reason) for e in rest.errors]
+
+    def result(self, out: Tensor, draws: Sequence[Draw]) -> DecodedClips:
+        flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
+        places = self._original, self._corner, flipped, self._concealed
+        colours = tuple(self._matrix), tuple(self._full_range)
+        return DecodedClips(out, self._ok, tuple(self.failures), self._times, *places, *colours)

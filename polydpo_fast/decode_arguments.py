@@ -1,0 +1,330 @@
+"""The arguments of the decoders of images and clips: every check, in one place; and what is drawn for each pair."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ClipLimits",
+    "DecodeLimits",
+    "Draw",
+    "Request",
+    "check_clips",
+    "check_count",
+    "check_images",
+    "check_threads",
+]
+
+# The numbers of csrc/pixels.hpp, geometry.hpp and resample.hpp.
+_DTYPES = {"yuv420": -1, torch.uint8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_RESIZES = {None: 0, "cover": 1, "contain": 2, "stretch": 3}
+_INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
+_MAX_SIDE = 16384
+_CPU = torch.device("cpu")
+
+T = TypeVar("T")
+
+Draw = tuple[bool, int, int, bool]
+"""Whether a pair's crop is centred, two uniform 32-bit numbers for its corner, whether it is mirrored."""
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What an image may cost; more is refused before memory is allocated for it.
+
+    pixels: height times width.
+    bytes: of the compressed image.
+    scans: of a progressive JPEG; each is a pass over all coefficients, so a small file can cost minutes.
+    decoded: bytes of memory that a decoder may take for one image besides its rows: the coefficients of a progressive
+        JPEG, the inflated data of a PNG.
+    """
+
+    pixels: int = 1 << 27
+    bytes: int = 1 << 28
+    scans: int = 100
+    decoded: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name, most in (("pixels", 2**62), ("bytes", 2**62), ("scans", 2**30), ("decoded", 2**62)):
+            check_count(f"limits.{name}", getattr(self, name), most)
+
+
+@dataclass(frozen=True)
+class ClipLimits:
+    """What a clip may cost; more is refused before memory is allocated for it.
+
+    pixels: height times width of a frame.
+    bytes: of the compressed clip.
+    frames: in the stream, also of those that are not used.
+    timeout_s: seconds of work that one clip may take; looked at between two frames.
+    """
+
+    pixels: int = 1 << 24
+    bytes: int = 1 << 32
+    frames: int = 1 << 20
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("pixels", "bytes", "frames"):
+            check_count(f"limits.{name}", getattr(self, name), 2**62)
+        if not _is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
+            raise ValueError(f"limits.timeout_s is {self.timeout_s!r}; expected seconds >= 0")
+
+
+class Request(NamedTuple):
+    """What a decoder is asked for, checked."""
+
+    win: list[Any]
+    lose: list[Any]
+    size: tuple[int, int]
+    planes: bool  # stored ones: dtype="yuv420"
+    out: Tensor
+    seeds: list[int] | None  # of the pairs; None where nothing is drawn
+    draws: list[Draw]
+    starts: list[float]  # for each pair, from 0 to 1: where a random start falls
+    limits: Any
+    threads: int
+    native: dict[str, Any]  # arguments of csrc/bindings.cpp
+
+
+def check_images(
+    win: Sequence[Any], lose: Sequence[Any], *, exif: str, limits: DecodeLimits | None, **common: Any
+) -> Request:
+    """The arguments of `decode_pairs`; and `device`, where `out` is to be."""
+    check_choice("exif", exif, ("apply", "ignore"))
+    arms = _check_arms(win, lose, "images", "bytes-like objects")
+    return _check(arms, (), limits=_check_limits(limits, DecodeLimits), **common)
+
+
+def check_clips(
+    win: Sequence[Any],
+    lose: Sequence[Any],
+    *,
+    frames: int,
+    fps: float | Fraction | None,
+    start: str | float,
+    short: str,
+    layout: str,
+    limits: ClipLimits | None,
+    cache: str | os.PathLike[str] | None,
+    **common: Any,
+) -> Request:
+    """The arguments of `decode_clips`; and `device`, where `out` is to be."""
+    arms = _check_arms(win, lose, "clips", "bytes-like objects or paths")
+    check_count("frames", frames, 1 << 16)
+    check_choice("short", short, ("error", "repeat", "loop"))
+    check_choice("layout", layout, ("CTHW", "TCHW"))
+    if fps is not None and not (_is_number(fps) and 0.001 <= fps <= 1000):
+        raise ValueError(f"fps is {fps!r}; expected a number from 0.001 to 1000, or None")
+    if start not in ("center", "random") and not (_is_number(start) and 0 <= start < math.inf):  # type: ignore[operator]
+        raise ValueError(f"start is {start!r}; expected 'center', 'random', or seconds >= 0")
+    if not isinstance(cache, (str, os.PathLike, type(None))):
+        raise TypeError(f"cache is a {type(cache).__name__}; expected the path of a folder, or None")
+    common |= dict(limits=_check_limits(limits, ClipLimits), is_drawn=start == "random")
+    return _check(arms, (frames,), frames_first=layout == "TCHW", **common)
+
+
+def _check(
+    arms: tuple[list[Any], list[Any]],
+    frames: tuple[int, ...],
+    *,
+    size: int | tuple[int, int],
+    resize: str | None,
+    interpolation: str,
+    crop: str,
+    hflip: float,
+    seeds: Sequence[int] | Tensor | None,
+    dtype: torch.dtype | str,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    background: tuple[int, int, int],
+    out: Tensor | None,
+    strict: bool,
+    limits: object,
+    on_error: str,
+    threads: int | None,
+    frames_first: bool = False,
+    is_drawn: bool = False,
+    device: torch.device = _CPU,
+) -> Request:
+    """What both have in common. is_drawn: whether more than crop and mirror is."""
+    pairs = len(arms[0])
+    height, width = _check_size(size)
+    check_choice("resize", resize, (*_RESIZES,))
+    check_choice("interpolation", interpolation, (*_INTERPOLATIONS,))
+    check_choice("crop", crop, ("center", "random"))
+    check_choice("on_error", on_error, ("raise", "mask"))
+    if not isinstance(dtype, (torch.dtype, str)) or dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8, or 'yuv420'")
+    planes = dtype == "yuv420"
+    if planes and (height % 2 or width % 2):
+        raise ValueError(f"size is {size!r}; expected even sides for dtype='yuv420'")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict is {strict!r}; expected True or False")
+    threads = check_threads(threads)
+    native = dict(
+        dtype=_DTYPES[dtype],
+        normal=_normalisation(mean, std),
+        background=_check_colour(background),
+        size=(height, width),
+        resize=_RESIZES[resize],
+        interpolation=_INTERPOLATIONS[interpolation],
+    )
+    shape = (2 * pairs, *frames, 3, height, width) if frames_first else (2 * pairs, 3, *frames, height, width)
+    if planes:
+        shape = (2 * pairs, *frames, height * 3 // 2, width)
+    element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
+    if out is None:
+        out = torch.empty(shape, dtype=element, device=device)
+    else:
+        _check_out(out, shape, element, device)
+    if isinstance(hflip, bool) or not isinstance(hflip, (int, float)) or not 0 <= hflip <= 1:
+        raise ValueError(f"hflip is {hflip!r}; expected a number from 0 to 1")
+    numbers = _check_seeds(seeds, pairs, is_drawn or crop == "random" or hflip not in (0, 1))
+    draws, starts = _drawn(numbers, pairs, crop, hflip)
+    return Request(*arms, (height, width), planes, out, numbers, draws, starts, limits, threads, native)
+
+
+# ------------------------------------------------------------------------------------------------ one by one
+
+
+def check_count(name: str, value: object, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}; expected an int from 1 to {most}")
+
+
+def check_threads(threads: int | None) -> int:
+    """At most so many; as many as processors this process may use if None."""
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    check_count("threads", threads, 1024)
+    return threads
+
+
+def _check_arms(win: Sequence[T], lose: Sequence[T], noun: str, members: str) -> tuple[list[T], list[T]]:
+    for name, arm in (("win", win), ("lose", lose)):
+        # A single one is a sequence too, of numbers.
+        if isinstance(arm, (bytes, bytearray, memoryview, str)) or not isinstance(arm, Sequence):
+            raise TypeError(f"{name} is a {type(arm).__name__}; expected a list of {members}")
+    win, lose = list(win), list(lose)  # other threads may change the caller's
+    if len(win) != len(lose):
+        raise ValueError(f"lose has {len(lose)} {noun}; expected {len(win)} like win")
+    if len(win) == 0:
+        raise ValueError("win and lose are empty; expected at least one pair")
+    return win, lose
+
+
+def _check_limits(limits: T | None, kind: type[T]) -> T:
+    if limits is None:
+        return kind()
+    if not isinstance(limits, kind):
+        raise TypeError(f"limits is a {type(limits).__name__}; expected a {kind.__name__}")
+    return limits
+
+
+def check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = map(operator.index, size if isinstance(size, Sequence) else (size, size))
+    except (TypeError, ValueError):
+        raise TypeError(f"size is {size!r}; expected an int or (height, width)") from None
+    if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
+        raise ValueError(f"size is {size!r}; expected sides from 1 to {_MAX_SIDE}")
+    return height, width
+
+
+def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) -> list[float]:
+    """What C++ subtracts from the levels of each channel, and what it multiplies them with."""
+    means, stds = _per_channel("mean", mean), _per_channel("std", std)
+    if not all(s >= 1e-6 for s in stds):
+        raise ValueError(f"std is {std!r}; expected numbers > 0, at least 1e-6")
+    return [255 * m for m in means] + [1 / (255 * s) for s in stds]
+
+
+def _per_channel(name: str, value: float | Sequence[float]) -> list[float]:
+    values = list(value) if isinstance(value, Sequence) else [value] * 3
+    for x in values:
+        if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) < 1e6:
+            raise ValueError(f"{name} is {value!r}; expected a number, or three")
+    if len(values) != 3:
+        raise ValueError(f"{name} has {len(values)} numbers; expected one, or three")
+    return values
+
+
+def _check_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not (isinstance(colour, Sequence) and len(colour) == 3) or not all(
+        isinstance(c, int) and not isinstance(c, bool) and 0 <= c <= 255 for c in colour
+    ):
+        raise ValueError(f"background is {colour!r}; expected red, green and blue, integers from 0 to 255")
+    return colour[0], colour[1], colour[2]
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is a {type(out).__name__}; expected a torch.Tensor")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}; expected {shape}")
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}; expected {dtype}")
+    is_there = out.device == device or out.device.type == device.type == "cpu"
+    plain = out.layout == torch.strided and not out.is_neg() and not out._is_zerotensor()
+    if not is_there or not plain or not out.is_contiguous() or out.requires_grad:
+        raise ValueError(
+            f"out is on {out.device}, of layout {out.layout}, requires_grad: {out.requires_grad}; "
+            f"expected a contiguous {'CPU' if device.type == 'cpu' else device} tensor without gradient"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+
+
+# -------------------------------------------------------------------------------------------- what is drawn
+
+
+def _check_seeds(seeds: Sequence[int] | Tensor | None, pairs: int, is_drawn: bool) -> list[int] | None:
+    if seeds is None:
+        return torch.randint(2**63 - 1, (pairs,), device="cpu").tolist() if is_drawn else None
+    try:
+        numbers = [operator.index(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
+    except TypeError:
+        raise TypeError(f"seeds is {seeds!r}; expected a sequence of integers") from None
+    if len(numbers) != pairs:
+        raise ValueError(f"seeds has {len(numbers)} numbers; expected {pairs}, one per pair")
+    return numbers
+
+
+def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tuple[list[Draw], list[float]]:
+    """For each pair its crop and mirror, and where its start falls."""
+    if seeds is None:
+        return [(True, 0, 0, hflip == 1)] * pairs, [0.0] * pairs
+    draws, starts = [], []
+    for seed in seeds:
+        top, left, flip, start = (_splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3, 4))
+        draws.append((crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
+        starts.append(start / 2**64)
+    return draws, starts
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _splitmix64(state: int) -> int:
+    """Steele, Lea and Flood 2014: 64 well mixed bits of a counter."""
+    z = state % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
