@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .bench import Change
 
 app = typer.Typer(
     name="polydpo-fast",
@@ -17,6 +22,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_Config = Annotated[Path | None, typer.Option(help="Settings in YAML; options here take their place.")]
+_Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Diffusers pipeline.")]
+_Data = Annotated[list[str] | None, typer.Option(help="Files, globs, a folder or an address of pairs, or of `cache`.")]
+_Size = Annotated[int | None, typer.Option(help="Side of the pixels; the model's own if it is not given.")]
+_Precision = Annotated[str | None, typer.Option(help="no, fp16 or bf16.")]
+_Seed = Annotated[int | None, typer.Option(help="Of order, crops, noise, timesteps and pictures.")]
+_Assign = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting, in YAML.")]
 
 
 @app.command()
@@ -144,13 +157,51 @@ def check(
 
 
 @app.command()
+def bench(
+    suites: Annotated[list[str] | None, typer.Argument(help="loss, decode, loader ...; all if none is named.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of results; benchmarks/results/MACHINE.json.")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Two files of results, before and after.")] = None,
+) -> None:
+    """Run the benchmarks and keep their results; or compare two files, and exit with 1 if something is slower."""
+    from . import bench as benchmarks
+
+    try:
+        if compare is not None:
+            changes = benchmarks.compare(*map(benchmarks.read_results, compare))
+            _print_changes(changes)
+            raise typer.Exit(1 if any(change.slower for change in changes) else 0)
+        Console().print(f"results: {benchmarks.run(suites or (), out)}", highlight=False, soft_wrap=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _print_changes(changes: list[Change]) -> None:
+    table = Table("suite", "case", "way", title="Time after / before, the machine's own drift taken out", box=None)
+    for column in ("ratio", "noise", "peak memory", ""):
+        table.add_column(column, justify="right")
+    for change in changes:
+        verdict = "[red]slower[/red]" if change.slower else "[green]faster[/green]" if change.faster else ""
+        peaks = f"{change.bytes[1] / change.bytes[0]:.2f}" if change.bytes and change.bytes[0] else ""
+        figures = (f"{change.ratio:.2f}", f"{change.noise:.0%}", peaks, verdict)
+        table.add_row(change.suite, change.case, change.way, *figures)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    counts = (sum(change.slower for change in changes), sum(change.faster for change in changes), len(changes))
+    console.print("{} slower, {} faster of {} that both have".format(*counts), highlight=False)
+
+
+@app.command()
 def train(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="Settings in YAML; options here take their place.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a Diffusers pipeline.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Files, globs, a folder or an address of pairs.")] = None,
+    config: _Config = None,
+    model: _Model = None,
+    data: _Data = None,
+    reference_errors: Annotated[str | None, typer.Option(help="Made by `reference`; no reference is asked.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the result, checkpoints and metrics.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the pixels; the model's own if it is not given.")] = None,
+    size: _Size = None,
     batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Forwards per step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the optimizer.")] = None,
@@ -161,7 +212,7 @@ def train(
     optimizer: Annotated[str | None, typer.Option(help="adamw, adamw8bit or adafactor.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="After the warmup.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup.")] = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
+    mixed_precision: _Precision = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights; 0 for none.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps; 0 for no checkpoints.")] = None,
@@ -170,30 +221,61 @@ def train(
     validation_prompts: Annotated[list[str] | None, typer.Option(help="Rendered to a sheet. Repeat for more.")] = None,
     validation_every: Annotated[int | None, typer.Option(help="Steps between two sheets.")] = None,
     trackers: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb. Repeat for more.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of order, crops, noise, timesteps and pictures.")] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting, in YAML.")] = None,
+    seed: _Seed = None,
+    assign: _Assign = None,
 ) -> None:
     """Align a Diffusers pipeline with preference pairs; runs under `accelerate launch` too."""
-    given = {name: value for name, value in context.params.items() if value is not None and value not in ([], ())}
-    for name in ("config", "assign"):
-        given.pop(name, None)
-    try:
-        import yaml
-
-        from .diffusion.config import read_settings
+    with _training(context) as settings:
         from .diffusion.train import train as run
 
-        for assignment in assign or ():
-            name, sign, value = assignment.partition("=")
-            if not sign:
-                raise ValueError(f"--set is {assignment!r}; expected NAME=VALUE")
-            given[name] = yaml.safe_load(value)
-        run(read_settings(config, **given))
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"--set is no YAML: {error}") from error
-    except (OSError, TypeError, ValueError, ImportError, ArithmeticError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from error
+        run(settings)
+
+
+@app.command()
+def cache(
+    context: typer.Context,
+    out: Annotated[Path, typer.Argument(help="Folder for the latents; what was interrupted is continued.")],
+    config: _Config = None,
+    model: _Model = None,
+    data: _Data = None,
+    size: _Size = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per process at once.")] = None,
+    mixed_precision: _Precision = None,
+    seed: _Seed = None,
+    store: Annotated[str | None, typer.Option(help="Type of stored numbers: float32, bfloat16, float16.")] = None,
+    assign: _Assign = None,
+) -> None:
+    """Encode images and prompts once; `train --data OUT` needs neither then. Runs under `accelerate launch` too."""
+    with _training(context, "out", "store") as settings:
+        import torch
+
+        from .diffusion.precompute import cache as run
+
+        if store not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"--store is {store!r}; expected float32, bfloat16 or float16")
+        run(settings, out, dtype=None if store is None else getattr(torch, store))
+
+
+@app.command()
+def reference(
+    context: typer.Context,
+    out: Annotated[Path, typer.Argument(help="Folder for the errors; what was interrupted is continued.")],
+    config: _Config = None,
+    model: _Model = None,
+    data: _Data = None,
+    size: _Size = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per process at once.")] = None,
+    mixed_precision: _Precision = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Of the training, whose reference it is.")] = None,
+    seed: _Seed = None,
+    draws: Annotated[int, typer.Option(min=1, help="Epochs that have noise of their own.")] = 4,
+    assign: _Assign = None,
+) -> None:
+    """Compute the reference's errors once, for `train --reference-errors OUT`. Runs under `accelerate launch` too."""
+    with _training(context, "out", "draws") as settings:
+        from .diffusion.precompute import reference as run
+
+        run(settings, out, draws=draws)
 
 
 @app.command()
@@ -230,3 +312,26 @@ def geneval(
     except (OSError, TypeError, ValueError, ImportError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+@contextmanager
+def _training(context: typer.Context, *own: str) -> Iterator[Any]:
+    """The settings that a command was given, without what is its own. What goes wrong is said in a line."""
+    given = {name: value for name, value in context.params.items() if value is not None and value not in ([], ())}
+    config, assign = given.pop("config", None), given.pop("assign", ())
+    try:
+        import yaml
+
+        from .diffusion.config import read_settings
+
+        for assignment in assign:
+            name, sign, value = assignment.partition("=")
+            if not sign:
+                raise ValueError(f"--set is {assignment!r}; expected NAME=VALUE")
+            given[name] = yaml.safe_load(value)
+        yield read_settings(config, **{name: value for name, value in given.items() if name not in own})
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"--set is no YAML: {error}") from error
+    except (OSError, TypeError, ValueError, ImportError, ArithmeticError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from error

@@ -19,7 +19,9 @@ class Settings:
     """A training run.
 
     model: a folder or a hub id of a Diffusers pipeline.
-    data: what `open_source` takes; data_options: of that source, such as ties, root, columns.
+    data: what `open_source` takes, or a folder of latents that `polydpo-fast cache` made with the same settings;
+        data_options: of that source, such as ties, root, columns.
+    reference_errors: a folder that `polydpo-fast reference` made with the same settings, instead of a reference.
     output: the folder of checkpoints, metrics, pictures and the result, which all processes share.
     loader: further arguments of `PairLoader` and of decoding: crop, hflip, frames, fps, ledger, window ...
     size: of the pixels, a side or [height, width]; None for what the model was made for.
@@ -48,6 +50,7 @@ class Settings:
     data: str | list[str]
     output: str = "train-output"
     data_options: dict[str, Any] = field(default_factory=dict)
+    reference_errors: str | None = None
     loader: dict[str, Any] = field(default_factory=dict)
     size: int | list[int] | None = None
     batch_size: int = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "conditioning",
     "decode_latents",
     "encode_pixels",
+    "encode_prompts",
     "family_of",
     "load_pipeline",
     "load_result",
@@ -39,7 +40,7 @@ class Family:
     """One class of pipelines.
 
     model: the name of the part that is trained.
-    encode: (pipeline, prompts, device) to the keyword arguments of the model, a row per prompt.
+    encode: (pipeline, prompts, device) to tensors of a row per prompt.
     patch: latents per token and side: sides of the pixels are multiples of this many latents.
     video: whether it makes clips, (N, C, T, H, W).
     vae_float32: the VAE overflows in float16, and loses what shows in bfloat16.
@@ -47,7 +48,7 @@ class Family:
     """
 
     model: str
-    encode: Callable[[Any, list[str], torch.device], dict[str, Any]]
+    encode: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
     patch: int = 1
     video: bool = False
     vae_float32: bool = False
@@ -134,14 +135,19 @@ def check_geometry(pipe: Any, family: Family, size: tuple[int, int], frames: int
             raise ValueError(f"loader has frames={frames}; expected a multiple of {stride}, and one more, for the VAE")
 
 
-def conditioning(pipe: Any, family: Family, batch: PairBatch, size: tuple[int, int]) -> dict[str, Any]:
-    """The keyword arguments of the model for a batch: its prompts, and for SDXL its geometry."""
-    device = batch.pixels.device
-    with torch.no_grad():
-        result = family.encode(pipe, batch.prompts, device)
+@torch.no_grad()
+def encode_prompts(pipe: Any, family: Family, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of a row per prompt."""
+    return family.encode(pipe, prompts, device)
+
+
+def conditioning(family: Family, text: Mapping[str, Tensor], batch: PairBatch, size: tuple[int, int]) -> dict[str, Any]:
+    """The keyword arguments of the model for a batch: its encoded prompts, and for SDXL its geometry."""
+    result: dict[str, Any] = dict(text)
     if family.encode is _sdxl:
-        geometry = time_ids(batch.original_size, batch.crop_top_left, size)
-        result["added_cond_kwargs"]["time_ids"] = geometry.to(device, torch.float32)
+        pooled = result.pop("text_embeds")
+        geometry = time_ids(batch.original_size, batch.crop_top_left, size).to(pooled.device, torch.float32)
+        result["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": geometry}
     return result
 
 
@@ -227,27 +233,27 @@ def load_result(pipe: Any, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ families
 
 
-def _sd(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Any]:
+def _sd(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     text, _ = pipe.encode_prompt(prompts, device, 1, False)
     return {"encoder_hidden_states": text}
 
 
-def _sdxl(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Any]:
+def _sdxl(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     text, _, pooled, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled}}
+    return {"encoder_hidden_states": text, "text_embeds": pooled}
 
 
-def _sd3(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Any]:
+def _sd3(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
 
-def _flux(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Any]:
+def _flux(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     text, pooled, _ = pipe.encode_prompt(prompts, None, device=device)
     return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
 
-def _wan(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Any]:
+def _wan(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     # Its pipeline calls itself with 512 tokens, which is what the model was trained with.
     text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512, device=device)
     return {"encoder_hidden_states": text}

@@ -16,7 +16,7 @@ from ..data.fields import parse_json
 from ..data.ready import Ready, ReadyPair
 from ..data.source import fingerprint_of
 from .reference_store import Encode, random_options
-from .shards import Columns, Form, Shards, text_of_row
+from .shards import Columns, Form, Progress, Shards, text_of_row
 
 __all__ = ["LatentPairs", "cache_latents"]
 
@@ -42,6 +42,7 @@ def cache_latents(
     parts: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     shard_pairs: int = 128,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Encodes the images and prompts of all pairs once, into safetensors shards that `LatentPairs` reads.
 
@@ -65,6 +66,7 @@ def cache_latents(
         dtype: of what is stored of floating tensors; None for that in which they come.
         shard_pairs: pairs per shard. So many are held in memory, twice while they are written, and so many are encoded
             again after an interruption, at the most.
+        progress: called with the pairs that this rank has encoded, and that it has to encode.
 
     Raises:
         ValueError: encode returns something else; the folder holds latents of another VAE, source, transform or dtype.
@@ -117,7 +119,7 @@ def cache_latents(
         return {**result, "record": [_record(batch, row, encoded) for row in range(pairs)]}
 
     with torch.no_grad():
-        store.fill(loader, columns)
+        store.fill(loader, columns, progress)
 
 
 class LatentPairs(Source):

@@ -14,11 +14,12 @@ from ..data import PairBatch, PairLoader, Source, SourceError
 from ..data.order import mix
 from .fingerprints import fingerprint
 from .objective import PairObjective
-from .shards import Form, Shards
+from .shards import Form, Progress, Shards
 
 __all__ = ["ReferenceErrors", "precompute_reference_errors"]
 
 Encode = Callable[[PairBatch], Mapping[str, Any]]
+Vary = Callable[[PairBatch, Mapping[str, Any], list[int]], Mapping[str, Any]]
 
 _KIND = "reference errors 1"  # to be raised when noise is drawn in another way
 
@@ -34,6 +35,8 @@ def precompute_reference_errors(
     seed: int = 0,
     parts: Mapping[str, Any] | None = None,
     shard_pairs: int = 1024,
+    vary: Vary | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Computes the reference's errors of all pairs at `draws` noises and timesteps each, and stores them.
 
@@ -63,6 +66,9 @@ def precompute_reference_errors(
         draws: noises per pair: as many epochs have noise of their own, then it comes again.
         parts: what else the errors depend on, to be compared later: {"vae": vae, "text_encoder": text_encoder}.
         shard_pairs: pairs per shard, of which an interruption costs one at the most on each rank.
+        vary: a function of a batch, its conditioning, and its seeds in a draw, that returns the conditioning in that
+            draw, such as with some prompts dropped. The training has to do the same.
+        progress: called with the pairs that this rank has done, and that it has to do.
 
     Raises:
         ValueError: the loader crops, mirrors or cuts at random, or drops prompts, so that the training would see other
@@ -110,8 +116,9 @@ def precompute_reference_errors(
                 raise ValueError("encode returned other latents when called again; expected a VAE's mean or mode")
             compared = True
         for draw in range(draws):
-            seeds = [mix(seed, index, draw) for index in batch.index.tolist()]
-            errors = objective.reference_errors(model, latents, conditioning, seeds=seeds)
+            seeds = [mix(seed, draw, index) for index in batch.index.tolist()]
+            given = conditioning if vary is None else vary(batch, conditioning, seeds)
+            errors = objective.reference_errors(model, latents, given, seeds=seeds)
             result[:, draw] = errors.view(2, -1).T.cpu()
         bad = ~result.isfinite().flatten(1).all(1) & batch.ok.cpu()
         if bad.any():
@@ -121,7 +128,7 @@ def precompute_reference_errors(
         return {"errors": result}
 
     with torch.no_grad():
-        store.fill(loader, columns)
+        store.fill(loader, columns, progress)
 
 
 class ReferenceErrors:
@@ -150,7 +157,7 @@ class ReferenceErrors:
     def seeds(self, index: Tensor, draw: int) -> list[int]:
         """Of the noise and timesteps of these pairs, (B,) int64, in this draw: what PairObjective takes as `seeds`."""
         self._check_draw(draw)
-        return [mix(self._seed, number, draw) for number in index.tolist()]
+        return [mix(self._seed, draw, number) for number in index.tolist()]
 
     def __call__(self, index: Tensor, draw: int) -> Tensor:
         """The errors of these pairs, (2B,) float64 on the index's device: what PairObjective takes as `ref_error`.

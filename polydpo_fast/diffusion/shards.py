@@ -23,9 +23,12 @@ from ..data import PairBatch, PairError, PairLoader, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
 from .fingerprints import alternatives, fingerprint
 
-__all__ = ["Columns", "Form", "Shards", "text_of_row"]
+__all__ = ["Columns", "Form", "Progress", "Shards", "is_store", "text_of_row"]
 
 Columns = Mapping[str, Tensor | list[bytes]]
+Progress = Callable[[int, int], None]
+"""Called with the pairs that this rank has done, and that it has to do."""
+
 Form = dict[str, tuple[str, tuple[int, ...]]]
 """Of each tensor the dtype, as safetensors names it, and the shape of one pair's part; None where lengths differ."""
 
@@ -142,7 +145,7 @@ class Shards:
                     f"here it is {mine[0]}"
                 )
 
-    def fill(self, loader: PairLoader, columns: Callable[[PairBatch, int], Columns]) -> None:
+    def fill(self, loader: PairLoader, columns: Callable[[PairBatch, int], Columns], progress: Progress) -> None:
         """Makes the shards that are missing, of this rank's share.
 
         columns: a function of a batch and the number of its first pair, that returns tensors and texts, B rows each.
@@ -153,7 +156,9 @@ class Shards:
         mine = [number for number in self.missing() if number % world_size == rank]
         if not mine:
             return
-        size, form = loader.batch_size, self._present()
+        size, form, done = loader.batch_size, self._present(), 0
+        total = sum(end - begin for begin, end in map(self.span, mine))
+        progress(0, total)
         walks = []
         for number in mine:
             begin, end = self.span(number)
@@ -177,6 +182,8 @@ class Shards:
                                 f"{shard[name].dtype} {tuple(shard[name].shape[1:])}, as before"
                             )
                         shard[name][start - begin : start - begin + rows] = value[:rows]
+                    done += rows
+                    progress(done, total)
                 form = self._write(number, {**shard, **{name: _packed(text) for name, text in texts.items()}}, form)
 
     @contextlib.contextmanager
@@ -279,6 +286,11 @@ class Shards:
             stale.unlink(missing_ok=True)
         _put(self.path(number), save(tensors, {_STAMP: self._stamp(number)}))
         return here
+
+
+def is_store(folder: str | os.PathLike[str]) -> bool:
+    """Of either kind, complete or not."""
+    return (Path(folder) / _INDEX).is_file()
 
 
 def text_of_row(name: str, row: Mapping[str, Tensor]) -> bytes:

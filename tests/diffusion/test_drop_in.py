@@ -18,15 +18,6 @@ STEPS = 20
 PAIRS = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def setting(family):
     """A UNet with LoRA, as both scripts train it, batches of latents and conditioning, a scheduler."""
     unet, _, conditioning, scheduler = build(family)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from data.pairs import Tiny
 from diffusion.encoding import TinyVae, encoder
+from diffusion.runs import stored
 from diffusion.tiny import build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -37,14 +38,6 @@ def make(folder, loader=None, vae=None, **options):
     vae = vae or TinyVae()
     cache_latents(loader or images(), encoder(vae), folder, **{**dict(parts={"vae": vae}, shard_pairs=6), **options})
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -127,21 +120,11 @@ def test_crops_and_mirrors_are_drawn_once(tmp_path):
         cache_latents(images(**{**drawn, "seed": 4}), encode, tmp_path / "one", parts={}, shard_pairs=6)
 
 
-def stored(folder):
-    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(tensor, other[name][key]) for name in one for key, tensor in one[name].items()
-    )
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_ranks_makes_the_same(tmp_path, store, world_size):
     for rank in range(world_size):
         make(tmp_path / "ranks", images(rank=rank, world_size=world_size))
-    assert equal(stored(tmp_path / "ranks"), stored(store))
+    assert stored(tmp_path / "ranks") == stored(store)
     assert LatentPairs(tmp_path / "ranks").fingerprint == LatentPairs(store).fingerprint
 
 
@@ -184,7 +167,7 @@ def test_killed_and_begun_again(tmp_path, store, request):
     make(folder)
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
     assert {path.name for path in folder.iterdir()} == {*stored(store), "store.json"}
-    assert equal(stored(folder), stored(store))
+    assert stored(folder) == stored(store)
 
 
 def test_of_other_things_they_are_refused(store):

@@ -8,6 +8,7 @@ import torch
 from data.pairs import Tiny
 from diffusers import DDPMScheduler
 from diffusion.encoding import TinyVae, encoder
+from diffusion.runs import stored
 from diffusion.tiny import build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -37,15 +38,6 @@ def perturbed(model):
 
 def loader(pairs=10, batch_size=2, source=None, **options):
     return PairLoader(source or Tiny(pairs), batch_size, **{**PIXELS, **options})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that more would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +88,6 @@ def test_losses_are_those_of_a_reference_that_is_asked(tmp_path, family):
     assert not {3, 8} & set(seen)
 
 
-def stored(folder):
-    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].keys() == other[name].keys()
-        assert all(
-            torch.equal(value.nan_to_num(-1), other[name][key].nan_to_num(-1)) for key, value in one[name].items()
-        )
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_ranks_makes_the_same(tmp_path, store, sd15, world_size):
     model, scheduler, encode = sd15
@@ -120,7 +99,7 @@ def test_any_number_of_ranks_makes_the_same(tmp_path, store, sd15, world_size):
         if rank < world_size - 1:
             with pytest.raises(SourceError, match=r"is incomplete: \d of 3 shards are missing .*-of-00003.safetensors"):
                 ReferenceErrors(folder)
-    same(stored(folder), stored(store))
+    assert stored(folder) == stored(store)
     assert torch.isnan(load_file(store / "00000-of-00003.safetensors")["errors"]).flatten(1).any(1).tolist() == [
         False, False, False, True
     ]  # fmt: skip
@@ -148,7 +127,7 @@ def test_what_was_interrupted_goes_on(tmp_path, store, sd15, calls):
     assert len(before) == calls // 2
     make(encode)
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
-    same(stored(folder), stored(store))
+    assert stored(folder) == stored(store)
     assert {path.name for path in folder.iterdir()} == {*stored(store), "store.json"}
 
 
@@ -230,7 +209,7 @@ def test_adapters_switched_off_are_a_reference(tmp_path, sd15):
         precompute_reference_errors(loader(4), objective, encode, tmp_path / folder, model=policy, **MAKE)
         ReferenceErrors(tmp_path / folder).check(model=model)
         ReferenceErrors(tmp_path / folder).check(model=lora)
-    same(stored(tmp_path / "lora"), stored(tmp_path / "copy"))
+    assert stored(tmp_path / "lora") == stored(tmp_path / "copy")
     lora.conv_out.bias.data += 1
     with pytest.raises(ValueError, match="another model"):
         ReferenceErrors(tmp_path / "lora").check(model=lora)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusion import pipelines
+from diffusion.runs import equal, lines, settings, two_processes, weights
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -23,51 +23,20 @@ from typer.testing import CliRunner
 from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
 from polydpo_fast.data.order import mix
-from polydpo_fast.diffusion import draw_noise, draw_timesteps
+from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, inputs
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
 from polydpo_fast.diffusion.train import NotFiniteError, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    """Accelerate keeps the precision of a process's first run. Models this small are slower with more threads."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A pipeline of SD1.5's kind, and 16 pairs."""
-    folder = tmp_path_factory.mktemp("sd15")
-    pipelines.save("sd15", folder)
-    pipelines.write_pairs(folder / "pairs.parquet", 16)
-    return folder
-
-
-def settings(here, out, **change):
-    given = dict(
-        model=str(here / "pipeline"), data=str(here / "pairs.parquet"), output=str(out), size=16, batch_size=2, steps=4
-    )
-    return read_settings(None, **{**given, "learning_rate": 1e-3, "log_every": 1, **change})
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out):
-    return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+@pytest.fixture
+def here(sd15_and_pairs):
+    return sd15_and_pairs
 
 
 # ----------------------------------------------------------------------------------------------- the whole
@@ -191,8 +160,8 @@ def test_lora_weights_load_into_the_pipeline(here, tmp_path, monkeypatch):
             kept["pred"] = model(noisy, step, text).sample
         save(pipe, family, model, *rest)
 
-    save = training.save_lora
-    monkeypatch.setattr(training, "save_lora", keep)
+    save = checkpoints.save_lora
+    monkeypatch.setattr(checkpoints, "save_lora", keep)
     out = tmp_path / "out"
     train(settings(here, out, lora_rank=3, checkpoint_every=4, optimizer="adafactor", learning_rate=1e-2))
     assert not (out / "unet").exists()
@@ -233,7 +202,7 @@ def test_resuming_is_as_if_nothing_had_happened(here, tmp_path, monkeypatch, cha
     train(settings(here, whole, checkpoint_every=7, **change))
     assert lines(whole)[-1]["epoch"] == 2
 
-    add, calls = training._Journal.add, []
+    add, calls = training.Journal.add, []
 
     def fail(self, step, *rest):
         calls.append(step)
@@ -242,7 +211,7 @@ def test_resuming_is_as_if_nothing_had_happened(here, tmp_path, monkeypatch, cha
         add(self, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Journal, "add", fail)
+        patch.setattr(training.Journal, "add", fail)
         with pytest.raises(Killed):
             train(settings(here, broken, checkpoint_every=2, **change))
     (broken / "partial-checkpoint-6").mkdir()  # as a crash while saving would leave it
@@ -281,7 +250,7 @@ def test_killed_by_a_signal(here, tmp_path):
     train(settings(here, whole, steps=60))
     run = settings(here, broken, steps=60, checkpoint_every=2, keep=2, resume="latest")
     write_settings(run, tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "polydpo_fast.diffusion.train", "--config", str(tmp_path / "run.yaml")]
+    command = [sys.executable, "-m", "polydpo_fast", "train", "--config", str(tmp_path / "run.yaml")]
     kills = 0
     while True:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -301,16 +270,6 @@ def test_killed_by_a_signal(here, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- processes
-
-
-def two_processes(run, folder, port):
-    write_settings(run, folder / "two.yaml")
-    # `accelerate launch` starts processes on CPUs by MPI only; on GPUs it is torchrun too.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command += ["-m", "polydpo_fast.diffusion.train", "--config", str(folder / "two.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    return done.returncode, done.stdout + done.stderr
 
 
 def test_two_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp_port):
@@ -356,17 +315,17 @@ def test_two_processes_with_lora_stop_together_and_resume(here, tmp_path, unused
 
 def poisoned(monkeypatch, keys, at=math.nan):
     """The prompts of these pairs are encoded as NaN."""
-    encode, seen = training.conditioning, []
+    condition, seen = inputs.conditioning, []
 
-    def spoil(pipe, family, batch, size):
-        result = encode(pipe, family, batch, size)
+    def spoil(family, text, batch, size):
+        result = condition(family, text, batch, size)
         seen.append(batch.keys)
         for row, key in enumerate(batch.keys):
             if key in keys:
                 result["encoder_hidden_states"][row] = at
         return result
 
-    monkeypatch.setattr(training, "conditioning", spoil)
+    monkeypatch.setattr(inputs, "conditioning", spoil)
     return seen
 
 

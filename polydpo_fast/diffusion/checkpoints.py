@@ -1,0 +1,107 @@
+"""What a training leaves in its folder: checkpoints to go on from, and the result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Settings
+from .families import Family, save_lora
+from .reference import unwrapped
+
+__all__ = ["checkpoint_adapters_only", "resume", "save_checkpoint", "save_result"]
+
+_ADAPTERS = "adapters.safetensors"
+
+
+def save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> None:
+    """Under another name until it is whole: what a crash leaves behind is never resumed from."""
+    folder, partial = output / f"checkpoint-{step}", output / f"partial-checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        partial.rename(folder)
+        for old in _checkpoints(output)[: -keep or None] if keep else ():
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """From the oldest to the latest."""
+    found = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def resume(accelerator: Any, settings: Settings, output: Path) -> int:
+    """Loads the checkpoint, if there is one to be loaded, and returns the steps that it has behind it."""
+    if settings.resume is None:
+        if _checkpoints(output):
+            raise ValueError(f"{output} has checkpoints of another run; expected --resume latest, or another --output")
+        return 0
+    if settings.resume == "latest":
+        found = _checkpoints(output)
+        if not found:  # so that a job that is started again and again has one command
+            return 0
+        checkpoint = found[-1]
+    else:
+        checkpoint = Path(settings.resume)
+        if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdecimal():
+            raise ValueError(f"resume is {settings.resume!r}; expected 'latest', or a folder checkpoint-STEP")
+    accelerator.load_state(str(checkpoint))
+    return _step_of(checkpoint)
+
+
+def checkpoint_adapters_only(accelerator: Any) -> None:
+    """The other weights are those of the pipeline."""
+    from safetensors.torch import load_file, save_file
+
+    def trained(model: Any) -> dict[str, Tensor]:
+        named = unwrapped(model).named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        if weights:  # FSDP and DeepSpeed have written them already
+            weights.clear()
+            if accelerator.is_main_process:
+                tensors = {name: parameter.detach().contiguous() for name, parameter in trained(models[0]).items()}
+                save_file(tensors, Path(folder) / _ADAPTERS)
+
+    def load(models: list[Any], folder: str) -> None:
+        file = Path(folder) / _ADAPTERS
+        if file.exists():
+            saved, own = load_file(file), trained(models.pop())
+            shapes = {name: tensor.shape for name, tensor in saved.items()}
+            if shapes != {name: parameter.shape for name, parameter in own.items()}:
+                raise ValueError(f"{file} has other adapters than this run; expected its lora_rank and lora_targets")
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    parameter.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_result(accelerator: Any, pipe: Any, family: Family, model: Any, settings: Settings, output: Path) -> None:
+    state = {name.removeprefix("_orig_mod."): value for name, value in accelerator.get_state_dict(model).items()}
+    if accelerator.is_main_process:
+        inner = unwrapped(model)
+        if settings.lora_rank:
+            save_lora(pipe, family, inner, state, output)
+        else:
+            with torch.device("meta"):  # what is wrapped, patched or sharded for training is not what is saved
+                plain = type(inner).from_config(inner.config)
+            plain.load_state_dict(state, assign=True)
+            plain.save_pretrained(output / family.model)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,144 @@
+"""What the models are given: pairs from images, or from a folder of latents that `polydpo-fast cache` made."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import PairBatch, PairLoader, open_source
+from ..data.order import mix
+from .config import Settings
+from .families import conditioning, encode_pixels, encode_prompts
+from .fingerprints import fingerprint
+from .latent_store import LatentPairs
+from .reference_store import random_options
+from .setup import Setup
+from .shards import is_store
+
+__all__ = ["Inputs"]
+
+_NOT_PIXELS = ("threads", "limits", "cache")  # of the decoder's options
+
+
+class Inputs:
+    """The pairs of `settings.data` in batches, and of a batch the latents and the conditioning.
+
+    loader: of images, whose prompts are whole, or of latents. parts: what encoded tensors depend on, to be compared;
+    parts_of_errors: and what a reference's errors do.
+
+    Raises ValueError where a store was made with other settings or another pipeline, with both fingerprints.
+    """
+
+    def __init__(self, settings: Settings, setup: Setup) -> None:
+        pipe = setup.pipe
+        self._settings, self._setup = settings, setup
+        self._encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
+        parts = {
+            "precision": setup.precision,
+            "latents": settings.latents,
+            "decoding": {"size": list(setup.size), **_decoding(settings.loader)},
+            "data_options": settings.data_options,
+            "vae": pipe.vae,
+            **{name: part for name, part in self._encoders.items() if part is not None},
+        }
+        # As texts: what is compared may go.
+        self.parts: dict[str, Any] = {name: fingerprint(part) for name, part in parts.items()}
+        self.cached = is_store(_only(settings.data))
+        self.loader = self._loader()
+        of_source = {"precision": self.parts["precision"]} if self.cached else self.parts
+        self.parts_of_errors: dict[str, Any] = {**of_source, "prompt_dropout": fingerprint(settings.prompt_dropout)}
+        self._nothing: dict[str, Tensor] | None = None
+
+    def to(self, device: torch.device, *, keep_encoders: bool) -> None:
+        """Moves what encodes to the device; of what latents make needless nothing is kept."""
+        pipe = self._setup.pipe
+        if self._settings.prompt_dropout:
+            self._move(device)
+            self._nothing = encode_prompts(pipe, self._setup.family, [""], device)
+        if self.cached and not keep_encoders:
+            for name in ("vae", *self._encoders):
+                setattr(pipe, name, None)
+            self._encoders.clear()
+        else:
+            pipe.vae.to(device)
+            self._move(device)
+
+    def check_fixed(self) -> None:
+        """Raises ValueError where a pair's latents are others in each epoch, so that errors say nothing of them."""
+        random = random_options(self.loader)
+        if not self.cached and self._settings.latents == "sample":
+            random = f"{random}, latents='sample'" if random else "latents='sample'"
+        if random:
+            raise ValueError(
+                f"reference errors are of fixed latents; got {random}; expected none of it, or as data a folder that "
+                "`polydpo-fast cache` made"
+            )
+
+    def encode(self, batch: PairBatch, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Latents, (2B, ...), and what the text encoders make of the prompts, B rows each.
+
+        seeds: of the pairs, from which a VAE's sample is drawn.
+        """
+        if self.cached:
+            text = {name: column for name, column in batch.extra.items() if isinstance(column, Tensor)}
+            return {"latents": batch.pixels, **text}
+        pipe, settings = self._setup.pipe, self._settings
+        of_arms = None
+        if settings.latents == "sample":
+            assert seeds is not None
+            of_arms = [mix(seed, arm) for arm in (1, 2) for seed in seeds]
+        text = encode_prompts(pipe, self._setup.family, batch.prompts, batch.pixels.device)
+        return {"latents": encode_pixels(pipe.vae, batch.pixels, of_arms, chunk=settings.vae_batch), **text}
+
+    def conditioning(self, batch: PairBatch, text: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Any]:
+        """The model's arguments, where some of the prompts are dropped, as the pairs' seeds say."""
+        if self._nothing is not None:
+            dropped = [mix(seed, 4) < self._settings.prompt_dropout * 2**64 for seed in seeds]
+            text = {
+                name: torch.where(
+                    torch.tensor(dropped, device=value.device).view(-1, *[1] * (value.dim() - 1)),
+                    self._nothing[name].to(value),
+                    value,
+                )
+                for name, value in text.items()
+            }
+        return conditioning(self._setup.family, text, batch, self._setup.size)
+
+    def _loader(self) -> PairLoader:
+        settings, setup = self._settings, self._setup
+        accelerator = setup.accelerator
+        options = dict(
+            seed=settings.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=accelerator.device,
+        )
+        if self.cached:
+            latents = LatentPairs(_only(settings.data))
+            latents.check(**self.parts)
+            own = {name: value for name, value in settings.loader.items() if name not in _decoding(settings.loader)}
+            own = {name: value for name, value in own.items() if name not in _NOT_PIXELS}
+            return PairLoader(latents, settings.batch_size, **options, **own)
+        source = open_source(settings.data, **settings.data_options)
+        pixels = dict(size=setup.size, dtype=setup.pipe.vae.dtype)
+        return PairLoader(source, settings.batch_size, **pixels, **options, **settings.loader)
+
+    def _move(self, device: torch.device) -> None:
+        for part in self._encoders.values():
+            if part is not None:
+                part.to(device)
+
+
+def _decoding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a loader's options those on which the pixels depend."""
+    own = set(inspect.signature(PairLoader).parameters)
+    return {name: value for name, value in options.items() if name not in own and name not in _NOT_PIXELS}
+
+
+def _only(data: str | list[str]) -> str:
+    return data if isinstance(data, str) else data[0] if len(data) == 1 else os.devnull

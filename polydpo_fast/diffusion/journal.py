@@ -1,0 +1,84 @@
+"""The metrics of a training: kept on the device until they are written, for all processes together."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Journal", "NotFiniteError"]
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss is NaN or infinite. keys: of the pairs whose it is."""
+
+    def __init__(self, step: int, keys: Sequence[str], everything: bool) -> None:
+        more = " (all of the batch: the weights may have diverged before)" if everything else ""
+        super().__init__(f"the loss is not finite at step {step}, of the pairs {', '.join(keys)}{more}")
+        self.step, self.keys = step, tuple(keys)
+
+
+class Journal:
+    """Keeps losses and metrics on the device until they are written, so that a step does not wait for the device."""
+
+    def __init__(self, accelerator: Any, file: Path, done: int) -> None:
+        self._accelerator, self._file = accelerator, file
+        self._entries: list[tuple[int, list[str], Tensor, dict[str, Tensor]]] = []
+        self._began = time.perf_counter()
+        if accelerator.is_main_process:  # what came after the checkpoint comes again
+            lines = file.read_text().splitlines() if done and file.exists() else []
+            file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done))
+
+    def add(self, step: int, keys: list[str], losses: Tensor, metrics: dict[str, Tensor]) -> None:
+        self._entries.append((step, keys, losses, metrics))
+
+    def write(self, epoch: int, learning_rate: float) -> str:
+        """The means since it was called last, of all processes, to the file and the trackers; returns a note of them.
+
+        Raises NotFiniteError, in all processes.
+        """
+        entries, self._entries = self._entries, []
+        steps = len({step for step, *_ in entries})
+        # Those of the last forward of a step have the norm of the gradient too.
+        columns = {"loss": [losses.mean() for _, _, losses, _ in entries]}
+        for _, _, _, metrics in entries:
+            for name, value in metrics.items():
+                columns.setdefault(name, []).append(value)
+        means = torch.stack([torch.stack([v.float() for v in values]).mean() for values in columns.values()])
+        finite = torch.stack([losses.isfinite().all() for _, _, losses, _ in entries])
+        # One exchange: numbers of all processes, and whether any has a loss that is none.
+        every = self._accelerator.gather(torch.cat((means, (~finite).any().float()[None]))[None]).double().cpu()
+        if every[:, -1].any():
+            self._stop(entries, finite.tolist())
+        values = dict(zip(columns, every[:, :-1].mean(0).tolist(), strict=True))
+        now = time.perf_counter()
+        pairs = sum(len(keys) for _, keys, _, _ in entries) * self._accelerator.num_processes
+        values.update(learning_rate=learning_rate, pairs_per_s=pairs / (now - self._began))
+        self._began = now
+        step = entries[-1][0]
+        self._accelerator.log(values, step=step)
+        if self._accelerator.is_main_process:
+            with self._file.open("a") as file:
+                # A gradient that overflowed in float16 has no norm that JSON could say.
+                finite_or_none = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps({"step": step, "epoch": epoch, "steps": steps, **finite_or_none}) + "\n")
+        return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
+
+    def _stop(self, entries: Sequence[tuple[int, list[str], Tensor, Any]], finite: list[bool]) -> None:
+        from accelerate.utils import gather_object
+
+        found: list[tuple[int, list[str], bool]] = []
+        if not all(finite):
+            step, keys, losses, _ = entries[finite.index(False)]
+            fine = losses.isfinite().tolist()
+            found = [(step, [key for key, good in zip(keys, fine, strict=True) if not good], not any(fine))]
+        found = gather_object(found)
+        first = min(step for step, _, _ in found)
+        found = [one for one in found if one[0] == first]
+        raise NotFiniteError(first, [key for _, keys, _ in found for key in keys], all(whole for *_, whole in found))

@@ -1,0 +1,94 @@
+"""`polydpo-fast cache` and `polydpo-fast reference`: what a training needs again and again, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from torch import Tensor
+
+from ..data import PairBatch
+from ..data.order import mix
+from .config import Settings
+from .forward import predict
+from .inputs import Inputs
+from .latent_store import LatentPairs, cache_latents
+from .reference_store import ReferenceErrors, precompute_reference_errors
+from .setup import objective_of, set_up
+from .shards import Progress as Told
+
+__all__ = ["cache", "reference"]
+
+
+def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Encodes the images and prompts of `settings.data` into a folder that is `settings.data` of a training then.
+
+    Crops, mirrors and samples of the VAE are drawn once. The processes share the work; what was interrupted goes on.
+
+    Raises ValueError where the folder holds something else.
+    """
+    setup = set_up(settings)
+    inputs = Inputs(settings, setup)
+    if inputs.cached:
+        raise ValueError(f"data is {settings.data!r}, which is encoded already; expected images or clips")
+    inputs.to(setup.accelerator.device, keep_encoders=True)
+
+    def encode(batch: PairBatch) -> dict[str, Tensor]:
+        return inputs.encode(batch, [mix(settings.seed, 0, pair) for pair in batch.index.tolist()])
+
+    parts = {**inputs.parts, "seed": settings.seed}
+    with _progress(setup.accelerator, "encoding") as told:
+        cache_latents(inputs.loader, encode, folder, parts=parts, dtype=dtype, progress=told)
+    setup.accelerator.wait_for_everyone()
+    LatentPairs(folder)
+
+
+def reference(settings: Settings, folder: Path, *, draws: int = 4) -> None:
+    """Computes the reference's errors of `settings.data` into a folder that is `reference_errors` of a training then.
+
+    draws: epochs that have noise and timesteps of their own.
+
+    The processes share the work; what was interrupted goes on.
+
+    Raises ValueError where the folder holds something else, and where pixels or latents are drawn anew in each epoch.
+    """
+    setup = set_up(settings)
+    inputs = Inputs(settings, setup)
+    inputs.check_fixed()
+    device = setup.accelerator.device
+    inputs.to(device, keep_encoders=False)
+    model = getattr(setup.pipe, setup.family.model).to(device)
+
+    def forward(model: Any, *inputs: Any) -> Tensor:
+        with setup.accelerator.autocast():  # as a training's
+            return predict(model, *inputs)
+
+    objective = objective_of(settings, setup.pipe, reference=model, forward=forward)
+    with _progress(setup.accelerator, "computing errors") as told:
+        precompute_reference_errors(
+            inputs.loader,
+            objective,
+            inputs.encode,
+            folder,
+            draws=draws,
+            seed=settings.seed,
+            parts=inputs.parts_of_errors,
+            vary=inputs.conditioning,
+            progress=told,
+        )
+    setup.accelerator.wait_for_everyone()
+    ReferenceErrors(folder)
+
+
+@contextmanager
+def _progress(accelerator: Any, what: str) -> Iterator[Told]:
+    """Of the main process's share."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

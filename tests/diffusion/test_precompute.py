@@ -1,0 +1,245 @@
+"""`polydpo-fast cache` and `reference`: trainings from their folders, against trainings from the images."""
+
+import gc
+import math
+import re
+import weakref
+
+import pytest
+import torch
+from diffusion import pipelines
+from diffusion.runs import lines, settings, stored, two_processes, weights
+from typer.testing import CliRunner
+
+from polydpo_fast.cli import app
+from polydpo_fast.diffusion import LatentPairs, ReferenceErrors, setup
+from polydpo_fast.diffusion import inputs as batches
+from polydpo_fast.diffusion import train as training
+from polydpo_fast.diffusion.config import write_settings
+from polydpo_fast.diffusion.precompute import cache, reference
+from polydpo_fast.diffusion.train import train
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+BETA = 100.0
+# Two nearly equal errors are subtracted, each within float32's rounding of what a batch of another size gives.
+TOLERANCE = BETA * 1e-6
+
+
+@pytest.fixture
+def here(sd15_and_pairs):
+    return sd15_and_pairs
+
+
+def apart(one, other):
+    """How far the losses of two trainings are from each other, and how far from their beginning they come."""
+    losses, others = ([line["loss"] for line in lines(run)] for run in (one, other))
+    assert len(losses) == len(others)
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True)), max(abs(a - losses[0]) for a in losses)
+
+
+@pytest.mark.parametrize(
+    ("family", "stores"),
+    [
+        ("sd15", "latents"),
+        ("sd15", "errors"),
+        ("sd15", "latents errors"),
+        ("sdxl", "latents errors"),
+        ("flux", "latents errors"),
+        ("wan", "latents errors"),
+    ],
+)
+def test_trainings_from_stores_equal_those_from_images(family, stores, tmp_path):
+    """Over more than an epoch, with the same noise, timesteps and dropped prompts."""
+    model = pipelines.save(family, tmp_path)
+    change = dict(model=str(model), latents="mode", beta=BETA, prompt_dropout=0.4, seed=4)
+    if family == "wan":
+        change |= dict(data=str(pipelines.write_clips(tmp_path / "clips", 4, 5)), size=[16, 32], loader={"frames": 5})
+    else:
+        change |= dict(data=str(pipelines.write_pairs(tmp_path / "pairs.parquet", 6)), loader={"window": 0})
+    change |= dict(steps=5, max_grad_norm=0.0, adam_epsilon=1e-4)
+    train(settings(tmp_path, tmp_path / "online", **change))
+    if "latents" in stores:
+        cache(settings(tmp_path, tmp_path, **{**change, "batch_size": 3}), tmp_path / "latents")
+        change["data"] = str(tmp_path / "latents")
+    if "errors" in stores:
+        reference(settings(tmp_path, tmp_path, **{**change, "batch_size": 3}), tmp_path / "errors", draws=3)
+        change["reference_errors"] = str(tmp_path / "errors")
+    train(settings(tmp_path, tmp_path / "stored", **change))
+    difference, learned = apart(tmp_path / "online", tmp_path / "stored")
+    assert lines(tmp_path / "stored")[-1]["epoch"] >= 1
+    assert difference <= TOLERANCE < learned / 10
+
+
+def run(*arguments, exit_code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def test_one_file_of_settings_serves_all_commands(here, tmp_path):
+    """Also where crops, mirrors, samples and dropped prompts are random: they are drawn once, but for the prompts."""
+    config, latents, errors, out = (tmp_path / name for name in ("run.yaml", "latents", "errors", "out"))
+    config.write_text(
+        f"model: {here / 'pipeline'}\ndata: {here / 'pairs.parquet'}\noutput: {out}\nsize: 16\nbatch_size: 4\n"
+        "steps: 4\nprompt_dropout: 0.3\nlatents: sample\nlearning_rate: 1e-3\nlog_every: 1\n"
+        "loss: {density: logit_normal}\n"
+        f"loader: {{crop: random, hflip: 0.5, readers: 1, threads: 1, ledger: {tmp_path / 'ledger.jsonl'}}}\n"
+    )
+    run("cache", latents, "--config", config)
+    run("reference", errors, "--config", config, "--data", latents, "--draws", 2)
+    before = stored(latents), stored(errors)
+    # Nothing is to be done again.
+    run("cache", latents, "--config", config)
+    run("reference", errors, "--config", config, "--data", latents, "--draws", 2)
+    assert (stored(latents), stored(errors)) == before
+    run("train", "--config", config, "--data", latents, "--reference-errors", errors)
+    written = lines(out)
+    # The reference was another process's forward in a batch of the same size: almost the same numbers.
+    assert written[0]["loss"] == pytest.approx(math.log(2), abs=5000 * 1e-6)
+    assert [line["step"] for line in written] == [1, 2, 3, 4]
+    assert len(LatentPairs(latents)) == len(ReferenceErrors(errors)) == 16
+
+
+def test_latents_may_be_stored_in_half_precision(here, tmp_path):
+    for kind in ("float32", "bfloat16"):
+        arguments = ["--model", here / "pipeline", "--data", here / "pairs.parquet", "--size", 16]
+        run("cache", tmp_path / kind, *arguments, "--store", kind)
+    whole, half = (LatentPairs(tmp_path / kind)[3].pixels for kind in ("float32", "bfloat16"))
+    assert torch.equal(whole.bfloat16(), half)
+    assert whole.dtype == torch.float32
+    said = run("cache", tmp_path / "x", *arguments, "--store", "int8", exit_code=2)
+    assert "--store is 'int8'; expected float32, bfloat16 or float16" in said
+
+
+@pytest.fixture(scope="module")
+def stores(sd15_and_pairs, tmp_path_factory):
+    """Latents, and errors of them and of the images."""
+    folder = tmp_path_factory.mktemp("stores")
+    plain = dict(latents="mode", batch_size=4)
+    cache(settings(sd15_and_pairs, folder, **plain), folder / "latents")
+    reference(settings(sd15_and_pairs, folder, **plain), folder / "errors")
+    reference(settings(sd15_and_pairs, folder, **plain, data=str(folder / "latents")), folder / "latent-errors")
+    return folder
+
+
+def from_stores(stores, **change):
+    return {
+        **dict(latents="mode", data=str(stores / "latents"), reference_errors=str(stores / "latent-errors")),
+        **change,
+    }
+
+
+def test_what_stores_make_needless_is_not_in_memory(here, stores, tmp_path, monkeypatch):
+    """No VAE, no text encoder, no reference: while steps are made they are gone."""
+    kept, seen = {}, []
+    load, step = setup.load_pipeline, training.Journal.add
+
+    def watched(*arguments, **options):
+        pipe = load(*arguments, **options)
+        kept.update({name: weakref.ref(getattr(pipe, name)) for name in ("vae", "text_encoder", "unet")})
+        return pipe
+
+    def look(*arguments):
+        gc.collect()
+        seen.append({name for name, part in kept.items() if part() is not None})
+        step(*arguments)
+
+    monkeypatch.setattr(setup, "load_pipeline", watched)
+    monkeypatch.setattr(training.Journal, "add", look)
+    monkeypatch.setattr(training, "frozen_copy", None)
+    monkeypatch.setattr(batches, "encode_pixels", None)
+    train(settings(here, tmp_path / "out", **from_stores(stores, prompt_dropout=0.0, steps=2)))
+    assert seen == [{"unet"}] * 2
+    # Pictures need them.
+    prompts = dict(validation_prompts=["ab"], validation_steps=1)
+    train(settings(here, tmp_path / "pictures", **from_stores(stores, steps=1, **prompts)))
+    assert seen[-1] == {"unet", "vae", "text_encoder"}
+    assert (tmp_path / "pictures" / "validation" / "000001.png").exists()
+
+
+def test_resuming_from_stores(here, stores, tmp_path):
+    change = from_stores(stores, batch_size=3, steps=8, checkpoint_every=4)
+    train(settings(here, tmp_path / "whole", **change))
+    train(settings(here, tmp_path / "broken", **{**change, "steps": 4}))
+    train(settings(here, tmp_path / "broken", **change, resume="latest"))
+    whole, broken = (weights(tmp_path / name) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert lines(tmp_path / "whole")[-1]["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "values"),
+    [
+        (dict(mixed_precision="bf16"), "precision", ("float32", "bfloat16")),
+        (dict(latents="sample"), "latents", ("mode", "sample")),
+        (dict(size=32), "decoding", ('{"size": [16, 16]}', '{"size": [32, 32]}')),
+        (dict(loader={"crop": "random"}), "decoding", ('{"size": [16, 16]}', '{"crop": "random", "size": [16, 16]}')),
+        (dict(data_options={"ties": "keep"}), "data_options", ("{}", '{"ties": "keep"}')),
+        (dict(model="other"), "vae", ("AutoencoderKL:[0-9a-f]{32}", "AutoencoderKL:[0-9a-f]{32}")),
+    ],
+)
+def test_latents_of_other_things_are_refused(here, stores, tmp_path, change, name, values):
+    if "model" in change:
+        change["model"] = str(pipelines.save("sd15", tmp_path, seed=1))
+    had, got = (value if name == "vae" else re.escape(value) for value in values)
+    with pytest.raises(ValueError, match=f"was made with another {name}: in the store it is {had}, here it is {got}"):
+        train(settings(here, tmp_path / "out", **from_stores(stores, **{"reference_errors": None, **change})))
+
+
+def test_errors_of_other_things_are_refused(here, stores, tmp_path):
+    other = pipelines.save("sd15", tmp_path)
+    images = dict(latents="mode", data=str(here / "pairs.parquet"), reference_errors=str(stores / "errors"))
+    train(settings(here, tmp_path / "fits", **images, steps=1))
+    for change, name in (
+        (dict(prompt_dropout=0.1), "prompt_dropout"),
+        (dict(size=32), "decoding"),
+        (dict(data=str(pipelines.write_pairs(tmp_path / "more.parquet", 17))), "source"),
+        (dict(data=str(stores / "latents")), "source"),
+        (dict(loss={"density": "mode"}), "timesteps"),
+    ):
+        with pytest.raises(ValueError, match=f"was made with another {name}: in the store it is .*, here it is "):
+            train(settings(here, tmp_path / "out", **{**images, **change}))
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel.from_pretrained(other, subfolder="unet")
+    with torch.no_grad():
+        model.conv_out.bias += 1
+    model.save_pretrained(other / "unet")
+    with pytest.raises(ValueError, match=r"another model: in the store it is UNet2DC.*, here it is UNet2DC"):
+        train(settings(here, tmp_path / "out", **{**images, "model": str(other)}))
+
+
+def test_what_is_random_in_each_epoch_has_no_errors(here, tmp_path):
+    for change, said in (
+        (dict(latents="sample"), "got latents='sample'"),
+        (dict(latents="sample", loader={"hflip": 0.5}), "got hflip=0.5, latents='sample'"),
+    ):
+        one = settings(here, tmp_path, reference_errors=str(tmp_path / "errors"), **change)
+        for command in (lambda one=one: reference(one, tmp_path / "errors"), lambda one=one: train(one)):
+            with pytest.raises(ValueError, match=f"reference errors are of fixed latents; {said}; expected none of it"):
+                command()
+
+
+def test_other_folders_are_named(here, stores, tmp_path):
+    for change, said in (
+        (dict(data=str(stores / "errors")), "it is of 'reference errors 1'; expected 'latents 1'"),
+        (dict(reference_errors=str(stores / "latents")), "it is of 'latents 1'; expected 'reference errors 1'"),
+        (dict(reference_errors=str(tmp_path)), "no store of reference errors 1 is there"),
+    ):
+        write_settings(settings(here, tmp_path / "out", **from_stores(stores, **change)), tmp_path / "run.yaml")
+        assert said in run("train", "--config", tmp_path / "run.yaml", exit_code=2)
+    with pytest.raises(ValueError, match="which is encoded already; expected images or clips"):
+        cache(settings(here, tmp_path, **from_stores(stores)), tmp_path / "again")
+
+
+@pytest.mark.heavy
+def test_two_processes_make_the_same_stores(here, stores, tmp_path, unused_tcp_port):
+    one = settings(here, tmp_path / "out", latents="mode", batch_size=4)
+    for command, name in (("cache", "latents"), ("reference", "errors")):
+        code, said = two_processes(one, tmp_path, unused_tcp_port, (command, str(tmp_path / name)))
+        assert code == 0, said
+        assert stored(tmp_path / name) == stored(stores / name)
