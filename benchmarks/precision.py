@@ -15,52 +15,55 @@ from torch import Tensor
 import polydpo_fast
 
 PAIRS, SHAPE, STEP = 256, (4, 64, 64), 0.002
-BF16, F32 = torch.bfloat16, torch.float32
+DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
 
 
 def logits_of_ours(pred: Tensor, ref: Tensor, target: Tensor) -> Tensor:
     return polydpo_fast.pair_errors(pred, ref, target).logit(5000.0)
 
 
-FORMULAS: list[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = [
-    ("Salesforce's script (in the inputs' dtype)", trainers.salesforce),
-    ("Diffusers' SD1.5 script (in float32)", trainers.diffusers_sd15),
-    ("polydpo_fast", logits_of_ours),
-]
+FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "Salesforce's script (in the inputs' dtype)": trainers.salesforce,
+    "Diffusers' SD1.5 script (in float32)": trainers.diffusers_sd15,
+    "polydpo_fast": logits_of_ours,
+}
+
+
+def batch(policy: torch.dtype, other: torch.dtype) -> list[Tensor]:
+    """Prediction, reference and target."""
+    random = torch.Generator().manual_seed(0)
+    pred, step, target = (torch.randn(2 * PAIRS, *SHAPE, generator=random) for _ in range(3))
+    return [pred.to(policy), (pred + STEP * step).to(other), target.to(other)]
+
+
+def survival(formula: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: list[Tensor]) -> dict[str, float]:
+    """Of the formula's logits against those in float64."""
+    truth = trainers.salesforce(*(x.double() for x in tensors))
+    logits = formula(*tensors).double()
+    error = (logits - truth).abs()
+    return {
+        "mean |logit|": truth.abs().mean().item(),
+        "mean error": error.mean().item(),
+        "largest error": error.max().item(),
+        "wrong sign": (logits * truth < 0).double().mean().item(),
+        "no sign": (logits == 0).double().mean().item(),
+    }
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def main() -> None:
-    random = torch.Generator().manual_seed(0)
-    pred, step, target = (torch.randn(2 * PAIRS, *SHAPE, generator=random) for _ in range(3))
     table = Table(title=f"{PAIRS} pairs of {SHAPE}, beta 5000", title_justify="left")
-    for column in (
-        "policy",
-        "reference, target",
-        "formula",
-        "mean |logit|",
-        "mean error",
-        "largest",
-        "wrong sign",
-        "no sign",
-    ):
+    for column in ("policy", "reference, target", "formula", "|logit|", "error", "largest", "wrong sign", "no sign"):
         table.add_column(column, justify="left" if column == "formula" else "right")
-    for policy_dtype, other_dtype in ((BF16, BF16), (F32, BF16), (F32, F32)):
-        batch = pred.to(policy_dtype), (pred + STEP * step).to(other_dtype), target.to(other_dtype)
-        truth = trainers.salesforce(*(x.double() for x in batch))
-        for name, formula in FORMULAS:
-            logits = formula(*batch).double()
-            error = (logits - truth).abs()
-            wrong = (logits * truth < 0).double().mean()
-            none = (logits == 0).double().mean()
-            table.add_row(
-                *(str(dtype).removeprefix("torch.") for dtype in (policy_dtype, other_dtype)),
-                name,
-                f"{truth.abs().mean():.2f}",
-                f"{error.mean():.1e}",
-                f"{error.max():.1e}",
-                f"{wrong:.0%}",
-                f"{none:.0%}",
-            )
+    for dtypes in DTYPES:
+        tensors = batch(*dtypes)
+        for title, formula in FORMULAS.items():
+            size, error, largest, wrong, none = survival(formula, tensors).values()
+            figures = (f"{size:.2f}", f"{error:.1e}", f"{largest:.1e}", f"{wrong:.0%}", f"{none:.0%}")
+            table.add_row(*map(name, dtypes), title, *figures)
     Console(width=150).print(table)
 
 

@@ -10,18 +10,15 @@ import ctypes
 import functools
 import importlib
 import io
-import os
-import statistics
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from interleaved import cpu_seconds, report
 from PIL import Image
+from timing import Measured, interleaved, report
 
 import polydpo_fast
 
@@ -208,44 +205,24 @@ WAYS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """{(source, way): CPU seconds per image, one per round}, or the reason why a way was skipped."""
+@functools.cache
+def measured(source):
+    """Of each way its times per image, or the reason why it was skipped."""
     torch.set_num_threads(1)
-    results = {}
-    for source, make in SOURCES.items():
-        data, runs = make(), {}
-        for way in WAYS:
-            try:
-                runs[way.__name__] = way(data)
-            except pytest.skip.Exception as reason:
-                results[source, way.__name__] = str(reason)
-        for name, times in cpu_seconds(runs, ROUNDS).items():
-            results[source, name] = [t / IMAGES for t in times]
-    return results
+    data, runs, skipped = SOURCES[source](), {}, {}
+    for way in WAYS:
+        try:
+            runs[way.__name__] = way(data)
+        except pytest.skip.Exception as reason:
+            skipped[way.__name__] = str(reason)
+    times = interleaved(runs, ROUNDS)
+    return skipped | {name: Measured(source, name, times[name], per=IMAGES) for name in runs}
 
 
 @pytest.mark.parametrize("way", [way.__name__ for way in WAYS])
 @pytest.mark.parametrize("source", SOURCES)
-def test_decode(benchmark, measured, source, way):
-    times = measured[source, way]
-    if isinstance(times, str):
-        pytest.skip(times)
-    ratio = statistics.median(times) / statistics.median(measured[source, "ours"])
-    report(benchmark, f"{source}: CPU time per image", times, **{"ratio to ours": ratio})
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
-def test_two_threads(benchmark):
-    """Wall time of one thread and of two on the same batch, interleaved; the ratio is in extra_info."""
-    arm = [SOURCES["photograph"]()] * 8
-    out = torch.empty((16, 3, SIDE, SIDE), dtype=torch.bfloat16)
-    times = {1: [], 2: []}
-    for _ in range(ROUNDS):
-        for threads, kept in times.items():
-            begin = time.perf_counter()
-            polydpo_fast.decode_pairs(arm, arm, out=out, threads=threads)
-            kept.append(time.perf_counter() - begin)
-    benchmark.group = "16 photographs, wall time with two threads"
-    benchmark.extra_info["speed-up"] = statistics.median(times[1]) / statistics.median(times[2])
-    benchmark.pedantic(lambda: polydpo_fast.decode_pairs(arm, arm, out=out, threads=2), rounds=ROUNDS)
+def test_decode(benchmark, source, way):
+    found = measured(source)[way]
+    if isinstance(found, str):
+        pytest.skip(found)
+    report(benchmark, found)

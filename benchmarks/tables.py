@@ -1,0 +1,343 @@
+"""Markdown tables, and the sentences beneath them, from a file of results.
+
+BLOCKS names what README.md and docs/benchmarks.md show between `<!-- results: NAME -->` and `<!-- end of results -->`.
+Every figure there comes from here: `make report` writes them, and a test compares.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+Row = dict
+Rows = dict[str, dict[str, Row]]  # by case, then by way
+
+NAMES = {
+    "bare_libjpeg": "libjpeg-turbo alone",
+    "pillow_decoding_alone": "Pillow, decoding alone",
+    "diffusers_recipe": "Diffusers' recipe",
+    "opencv": "OpenCV + torch",
+    "simplejpeg": "simplejpeg + torch",
+    "imagecodecs": "imagecodecs + torch",
+    "spdl": "SPDL + torch",
+    "dali": "DALI, CPU",
+    "dali_decoder": "our geometry through DALI, CPU",
+    "torchcodec": "torchcodec + torch",
+    "photograph": "JPEG photograph",
+    "photograph, progressive": "the same, progressive",
+    "dense": "JPEG, dense",
+    "2048 x 2048 resized": "JPEG, 2048 x 2048, resized",
+    "photograph, PNG": "PNG photograph",
+    "dense, PNG": "PNG, dense",
+    "bare_decoding": "bare decoding, through PyAV",
+    "ours_cthw": "ours, bfloat16 (C, T, H, W)",
+    "ours_tchw": "ours, bfloat16 (T, C, H, W)",
+    "ours_yuv420": "ours, stored planes",
+    "ours_from_bytes": "ours, from bytes, whose packets are looked through each time",
+    "ours_into_fresh_memory": "ours, into fresh memory",
+    "only_writing": "writing the bfloat16 frames, nothing decoded",
+    "pyav_and_torch": "PyAV to RGB, to bfloat16 through torch",
+    "decord2": "decord2, to bfloat16 through torch",
+    "decoding_alone": "`decode_pairs` alone, on bytes in memory",
+    "ours_parquet": "`PairLoader`, Parquet",
+    "ours_tar": "`PairLoader`, WebDataset shards",
+    "webdataset_and_torch": "WebDataset, Pillow, torch",
+    "streaming_and_torch": "mosaicml-streaming, Pillow, torch",
+    "the_scripts_pipeline": "Diffusers' DPO script: rows, Pillow, ToTensor, Normalize, DataLoader with two workers",
+}
+
+
+def named(way: str) -> str:
+    return NAMES.get(way, way)
+
+
+def rows_of(results: dict, suite: str) -> Rows:
+    """Raises KeyError where the machine has no results of the suite."""
+    found: Rows = {}
+    for row in results["suites"][suite]["rows"]:
+        found.setdefault(row["case"], {})[row["way"]] = row
+    return found
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> str:
+    """`left` columns are aligned to the left, the others to the right."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *body]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+def ms(row: Row) -> str:
+    return significant(1e3 * row["median"])
+
+
+def significant(value: float) -> str:
+    """Two digits after the point below ten, one below a hundred."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def against(row: Row | None, ours: Row) -> str:
+    """Milliseconds, and how many times ours they are."""
+    return f"{ms(row)} ({row['median'] / ours['median']:.1f}x)" if row else ""
+
+
+def repeat(results: dict, *suites: str) -> str:
+    """The line under a table."""
+    commands = dict.fromkeys(results["suites"][name]["command"] for name in suites)
+    return f"*To repeat: {', '.join(f'`{command}`' for command in commands)}.*"
+
+
+# ------------------------------------------------------------------------------------------------- the blocks
+
+
+def measured(results: dict) -> str:
+    demo = rows_of(results, "demo")["the demo"]["ours"]
+    photograph = rows_of(results, "decode")["photograph"]
+    low, high = demo["win_rate_95"]
+    wins = f"{demo['win_rate']:.1%} of {demo['samples']} (95% interval {low:.1%} to {high:.1%})"
+    body = [
+        ["demo: samples in which the policy beats its reference by the true reward", wins],
+        ["demo: legible digits before, after", f"{demo['legible_before']:.1%}, {demo['legible_after']:.1%}"],
+        ["demo: time on two CPU cores, once set up", f"{demo['median']:.0f} s"],
+        ["1024 x 1024 JPEG photograph to normalised bfloat16 planes, CPU time", f"{ms(photograph['ours'])} ms"],
+        ["libjpeg-turbo alone, decoding it", f"{ms(photograph['bare_libjpeg'])} ms"],
+        ["the recipe of Diffusers' scripts (Pillow, ToTensor, Normalize)", f"{ms(photograph['diffusers_recipe'])} ms"],
+    ]
+    if "dali" in photograph:
+        body.append(["NVIDIA DALI's CPU pipeline", f"{ms(photograph['dali'])} ms"])
+    return f"{table(['what', 'figure'], body, left=2)}\n\n{repeat(results, 'demo', 'decode')}"
+
+
+def precision(results: dict) -> str:
+    head = ["policy", "reference, target", "formula", "mean \\|logit\\|", "mean error", "wrong sign", "no sign"]
+    body = [
+        [
+            *(row["policy"], row["other"], way, f"{row['mean |logit|']:.2f}", f"{row['mean error']:.1e}"),
+            *(f"{row['wrong sign']:.0%}", f"{row['no sign']:.0%}"),
+        ]
+        for ways in rows_of(results, "precision").values()
+        for way, row in ways.items()
+    ]
+    return f"{table(head, body, left=3)}\n\n{repeat(results, 'precision')}"
+
+
+def loss(results: dict, dtypes: Sequence[str] = ("bfloat16", "float32")) -> str:
+    """Forward and backward of the models' shapes."""
+    head = ["model", "shape", "dtype", "ours", "torch.compile", "eager", "Salesforce's formula"]
+    cases = [
+        ways for ways in rows_of(results, "loss").values() if ways["ours"].get("backward") and not _pairs(ways["ours"])
+    ]
+    body = []
+    for dtype in dtypes:
+        for ways in cases:
+            ours = ways["ours"]
+            if ours["dtype"] == dtype:
+                peers = (against(ways.get(way), ours) for way in head[4:])
+                body.append([ours["model"], " x ".join(map(str, ours["shape"])), dtype, f"**{ms(ours)}**", *peers])
+    return f"{table(head, body, left=3)}\n\n{_loss_limits(results)}\n\n{repeat(results, 'loss')}"
+
+
+def _pairs(row: Row) -> int | None:
+    """Of the rows in which the number of pairs varies."""
+    found = re.search(r", (\d+) pairs$", row["model"])
+    return int(found[1]) if found else None
+
+
+def _loss_limits(results: dict) -> str:
+    rows = rows_of(results, "loss")
+    video = rows["Wan 480p, bfloat16, forward and backward"]
+    rate, copy = (video[way]["bytes"] / video[way]["median"] for way in ("ours", "copy"))
+    per_element = video["ours"]["bytes"] / _elements(video["ours"])
+    sentences = [
+        f"The two passes over Wan 480p in bfloat16 run at {rate / 1e9:.0f} GB/s (counting {per_element:.0f} bytes per "
+        f"element), {rate / copy:.0%} of what copying 256 MB reaches."
+    ]
+    if "host time, 16 elements" in rows:
+        host = rows["host time, 16 elements"]
+        sentences.append(
+            f"A call costs {1e6 * host['ours']['median']:.0f} us of the host's time for forward and backward on tiny "
+            f"inputs, of which an empty `autograd.Function` takes "
+            f"{1e6 * host['an empty autograd.Function']['median']:.0f} us."
+        )
+    return " ".join(sentences)
+
+
+def _elements(row: Row) -> int:
+    count = 1
+    for size in row["shape"]:
+        count *= size
+    return count
+
+
+def loss_all(results: dict) -> str:
+    """Every case, way and clock; memory beside time."""
+    head = ["case", "way", "ms", "IQR, ms", "CPU ms", "GB/s", "of a copy", "peak MB"]
+    body = []
+    for case, ways in rows_of(results, "loss").items():
+        for way, row in ways.items():
+            if way == "copy":
+                continue
+            cells = ["", "", ""]
+            if "bytes" in row:
+                rate, copy = (r["bytes"] / r["median"] for r in (row, ways["copy"]))
+                cells = [f"{rate / 1e9:.1f}", f"{rate / copy:.0%}", significant(row["peak_bytes"] / 1e6)]
+            cpu = f"{1e3 * row['cpu']:.3f}" if "cpu" in row else ""
+            body.append([case, way, f"{1e3 * row['median']:.3f}", f"{1e3 * row['iqr']:.3f}", cpu, *cells])
+    return table(head, body, left=2)
+
+
+DECODERS = ("bare_libjpeg", "dali", "simplejpeg", "opencv", "diffusers_recipe", "pillow_decoding_alone")
+
+
+def decode(results: dict) -> str:
+    rows = rows_of(results, "decode")
+    ways = [way for way in DECODERS if any(way in found for found in rows.values())]
+    body = [
+        [named(case), f"**{ms(found['ours'])}**", *(against(found.get(way), found["ours"]) for way in ways)]
+        for case, found in rows.items()
+    ]
+    return f"{table(['1024 x 1024', 'ours', *map(named, ways)], body)}\n\n{repeat(results, 'decode')}"
+
+
+def decode_all(results: dict) -> str:
+    rows = rows_of(results, "decode")
+    body = [
+        [named(case), named(way), ms(row), significant(1e3 * row["iqr"]), significant(1e3 * row["wall"])]
+        for case, ways in rows.items()
+        for way, row in sorted(ways.items(), key=lambda item: item[1]["median"])
+    ]
+    return table(["source", "way", "CPU ms", "IQR", "wall ms"], body, left=2)
+
+
+def clips(results: dict) -> str:
+    rows = rows_of(results, "clips")
+    rates = {case.removeprefix("720p at "): ways for case, ways in rows.items() if case.startswith("720p at ")}
+    body = []
+    for way in dict.fromkeys(way for ways in rates.values() for way in ways):
+        cells = []
+        for ways in rates.values():
+            row = ways.get(way)
+            share = "" if way == "bare_decoding" or row is None else f" ({row['of bare decoding']:.2f})"
+            cells.append(f"{1 / row['median']:.0f}{share}" if row else "")
+        body.append([named(way), *cells])
+    sparse = rows["16 of 121 frames of both clips of a pair"]
+    share = sparse["ours, sparsely"]["median"] / sparse["all frames, bare decoding"]["median"]
+    text = f"16 frames spread over a clip of 121 cost {share:.1f} times what bare decoding of all of it does."
+    return f"{table(['', *rates], body)}\n\n{text}\n\n{repeat(results, 'clips')}"
+
+
+def loader(results: dict) -> str:
+    rows = rows_of(results, "loader")
+    ways = rows["1024px JPEG pairs"]
+    alone = ways["decoding_alone"]["median"]
+    body = [[named(way), f"{1 / row['median']:.0f}", f"{alone / row['median']:.2f}"] for way, row in ways.items()]
+    million = {case.rpartition(", ")[2]: found["ours"] for case, found in rows.items() if case.startswith("a million")}
+    facts = [
+        [
+            kind,
+            f"{row['seconds to build the index']:.1f} s",
+            f"{row['median']:.2f} s",
+            f"{1e3 * row['seconds to resume']:.0f} ms",
+            f"{row['bytes of memory per pair']:.0f}",
+        ]
+        for kind, row in million.items()
+    ]
+    head = ["a million pairs", "index, once", "first batch", "resume in mid-epoch", "bytes of memory per pair"]
+    return "\n\n".join(
+        (
+            table(["", "pairs per CPU second", "of `decode_pairs` alone"], body),
+            table(head, facts),
+            repeat(results, "loader"),
+        )
+    )
+
+
+def training(results: dict) -> str:
+    rows = rows_of(results, "training")
+    steps, parts = rows["training step, 142 M parameters"], rows["parts of the step"]
+    first = next(iter(steps.values()))
+    body = [
+        [way, f"{row['median']:.2f} s", f"{row['median'] / first['median']:.0%}", f"{row['peak MB']:.0f} MB"]
+        for way, row in steps.items()
+    ]
+    shares = [[way, f"{row['median']:.2f} s", f"{row['median'] / first['median']:.0%}"] for way, row in parts.items()]
+    overhead = [
+        [
+            way,
+            f"{1e6 * row['median']:.0f} us",
+            f"{row['microseconds with noise given']:.0f} us",
+            f"{row['share of the step']:.3%}" if "share of the step" in row else "",
+        ]
+        for way, row in rows["PairObjective beside models and loss"].items()
+    ]
+    head = ["the wrapper's own time, latents", "noise drawn", "noise given", "of a whole step"]
+    return "\n\n".join(
+        (
+            table(["a step of 142 M parameters", "CPU time", "of the first", "peak memory"], body),
+            table(["its parts", "CPU time", "share"], shares),
+            table(head, overhead),
+            repeat(results, "training"),
+        )
+    )
+
+
+def scaling(results: dict) -> str:
+    curves: dict[str, list[Row]] = {}
+    for ways in rows_of(results, "scaling").values():
+        curves.setdefault(ways["ours"]["curve"], []).append({**ways["ours"], "copy": ways.get("copy")})
+    blocks = []
+    for curve, rows in curves.items():
+        quantity = curve.rpartition(", ")[2]
+        body = [[f"{row['at']:,}", ms(row), significant(1e3 * row["iqr"])] for row in rows]
+        blocks.append(f"**{curve}**\n\n{table([quantity, 'ms', 'IQR'], body, left=0)}\n\n{limit(curve, rows)}")
+    return "\n\n".join([*blocks, repeat(results, "scaling")])
+
+
+def limit(curve: str, rows: list[Row]) -> str:
+    """What bounds a curve, in a sentence with its own figures."""
+    first, last = rows[0], rows[-1]
+    if curve.startswith("loss"):
+        share = last["copy"]["median"] / last["median"]
+        return (
+            f"Small inputs cost the host's time, {1e6 * first['median']:.0f} us; large ones the memory's: at the end "
+            f"of the curve {last['bytes'] / last['median'] / 1e9:.0f} GB/s, {share:.0%} of a copy of as many bytes."
+        )
+    if curve.startswith("decoding, one thread"):
+        rates = [row["at"] ** 2 / row["median"] / 1e6 for row in (first, last)]
+        return (
+            f"The time follows the pixels: {rates[0]:.0f} megapixels per second at {first['at']} x {first['at']}, "
+            f"where each call's own cost still shows, {rates[1]:.0f} at {last['at']} x {last['at']}."
+        )
+    if "threads" in curve and curve.endswith("threads"):
+        best = max(rows, key=lambda row: first["median"] / row["median"])
+        return (
+            f"The processors are the limit: {first['median'] / best['median']:.2f} times one thread's speed with "
+            f"{best['at']} threads; more threads than processors gain nothing."
+        )
+    if curve.startswith("decoding, two threads"):
+        return (
+            f"An image costs {1e3 * first['median']:.1f} ms in a batch of one pair and {1e3 * last['median']:.1f} ms "
+            f"in one of {last['at']}: the pool shares images, so that two suffice for two threads."
+        )
+    if curve.endswith("pairs in the source"):
+        return (
+            f"From {first['at']:,} to {last['at']:,} pairs the first batch goes from {1e3 * first['median']:.0f} to "
+            f"{1e3 * last['median']:.0f} ms: what grows is reading the index; a pair after the first batch costs "
+            f"{1e6 * first['seconds per pair']:.0f} and {1e6 * last['seconds per pair']:.0f} us of CPU time."
+        )
+    return (
+        f"The order is a formula: a rank of {last['at']} computes its own positions, and has its first batch after "
+        f"{1e3 * last['median']:.0f} ms, a single one after {1e3 * first['median']:.0f} ms."
+    )
+
+
+BLOCKS: dict[str, Callable[[dict], str]] = {
+    function.__name__: function
+    for function in (
+        *(measured, precision, loss, loss_all, decode, decode_all),
+        *(clips, loader, training, scaling),
+    )
+}
+
+_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def filled(text: str, results: dict) -> str:
+    """The text with its blocks made anew. Raises KeyError for a block that there is not, or a suite without results."""
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{BLOCKS[found[2]](results)}\n\n{found[3]}", text)
