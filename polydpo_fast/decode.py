@@ -25,7 +25,11 @@ _UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
 
 @dataclass(frozen=True)
 class DecodeFailure:
-    """One image or clip that could not be decoded: which, and why."""
+    """One image or clip that could not be decoded.
+
+    arm, index: which: "win" or "lose", and its place among them, 0 to B - 1.
+    reason: why, in a few words: "it has no palette".
+    """
 
     arm: Literal["win", "lose"]
     index: int

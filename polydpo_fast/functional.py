@@ -239,7 +239,10 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that can run on a device, the automatic choice first."""
+    """The backends that can run on a device, "cpu" or "cuda" (ROCm's too), the automatic choice first.
+
+    Of "triton", "cpp" and "reference": what `backend` of `loss` and `pair_errors` may be there.
+    """
     return _backends_of(torch.device(device).type)
 
 

@@ -68,7 +68,14 @@ def unbiased(label_smoothing: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Objective:
-    """One preference loss: its head, and what the documentation says of it."""
+    """One preference loss: its head, and what the documentation says of it.
+
+    head: a function of (z, p, q, nlp, nlq, beta, a1, a2, a3, a4), in this order, that returns (loss, dloss/dz).
+    formula, slope: of the head, to be read.
+    source: where it was published.
+    takes_alpha: whether the head looks at a1 to a4; else an alpha is refused.
+    smoothing: a function of label_smoothing that returns the weights (keep, flip).
+    """
 
     head: Callable[..., Any]
     formula: str
@@ -113,6 +120,7 @@ OBJECTIVES: dict[str, Objective] = {
         source="Li et al. 2026 (Linear-DPO, arXiv 2605.21123)",
     ),
 }
+"""By the names that `polydpo_fast.loss` takes as `objective`."""
 
 
 # ------------------------------------------------------------------------------- heads as programs for C++

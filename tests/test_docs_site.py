@@ -1,0 +1,204 @@
+"""The pages of the documentation: their code runs, their tables are the code's, their links lead somewhere."""
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from polydpo_fast.cli import app
+from polydpo_fast.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+
+
+def words(block):
+    """Of each command in a block of shell."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+# ------------------------------------------------------------------------------------------------ what runs
+
+
+@pytest.mark.parametrize("page", ["start", "loss", "decoding", "contributing"])
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """All its blocks of Python, from top to bottom, as one program. Clips are smaller ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
+    code = "\n".join(blocks(page, "python"))
+    if page == "decoding":
+        pytest.importorskip("av")
+        from clip_oracle import encode
+
+        for name in "abcd":
+            (tmp_path / f"{name}.mp4").write_bytes(encode(count=12))
+        assert code.count("frames=81, size=(720, 1280)") == 1
+        code = code.replace("frames=81, size=(720, 1280)", "frames=5, size=(24, 32)")
+    scope = {"__name__": page}
+    exec(compile(code, f"{page}.md", "exec"), scope)
+    for name, shape in {"start": {"batch": (8, 3, 256, 256)}, "decoding": {"pixels": (4, 3, 480, 640)}}.get(
+        page, {}
+    ).items():
+        value = scope[name]
+        assert getattr(value, "pixels", value).shape == shape
+    if page == "loss":
+        assert scope["halves"] == scope["apart"] == scope["interleaved"] != scope["masked"]
+        assert scope["cached"].item() == pytest.approx(scope["halves"].item(), rel=1e-5)
+
+
+def test_the_first_training_runs(tmp_path, monkeypatch):
+    """The command of the page, on its pairs; of a model with a few thousand weights, in float32."""
+    pytest.importorskip("diffusers")
+    from diffusion import pipelines
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
+    (pairs,) = (block for block in blocks("start", "python") if "write_text" in block)
+    exec(compile(pairs, "start.md", "exec"), {})
+    (command,) = (
+        line for block in blocks("start", "sh") for line in words(block) if line[:2] == ["polydpo-fast", "train"]
+    )
+    given = dict(zip(command[2::2], command[3::2], strict=True))
+    small = {
+        "--model": str(pipelines.save("sd15", tmp_path)),
+        "--mixed-precision": "no",
+        "--steps": "2",
+        "--size": "16",
+    }
+    assert set(small) - {"--size"} <= set(given)
+    options = [word for item in {**given, **small}.items() for word in item]
+    result = CliRunner().invoke(app, ["train", *options])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "first-run" / "metrics.jsonl").exists()
+    assert list((tmp_path / "first-run").glob("*lora*.safetensors"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_commands_and_their_options_exist(page):
+    commands = typer.main.get_command(app).commands
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = page.read_text()
+    code = re.findall(r"```sh\n(.*?)```", text, re.DOTALL) + re.findall(
+        r"(?<!`)`((?:make|polydpo-fast)\s[^`]+)`(?!`)", text
+    )
+    for line in (line for block in code for line in words(block)):
+        if line[0] == "make":
+            assert line[1] in targets, line
+        elif line[0] == "polydpo-fast":
+            known = {option for parameter in commands[line[1]].params for option in parameter.opts}
+            assert {word for word in line if word.startswith("--")} <= known, line
+
+
+# -------------------------------------------------------------------------------------------- what is the code's
+
+
+def test_the_table_of_objectives_is_the_code_s():
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", (DOCS / "loss.md").read_text())
+    rows = re.findall(r'^\| `"(\w+)"` \| `(.*?)` \| `(.*?)` \| (.*?) \|$', text, re.MULTILINE)
+    assert rows == [(name, one.formula, one.slope, one.source) for name, one in OBJECTIVES.items()]
+
+
+@pytest.mark.parametrize("package", ["", ".data", ".diffusion", ".check"])
+def test_every_public_name_has_its_place_in_the_reference(package):
+    module = importlib.import_module(f"polydpo_fast{package}")
+    shown = set(re.findall(r"^::: (\S+)$", "\n".join(page.read_text() for page in DOCS.glob("api/*.md")), re.MULTILINE))
+    assert {f"polydpo_fast{package}.{name}" for name in module.__all__ if name != "__version__"} <= shown
+
+
+def test_imports_point_one_way_as_the_page_for_contributors_says():
+    needs = {}
+    for file in (ROOT / "polydpo_fast").rglob("*.py"):
+        module = file.relative_to(ROOT).with_suffix("").parts
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = module[: -node.level]
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                needs.setdefault(module[1], set()).update([*base, *name.split(".")][1] for name in names)
+    loss = {"objectives", "metrics", "layout", "reference", "arguments", "functional", "cpu"}
+    decoders = {"decode_arguments", "decode", "clips", "video", "timeline", "mp4", "cache"}
+    assert needs["reference"] == {"metrics", "objectives"}
+    assert not {"objectives", "layout", "colour"} & set(needs)
+    for module in loss:
+        assert needs.get(module, set()) <= loss | {"_C"}, module
+    for module in [*decoders, "data"]:
+        assert not needs.get(module, set()) & {*loss, "diffusion", "check"}, module
+    for module in set(needs) - {"check", "demo", "bench", "cli", "__main__"}:
+        assert not needs[module] & {"check", "demo", "bench"}, module
+
+
+# ------------------------------------------------------------------------------------------------- the site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.html")}
+
+
+def test_no_page_fetches_anything_from_elsewhere(site):
+    assert len(site) > 10
+    for name, html in site.items():
+        assert not re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"(?:https?:)?//[^\"]*", html), name
+        assert not re.findall(r"<link[^>]*rel=\"(?:stylesheet|preconnect)\"[^>]*href=\"(?:https?:)?//[^\"]*", html), (
+            name
+        )
+
+
+def test_formulas_are_mathml(site):
+    page = site["loss.html"]
+    assert page.count("<math") == page.count("</math>") > 30
+    article = re.sub(
+        r"<(code|pre)\b.*?</\1>", "", page[page.index("<article") : page.index("</article>")], flags=re.DOTALL
+    )
+    assert "arithmatex" not in article
+    assert "\\" not in article
+
+
+def test_arguments_and_attributes_are_listed(site):
+    """One of each kind of docstring: a section of Google's, lines of names, and a table."""
+    loss, data = site["api/loss.html"], site["api/data.html"]
+    assert re.search(r"<code>label_smoothing</code>.{1,400}the share of labels believed wrong", loss, re.DOTALL)
+    assert re.search(r"<li>\s*(<p>)?<code>original_size</code>, <code>crop_top_left</code>: \(2B, 2\) int64", data)
+    assert re.search(r"<pre.{1,200}KEY\.win\.EXT, KEY\.lose\.EXT", data, re.DOTALL)
+
+
+def test_prose_of_docstrings_is_left_alone():
+    pytest.importorskip("griffe")
+    spec = importlib.util.spec_from_file_location("docs_docstrings", ROOT / "scripts" / "docs_docstrings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for text in (
+        "It is moved to the\ndevice: PNG too.",
+        "Args:\n    device: where.\n        more",
+        "    device: code",
+        "other: of no parameter",
+    ):
+        assert module.as_markdown(text, {"device"}) == text
+    assert module.as_markdown("device: where.\n    more\nother text", {"device"}) == (
+        "- `device`: where.\n    more\n    other text"
+    )
