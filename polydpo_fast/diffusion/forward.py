@@ -37,10 +37,11 @@ def forward_of(model: Any) -> Forward:
     inner = unwrapped(model)
     if type(inner).__name__.startswith("Peft") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    name = type(inner).__name__
-    if name not in _FORWARDS:
+    # A class that is derived from one of them, as FSDP2 makes it, is one.
+    name = next((base.__name__ for base in type(inner).__mro__ if base.__name__ in _FORWARDS), None)
+    if name is None:
         raise TypeError(
-            f"model is a {name}; expected one of {', '.join(_FORWARDS)}, or forward=, a function of (model, noisy, "
+            f"model is a {type(inner).__name__}; expected one of {', '.join(_FORWARDS)}, or forward=, a function of (model, noisy, "
             "timesteps, conditioning) that returns its prediction"
         )
     return _FORWARDS[name]

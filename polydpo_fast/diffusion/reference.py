@@ -29,7 +29,12 @@ def unwrapped(model: Any) -> Any:
 
 
 def frozen_copy(model: M) -> M:
-    """The model as it is now, apart, in evaluation mode and without gradients."""
+    """The model as it is now, apart, in evaluation mode and without gradients.
+
+    Raises ValueError where FSDP has sharded it: no process has all of it then.
+    """
+    if any(_is_fsdp1(module) or _is_fsdp2(module) for module in model.modules()):
+        raise ValueError("model is sharded by FSDP; expected the copy to be made before, and to be sharded itself")
     result = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
     return result  # type: ignore[no-any-return]  # of what the wrappers hold nothing is known
 
@@ -49,30 +54,46 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
     if not layers:
         raise ValueError(f"model is a {type(inner).__name__} without PEFT adapters; expected one that has some")
     active = [layer for layer in layers if not layer.disable_adapters]
-    # PEFT also stops the gradients of what it turns off.
-    trained = [parameter for layer in active for parameter in layer.parameters() if parameter.requires_grad]
+    # PEFT's own switch also stops the gradients of what it turns off, and FSDP2 takes for frozen what has none in the
+    # first forward that it sees: the adapters would never be trained.
     try:
         for layer in active:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         yield
     finally:
         for layer in active:
-            layer.enable_adapters(True)
-            layer.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+            layer._disable_adapters = False
 
 
 @contextmanager
 def ema_weights(model: torch.nn.Module, ema: Any) -> Iterator[None]:
     """The model with the averaged weights of a `diffusers.training_utils.EMAModel`; afterwards with its own again.
 
-    The weights are overwritten in place: not between a forward and its backward.
+    The weights are overwritten in place: not between a forward and its backward. Where FSDP2 shards the model, the
+    averages are to be made of its sharded parameters. Raises ValueError for a model within FSDP1, which keeps copies.
     """
+    if any(map(_is_fsdp1, model.modules())):
+        raise ValueError("model is within FullyShardedDataParallel; expected fully_shard (FSDP2), or a frozen_copy")
     parameters = list(unwrapped(model).parameters())
     ema.store(parameters)
     try:
         ema.copy_to(parameters)
+        _reshard(model)
         yield
     finally:
         ema.restore(parameters)
+        _reshard(model)
+
+
+def _reshard(model: torch.nn.Module) -> None:
+    """What FSDP2 has gathered of the weights that were there before is not to be used again."""
+    for module in filter(_is_fsdp2, model.modules()):
+        module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp1(module: torch.nn.Module) -> bool:
+    return type(module).__name__ == "FullyShardedDataParallel"
+
+
+def _is_fsdp2(module: torch.nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from polydpo_fast import demo
 from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
 from polydpo_fast.data.order import mix
@@ -273,8 +274,10 @@ def test_killed_by_a_signal(here, tmp_path):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp_port):
-    one, two = tmp_path / "one", tmp_path / "two"
-    change = dict(steps=3, beta=500.0, optimizer="adamw", adam_epsilon=1e-3)
+    """On the demo's digits, in Pick-a-Pic's columns, through `accelerate launch`."""
+    one, two, digits = tmp_path / "one", tmp_path / "two", tmp_path / "digits.parquet"
+    demo.write_pairs(digits, demo.Settings())
+    change = dict(data=str(digits), steps=3, beta=500.0, optimizer="adamw", adam_epsilon=1e-3)
     train(settings(here, one, batch_size=4, **change))
     prompts = dict(validation_prompts=["ab", "c", "d"], validation_every=3, validation_steps=1)
     code, said = two_processes(settings(here, two, checkpoint_every=2, **change, **prompts), tmp_path, unused_tcp_port)
@@ -287,6 +290,7 @@ def test_two_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp
     # There is something to compare: what was learned is a hundred times what may differ.
     moved = sum((alone[name] - before[name]).norm() ** 2 for name in alone) ** 0.5
     assert moved > 1e-3 * sum(value.norm() ** 2 for value in before.values()) ** 0.5
+    assert lines(two)[0]["loss"] == torch.tensor(math.log(2)).item()
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["implicit_accuracy"] == b["implicit_accuracy"]
