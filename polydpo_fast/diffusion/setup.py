@@ -67,8 +67,13 @@ def _accelerator(settings: Settings) -> Any:
         log_with=settings.trackers or None,
         project_config=ProjectConfiguration(project_dir=settings.output, logging_dir=f"{settings.output}/logs"),
     )
-    if accelerator.distributed_type == DistributedType.FSDP and settings.validation_prompts:
-        raise ValueError("validation_prompts are given; under FSDP no process has the model: expected none")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision is 'fp16', which Accelerate has on GPUs only; expected 'bf16' or 'no'")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if settings.validation_prompts:
+            raise ValueError("validation_prompts are given; under FSDP no process has the model: expected none")
+        if settings.ema:
+            raise ValueError(f"ema is {settings.ema}; under FSDP no process has all weights to average: expected 0")
     set_seed(settings.seed)
     logging.set_verbosity_error()  # else it tells of every prompt that is longer than 77 tokens
     return accelerator

@@ -58,6 +58,7 @@ def train(settings: Settings) -> None:
     optimizer = _optimizer(parameters, settings)
     schedule = _schedule(optimizer, settings)
     model, optimizer = accelerator.prepare(model, optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 has made others
     average = _average(parameters, settings, accelerator)
     accelerator.register_for_checkpointing(*filter(None, (loader, schedule, average)))
     if settings.lora_rank:
@@ -94,9 +95,10 @@ def train(settings: Settings) -> None:
                     losses, metrics = pair_losses(batch)
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients and settings.max_grad_norm:
-                        norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                        # All of them: by these it knows a model of FSDP's, whose norm is not that of its shard.
+                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
                         if isinstance(norm, Tensor):  # DeepSpeed clips on its own
-                            metrics["grad_norm"] = norm
+                            metrics["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                     optimizer.step()
                     optimizer.zero_grad()
                 journal.add(step, batch.keys, losses.detach(), metrics)

@@ -259,6 +259,30 @@ def test_half_precision_models():
     assert next(policy.parameters()).grad.dtype == torch.bfloat16
 
 
+def test_float16_with_a_scaled_loss():
+    """Gradients of the scaled loss, divided again, are those of float32; one that overflows is noticed."""
+    model, latents, cond, scheduler = build("sd15")
+    policy = perturbed(model)
+    objective = PairObjective(scheduler, reference=model, beta=BETA)
+    objective(policy, latents, cond, seeds=SEEDS)[0].backward()
+    wanted = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+    for scale, finite in ((2.0**10, True), (2.0**40, False)):
+        policy.zero_grad()
+        scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=scale), torch.optim.SGD(policy.parameters(), lr=1e-6)
+        before = policy.conv_out.weight.detach().clone()
+        with torch.autocast("cpu", torch.float16):
+            loss, _ = objective(policy, latents, cond, seeds=SEEDS)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        ours = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+        scaler.step(optimizer)
+        scaler.update()
+        assert bool(ours.isfinite().all()) == finite
+        assert torch.equal(policy.conv_out.weight, before) != finite
+        if finite:  # of a few thousand weights, with eleven bits in each of some ten layers
+            assert (ours - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_models_of_ones_own():
     scheduler = build("sd15")[3]
     model, latents = torch.nn.Conv2d(4, 4, 1), torch.randn(4, 4, 8, 8)

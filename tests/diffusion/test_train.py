@@ -245,6 +245,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused(here, tmp_path):
             train(settings(here, out, **{"steps": 2, "resume": "latest", **change}))
 
 
+def test_resuming_with_another_accumulation(here, tmp_path):
+    """Two forwards of two pairs are one of four, though the count of forwards was odd."""
+    for name, change in (("two", dict(accumulation=2)), ("one", dict(batch_size=4))):
+        given = dict(checkpoint_every=3, beta=300.0, adam_epsilon=1e-3)
+        train(settings(here, tmp_path / name, steps=3, **given))
+        train(settings(here, tmp_path / name, steps=5, resume="latest", **given, **change))
+    two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name in one:
+        assert (two[name] - one[name]).norm() <= 1e-5 * one[name].norm() + 1e-9, name
+
+
 @pytest.mark.heavy
 def test_killed_by_a_signal(here, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -423,6 +434,7 @@ def test_the_published_settings_are_settings(file):
         (dict(optimizer="adamw8bit"), "needs bitsandbytes: pip install bitsandbytes"),
         (dict(trackers=["wandb"]), "trackers has 'wandb', which .* is not installed: pip install wandb"),
         (dict(lora_rank=2, lora_targets=["to_nowhere"]), "to_nowhere"),
+        (dict(mixed_precision="fp16"), "mixed_precision is 'fp16', which Accelerate has on GPUs only"),
     ],
 )
 def test_what_does_not_fit_is_said_by_the_command(here, tmp_path, monkeypatch, change, message):
