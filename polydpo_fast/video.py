@@ -36,27 +36,29 @@ _DECODERS = (*_CODECS, "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9")  # as F
 _SKIPPING = ("h264", "mpeg4", "vp8")
 _MOST_ASPECT = 16
 _FEW = 3  # frames that are sooner decoded than a seek is done
-_FORMAT = 1  # of what is kept of a clip; another after each change
+_MOST_REORDERED = 16  # frames, by H.264
+_FORMAT = 2  # of what is kept of a clip; another after each change
 
 
 class Clip:
     """A clip in bytes or in a local file.
 
-    timeline: known after `index`. concealed: how many of the `frames` were replaced or marked as corrupt by FFmpeg.
-    aspect: width of a pixel by its height, known while there are frames.
+    timeline, and aspect, the width of a pixel by its height: known after `index`. concealed: how many of the `frames`
+    were replaced or marked as corrupt by FFmpeg.
     """
 
     timeline: Timeline
+    aspect: Fraction
 
     def __init__(
         self, source: Source, limits: ClipLimits, strict: bool, threads: int, folder: str | os.PathLike[str] | None
     ) -> None:
         self.concealed = 0
-        self.aspect = Fraction(1)
         self._source, self._limits, self._strict, self._threads, self._folder = source, limits, strict, threads, folder
         self._left = limits.timeout_s  # seconds, of work on this clip, not of waiting for others
         self._since = 0.0
         self._keys: list[int] = []
+        self._depth = 0
         self._shortcut = False
         self._form: tuple[int, int, int] | None = None
 
@@ -74,6 +76,12 @@ class Clip:
         pts, (numerator, denominator) = found["pts"], found["unit"].tolist()
         self._check_frames(len(pts))
         self.timeline, self._keys = Timeline(pts, Fraction(numerator, denominator)), found["keys"].tolist()
+        self._depth, self.aspect = int(found["depth"][0]), Fraction(*found["aspect"].tolist())
+        if not Fraction(1, _MOST_ASPECT) <= self.aspect <= _MOST_ASPECT:
+            raise ValueError(
+                f"its pixels are {float(self.aspect):.4g} times as wide as high; "
+                f"expected 1/{_MOST_ASPECT} to {_MOST_ASPECT}"
+            )
         self._left -= time.monotonic() - self._since
 
     def frames(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
@@ -127,8 +135,10 @@ class Clip:
             options = {"max_pixels": str(min(2 * self._limits.pixels + (1 << 16), 2**31 - 1))}
             if strict:
                 options["err_detect"] = "explode"
+            # Opening, FFmpeg decodes frames, for what we take from the first one or count ourselves: it is told not to.
+            probing = {**options, "skip_frame": "all"}
             with av.open(
-                file, format=format, options=options, container_options=_OPTIONS[format], io_open=_open_nothing
+                file, format=format, options=probing, container_options=_OPTIONS[format], io_open=_open_nothing
             ) as container:
                 if not container.streams.video:
                     raise ValueError("it has no video stream")
@@ -140,38 +150,35 @@ class Clip:
                 if context.width * context.height <= 0:
                     raise ValueError("its header states no size")
                 self._check_pixels(context.width * context.height)
-                self.aspect = Fraction(stream.sample_aspect_ratio or 1)
-                if not Fraction(1, _MOST_ASPECT) <= self.aspect <= _MOST_ASPECT:
-                    raise ValueError(
-                        f"its pixels are {float(self.aspect):.4g} times as wide as high; "
-                        f"expected 1/{_MOST_ASPECT} to {_MOST_ASPECT}"
-                    )
                 context.thread_count = threads
                 context.thread_type = "AUTO" if threads > 1 else "NONE"
+                if name == "h264":
+                    # Streams need not tell it, and then frames that come later than guessed are dropped.
+                    options["has_b_frames"] = str(self._depth)
                 context.options = options
                 yield container, stream
 
     def _indexed(self) -> Mapping[str, np.ndarray]:
-        """pts: of the frames that are shown, ascending. keys: of the places to seek to. unit: of both, a fraction."""
-        import av
+        """What is kept of a clip.
 
-        pts, keys, first, refused, held = [], [], None, [], 0
+        pts: of the frames that are shown, ascending. keys: of the places to seek to. unit: of both, a fraction. depth:
+        how many frames at most are decoded before one that is shown before them. aspect: a fraction.
+        """
+        pts: list[int] = []
+        keys: list[int] = []
+        latest: list[int] = []
+        depth = held = 0
         with self._open(self._strict, 1) as (container, stream):
             for packet in _packets(container, stream, self._strict):
                 self._look_at_the_clock()
                 held += packet.size > 0 or packet.pts is not None
-                # A clip that was cut off another may begin with packets that need what is not there any more.
-                if first is None:
-                    try:
-                        first = next((frame.pts for frame in packet.decode() if frame.pts is not None), None)
-                    except av.FFmpegError:
-                        if self._strict:
-                            raise
-                        refused.append(packet.pts)
                 if packet.pts is None:
                     continue
                 if self._strict and packet.is_corrupt:
                     raise ValueError("one of its packets is cut off")
+                depth = max(depth, len(latest) - bisect.bisect_right(latest, packet.pts))
+                bisect.insort(latest, packet.pts)
+                del latest[:-_MOST_REORDERED]
                 if packet.is_keyframe:
                     keys.append(packet.pts)
                 if packet.is_discard:  # cut off by an edit list, but what follows may be decoded from it
@@ -185,15 +192,40 @@ class Clip:
                 raise ValueError(f"it is cut off: it holds {held} of {listed} packets")
         if not pts or not unit:
             raise ValueError("it has no frames with a presentation time")
-        if first is None:
-            raise ValueError("none of its frames can be decoded")
+        self._depth = depth
+        begin, aspect = self._first()
         shown = np.unique(np.array(pts, np.int64))
-        begin = min((first, *(p for p in refused if p is not None)))
         return {
             "pts": shown[np.searchsorted(shown, begin) :],
             "keys": np.unique(np.array(keys, np.int64)),
             "unit": np.array([unit.numerator, unit.denominator], np.int64),
+            "depth": np.array([depth], np.int64),
+            "aspect": np.array([aspect.numerator, aspect.denominator], np.int64),
         }
+
+    def _first(self) -> tuple[int, Fraction]:
+        """The time of the first frame that can be decoded, and the shape of its pixels.
+
+        A clip that was cut off another may begin with packets that need what is not there any more.
+        """
+        import av
+
+        refused = []
+        with self._open(self._strict, 1) as (container, stream):
+            for packet in _packets(container, stream, self._strict):
+                self._look_at_the_clock()
+                try:
+                    found = [frame.pts for frame in packet.decode() if frame.pts is not None]
+                except av.FFmpegError:
+                    if self._strict:
+                        raise
+                    if packet.pts is not None:
+                        refused.append(packet.pts)
+                else:
+                    if found:
+                        aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+                        return min([found[0], *refused]), Fraction(aspect)
+        raise ValueError("none of its frames can be decoded")
 
     def _frames(self, wanted: list[int], shortcuts: bool, strict: bool) -> Iterator[tuple[int, Any]]:
         self._shortcut = False
@@ -395,12 +427,13 @@ def _open_nothing(url: str, *_: object) -> Any:
 
 def _is_sound(found: Mapping[str, np.ndarray]) -> bool:
     """Whether an index can be one, that was kept where others can write."""
-    pts, keys, unit = found["pts"], found["keys"], found["unit"]
+    arrays = pts, keys, unit, depth, aspect = [found[name] for name in ("pts", "keys", "unit", "depth", "aspect")]
     return (
-        all(array.dtype == np.int64 and array.ndim == 1 for array in (pts, keys, unit))
+        all(array.dtype == np.int64 and array.ndim == 1 for array in arrays)
         and len(pts) > 0
-        and len(unit) == 2
+        and [len(unit), len(depth), len(aspect)] == [2, 1, 2]
         and bool((unit > 0).all() and (pts[1:] > pts[:-1]).all() and (keys[1:] > keys[:-1]).all())
+        and bool(0 <= depth[0] <= _MOST_REORDERED and (aspect > 0).all())
     )
 
 
