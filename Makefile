@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-heavy lint format bench bench-peers bench-loss precision check gpu sanitize fuzz clean
+.PHONY: help setup demo test test-heavy lint format bench report docs bench-peers bench-loss precision check gpu sanitize fuzz clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,16 +28,19 @@ format: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## Run the benchmarks of the decoder
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr $(ARGS)
+bench: setup  ## Run the benchmarks, or SUITES="loss decode", and keep their results (half an hour)
+	$(BIN)/polydpo-fast bench $(SUITES)
+
+report: setup  ## Write docs/benchmarks.md, its plots and the README's tables from the results that are kept
+	$(BIN)/python benchmarks/report.py
 
 PEERS := build/peers
-bench-peers: setup $(PEERS)/installed  ## The same beside OpenCV, simplejpeg, imagecodecs, SPDL, DALI and decord2 (1.5 GB)
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr $(ARGS)
+bench-peers: setup $(PEERS)/installed  ## Decoder, clips and loader beside their peers, such as OpenCV and DALI (1.5 GB)
+	PYTHONPATH=$(PEERS) $(BIN)/polydpo-fast bench decode clips loader
 
 $(PEERS)/installed:
 	$(BIN)/python -m pip install -q --target $(PEERS) opencv-python-headless simplejpeg imagecodecs spdl spdl-io \
-		nvidia-dali-cuda120 decord2
+		nvidia-dali-cuda120 decord2 webdataset
 	touch $@
 
 bench-loss: setup  ## Time the loss against eager PyTorch and torch.compile
@@ -65,6 +68,9 @@ check: setup  ## Hold losses, decoding and loading against references on this ma
 
 gpu:  ## On a machine with a GPU, with what it has: tests, check and benchmark of the losses (8 minutes at most)
 	$(PYTHON) scripts/gpu.py
+
+docs: setup  ## Build the documentation, strictly, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sanitize: setup  ## Run the C++ under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
 	sh scripts/sanitize.sh $(BIN)

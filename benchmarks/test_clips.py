@@ -11,13 +11,14 @@ import io
 import statistics
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from interleaved import cpu_seconds, report
+from timing import Measured, interleaved, report
 
 import polydpo_fast
 
@@ -188,48 +189,50 @@ WAYS = (
 
 @cache
 def measured(megabits):
-    """Of each way that is installed, CPU seconds per frame, one per round."""
+    """Of each way that is installed; and the median over the rounds of its share of the rate of bare decoding."""
     torch.set_num_threads(1)
-    clips, ways = {}, {}
+    frames, ways = {}, {}
     for way in WAYS:
-        try:
-            clips[way.__name__], ways[way.__name__] = way(clip(megabits))
-        except pytest.skip.Exception:
-            continue
-    times = cpu_seconds(ways, ROUNDS)
-    return {name: [t / (clips[name] * FRAMES) for t in times[name]] for name in ways}
-
-
-def of_bare(times, name):
-    """The median of the ratios of rounds: of the rate of bare decoding."""
-    return statistics.median(b / t for b, t in zip(times["bare_decoding"], times[name], strict=True))
+        with suppress(pytest.skip.Exception):
+            clips, ways[way.__name__] = way(clip(megabits))
+            frames[way.__name__] = clips * FRAMES
+    times = interleaved(ways, ROUNDS)
+    per_frame = {name: [t / frames[name] for t in times[name]["cpu"]] for name in ways}
+    found = {}
+    for name in ways:
+        shares = [bare / t for bare, t in zip(per_frame["bare_decoding"], per_frame[name], strict=True)]
+        facts = {"of bare decoding": statistics.median(shares)}
+        found[name] = Measured(f"720p at {megabits} Mb/s", name, times[name], per=frames[name], facts=facts)
+    return found
 
 
 @pytest.mark.parametrize("megabits", [3, 16])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_clips(benchmark, way, megabits):
     way(clip(megabits))  # or it is skipped, with the reason
-    times, name = measured(megabits), way.__name__
-    extra = {"frames per CPU second": 1 / statistics.median(times[name]), "of bare decoding": of_bare(times, name)}
-    report(benchmark, f"a frame of 720p at {megabits} Mb/s: CPU time", times[name], **extra)
+    report(benchmark, measured(megabits)[way.__name__])
+
+
+@cache
+def measured_on_threads(threads):
+    """Wall time of a pair at 3 Mb/s: a thread to a clip."""
+    data, out = clip(3), room(2, FRAMES, 3, HEIGHT, WIDTH)
+    torch.set_num_threads(1)
+
+    def bare():
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda _: sum(1 for _ in frames_of(data)), range(2)))
+
+    ways = {"ours": lambda: ours(data, layout="TCHW", out=out, threads=threads), "bare_decoding": bare}
+    times = interleaved(ways, ROUNDS)
+    case = f"a pair of 720p clips at 3 Mb/s, {threads} thread(s)"
+    return {name: Measured(case, name, times[name], "wall", 2 * FRAMES) for name in ways}
 
 
 @pytest.mark.parametrize("way", ["ours", "bare_decoding"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_pairs_on_threads(benchmark, way, threads):
-    """Wall time of a pair at 3 Mb/s: a thread to a clip."""
-    data, out = clip(3), room(2, FRAMES, 3, HEIGHT, WIDTH)
-    torch.set_num_threads(1)
-
-    def run():
-        if way == "ours":
-            return ours(data, layout="TCHW", out=out, threads=threads)
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda _: sum(1 for _ in frames_of(data)), range(2)))
-
-    benchmark.group = f"a pair of 720p clips, {FRAMES} frames each, {threads} thread(s): wall time"
-    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info["frames per second"] = 2 * FRAMES / benchmark.stats.stats.median
+    report(benchmark, measured_on_threads(threads)[way])
 
 
 def sparsely(data):
@@ -242,14 +245,17 @@ def by_decoding_all(data):
     return lambda: [sum(1 for _ in frames_of(data)) for _ in range(2)]
 
 
+SPARSELY = {"ours, sparsely": sparsely, "all frames, bare decoding": by_decoding_all}
+
+
 @cache
 def measured_sparsely():
     data = clip(3, LONG)
-    return cpu_seconds({way.__name__: way(data) for way in (sparsely, by_decoding_all)}, ROUNDS)
+    times = interleaved({name: way(data) for name, way in SPARSELY.items()}, ROUNDS)
+    case = f"{SPARSE} of {LONG} frames of both clips of a pair"
+    return {name: Measured(case, name, times[name]) for name in SPARSELY}
 
 
-@pytest.mark.parametrize("way", ["sparsely", "by_decoding_all"])
+@pytest.mark.parametrize("way", SPARSELY)
 def test_sparse_frames(benchmark, way):
-    times = measured_sparsely()[way]
-    group = f"{SPARSE} of {LONG} frames of both clips of a pair: CPU time"
-    report(benchmark, group, times, **{"pairs per CPU second": 1 / statistics.median(times)})
+    report(benchmark, measured_sparsely()[way])

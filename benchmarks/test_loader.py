@@ -8,7 +8,6 @@ source of a million pairs takes to its first batch.
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import resource
@@ -23,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interleaved import report
 from PIL import Image
 from test_decode import photograph
+from timing import Measured, interleaved, report
 
 import polydpo_fast
 from polydpo_fast.data import PairLoader, open_source
@@ -156,9 +155,15 @@ WAYS = {
 }
 
 
-def used():
-    """CPU seconds of this process, its threads, and its children that have ended."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+def stopwatch(run):
+    """CPU seconds of this process, its threads, and its children that have ended; and those of the wall."""
+
+    def used():
+        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+    cpu, wall = used(), time.perf_counter()
+    run()
+    return {"cpu": used() - cpu, "wall": time.perf_counter() - wall}
 
 
 @pytest.fixture(scope="module")
@@ -168,27 +173,17 @@ def measured(files):
     for name, way in WAYS.items():
         with contextlib.suppress(pytest.skip.Exception):
             ways[name] = way(files)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     # Last what forks: the memory that it shares for a moment costs others a page fault per page when they write next.
     forks = {name: ways.pop(name) for name in ("the_scripts_pipeline",)}
-    for number, (name, run) in [
-        *itertools.product(range(ROUNDS + 1), ways.items()),
-        *itertools.product(range(ROUNDS + 1), forks.items()),
-    ]:
-        before = used()
-        run()
-        if number:  # the first is to warm up
-            seconds[name].append(used() - before)
-    return seconds
+    times = interleaved(ways, ROUNDS, stopwatch=stopwatch) | interleaved(forks, ROUNDS, stopwatch=stopwatch)
+    return {name: Measured("1024px JPEG pairs", name, times[name], per=PAIRS) for name in times}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_loading(benchmark, measured, way):
     if way not in measured:
         pytest.skip("webdataset is not installed")
-    rate = PAIRS / statistics.median(measured[way])
-    group = "1024px JPEG pairs: CPU time"
-    report(benchmark, group, measured[way], **{"pairs per CPU second": rate})
+    report(benchmark, measured[way])
 
 
 FIRST_BATCH = """
@@ -261,4 +256,4 @@ def test_a_million_pairs(benchmark, tmp_path, kind):
         "seconds to resume": statistics.median(resumed),
         "bytes of memory per pair": statistics.median(index),
     }
-    report(benchmark, f"a million pairs, {kind}: seconds to the first batch", list(first), **facts)
+    report(benchmark, Measured(f"a million pairs, {kind}", "ours", {"wall": list(first)}, "wall", facts=facts))

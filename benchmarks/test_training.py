@@ -12,11 +12,10 @@ they are given, so that there is no large number to subtract from a large one.
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from interleaved import cpu_seconds, report
+from timing import Measured, interleaved, report
 
 import polydpo_fast
 from polydpo_fast.diffusion import PairObjective, draw_noise, draw_timesteps, frozen_copy, noise_pairs
@@ -114,24 +113,22 @@ def peak_mb(name):
 
 @pytest.fixture(scope="module")
 def measured():
-    """CPU seconds of each way and part."""
+    """Times of each way and part."""
     torch.set_num_threads(1)
     training = Training()
     ways = {name: training.way(*way) for name, way in WAYS.items()}
-    return cpu_seconds({**ways, **training.parts()}, ROUNDS)
+    return interleaved({**ways, **training.parts()}, ROUNDS)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_steps(benchmark, measured, way):
-    first = statistics.median(measured[next(iter(WAYS))])
-    extra = {"share": statistics.median(measured[way]) / first, "peak MB": peak_mb(way)}
-    report(benchmark, "training step, 142 M parameters: CPU time", measured[way], **extra)
+    facts = {"peak MB": peak_mb(way)}
+    report(benchmark, Measured("training step, 142 M parameters", way, measured[way], facts=facts))
 
 
 @pytest.mark.parametrize("part", ["VAE", "reference", "policy, forward and backward", "optimizer"])
 def test_parts(benchmark, measured, part):
-    whole = statistics.median(measured[next(iter(WAYS))])
-    report(benchmark, "its parts: CPU time", measured[part], share=statistics.median(measured[part]) / whole)
+    report(benchmark, Measured("parts of the step", part, measured[part]))
 
 
 class UNet2DConditionModel(torch.nn.Module):
@@ -173,15 +170,11 @@ def test_overhead(benchmark, measured, shape):
         "drawn": lambda: objective(policy, latents, {"encoder_hidden_states": text}, seeds=seeds),
         "given": lambda: objective(policy, latents, {"encoder_hidden_states": text}, noise=noise, timesteps=timesteps),
     }
-    times = {name: [] for name in ways}
-    for _ in range(500):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - begin)
-    median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    extra = {"microseconds with noise given": (median["given"] - median["bare"]) * 1e6}
+    times = interleaved(ways, rounds=500)
+    median = {name: statistics.median(found["wall"]) for name, found in times.items()}
+    facts = {"microseconds with noise given": (median["given"] - median["bare"]) * 1e6}
     if "large" in shape:
-        extra["share of the step"] = (median["drawn"] - median["bare"]) / statistics.median(measured[next(iter(WAYS))])
-    overhead = [max(0.0, drawn - median["bare"]) for drawn in times["drawn"]]
-    report(benchmark, "PairObjective beside models and loss: wall time", overhead, **extra)
+        step = statistics.median(measured[next(iter(WAYS))]["cpu"])
+        facts["share of the step"] = (median["drawn"] - median["bare"]) / step
+    overhead = [max(0.0, drawn - median["bare"]) for drawn in times["drawn"]["wall"]]
+    report(benchmark, Measured("PairObjective beside models and loss", shape, {"wall": overhead}, "wall", facts=facts))

@@ -68,7 +68,9 @@ def run(names: Sequence[str] = (), out: Path | None = None, arguments: Sequence[
         with tempfile.TemporaryDirectory() as work:
             raw = Path(work) / "raw.json"
             command = [sys.executable, "-m", "pytest", str(folder / f"test_{name}.py"), f"--benchmark-json={raw}"]
-            command += ["--benchmark-columns=median,iqr", "--timeout=3600", *arguments]
+            command += ["--benchmark-columns=median,iqr", "--timeout=3600"]
+            # Where nothing could be measured, what failed is to be seen, not this complaint.
+            command += ["-W", "default::pytest_benchmark.logger.PytestBenchmarkWarning", *arguments]
             done = subprocess.run(command, cwd=folder.parent)
             rows = rows_of(json.loads(raw.read_text())) if raw.exists() and raw.stat().st_size else []
         if rows:

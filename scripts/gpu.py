@@ -39,6 +39,12 @@ if torch.cuda.is_available():
               "processors": gpu.multi_processor_count}
 print(json.dumps(found))
 """
+RESULTS = """
+import json, sys
+from polydpo_fast.bench import machine, suite
+rows = json.load(open(sys.argv[1]))["rows"]
+print(json.dumps({"machine": machine(), "suites": {"loss": suite(rows, "make gpu")}}))
+"""
 PYTEST_INI = """[pytest]
 markers =
     gpu: needs a CUDA or ROCm device
@@ -154,10 +160,11 @@ def main() -> int:
     target.mkdir(parents=True, exist_ok=True)
     name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", (gpu or "none").lower()).strip("-")
     report = {
-        "machine": machine,
+        "machine": {**machine, **results.pop("machine", {})},
         "commit": commit(),
         "seconds": round(time.monotonic() - begin, 1),
         "parts": run.parts,
+        "suites": {},
         **results,
     }
     (target / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -202,10 +209,11 @@ def on_gpu(run: Run) -> dict:
         results["check"] = json.loads(written.read_text())
 
     written = WORK / "loss.json"
-    benchmark = ["benchmarks/loss.py", "--device", "cuda", "--json", str(written)]
+    benchmark = ["benchmarks/loss.py", "--device", "cuda", "--seconds", "150", "--json", str(written)]
     run.part("benchmark of the losses", [sys.executable, *benchmark], LIMIT_S, ("rich",))
     if written.exists():
-        results["loss"] = json.loads(written.read_text())
+        found = run.part("results", [sys.executable, "-c", RESULTS, str(written)], 60)
+        results |= json.loads(found.splitlines()[-1]) if found else {}
     return results
 
 
