@@ -121,10 +121,15 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the source, with "-dirty" if it was changed since; None where there is no repository."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    """The commit of the source, with "-dirty" if it was changed since, but for results; None without a repository."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results")
+    return f"{head}-dirty" if head and changed else head
 
 
 def machine() -> dict[str, Any]:
