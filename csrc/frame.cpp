@@ -4,6 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "error.hpp"
 #include "simd.hpp"
 
@@ -124,6 +128,29 @@ POLYDPO_CLONES void interleave(const std::uint8_t* red, const std::uint8_t* gree
     }
 }
 
+constexpr std::int64_t large_crop = 1 << 18;  // pixels; of smaller ones a clip may stay in the caches
+
+// Past the caches, which the decoder needs for the frames that others are made from. Nobody may be told of what was copied
+// before end_of_copies().
+void copy_past_caches(std::uint8_t* to, const std::uint8_t* from, std::size_t bytes) {
+#if defined(__SSE2__)
+    constexpr std::size_t lane = sizeof(__m128i), line = 4 * lane;
+    const std::size_t head = std::min<std::size_t>(bytes, -reinterpret_cast<std::uintptr_t>(to) % lane);
+    std::memcpy(to, from, head);
+    for (to += head, from += head, bytes -= head; bytes >= line; to += line, from += line, bytes -= line) {
+        for (std::size_t i = 0; i < line; i += lane) {
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        }
+    }
+#endif
+    std::memcpy(to, from, bytes);
+}
+
+void end_of_copies() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
 
 bool in_pairs(const Frame& frame) { return frame.depth == 8 && frame.shift_x; }
 
@@ -232,14 +259,16 @@ void FrameReader::read_planes(const Region& crop, std::uint8_t* planes) {
     if (frame_.depth != 8 || frame_.shift_x != 1 || frame_.shift_y != 1) {
         throw DecodeError("it is not stored as YCbCr 4:2:0 of 8 bits");
     }
+    const bool is_large = std::int64_t{crop.height} * crop.width >= large_crop;
     for (int part = 0; part < 3; ++part) {
         const int shift = part > 0 ? 1 : 0;
         const std::uint8_t* from = frame_.planes[part] + (crop.top >> shift) * frame_.strides[part] + (crop.left >> shift);
         const auto width = static_cast<std::size_t>(crop.width >> shift);
         for (int y = 0; y < crop.height >> shift; ++y, from += frame_.strides[part], planes += width) {
-            std::memcpy(planes, from, width);
+            is_large ? copy_past_caches(planes, from, width) : static_cast<void>(std::memcpy(planes, from, width));
         }
     }
+    if (is_large) end_of_copies();
 }
 
 }  // namespace polydpo

@@ -62,14 +62,22 @@ def test_planes_are_cut_where_pixels_are(height, width, flipped, corner):
     assert abs(left - pixel_left) <= 2
 
 
-def test_planes_fill_a_block_exactly():
-    frame = make_frame(48, 64)
-    out = np.full(48 * 96 + 2, 7, np.uint8)
-    target = make_store((48, 64), planes=True)
+@pytest.mark.parametrize("offset", [1, 8, 16, 63])
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (2, 2), (512, 512), (480, 640), (512, 514), (130000, 6)])
+def test_planes_fill_a_block_exactly(height, width, offset):
+    """Large ones are stored otherwise, past the caches."""
+    frame = make_frame(height, width)
+    size = height * width * 3 // 2
+    out = np.full(size + 192, 7, np.uint8)
+    place = -out.ctypes.data % 64 + offset
+    target = make_store((height, width), planes=True)
     strides = [plane.strides[0] for plane in frame]
-    target.store(frame, strides, (48, 64, 8, 1, 1), False, 0, 1, out.ctypes.data + 1, 0)
-    np.testing.assert_array_equal(out[1:-1].reshape(72, 64), planes_of(frame, 0, 0, 48, 64))
-    assert out[[0, -1]].tolist() == [7, 7]
+    target.store(frame, strides, (height, width, 8, 1, 1), False, 0, 1, out.ctypes.data + place, 0)
+    np.testing.assert_array_equal(
+        out[place : place + size].reshape(height * 3 // 2, width), planes_of(frame, 0, 0, height, width)
+    )
+    assert (out[:place] == 7).all()
+    assert (out[place + size :] == 7).all()
 
 
 @pytest.mark.parametrize(
