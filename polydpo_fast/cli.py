@@ -166,14 +166,15 @@ def bench(
     from . import bench as benchmarks
 
     try:
-        if compare is not None:
-            changes = benchmarks.compare(*map(benchmarks.read_results, compare))
-            _print_changes(changes)
-            raise typer.Exit(1 if any(change.slower for change in changes) else 0)
-        Console().print(f"results: {benchmarks.run(suites or (), out)}", highlight=False, soft_wrap=True)
+        if compare is None:
+            Console().print(f"results: {benchmarks.run(suites or (), out)}", highlight=False, soft_wrap=True)
+            return
+        changes = benchmarks.compare(*map(benchmarks.read_results, compare))
     except (OSError, RuntimeError, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+    _print_changes(changes)
+    raise typer.Exit(1 if any(change.slower for change in changes) else 0)
 
 
 def _print_changes(changes: list[Change]) -> None:
