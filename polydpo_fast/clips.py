@@ -181,6 +181,7 @@ def decode_clips(
             _check_frame(frame, clip.aspect, resize, planes)
             place = base + first_place[pts] * frame_bytes
             colours[row], geometry[row] = _store(stores[pair], frame, clip.aspect, place, plane)
+            del frame
         with torch.inference_mode(out.is_inference()):  # a thread has a mode of its own
             shown = out[row] if in_order else out[row].transpose(0, 1)
             for k, pts in enumerate(chosen):

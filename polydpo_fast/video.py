@@ -85,7 +85,7 @@ class Clip:
         self._left -= time.monotonic() - self._since
 
     def frames(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
-        """(pts, frame) for the wanted presentation times, which ascend.
+        """(pts, frame) for the wanted presentation times, which ascend. None is held here when the next is decoded.
 
         Not everything that is marked as a place to seek to is one: open groups of pictures and gradual refreshes need
         what came before. Where a shortcut fails, the rest is decoded from the start. What fails even then is concealed,
@@ -103,6 +103,7 @@ class Clip:
             try:
                 for found in self._frames(wanted[given:], shortcuts, strict):
                     yield found
+                    del found
                     given += 1
             except TimeoutError:
                 raise
@@ -238,15 +239,17 @@ class Clip:
                         self._shortcut = True
                         container.seek(self._keys[max(key, 0)], stream=stream, backward=True)
                     decoded = self._decoded(container, stream, frozenset(wanted) if shortcuts else None, strict)
-                frame = None
-                for frame in decoded:
+                while True:
+                    frame = None  # its memory is in the caches: the next may be decoded into it
+                    frame = next(decoded, None)
+                    if frame is None:
+                        break
                     if frame.pts is not None and self._is_fit(frame, strict):
                         last = frame.pts
                         if frame.pts >= wanted[at]:
                             break
-                        before = frame
-                else:
-                    frame = None
+                        if not strict:
+                            before = frame
                 # Those that should have been shown by now.
                 while at < len(wanted) and (frame is None or frame.pts > wanted[at]):
                     if strict:
@@ -266,7 +269,8 @@ class Clip:
                         self.concealed += 1
                     yield frame.pts, frame
                     at += 1
-                before = frame
+                if not strict:
+                    before = frame
 
     def _decoded(self, container: Any, stream: Any, wanted: frozenset[int] | None, strict: bool) -> Iterator[Any]:
         """The frames from here on. wanted: the pts of those that are needed; None for all."""
@@ -285,7 +289,8 @@ class Clip:
                 if strict:
                     raise
                 continue
-            yield from frames
+            while frames:
+                yield frames.pop(0)  # none is held while others are decoded
 
     def _is_far(self, last: int | None, key: int) -> bool:
         """Whether it is cheaper to seek to a key than to decode all from the last frame to it."""
@@ -339,7 +344,10 @@ def orientation(frame: Any) -> int:
 
     Column x, row y of the frame is shown at a x + c y, b x + d y.
     """
-    for data in frame.side_data:
+    from av.sidedata.sidedata import SideDataContainer
+
+    # frame.side_data would be kept by the frame, which it keeps: megabytes that only the garbage collector gives back.
+    for data in SideDataContainer(frame):
         if data.type.name == "DISPLAYMATRIX":
             matrix = struct.unpack("=9i", bytes(data))
             a, b, _, c, d = (int(v > 0) - int(v < 0) for v in matrix[:5])

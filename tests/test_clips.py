@@ -1,5 +1,6 @@
 """`decode_clips` against full decodes, and against the colour formulas written out in NumPy."""
 
+import gc
 import io
 import itertools
 import struct
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import polydpo_fast
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
 from polydpo_fast.timeline import Timeline, plan
+from polydpo_fast.video import Clip
 
 CLIP = encode()
 
@@ -360,3 +362,25 @@ def test_bad_arguments_are_named(change, error, message):
 
 def test_the_public_names():
     assert polydpo_fast.decode_clips is decode_clips
+
+
+def test_frames_are_given_back_at_once():
+    """Not when the garbage collector comes: until then each would take new memory."""
+
+    def alive():
+        return sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+
+    gc.collect()
+    before, most = alive(), []
+    gc.disable()
+    try:
+        clip = Clip(CLIP, ClipLimits(), True, 1, None)
+        clip.index()
+        for _, frame in clip.frames(clip.timeline.pts.tolist()):
+            most.append(alive() - before)
+            del frame
+        decode_clips([CLIP], [CLIP], frames=30, size=(48, 64))
+        assert alive() == before
+    finally:
+        gc.enable()
+    assert max(most) <= 3  # PyAV has one ready, and the last packets give two
