@@ -347,7 +347,7 @@ def orientation(frame: Any) -> int:
     from av.sidedata.sidedata import SideDataContainer
 
     # frame.side_data would be kept by the frame, which it keeps: megabytes that only the garbage collector gives back.
-    for data in SideDataContainer(frame):
+    for data in SideDataContainer(frame):  # type: ignore[call-arg]  # of the stubs
         if data.type.name == "DISPLAYMATRIX":
             matrix = struct.unpack("=9i", bytes(data))
             a, b, _, c, d = (int(v > 0) - int(v < 0) for v in matrix[:5])
