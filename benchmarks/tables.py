@@ -330,8 +330,8 @@ def limit(curve: str, rows: list[Row]) -> str:
 def sd15_overhead(results: dict) -> str:
     row = rows_of(results, "sd15_overhead")["PairObjective in a step of SD1.5's UNet"]["own time"]
     text = (
-        f"In a step of SD1.5's own UNet (860 M parameters, one pair of 128 x 128 pixels, {row['step s']:.1f} s) the wrapper "
-        f"takes {1e6 * row['median']:.0f} us, {row['share of the step']:.3%}."
+        f"In a step of SD1.5's own UNet (860 M parameters, one pair of 128 x 128 pixels, {row['step s']:.1f} s) the "
+        f"wrapper takes {1e6 * row['median']:.0f} us, {row['share of the step']:.3%}."
     )
     return f"{text}\n\n{repeat(results, 'sd15_overhead')}"
 
