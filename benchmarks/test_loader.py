@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 
 PAIRS = 48
 BATCH = 4
-ROUNDS = 1
+ROUNDS = 5
 MILLION = 1_000_000
 
 
