@@ -22,7 +22,7 @@ from .decode_arguments import ClipLimits
 from .mp4 import check_counts
 from .timeline import Timeline
 
-__all__ = ["Clip", "Source", "orientation"]
+__all__ = ["Clip", "Source", "aspect_of", "orientation"]
 
 Source = Buffer | str | os.PathLike[str]
 
@@ -43,8 +43,8 @@ _FORMAT = 2  # of what is kept of a clip; another after each change
 class Clip:
     """A clip in bytes or in a local file.
 
-    timeline, and aspect, the width of a pixel by its height: known after `index`. concealed: how many of the `frames`
-    were replaced or marked as corrupt by FFmpeg.
+    timeline: known after `index`. concealed: how many of the `frames` were replaced or marked as corrupt by FFmpeg.
+    aspect: width of a pixel by its height, known while there are frames.
     """
 
     timeline: Timeline
@@ -76,12 +76,7 @@ class Clip:
         pts, (numerator, denominator) = found["pts"], found["unit"].tolist()
         self._check_frames(len(pts))
         self.timeline, self._keys = Timeline(pts, Fraction(numerator, denominator)), found["keys"].tolist()
-        self._depth, self.aspect = int(found["depth"][0]), Fraction(*found["aspect"].tolist())
-        if not Fraction(1, _MOST_ASPECT) <= self.aspect <= _MOST_ASPECT:
-            raise ValueError(
-                f"its pixels are {float(self.aspect):.4g} times as wide as high; "
-                f"expected 1/{_MOST_ASPECT} to {_MOST_ASPECT}"
-            )
+        self._depth = int(found["depth"][0])
         self._left -= time.monotonic() - self._since
 
     def frames(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
@@ -163,12 +158,12 @@ class Clip:
         """What is kept of a clip.
 
         pts: of the frames that are shown, ascending. keys: of the places to seek to. unit: of both, a fraction. depth:
-        how many frames at most are decoded before one that is shown before them. aspect: a fraction.
+        how many frames at most are decoded before one that is shown before them.
         """
         pts: list[int] = []
         keys: list[int] = []
         latest: list[int] = []
-        depth = held = 0
+        depth, held, is_whole = 0, 0, False
         with self._open(self._strict, 1) as (container, stream):
             for packet in _packets(container, stream, self._strict):
                 self._look_at_the_clock()
@@ -177,6 +172,8 @@ class Clip:
                     continue
                 if self._strict and packet.is_corrupt:
                     raise ValueError("one of its packets is cut off")
+                if held == 1:
+                    is_whole = _begins_anew(stream.codec_context.name, packet)
                 depth = max(depth, len(latest) - bisect.bisect_right(latest, packet.pts))
                 bisect.insort(latest, packet.pts)
                 del latest[:-_MOST_REORDERED]
@@ -194,29 +191,27 @@ class Clip:
         if not pts or not unit:
             raise ValueError("it has no frames with a presentation time")
         self._depth = depth
-        begin, aspect = self._first()
         shown = np.unique(np.array(pts, np.int64))
         return {
-            "pts": shown[np.searchsorted(shown, begin) :],
+            "pts": shown if is_whole else shown[np.searchsorted(shown, self._first()) :],
             "keys": np.unique(np.array(keys, np.int64)),
             "unit": np.array([unit.numerator, unit.denominator], np.int64),
             "depth": np.array([depth], np.int64),
-            "aspect": np.array([aspect.numerator, aspect.denominator], np.int64),
         }
 
-    def _first(self) -> tuple[int, Fraction]:
-        """The time of the first frame that can be decoded, and the shape of its pixels.
+    def _first(self) -> int:
+        """The time of the first frame that can be decoded.
 
         A clip that was cut off another may begin with packets that need what is not there any more.
         """
         import av
 
-        refused = []
+        refused: list[int] = []
         with self._open(self._strict, 1) as (container, stream):
             for packet in _packets(container, stream, self._strict):
                 self._look_at_the_clock()
                 try:
-                    found = [frame.pts for frame in packet.decode() if frame.pts is not None]
+                    found: list[int] = [frame.pts for frame in packet.decode() if frame.pts is not None]
                 except av.FFmpegError:
                     if self._strict:
                         raise
@@ -224,8 +219,7 @@ class Clip:
                         refused.append(packet.pts)
                 else:
                     if found:
-                        aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
-                        return min([found[0], *refused]), Fraction(aspect)
+                        return min([found[0], *refused])
         raise ValueError("none of its frames can be decoded")
 
     def _frames(self, wanted: list[int], shortcuts: bool, strict: bool) -> Iterator[tuple[int, Any]]:
@@ -244,6 +238,8 @@ class Clip:
                     frame = next(decoded, None)
                     if frame is None:
                         break
+                    if last is None:
+                        self.aspect = aspect_of(stream)
                     if frame.pts is not None and self._is_fit(frame, strict):
                         last = frame.pts
                         if frame.pts >= wanted[at]:
@@ -337,6 +333,16 @@ def _packets(container: Any, stream: Any, strict: bool) -> Iterator[Any]:
         last = av.Packet()
         last.stream = stream
         yield last
+
+
+def aspect_of(stream: Any) -> Fraction:
+    """Width of a pixel by its height: the container's word, or else that of the frames, once one is decoded."""
+    aspect = Fraction(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+    if not Fraction(1, _MOST_ASPECT) <= aspect <= _MOST_ASPECT:
+        raise ValueError(
+            f"its pixels are {float(aspect):.4g} times as wide as high; expected 1/{_MOST_ASPECT} to {_MOST_ASPECT}"
+        )
+    return aspect
 
 
 def orientation(frame: Any) -> int:
@@ -433,15 +439,28 @@ def _open_nothing(url: str, *_: object) -> Any:
 # -------------------------------------------------------------------------------------------------- the index
 
 
+def _begins_anew(codec: str, packet: Any) -> bool:
+    """Whether it surely begins a clip of which all frames can be decoded: an IDR picture of H.264 or HEVC."""
+    kinds = {"h264": (31, 0, (5,)), "hevc": (63, 1, (19, 20))}
+    if codec not in kinds:
+        return False
+    mask, shift, instant = kinds[codec]
+    data, at, found = memoryview(packet), 0, set()
+    while at + 4 < len(data):  # units behind their lengths
+        found.add(data[at + 4] >> shift & mask)
+        at += 4 + int.from_bytes(data[at : at + 4], "big")
+    return at == len(data) and not found.isdisjoint(instant)
+
+
 def _is_sound(found: Mapping[str, np.ndarray]) -> bool:
     """Whether an index can be one, that was kept where others can write."""
-    arrays = pts, keys, unit, depth, aspect = [found[name] for name in ("pts", "keys", "unit", "depth", "aspect")]
+    arrays = pts, keys, unit, depth = [found[name] for name in ("pts", "keys", "unit", "depth")]
     return (
         all(array.dtype == np.int64 and array.ndim == 1 for array in arrays)
         and len(pts) > 0
-        and [len(unit), len(depth), len(aspect)] == [2, 1, 2]
+        and (len(unit), len(depth)) == (2, 1)
         and bool((unit > 0).all() and (pts[1:] > pts[:-1]).all() and (keys[1:] > keys[:-1]).all())
-        and bool(0 <= depth[0] <= _MOST_REORDERED and (aspect > 0).all())
+        and bool(0 <= depth[0] <= _MOST_REORDERED)
     )
 
 

@@ -11,7 +11,7 @@ from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folde
 from test_clip_index import SPARSE
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
-from polydpo_fast.video import Clip
+from polydpo_fast.video import Clip, _begins_anew
 
 FORMS = {
     **SPARSE,
@@ -47,8 +47,8 @@ def test_a_clip_is_what_a_full_look_at_it_tells(form):
         clip.index()
         assert clip.timeline.unit == unit
         assert clip.timeline.pts.tolist() == [frame.pts for frame in frames]
-        assert clip.aspect == aspect
         assert [facts(frame) for _, frame in clip.frames(clip.timeline.pts.tolist())] == [facts(f) for f in frames]
+        assert clip.aspect == aspect
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -112,7 +112,7 @@ def test_h264_that_does_not_tell_its_order(container, kind, monkeypatch):
     expected = [frame for _, frame in full_decode(told)]
     whole = decode_clips([data], [data], frames=50, size=(48, 64), dtype=torch.uint8)
     assert_frames(whole.pixels[0], expected)
-    assert len(opens) == 2 * 3
+    assert len(opens) == 2 * 2  # no second try
     for first in (13, 30, 41):
         part = decode_clips([data], [data], frames=5, size=(48, 64), start=first / 24, dtype=torch.uint8)
         assert_frames(part.pixels[0], expected[first : first + 5])
@@ -140,3 +140,33 @@ def test_opening_decodes_nothing():
         return min(times)
 
     assert seconds(lambda: clip._open(True, 1)) < 0.5 * seconds(lambda: av.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize(("codec", "begins_anew"), [("libx264", True), ("libx265", True), ("libvpx-vp9", False)])
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_only_unclear_beginnings_are_decoded_twice(codec, begins_anew, container, monkeypatch):
+    firsts = []
+    plain = Clip._first
+    monkeypatch.setattr(Clip, "_first", lambda self: firsts.append(1) or plain(self))
+    data = encode(9, codec=codec, container=container)
+    decode_clips([data], [data], frames=9, size=8)
+    assert len(firsts) == (0 if begins_anew else 2)
+
+
+@pytest.mark.parametrize(
+    ("codec", "units", "expected"),
+    [
+        ("h264", [b"\x67ab", b"\x68c", b"\x65def"], True),
+        ("h264", [b"\x67ab", b"\x06c", b"\x41def"], False),  # a place to start from that is no IDR picture
+        ("hevc", [b"\x26\1abc"], True),
+        ("hevc", [b"\x28\1abc"], True),
+        ("hevc", [b"\x2a\1abc"], False),  # a clean random access: others before it may be shown
+        ("vp9", [b"\x65def"], False),
+        ("h264", [], False),
+    ],
+)
+def test_beginnings(codec, units, expected):
+    packet = b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
+    assert _begins_anew(codec, packet) is expected
+    for broken in (packet + b"\0", packet[:-1], b"\0\0\0\1" + b"".join(units), b"\xff" * 9, b"\0" * 9):
+        assert not _begins_anew(codec, broken)
