@@ -41,8 +41,8 @@ def forward_of(model: Any) -> Forward:
     name = next((base.__name__ for base in type(inner).__mro__ if base.__name__ in _FORWARDS), None)
     if name is None:
         raise TypeError(
-            f"model is a {type(inner).__name__}; expected one of {', '.join(_FORWARDS)}, or forward=, a function of (model, noisy, "
-            "timesteps, conditioning) that returns its prediction"
+            f"model is a {type(inner).__name__}; expected one of {', '.join(_FORWARDS)}, or forward=, a function of "
+            "(model, noisy, timesteps, conditioning) that returns its prediction"
         )
     return _FORWARDS[name]
 
