@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
+import secrets
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +18,10 @@ import numpy as np
 __all__ = ["cache_folder", "load_or_build"]
 
 Arrays = Mapping[str, np.ndarray]
+
+_MOST_BYTES = 4 << 30  # in a folder: the indexes of a million clips and more
+_ROUNDS = 512  # files are counted once in so many that are stored: there may be many
+_ABANDONED_S = 24 * 3600.0  # after which nobody writes to a file any more
 
 
 def cache_folder() -> Path:
@@ -35,7 +42,8 @@ def load_or_build(
 
     stamp: everything that the arrays depend on: format version, path, size, time of modification.
     folder: where to; `cache_folder()` if None. One that cannot be written to is no error: the arrays are built again
-    the next time. A file that is damaged or of another stamp is built anew. No pickles are read.
+    the next time. A file that is damaged or of another stamp is built anew. No pickles are read. Where a folder comes
+    to hold more than 4 GiB, those that were stored first are removed.
     sound: whether stored arrays can be those of this stamp; where it says no or raises, they are built anew.
     """
     path = Path(folder or cache_folder()) / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npz"
@@ -56,4 +64,29 @@ def load_or_build(
         except BaseException:
             os.unlink(name)
             raise
+        if secrets.randbelow(_ROUNDS) == 0:
+            _prune(path.parent, _MOST_BYTES)
     return built
+
+
+def _prune(folder: Path, most: int) -> None:
+    """Removes the oldest indexes until the others have at most so many bytes, and what was never finished.
+
+    Other processes may do the same, or read: a file that is gone is built again, one that is open stays readable.
+    """
+    kept, now = [], time.time()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                facts = entry.stat(follow_symlinks=False)
+                if re.fullmatch(r"[0-9a-f]{32}\.npz", entry.name):
+                    kept.append((facts.st_mtime_ns, facts.st_size, entry.path))
+                elif re.fullmatch(r"tmp\w+\.part", entry.name) and now - facts.st_mtime > _ABANDONED_S:
+                    os.unlink(entry.path)
+    total = sum(size for _, size, _ in kept)
+    for _, size, name in sorted(kept):
+        if total <= most:
+            break
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        total -= size

@@ -9,7 +9,7 @@ import pytest
 import torch
 from clip_oracle import ALL, assert_frames, encode, full_decode, index_folder  # noqa: F401
 
-from polydpo_fast import ClipLimits, DecodeError, decode_clips
+from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips
 from polydpo_fast.timeline import Timeline, plan
 from polydpo_fast.video import Clip
 
@@ -124,6 +124,41 @@ def test_failures_are_not_kept(path, builds, index_folder):  # noqa: F811
         with pytest.raises(DecodeError):
             decoded(path)
     assert list(index_folder.iterdir()) == []
+
+
+def test_the_folder_is_bounded(tmp_path, index_folder, builds, monkeypatch):  # noqa: F811
+    """The oldest go; other files stay, and what somebody is writing."""
+    monkeypatch.setattr(cache, "_ROUNDS", 1)
+    paths = [tmp_path / f"{k}.mp4" for k in range(4)]
+    names = {}
+    for k, path in enumerate(paths):
+        path.write_bytes(CLIP)
+        decoded(path)
+        (new,) = {*index_folder.iterdir()}.difference(names.values())
+        os.utime(new, (1000 + k, 1000 + k))
+        names[k] = new
+    others = [index_folder / name for name in ("notes.txt", "a.npz", "tmpabc.part")]
+    abandoned = index_folder / "tmpold.part"
+    for other in (*others, abandoned):
+        other.write_bytes(bytes(1 << 20))
+    os.utime(abandoned, (1000, 1000))
+    os.utime(others[0], (1000, 1000))
+    monkeypatch.setattr(cache, "_MOST_BYTES", sum(names[k].stat().st_size for k in (2, 3)) * 7 // 4)
+    last = tmp_path / "last.mp4"
+    last.write_bytes(CLIP)
+    decoded(last)
+    assert not names[0].exists()
+    assert not names[1].exists()
+    assert names[2].exists()
+    assert names[3].exists()
+    assert all(other.exists() for other in others)
+    assert not abandoned.exists()
+    assert len([*index_folder.iterdir()]) == 3 + len(others)
+    del builds[:]
+    decoded(paths[3])
+    assert builds == []
+    decoded(paths[0])
+    assert len(builds) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- sparse
