@@ -28,6 +28,7 @@ _Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Diffuser
 _Data = Annotated[list[str] | None, typer.Option(help="Files, globs, a folder or an address of pairs, or of `cache`.")]
 _Size = Annotated[int | None, typer.Option(help="Side of the pixels; the model's own if it is not given.")]
 _Precision = Annotated[str | None, typer.Option(help="no, fp16 or bf16.")]
+_ShardPairs = Annotated[int, typer.Option(min=1, help="Pairs per file, of which a process makes one at a time.")]
 _Seed = Annotated[int | None, typer.Option(help="Of order, crops, noise, timesteps and pictures.")]
 _Assign = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting, in YAML.")]
 
@@ -243,18 +244,20 @@ def cache(
     batch_size: Annotated[int | None, typer.Option(help="Pairs per process at once.")] = None,
     mixed_precision: _Precision = None,
     seed: _Seed = None,
+    shard_pairs: _ShardPairs = 128,
     store: Annotated[str | None, typer.Option(help="Type of stored numbers: float32, bfloat16, float16.")] = None,
     assign: _Assign = None,
 ) -> None:
     """Encode images and prompts once; `train --data OUT` needs neither then. Runs under `accelerate launch` too."""
-    with _training(context, "out", "store") as settings:
+    with _training(context, "out", "store", "shard_pairs") as settings:
         import torch
 
         from .diffusion.precompute import cache as run
 
         if store not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"--store is {store!r}; expected float32, bfloat16 or float16")
-        run(settings, out, dtype=None if store is None else getattr(torch, store))
+        dtype = None if store is None else getattr(torch, store)
+        run(settings, out, dtype=dtype, shard_pairs=shard_pairs)
 
 
 @app.command()
@@ -269,14 +272,15 @@ def reference(
     mixed_precision: _Precision = None,
     lora_rank: Annotated[int | None, typer.Option(help="Of the training, whose reference it is.")] = None,
     seed: _Seed = None,
+    shard_pairs: _ShardPairs = 1024,
     draws: Annotated[int, typer.Option(min=1, help="Epochs that have noise of their own.")] = 4,
     assign: _Assign = None,
 ) -> None:
     """Compute the reference's errors once, for `train --reference-errors OUT`. Runs under `accelerate launch` too."""
-    with _training(context, "out", "draws") as settings:
+    with _training(context, "out", "draws", "shard_pairs") as settings:
         from .diffusion.precompute import reference as run
 
-        run(settings, out, draws=draws)
+        run(settings, out, draws=draws, shard_pairs=shard_pairs)
 
 
 @app.command()

@@ -25,8 +25,10 @@ from .shards import Progress as Told
 __all__ = ["cache", "reference"]
 
 
-def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None, shard_pairs: int = 128) -> None:
     """Encodes the images and prompts of `settings.data` into a folder that is `settings.data` of a training then.
+
+    dtype, shard_pairs: see `cache_latents`.
 
     Crops, mirrors and samples of the VAE are drawn once. The processes share the work; what was interrupted goes on.
 
@@ -43,15 +45,15 @@ def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None)
 
     parts = {**inputs.parts, "seed": settings.seed}
     with _progress(setup.accelerator, "encoding") as told:
-        cache_latents(inputs.loader, encode, folder, parts=parts, dtype=dtype, progress=told)
+        cache_latents(inputs.loader, encode, folder, parts=parts, dtype=dtype, shard_pairs=shard_pairs, progress=told)
     setup.accelerator.wait_for_everyone()
     LatentPairs(folder)
 
 
-def reference(settings: Settings, folder: Path, *, draws: int = 4) -> None:
+def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: int = 1024) -> None:
     """Computes the reference's errors of `settings.data` into a folder that is `reference_errors` of a training then.
 
-    draws: epochs that have noise and timesteps of their own.
+    draws: epochs that have noise and timesteps of their own. shard_pairs: see `precompute_reference_errors`.
 
     The processes share the work; what was interrupted goes on.
 
@@ -78,6 +80,7 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4) -> None:
             draws=draws,
             seed=settings.seed,
             parts=inputs.parts_of_errors,
+            shard_pairs=shard_pairs,
             vary=inputs.conditioning,
             progress=told,
         )

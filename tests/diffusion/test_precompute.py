@@ -237,9 +237,12 @@ def test_other_folders_are_named(here, stores, tmp_path):
 
 
 @pytest.mark.heavy
-def test_two_processes_make_the_same_stores(here, stores, tmp_path, unused_tcp_port):
-    one = settings(here, tmp_path / "out", latents="mode", batch_size=4)
-    for command, name in (("cache", "latents"), ("reference", "errors")):
-        code, said = two_processes(one, tmp_path, unused_tcp_port, (command, str(tmp_path / name)))
+def test_two_processes_make_the_same_stores(here, tmp_path, unused_tcp_port):
+    plain = settings(here, tmp_path / "out", latents="mode", batch_size=2)
+    for command, make in (("cache", cache), ("reference", reference)):
+        make(plain, tmp_path / f"{command}-one", shard_pairs=6)
+        arguments = command, str(tmp_path / f"{command}-two"), "--shard-pairs", "6"
+        code, said = two_processes(plain, tmp_path, unused_tcp_port, arguments)
         assert code == 0, said
-        assert stored(tmp_path / name) == stored(stores / name)
+        assert len(stored(tmp_path / f"{command}-two")) == 3
+        assert stored(tmp_path / f"{command}-two") == stored(tmp_path / f"{command}-one")
