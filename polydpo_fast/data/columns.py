@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from .source import Arm, SourceError
+from ..decode_arguments import check_choice
+from .source import Arm, PairError, SourceError
 
-__all__ = ["LOSES", "NONE", "TIE", "TIES", "WINS", "Layout", "check_ties", "keep", "layout_of", "verdicts"]
+__all__ = [
+    "HAS_LABEL",
+    "TIE",
+    "TIE_WEIGHT",
+    "WINS",
+    "Layout",
+    "check_options",
+    "counted",
+    "keep",
+    "layout_of",
+    "verdicts",
+    "weight_of",
+]
 
 NONE, WINS, LOSES, TIE = range(4)
 """What a row says of its first image; NONE where it has no label."""
 
 TIES = ("drop", "keep", "error")
+TIE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,11 @@ def layout_of(columns: Collection[str], where: str) -> Layout:
     raise SourceError(f"{where} has the columns {', '.join(columns) or 'none'}; expected {expected}")
 
 
-def check_ties(ties: Any) -> None:
-    if ties not in TIES:
-        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(map(repr, TIES))}")
+def check_options(ties: Any, columns: Any) -> None:
+    """Of any source. Raises ValueError or TypeError."""
+    check_choice("ties", ties, TIES)
+    if isinstance(columns, str):
+        raise TypeError(f"columns is {columns!r}; expected a list of names")
 
 
 def verdicts(labels: np.ndarray, labelled: np.ndarray | None, name: str, where: str) -> np.ndarray:
@@ -84,3 +102,20 @@ def keep(verdict: np.ndarray, ties: str, where: str) -> np.ndarray:
         row = int((verdict == TIE).argmax())
         raise SourceError(f"{where}, row {row}: a tie; ties='drop' leaves them out, ties='keep' gives them weight 0.5")
     return np.flatnonzero(verdict != NONE if ties == "keep" else (verdict == WINS) | (verdict == LOSES))
+
+
+def counted(found: np.ndarray, pairs: int, where: str) -> dict[str, int]:
+    """For people, of how many rows there are of each verdict. Raises SourceError where there are no pairs."""
+    counts = {"rows": int(found.sum()), "rows without a label": int(found[NONE]), "ties": int(found[TIE])}
+    if not pairs:
+        listed = ", ".join(f"{number} {name}" for name, number in counts.items())
+        raise SourceError(f"{where}: {listed}, 0 pairs; expected at least one pair")
+    return counts
+
+
+def weight_of(values: Mapping[str, Any], column: str | None, verdict: int) -> float:
+    """What stands in the column, 1 without one; half of it for a tie. Raises PairError."""
+    weight = 1.0 if column is None else values[column]
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
+        raise PairError(f"{column} is {weight!r}; expected a number >= 0")
+    return float(weight) * (TIE_WEIGHT if verdict == TIE else 1.0)

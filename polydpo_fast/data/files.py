@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from .media import CLIP_SUFFIXES
 from .source import SourceError
 
-__all__ = ["File", "Location", "find", "names"]
+__all__ = ["File", "Location", "contents", "find", "names"]
 
 Location = str | os.PathLike[str]
+_MAX_FILE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,26 @@ def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[
     if not files:
         raise SourceError(f"{place}: no such file, or no {' or '.join(suffixes)} in it")
     return files
+
+
+def contents(path: str) -> bytes | Path:
+    """Of an image or a clip; for clips in local files (by their suffix) the path. Raises OSError or ValueError."""
+    if "://" in path:
+        data = File(path, 0, "").read(0, _MAX_FILE + 1)
+        size = len(data)
+    else:
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):  # a pipe would hang
+            raise ValueError("it is no regular file")
+        if path.rpartition(".")[2].lower() in CLIP_SUFFIXES:
+            return Path(path)
+        size = facts.st_size
+        data = File(path, size, "").read() if size <= _MAX_FILE else b""
+    if not size:
+        raise ValueError("it is empty")
+    if size > _MAX_FILE:
+        raise ValueError(f"it has more than {_MAX_FILE} bytes")
+    return data
 
 
 def names(files: Sequence[File]) -> list[str]:

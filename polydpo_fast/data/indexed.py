@@ -17,13 +17,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..cache import Arrays, load_or_build
+from .columns import check_options
 from .files import File, names
 from .source import Pair, PairError, Source, SourceError, fingerprint_of
 
 __all__ = ["COMMON", "IndexedSource", "Notes", "key_hash"]
-
-TIES = ("drop", "keep", "error")
-TIE_WEIGHT = 0.5
 
 COMMON = [("key", "<u8"), ("category", "<u4"), ("tie", "?")]
 """What a row of any index begins with: the hash of the pair's key or 0, the number of its category, whether it is one
@@ -74,31 +72,28 @@ class IndexedSource(Source):
     def __init__(
         self, files: Sequence[File], *, ties: str, columns: Sequence[str], cache: str | os.PathLike[str] | None
     ) -> None:
-        if ties not in TIES:
-            raise ValueError(f"ties is {ties!r}; expected one of {', '.join(map(repr, TIES))}")
-        if isinstance(columns, str):
-            raise TypeError(f"columns is {columns!r}; expected a sequence of names")
+        check_options(ties, columns)
         self._files, self._names, self._columns = list(files), names(files), tuple(columns)
         with ThreadPoolExecutor(_READERS) as readers:
             parts = list(readers.map(lambda file: self._load(file, cache), self._files))
         self._notes = [notes for _, notes in parts]
         self._category_names = tuple(sorted({name for notes in self._notes for name in notes.categories})) or ("",)
         self._check_columns()
-        self._counts = Counter(files=len(self._files))
+        counts = Counter(files=len(self._files))
         number_of = {name: number for number, name in enumerate(self._category_names)}
         kept = []
         for file, (rows, notes) in zip(self._files, parts, strict=True):
             numbers = np.array([number_of[name] for name in notes.categories], dtype=np.uint32)
             rows["category"] = numbers[rows["category"]] if len(rows) else 0
             tied = rows["tie"]
-            self._counts.update({**notes.counts, "ties": int(tied.sum())})
+            counts.update({**notes.counts, "ties": int(tied.sum())})
             if ties == "error" and tied.any():
                 raise SourceError(f"{self._where(file, rows[tied.argmax()], notes)}: a tie, and ties is 'error'")
             kept.append(rows[~tied] if ties == "drop" else rows)
-        self._rows = np.concatenate(kept)
+        self._rows, self._counts = np.concatenate(kept), counts
         self._ends = np.cumsum([len(rows) for rows in kept])
         if not len(self._rows):
-            found = ", ".join(f"{number} {name}" for name, number in self._counts.items() if number)
+            found = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
             raise SourceError(f"{self._files[0].path}: no pairs found; {found}")
 
     def __len__(self) -> int:
@@ -127,10 +122,6 @@ class IndexedSource(Source):
     def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
         smallest = np.min_scalar_type(len(self._category_names) - 1)
         return self._category_names, self._rows["category"].astype(smallest)
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return {**self._counts, "pairs": len(self)}
 
     @abstractmethod
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:

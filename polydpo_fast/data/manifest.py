@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,17 +16,16 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import numpy as np
 from typing_extensions import Buffer
 
+from .columns import TIE_WEIGHT
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
-from .files import File, Location, find
-from .indexed import COMMON, TIE_WEIGHT, IndexedSource, Notes, key_hash
-from .media import CLIP_SUFFIXES
+from .files import File, Location, contents, find
+from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .source import Arm, Pair, PairError, SourceError
 
 __all__ = ["ManifestPairs"]
 
 _BOM = b"\xef\xbb\xbf"
 _MAX_RANKED = 256
-_MAX_FILE = 1 << 30
 
 
 class ManifestPairs(IndexedSource):
@@ -123,8 +121,7 @@ class ManifestPairs(IndexedSource):
 
     def _arm(self, manifest: File, name: str, arm: Arm) -> Buffer | Path:
         try:
-            path = _resolved(name, manifest, self._root)
-            return _contents(path)
+            return contents(_resolved(name, manifest, self._root))
         except (OSError, ValueError) as error:
             raise PairError(f"{name}: {error}", arm) from error
 
@@ -141,23 +138,6 @@ def _resolved(name: str, manifest: File, root: str | None) -> str:
         return os.path.join(root, name)
     protocol, _, folder = (manifest.path.rpartition("/")[0] + "/" if root is None else root).partition("://")
     return f"{protocol}://{'/'.join(part for part in (folder.rstrip('/'), name) if part)}"
-
-
-def _contents(path: str) -> Buffer | Path:
-    if "://" in path:
-        data = File(path, 0, "").read(0, _MAX_FILE + 1)
-        size = len(data)
-    else:
-        facts = os.stat(path)
-        if not stat.S_ISREG(facts.st_mode):  # a pipe would hang
-            raise ValueError("it is no regular file")
-        if path.rpartition(".")[2].lower() in CLIP_SUFFIXES:
-            return Path(path)
-        size = facts.st_size
-        data = File(path, size, "").read() if size <= _MAX_FILE else b""
-    if size > _MAX_FILE:
-        raise ValueError(f"it has more than {_MAX_FILE} bytes")
-    return data
 
 
 # ------------------------------------------------------------------------------------------------ records

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ..cache import load_or_build
-from .columns import HAS_LABEL, NONE, TIE, WINS, Layout, check_ties, keep, layout_of, verdicts
+from .columns import HAS_LABEL, WINS, Layout, check_options, counted, keep, layout_of, verdicts, weight_of
 from .files import File, Location, find, names
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
@@ -75,9 +75,7 @@ class ParquetPairs(Source):
         memory_bytes: int = 1 << 32,
     ) -> None:
         pa = _pyarrow()
-        check_ties(ties)
-        if isinstance(columns, str):
-            raise TypeError(f"columns is {columns!r}; expected a list of names")
+        check_options(ties, columns)
         if isinstance(memory_bytes, bool) or not isinstance(memory_bytes, int) or memory_bytes < 0:
             raise ValueError(f"memory_bytes is {memory_bytes!r}; expected an int >= 0")
         self._files = find(where, [".parquet"])
@@ -111,16 +109,7 @@ class ParquetPairs(Source):
         self._rows, self._verdicts, self._blocks = np.concatenate(rows), np.concatenate(flags), blocks
         self._ends = np.cumsum([block.pairs for block in blocks], dtype=np.int64)
         found = np.sum([np.bincount(index["verdict"], minlength=4) for index in indexes], axis=0)
-        self._counts = {
-            "files": len(self._files),
-            "rows": int(found.sum()),
-            "rows without a label": int(found[NONE]),
-            "ties": int(found[TIE]),
-            "pairs": len(self._rows),
-        }
-        if not len(self._rows):
-            counts = ", ".join(f"{number} {name}" for name, number in self._counts.items())
-            raise SourceError(f"{self._files[0].path}: {counts}; expected at least one pair")
+        self._counts = {"files": len(self._files), **counted(found, len(self._rows), self._files[0].path)}
         self._categories = _merged_categories(indexes, rows) if category is not None else None
         facts = [
             (name, file.size, index["digest"].tobytes())
@@ -149,7 +138,7 @@ class ParquetPairs(Source):
             win=win,
             lose=lose,
             prompt=values.get(self._layout.prompt) or "",
-            weight=self._weight_of(values) * (0.5 if verdict == TIE else 1.0),
+            weight=weight_of(values, self._weight, verdict),
             category=self._category_of(index),
             extra={name: values[name] for name in self._extra},
         )
@@ -166,14 +155,6 @@ class ParquetPairs(Source):
         """The pairs of each row group that has any."""
         return np.diff(self._ends, prepend=0)
 
-    @property
-    def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
-        return super().categories if self._categories is None else self._categories
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return dict(self._counts)
-
     def _block_of(self, index: int) -> _Block:
         if not 0 <= index < len(self._rows):
             raise IndexError(f"pair {index} of {len(self._rows)}")
@@ -184,14 +165,6 @@ class ParquetPairs(Source):
         if not data:
             raise PairError(f"{column} has no bytes", arm)
         return data
-
-    def _weight_of(self, values: Mapping[str, Any]) -> float:
-        if self._weight is None:
-            return 1.0
-        weight = values[self._weight]
-        if weight is None or not 0 <= weight < float("inf"):
-            raise PairError(f"{self._weight} is {weight}; expected a number >= 0")
-        return float(weight)
 
     def _category_of(self, index: int) -> str:
         if self._categories is None:

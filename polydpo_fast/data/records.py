@@ -12,15 +12,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from typing_extensions import Buffer
 
-from .columns import HAS_LABEL, NONE, TIE, WINS, check_ties, keep, layout_of, verdicts
-from .files import File
-from .media import CLIP_SUFFIXES
+from .columns import HAS_LABEL, WINS, check_options, counted, keep, layout_of, verdicts, weight_of
+from .files import contents
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
 __all__ = ["RecordPairs"]
 
 _SAMPLES = 16  # records that the fingerprint looks into
-_MAX_FILE = 1 << 30
 
 
 class RecordPairs(Source):
@@ -55,9 +53,7 @@ class RecordPairs(Source):
         category: str | None = None,
         weight: str | None = None,
     ) -> None:
-        check_ties(ties)
-        if isinstance(columns, str):
-            raise TypeError(f"columns is {columns!r}; expected a list of names")
+        check_options(ties, columns)
         if isinstance(records, Mapping):  # a DatasetDict too
             raise TypeError(
                 f"records is a {type(records).__name__} of {', '.join(map(str, records))}; expected one of these"
@@ -89,17 +85,8 @@ class RecordPairs(Source):
             has = None if labelled is None else np.array([value is not False for value in found[labelled]], dtype=bool)
             verdict = verdicts(_numbers(found[label], label), has, label, "records")
         rows = keep(verdict, ties, "records")
-        self._counts = {
-            "rows": len(verdict),
-            "rows without a label": int((verdict == NONE).sum()),
-            "ties": int((verdict == TIE).sum()),
-            "pairs": len(rows),
-        }
-        if not len(rows):
-            counts = ", ".join(f"{number} {name}" for name, number in self._counts.items())
-            raise SourceError(f"records: {counts}; expected at least one pair")
+        self._counts = counted(np.bincount(verdict, minlength=4), len(rows), "records")
         self._rows, self._verdicts, self._ties = rows.astype(np.uint32), verdict[rows], ties
-        self._categories: tuple[tuple[str, ...], np.ndarray] | None = None
         if category is not None:
             kept = [_text(found[category][row]) for row in rows.tolist()]
             number = {text: n for n, text in enumerate(sorted(set(kept)))}
@@ -126,7 +113,7 @@ class RecordPairs(Source):
             win=win,
             lose=lose,
             prompt=prompt or "",
-            weight=self._weight_of(record) * (0.5 if verdict == TIE else 1.0),
+            weight=weight_of(record, self._weight, verdict),
             category="" if self._categories is None else self._categories[0][int(self._categories[1][index])],
             extra={name: record[name] for name in self._extra},
         )
@@ -150,14 +137,6 @@ class RecordPairs(Source):
         if not 0 <= index < len(self._rows):
             raise IndexError(f"pair {index} of {len(self._rows)}")
         return f"records[{self._rows[index]}]"
-
-    @property
-    def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
-        return super().categories if self._categories is None else self._categories
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return dict(self._counts)
 
     def _check_kind(self, value: Any, name: str) -> None:
         """What one record lacks is a matter of this record; what is no image at all is one of them all."""
@@ -195,17 +174,14 @@ class RecordPairs(Source):
     def _image(self, record: Mapping[str, Any], column: str, arm: Arm) -> Buffer | Path:
         try:
             value = _stored(record.get(column))
-            return _contents(os.fspath(value)) if isinstance(value, (str, os.PathLike)) else value
-        except (OSError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise PairError(f"{column} {error}", arm) from error
-
-    def _weight_of(self, record: Mapping[str, Any]) -> float:
-        if self._weight is None:
-            return 1.0
-        weight = record[self._weight]
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise PairError(f"{self._weight} is {weight!r}; expected a number >= 0")
-        return float(weight)
+        if not isinstance(value, (str, os.PathLike)):
+            return value
+        try:
+            return contents(os.fspath(value))
+        except (OSError, ValueError) as error:
+            raise PairError(f"{column} is at {os.fspath(value)}: {getattr(error, 'strerror', None) or error}", arm) from error
 
 
 def _as_stored(records: Any) -> tuple[Any, bool]:
@@ -242,22 +218,6 @@ def _stored(value: Any) -> Buffer | str | os.PathLike[str]:
     if not len(view):
         raise ValueError("has no bytes")
     return view
-
-
-def _contents(path: str) -> Buffer | Path:
-    if "://" in path:
-        data = File(path, 0, "").read(0, _MAX_FILE + 1)
-        size = len(data)
-    else:
-        if not os.path.isfile(path):  # a pipe would hang
-            raise ValueError(f"is at {path}, which is no file")
-        if path.rpartition(".")[2].lower() in CLIP_SUFFIXES:
-            return Path(path)
-        size = os.stat(path).st_size
-        data = File(path, size, "").read() if size <= _MAX_FILE else b""
-    if not 0 < size <= _MAX_FILE:
-        raise ValueError(f"is at {path}, which has {size} bytes; expected 1 to {_MAX_FILE}")
-    return data
 
 
 def _numbers(values: Sequence[Any], name: str) -> np.ndarray:

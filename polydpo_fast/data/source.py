@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -67,6 +68,9 @@ class Source(ABC):
     kind: ClassVar[str]  # for people: "Parquet"
     random_access: ClassVar[bool] = True  # whether a pair is cheap to read without its neighbours
 
+    _categories: tuple[tuple[str, ...], np.ndarray] | None = None
+    _counts: Mapping[str, int] = MappingProxyType({})
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -92,7 +96,7 @@ class Source(ABC):
     @property
     def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
         """The names, and for each pair the number of its own, (len,) of an integer dtype."""
-        return ("",), np.zeros(len(self), dtype=np.uint8)
+        return self._categories or (("",), np.zeros(len(self), dtype=np.uint8))
 
     @property
     def ready(self) -> Ready | None:
@@ -102,7 +106,7 @@ class Source(ABC):
     @property
     def counts(self) -> Mapping[str, int]:
         """What was found on the way to the pairs, for people: rows, ties, rows without a label."""
-        return {"pairs": len(self)}
+        return {**self._counts, "pairs": len(self)}
 
 
 def fingerprint_of(kind: str, parts: Iterable[object]) -> str:

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
+from .columns import TIE_WEIGHT
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
 from .files import File, Location, find
-from .indexed import COMMON, TIE_WEIGHT, IndexedSource, Notes, key_hash
+from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .source import Pair, PairError
 

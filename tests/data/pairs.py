@@ -83,3 +83,11 @@ class Tiny(Source):
     @property
     def categories(self):
         return ("cat", "dog"), self._codes
+
+
+def plain(pair):
+    return pair.key, bytes(pair.win), bytes(pair.lose), pair.prompt, pair.weight, pair.category, dict(pair.extra)
+
+
+def everything(source):
+    return [plain(source[index]) for index in range(len(source))]

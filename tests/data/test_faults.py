@@ -19,11 +19,6 @@ from polydpo_fast.data import Pair, PairLoader, open_source, read_ledger
 TINY = dict(size=2, dtype=torch.uint8, max_bad_rate=1.0, max_bad_run=10**6, prefetch=1, readers=1)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
-
-
 def shards(folder, count=4, each=10, first=0):
     """Pairs of numbered pixels in shards; pair i is in shard i // each."""
     for number in range(count):

@@ -9,16 +9,12 @@ import pickle
 from pathlib import Path
 
 import pytest
+from data.pairs import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast.data.manifest import ManifestPairs
 from polydpo_fast.data.source import PairError, SourceError
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -32,10 +28,6 @@ def folder(tmp_path):
 def lines(path, *records, end="\n"):
     path.write_bytes(b"".join(json.dumps(record).encode() + end.encode() for record in records))
     return path
-
-
-def plain(pair):
-    return pair.key, bytes(pair.win), bytes(pair.lose), pair.prompt, pair.weight, pair.category, dict(pair.extra)
 
 
 def arms(source):

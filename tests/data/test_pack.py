@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from data.pairs import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -36,11 +37,6 @@ BEGINNINGS = {
     "mkv": b"\x1aE\xdf\xa3\x9fB\x82\x88matroska",
     "webm": b"\x1aE\xdf\xa3\x9fB\x82\x84webm",
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 class Listed(Source):
@@ -74,10 +70,6 @@ def many(count=20):
     pairs[3] = PairError("gone", "lose")
     pairs[11] = Pair("k.11", image(11), b"<html>not here</html>")
     return Listed(pairs)
-
-
-def plain(pair):
-    return pair.key, bytes(pair.win), bytes(pair.lose), pair.prompt, pair.weight, pair.category, dict(pair.extra)
 
 
 def contents(folder):

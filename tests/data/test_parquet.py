@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.pairs import everything, plain
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +22,6 @@ from polydpo_fast.data.source import PairError, SourceError
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
 
 
 def pick_a_pic(rows, start=0):
@@ -61,10 +57,6 @@ def shard(tmp_path):
     return write(tmp_path / "shard.parquet", pick_a_pic(SOME), rows_per_group=3)
 
 
-def plain(pair):
-    return pair.key, bytes(pair.win), bytes(pair.lose), pair.prompt, pair.weight, dict(pair.extra)
-
-
 def expected(paths, ties, columns=()):
     """Row by row, in plain Python. [] per row group."""
     groups = []
@@ -84,7 +76,7 @@ def expected(paths, ties, columns=()):
                     win, lose = lose, win
                 extra = {name: record[name] for name in columns}
                 key = f"{os.path.basename(path)}:{row}"
-                pairs.append((key, win, lose, record["caption"], 0.5 if label == 0.5 else 1.0, extra))
+                pairs.append((key, win, lose, record["caption"], 0.5 if label == 0.5 else 1.0, "", extra))
             if pairs:
                 groups.append(pairs)
         file.close()
@@ -181,7 +173,7 @@ def test_structs_of_bytes_and_path(tmp_path):
     table = pa.table({"prompt": ["a", "b", "c", "d", None], "chosen": chosen, "rejected": rejected})
     source = ParquetPairs(write(tmp_path / "preferences.parquet", table, rows_per_group=2))
     assert len(source) == 5
-    assert plain(source[0]) == ("preferences.parquet:0", b"good 0", b"bad 0", "a", 1.0, {})
+    assert plain(source[0]) == ("preferences.parquet:0", b"good 0", b"bad 0", "a", 1.0, "", {})
     for index, arm, name in ((1, "win", "chosen"), (2, "win", "chosen"), (3, "lose", "rejected"), (4, "win", "chosen")):
         with pytest.raises(PairError, match=rf"^{arm}: {name} has no bytes$") as caught:
             source[index]
@@ -399,10 +391,10 @@ def test_pickling_keeps_the_pairs_and_leaves_the_row_groups(tmp_path):
     path = write(tmp_path / "many.parquet", pick_a_pic([(1.0, True)] * 400), rows_per_group=100)
     source = ParquetPairs(path)
     cold = pickle.dumps(source)
-    expected_pairs = [plain(source[i]) for i in range(len(source))]
+    expected_pairs = everything(source)
     assert len(pickle.dumps(source)) == len(cold)
     again = pickle.loads(cold)
-    assert [plain(again[i]) for i in range(len(again))] == expected_pairs
+    assert everything(again) == expected_pairs
     assert again.fingerprint == source.fingerprint
 
 
@@ -632,7 +624,7 @@ def test_through_fsspec(shard):
     memory.pipe_file("/bucket/shard.parquet", Path(shard).read_bytes())
     try:
         source, local = ParquetPairs("memory://bucket/"), ParquetPairs(shard)
-        assert [plain(source[i]) for i in range(len(source))] == [plain(local[i]) for i in range(len(local))]
+        assert everything(source) == everything(local)
         assert source.fingerprint == local.fingerprint
         assert source.position(0) == "memory://bucket/shard.parquet, row 0"
         fresh = pickle.loads(pickle.dumps(source))

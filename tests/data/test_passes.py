@@ -382,8 +382,7 @@ def test_shares_that_would_say_nothing_are_refused():
         assert len(str(caught.value)) < 1200
 
 
-def test_a_state_costs_nothing_that_grows_with_the_source(tmp_path, monkeypatch):
-    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
+def test_a_state_costs_nothing_that_grows_with_the_source(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"win": "a.png", "lose": "b.png"}\n' * 20)
     source = open_source(tmp_path / "pairs.jsonl")
     loader = PairLoader(source, 4, **TINY)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from data.pairs import everything, plain
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,14 +19,6 @@ def pick(row, label, labelled=True):
     """As in Pick-a-Pic."""
     images = {"jpg_0": b"zero %d" % row, "jpg_1": b"one %d" % row}
     return {**images, "label_0": label, "has_label": labelled, "caption": f"prompt {row}", "ranking_id": row}
-
-
-def plain(pair):
-    return pair.key, bytes(pair.win), bytes(pair.lose), pair.prompt, pair.weight, dict(pair.extra)
-
-
-def everything(source):
-    return [plain(source[index]) for index in range(len(source))]
 
 
 labels = st.tuples(st.sampled_from([1.0, 0, 0.5, None, math.nan]), st.sampled_from([True, True, False, None]))
@@ -41,7 +34,7 @@ def test_pairs_are_those_of_a_walk_over_the_records(rows, ties):
             continue
         win, lose = ("jpg_1", "jpg_0") if label == 0 else ("jpg_0", "jpg_1")
         weight = 0.5 if label == 0.5 else 1.0
-        oracle.append((str(row), record[win], record[lose], record["caption"], weight, {"ranking_id": row}))
+        oracle.append((str(row), record[win], record[lose], record["caption"], weight, "", {"ranking_id": row}))
     if not oracle:
         with pytest.raises(SourceError, match="expected at least one pair"):
             RecordPairs(records, ties=ties)
@@ -111,7 +104,8 @@ BAD = [
     ({"win": None}, "win", "win is missing"),
     ({"win": b""}, "win", "win has no bytes"),
     ({"lose": {"bytes": None, "path": None}}, "lose", "lose is missing"),
-    ({"lose": "/nowhere/at all.png"}, "lose", "lose is at /nowhere/at all.png, which is no file"),
+    ({"lose": "/nowhere/at all.png"}, "lose", "lose is at /nowhere/at all.png: No such file"),
+    ({"lose": "/dev/null"}, "lose", "lose is at /dev/null: it is no regular file"),
     ({"lose": 7}, "lose", "lose is a int; expected bytes"),
     ({"win": np.zeros((2, 2, 3), np.uint8)}, "win", r"win is an array of shape \(2, 2, 3\)"),
     ({"win": pil}, "win", r"win is a PIL image; expected the bytes.*Image\(decode=False\)"),
@@ -130,7 +124,7 @@ def test_a_bad_record_is_an_error_of_its_pair(change, arm, reason):
     with pytest.raises(PairError, match=rf"^{arm}: {reason}" if arm else f"^{reason}") as caught:
         source[1]
     assert caught.value.arm == arm
-    assert plain(source[2]) == ("2", b"w", b"l", "p", 2.0, {})
+    assert plain(source[2]) == ("2", b"w", b"l", "p", 2.0, "", {})
 
 
 def test_records_that_fail_or_are_none():
@@ -269,8 +263,8 @@ def test_decoding_is_switched_off_and_only_labels_are_read_at_opening():
     fake = Fake(records, {"jpg_0": Image(), "jpg_1": None, "label_0": None}, "torch")
     source = RecordPairs(fake, category="ranking_id")
     assert source._records.whole == 1
-    assert plain(source[1]) == ("1", b"struct 1", b"one 1", "prompt 1", 1.0, {})
-    assert plain(source[2]) == ("2", b"one 2", b"struct 2", "prompt 2", 1.0, {})
+    assert plain(source[1]) == ("1", b"struct 1", b"one 1", "prompt 1", 1.0, "1", {})
+    assert plain(source[2]) == ("2", b"one 2", b"struct 2", "prompt 2", 1.0, "2", {})
 
 
 def test_a_transform_of_ones_own_is_left_alone():

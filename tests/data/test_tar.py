@@ -9,6 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from data.pairs import everything, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,11 +17,6 @@ from polydpo_fast.data.source import PairError, SourceError
 from polydpo_fast.data.tar import TarPairs
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def archive(members, form="pax", **kinds):
@@ -83,10 +79,6 @@ def attempt(source, index):
         return plain(source[index])[:3]
     except PairError as error:
         return str(error)
-
-
-def plain(pair):
-    return pair.key, bytes(pair.win), bytes(pair.lose), pair.prompt, pair.weight, pair.category, dict(pair.extra)
 
 
 # ---------------------------------------------------------------------------------------------- what is right
@@ -269,7 +261,7 @@ def test_the_index_is_kept_and_built_anew_when_the_shard_changes(tmp_path, monke
     monkeypatch.setattr(TarPairs, "_scan", lambda *args: calls.append(1) or scan(*args))
     again = TarPairs(tmp_path / "s0.tar", cache=cache)
     assert not calls
-    assert [plain(again[i]) for i in range(2)] == [plain(source[i]) for i in range(2)]
+    assert everything(again) == everything(source)
     assert again.counts == source.counts
     (tmp_path / "s0.tar").write_bytes(archive(sample("c")))
     assert TarPairs(tmp_path / "s0.tar", cache=cache)[0].key == "c"
@@ -298,7 +290,7 @@ def test_remote_shards_read_the_same(tmp_path):
     try:
         local = pairs_of(tmp_path, data)
         remote = pickle.loads(pickle.dumps(TarPairs("memory://shards/*.tar")))
-        assert [plain(remote[i]) for i in range(2)] == [plain(local[i]) for i in range(2)]
+        assert everything(remote) == everything(local)
         assert remote.fingerprint == local.fingerprint
         memory.rm("/shards/s0.tar")
         with pytest.raises(PairError, match=r"memory://shards/s0\.tar at byte 0"):
