@@ -181,7 +181,9 @@ class RecordPairs(Source):
         try:
             return contents(os.fspath(value))
         except (OSError, ValueError) as error:
-            raise PairError(f"{column} is at {os.fspath(value)}: {getattr(error, 'strerror', None) or error}", arm) from error
+            raise PairError(
+                f"{column} is at {os.fspath(value)}: {getattr(error, 'strerror', None) or error}", arm
+            ) from error
 
 
 def _as_stored(records: Any) -> tuple[Any, bool]:
