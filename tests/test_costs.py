@@ -4,6 +4,7 @@ The bounds are what the code needs now, with a little room; who lowers a cost ma
 """
 
 import io
+import os
 import re
 import resource
 import shutil
@@ -138,10 +139,17 @@ else:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     out = ctypes.create_string_buffer(2 * 2 * 3 * 256 * 256)
+    arguments = dict(ast.literal_eval(arguments), out=ctypes.addressof(out))
     for _ in range(int(count)):
-        _, failed = module.decode_pairs([image], [image], out=ctypes.addressof(out), **ast.literal_eval(arguments))
+        _, failed = module.decode_pairs([image], [image], **arguments)
         assert not failed
+    print(module.build_info()["simd"])
 """
+# What would count differently from run to run: the order of sets, and threads that OpenBLAS keeps spinning.
+STEADY = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
+# Measured with GCC 12 and libjpeg-turbo 2.1.5: 1.18 and 1.43 times libjpeg-turbo's 35 instructions per pixel. Which clones run is
+# valgrind's choice: those of the processors that it knows, AVX2 at most, and not on each machine that has it.
+MOST_OF_BARE = {"x86-64-v3": 1.25, "baseline": 1.5}
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind, which counts instructions, is not installed")
@@ -178,10 +186,10 @@ def test_the_whole_way_takes_few_more_instructions_than_bare_libjpeg(tmp_path, m
             DECODING,
         ]
         command += [_C.__file__, str(tmp_path / "photograph.jpg"), str(calls), repr(given), str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(re.search(r"Collected : (\d+)", done.stderr)[1])
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **STEADY})
+        return int(re.search(r"Collected : (\d+)", done.stderr)[1]), done.stdout.strip()
 
-    ours, alone = (instructions(5, library) - instructions(1, library) for library in ("", bare))
-    # Measured with GCC 12 and libjpeg-turbo 2.1.5: 1.30, 45 instructions per pixel against 34.
+    (ours, level), (alone, _) = (instructions(5, library) for library in ("", bare))
+    ours, alone = ours - instructions(1, "")[0], alone - instructions(1, bare)[0]
     assert alone > 8 * 256 * 256  # an image takes tens of instructions per pixel: something was counted
-    assert ours <= 1.4 * alone
+    assert ours <= MOST_OF_BARE[level] * alone
