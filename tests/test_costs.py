@@ -147,8 +147,8 @@ else:
 """
 # What would count differently from run to run: the order of sets, and threads that OpenBLAS keeps spinning.
 STEADY = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
-# Measured with GCC 12 and libjpeg-turbo 2.1.5: 1.18 and 1.43 times libjpeg-turbo's 35 instructions per pixel. Which clones run is
-# valgrind's choice: those of the processors that it knows, AVX2 at most, and not on each machine that has it.
+# Measured with GCC 12 and libjpeg-turbo 2.1.5: 1.18 and 1.43 times libjpeg-turbo's 35 instructions per pixel. Which
+# clones run is valgrind's choice: those of the processors that it knows, AVX2 at most.
 MOST_OF_BARE = {"x86-64-v3": 1.25, "baseline": 1.5}
 
 

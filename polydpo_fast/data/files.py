@@ -6,7 +6,9 @@ import glob
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ __all__ = ["File", "Location", "contents", "find", "names"]
 
 Location = str | os.PathLike[str]
 _MAX_FILE = 1 << 30
+_WEB = ("http", "https")
+_ASKING = 16  # questions to a storage at once
+# What storages call it: S3 and Google, the web, Azure, the Hugging Face hub, disks.
+_STAMPS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "blob_id", "mtime", "created")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,12 @@ class File:
 
     @property
     def name(self) -> str:
-        return self.path.rstrip("/").rsplit("/", 1)[-1]
+        return _parts(self.path)[-1]
+
+    @property
+    def folder(self) -> str:
+        """The one that it is in, "" for the working folder."""
+        return os.path.dirname(self.path) if self.is_local else "/".join([*_parts(self.path)[:-1], ""])
 
     @property
     def is_local(self) -> bool:
@@ -45,11 +56,14 @@ class File:
         length = max(0, self.size - start) if length is None else length
         if not self.is_local:
             try:
-                return bytes(self._filesystem().cat_file(self.path, start=start, end=start + length))
+                data = bytes(self._filesystem().cat_file(self.path, start=start, end=start + length))
             except (OSError, ImportError, SourceError):
                 raise
             except Exception as error:  # the storages' clients have exceptions of their own
                 raise OSError(f"{self.path}: {error or type(error).__name__}") from error
+            if len(data) > length:
+                raise OSError(f"{self.path}: its server sends the whole file, also where a part of it is asked for")
+            return data
         # Opened each time: a descriptor would be shared after a fork, and one per shard may be too many.
         with open(self.path, "rb", buffering=0) as file:
             parts = []
@@ -69,7 +83,7 @@ class File:
         if self.is_local:
             facts = os.stat(self.path)
             return (facts.st_size, str(facts.st_mtime_ns)) != (self.size, self.stamp)
-        info = self._filesystem().info(self.path)
+        info = _info(self._filesystem(), self.path)
         return (info.get("size"), _stamp(info)) != (self.size, self.stamp)
 
     def _filesystem(self) -> Any:
@@ -115,7 +129,7 @@ def names(files: Sequence[File]) -> list[str]:
 
     Raises SourceError where a file is given twice.
     """
-    paths = [(file.path if "://" in file.path else os.path.abspath(file.path)).split("/") for file in files]
+    paths = [_parts(file.path if "://" in file.path else os.path.abspath(file.path)) for file in files]
     for depth in range(1, max(map(len, paths), default=0) + 1):
         tails = ["/".join(path[-depth:]) for path in paths]
         if len(set(tails)) == len(tails):
@@ -145,17 +159,20 @@ def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
 def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:
     filesystem, protocol = _filesystem(place)
     try:
-        if any(c in place for c in "*?["):
-            found = filesystem.glob(place)
+        if any(c in place for c in ("*[" if protocol in _WEB else "*?[")):
+            found = sorted(filesystem.glob(place))
+        elif not place.endswith("/") and _parts(place)[-1].endswith((*suffixes,)):
+            found = [place]  # isdir would ask a web server for all of it
         elif filesystem.isdir(place):
-            found = [path for path in filesystem.find(place) if path.endswith((*suffixes,))]
+            found = sorted(path for path in filesystem.find(place) if path.endswith((*suffixes,)))
         else:
             found = [place] if filesystem.exists(place) else []
-        facts = [(path, filesystem.info(path)) for path in sorted(found)]
-    except OSError as error:
+        with ThreadPoolExecutor(_ASKING) as pool:
+            facts = list(pool.map(partial(_info, filesystem), found))
+    except Exception as error:  # the storages' clients have exceptions of their own
         raise SourceError(f"{place}: {error or type(error).__name__}") from error
     files = []
-    for path, info in facts:
+    for path, info in zip(found, facts, strict=True):
         if info.get("size") is None:
             raise SourceError(f"{path}: its size is not known, so that it cannot be read in parts")
         address = path if "://" in path else f"{protocol}://{path.lstrip('/')}"
@@ -163,8 +180,23 @@ def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:
     return files
 
 
+def _info(filesystem: Any, path: str) -> Mapping[str, Any]:
+    try:
+        info: Mapping[str, Any] = filesystem.info(path)
+        return info
+    except FileNotFoundError as error:  # whatever a web server answered: that is the cause
+        raise FileNotFoundError(f"no such file: {error.__cause__ or error}") from error
+
+
 def _stamp(info: Mapping[str, Any]) -> str:
-    return next((str(info[k]) for k in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(k)), "")
+    return next((str(info[name]) for name in _STAMPS if info.get(name)), "")
+
+
+def _parts(path: str) -> list[str]:
+    """Of a path or an address; without what follows a ? on the web, which may be a signature that is soon another."""
+    if path.startswith(tuple(f"{protocol}://" for protocol in _WEB)):
+        path = path.partition("?")[0]
+    return path.rstrip("/").split("/")
 
 
 def _filesystem(address: str) -> tuple[Any, str]:

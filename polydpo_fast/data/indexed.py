@@ -151,10 +151,10 @@ class IndexedSource(Source):
             notes = Notes()
             try:
                 rows = np.fromiter(self._scan(file, notes), dtype=self.row)
-            except SourceError:
+            except (SourceError, ImportError):
                 raise
-            except (OSError, ValueError) as error:
-                raise SourceError(f"{file.path}: {error}") from error
+            except Exception as error:  # the storages' clients have exceptions of their own
+                raise SourceError(f"{file.path}: {error or type(error).__name__}") from error
             return {"rows": rows, "notes": notes.pack()}
 
         def sound(arrays: Arrays) -> bool:

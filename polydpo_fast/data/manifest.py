@@ -132,11 +132,10 @@ def _resolved(name: str, manifest: File, root: str | None) -> str:
         raise ValueError(f"it is not within root, {root}")
     if free:
         return name
-    if root is None and manifest.is_local:
-        return os.path.join(os.path.dirname(manifest.path), name)
-    if root is not None and "://" not in root:
-        return os.path.join(root, name)
-    protocol, _, folder = (manifest.path.rpartition("/")[0] + "/" if root is None else root).partition("://")
+    folder = manifest.folder if root is None else root
+    if "://" not in folder:
+        return os.path.join(folder, name)
+    protocol, _, folder = folder.partition("://")
     return f"{protocol}://{'/'.join(part for part in (folder.rstrip('/'), name) if part)}"
 
 

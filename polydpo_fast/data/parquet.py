@@ -334,6 +334,8 @@ class _Groups:
 
 
 def _index_of(file: File, category: str | None, folder: str | os.PathLike[str] | None) -> Mapping[str, np.ndarray]:
+    if not file.stamp:  # nothing would tell that it has changed
+        return _build_index(file, category)
     place = os.path.abspath(file.path) if file.is_local else file.path
     stamp = json.dumps(["parquet", _FORMAT, category, place, file.size, file.stamp])
     return load_or_build(stamp, partial(_build_index, file, category), folder)

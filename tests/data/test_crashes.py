@@ -6,7 +6,10 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,9 +81,8 @@ def test_killed_at_any_moment_nothing_is_lost_or_comes_twice(tmp_path, kills):
     assert {line["index"] for line in read_ledger(tmp_path / "ledger")} == set(bad)
 
 
-def follow(rank, world, port, folder):
-    """A rank of a training under torchrun's environment."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def follow(folder):
+    """A rank of a training that torchrun has started."""
     torch.distributed.init_process_group("gloo")
     from accelerate import Accelerator
 
@@ -95,23 +97,21 @@ def follow(rank, world, port, folder):
         if number == 2:
             accelerator.save_state(str(folder / "state"))
             break
+    accelerator.wait_for_everyone()  # one of them writes
     accelerator.load_state(str(folder / "state"))
     for batch in loader:
         got.append(batch.index.tolist())
         torch.distributed.all_reduce(batch.ok.sum())
-    (folder / f"{rank}.json").write_text(json.dumps(got))
+    (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(got))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_pairs(tmp_path, world, unused_tcp_port):
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=follow, args=(rank, world, unused_tcp_port, tmp_path)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+def test_ranks_under_torchrun_share_the_pairs(tmp_path, world):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
     parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
     got = [i for step in zip(*parts, strict=True) for part in step for i in part]
     assert got == expected(100, 3, 0, {5, 50}, "pad", 4 * world)
@@ -132,3 +132,7 @@ def test_twenty_epochs_leave_nothing_behind():
     memory, descriptors = zip(*seen[2:], strict=True)
     assert len(set(descriptors)) == 1
     assert max(memory) - memory[0] < 16 << 20  # 22 epochs of 2,000 pairs: a leak of 400 bytes per pair shows
+
+
+if __name__ == "__main__":
+    follow(Path(sys.argv[1]))

@@ -1,0 +1,255 @@
+"""Sources over HTTP, from a web server of the test's, and over S3, from moto's: they are those of the files."""
+
+import contextlib
+import functools
+import http.server
+import json
+import os
+import pickle
+import re
+import tarfile
+import threading
+import urllib.parse
+
+import pytest
+import torch
+from data.pairs import everything, png, which
+
+from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger
+
+fsspec = pytest.importorskip("fsspec")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+TINY = dict(size=2, dtype=torch.uint8)
+COUNT = 12
+NAMES = ("pairs.parquet", "pairs.tar", "pairs.jsonl")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The same pairs in three forms; its name has a space."""
+    folder = tmp_path / "web" / "the pairs"
+    (folder / "images").mkdir(parents=True)
+    fill(folder, range(COUNT))
+    return folder
+
+
+def fill(folder, numbers):
+    images = [{"win": png(number, 0, 0), "lose": png(number, 0, 1)} for number in numbers]
+    prompts = [f"prompt {number:02}" for number in numbers]
+    first = [("win", "lose")[number % 2] for number in numbers]
+    columns = {
+        "jpg_0": [arms[arm] for arms, arm in zip(images, first, strict=True)],
+        "jpg_1": [arms["lose" if arm == "win" else "win"] for arms, arm in zip(images, first, strict=True)],
+        "label_0": [float(arm == "win") for arm in first],
+        "caption": prompts,
+    }
+    pq.write_table(pa.table(columns), folder / "pairs.parquet", row_group_size=5, compression="none")
+    with tarfile.open(folder / "pairs.tar", "w") as shard, open(folder / "pairs.jsonl", "w") as manifest:
+        for i, (arms, prompt) in enumerate(zip(images, prompts, strict=True)):
+            record = {"prompt": prompt}
+            for arm, data in arms.items():
+                path = folder / "images" / f"{i:02}.{arm}.png"
+                path.write_bytes(data)
+                shard.add(path, path.name)
+                record[arm] = f"images/{path.name}"
+            manifest.write(json.dumps(record) + "\n")
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves ranges, unless `server.whole`. `server.status` is the answer to everything, if it is set."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which waits 40 ms for each answer
+
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers.get("Range")))
+        if self.server.status:
+            return self.send_error(self.server.status)
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        path = self.translate_path(self.path)
+        if found is None or self.server.whole:
+            return super().do_GET()
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError:
+            return self.send_error(404)
+        part = data[int(found[1]) : int(found[2] or len(data)) + 1]
+        if not part:
+            return self.send_error(416)
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {found[1]}-{int(found[1]) + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        return self.wfile.write(part)
+
+    def do_HEAD(self):
+        return self.send_error(self.server.status) if self.server.status else super().do_HEAD()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(folder):
+    """A server of the folder, and its address."""
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    handler = functools.partial(Handler, directory=str(folder.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads, server.asked, server.whole, server.status = True, [], False, 0
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server, f"http://127.0.0.1:{server.server_port}/{urllib.parse.quote(folder.name)}"
+        finally:
+            fsspec.filesystem("http").clear_instance_cache()
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_web_gives_what_the_disk_does(folder, web, name):
+    server, address = web
+    local, remote = open_source(folder / name), open_source(f"{address}/{name}")
+    assert everything(remote) == everything(local)
+    assert len(remote) == COUNT
+    assert remote.fingerprint == local.fingerprint
+    assert remote.position(3) == local.position(3).replace(str(folder), address)
+    assert everything(pickle.loads(pickle.dumps(remote))) == everything(local)
+    data = (folder / name).read_bytes()
+    parts = [part for path, part in server.asked if path.endswith(name)]
+    if name != "pairs.jsonl":  # its images, too, are asked for as ranges
+        assert any(part and part != f"bytes=0-{len(data) - 1}" for part in parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaders_over_the_web(folder, web, name):
+    _, address = web
+    options = dict(batch_size=4, seed=3, **TINY)
+    want = [which(batch.pixels) for batch in PairLoader(folder / name, **options)]
+    loader = PairLoader(f"{address}/{name}", **options)
+    assert [which(batch.pixels) for batch in loader] == want
+    loader.set_epoch(0)
+    outer = torch.utils.data.DataLoader(loader, batch_size=None, num_workers=2)  # forked while connections are open
+    assert [which(batch.pixels) for batch in outer] == want
+
+
+def test_folders_globs_and_queries(folder, web):
+    server, address = web
+    assert everything(open_source(f"{address}/*.tar")) == everything(open_source(folder / "pairs.tar"))
+    (folder / "pairs.jsonl").unlink()
+    (folder / "pairs.parquet").unlink()
+    assert everything(open_source(f"{address}/")) == everything(open_source(folder))
+    signed = open_source(f"{address}/pairs.tar?signature=a/b&x=%20")
+    assert everything(signed) == everything(open_source(folder))
+    assert signed.fingerprint == open_source(folder).fingerprint
+    assert any("signature" in path for path, _ in server.asked)
+
+
+def test_a_manifest_with_a_query_and_a_root(folder, web):
+    _, address = web
+    want = everything(open_source(folder / "pairs.jsonl"))
+    assert everything(open_source(f"{address}/pairs.jsonl?a=b/c")) == want
+    assert everything(open_source(folder / "pairs.jsonl", root=address)) == want
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_web_does_not_have(web, name):
+    server, address = web
+    with pytest.raises(SourceError, match=f"none{name}: no such file"):
+        open_source(f"{address}/none{name}")
+    with pytest.raises(SourceError, match="no such file"):
+        open_source(f"{address}/none/")
+    server.status = 403
+    with pytest.raises(SourceError, match=f"{name}: no such file: 403"):
+        open_source(f"{address}/{name}")
+    with pytest.raises(SourceError, match="403"):
+        open_source(f"{address}/*.tar")
+
+
+def test_a_server_that_is_gone(web, folder):
+    _, address = web
+    sources = [open_source(f"{address}/{name}") for name in NAMES]
+    folder.rename(folder.parent / "elsewhere")
+    for source in sources:
+        with pytest.raises(PairError):
+            source[0]
+    with pytest.raises(SourceError, match=r"nowhere\.invalid"):
+        open_source("http://nowhere.invalid/*.tar")
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_a_server_that_fails_in_the_middle(web, name, tmp_path):
+    server, address = web
+    loader = PairLoader(
+        f"{address}/{name}", 2, shuffle=False, prefetch=1, readers=1, ledger=tmp_path / "bad", max_bad_run=3, **TINY
+    )
+    loader.source[0]
+    server.status = 503
+    with contextlib.suppress(RuntimeError):
+        list(loader)
+    assert "503" in next(read_ledger(tmp_path / "bad"))["reason"]
+
+
+def test_servers_without_ranges_are_told(web):
+    server, address = web
+    source = open_source(f"{address}/pairs.tar")
+    server.whole = True
+    with pytest.raises(PairError, match="its server sends the whole file, also where a part of it is asked for"):
+        source[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_another_one_now_gets_a_new_index(folder, web, name):
+    """The web server knows no ETag, only the time of the last change, in seconds."""
+    _, address = web
+    first = everything(open_source(f"{address}/{name}"))
+    before = (folder / name).stat()
+    fill(folder, range(COUNT)[::-1])
+    os.utime(folder / name, (before.st_atime, before.st_mtime + 2))
+    assert (folder / name).stat().st_size == before.st_size
+    again = everything(open_source(f"{address}/{name}"))
+    assert again == everything(open_source(folder / name)) != first
+
+
+@pytest.fixture
+def bucket(folder, monkeypatch):
+    """The folder in a bucket."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    try:
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        files.mkdir("bucket")
+        files.put(str(folder), "bucket/pairs", recursive=True)
+        yield files
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        files.rm("bucket", recursive=True)
+        server.stop()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_s3_gives_what_the_disk_does(folder, bucket, name):
+    suffix = name.rpartition(".")[2]
+    local = open_source(folder / name)
+    for where in (f"s3://bucket/pairs/{name}", f"s3://bucket/pairs/*.{suffix}"):
+        remote = open_source(where)
+        assert everything(remote) == everything(local)
+        assert remote.fingerprint == local.fingerprint
+        assert remote.position(3).startswith("s3://bucket/pairs/pairs.")
+    loader = PairLoader(remote, 4, seed=3, **TINY)
+    assert len(list(loader)) == 3
+    bucket.rm(f"bucket/pairs/{name}")
+    fresh = pickle.loads(pickle.dumps(remote))
+    with pytest.raises(PairError):
+        fresh[0]
+    fsspec.filesystem("s3").invalidate_cache()
+    with pytest.raises(SourceError, match="no such file"):
+        open_source(f"s3://bucket/pairs/{name}")
