@@ -28,6 +28,7 @@ COMMON = [("key", "<u8"), ("category", "<u4"), ("tie", "?")]
 of two that nobody preferred."""
 
 _READERS = 8
+_PART = 1 << 15
 
 
 @dataclass
@@ -84,13 +85,14 @@ class IndexedSource(Source):
         kept = []
         for file, (rows, notes) in zip(self._files, parts, strict=True):
             numbers = np.array([number_of[name] for name in notes.categories], dtype=np.uint32)
-            rows["category"] = numbers[rows["category"]] if len(rows) else 0
+            for part in _parts(rows):
+                part["category"] = numbers[part["category"]]
             tied = rows["tie"]
             counts.update({**notes.counts, "ties": int(tied.sum())})
             if ties == "error" and tied.any():
                 raise SourceError(f"{self._where(file, rows[tied.argmax()], notes)}: a tie, and ties is 'error'")
-            kept.append(rows[~tied] if ties == "drop" else rows)
-        self._rows, self._counts = np.concatenate(kept), counts
+            kept.append(rows[~tied] if ties == "drop" and tied.any() else rows)
+        self._rows, self._counts = kept[0] if len(kept) == 1 else np.concatenate(kept), counts
         self._ends = np.cumsum([len(rows) for rows in kept])
         if not len(self._rows):
             found = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
@@ -105,7 +107,7 @@ class IndexedSource(Source):
             return self._read(number, row)
         except PairError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError) as error:  # the last where a kept row is not of this record
             raise PairError(f"{self.position(index)}: {error}") from error
 
     def position(self, index: int) -> str:
@@ -159,8 +161,10 @@ class IndexedSource(Source):
 
         def sound(arrays: Arrays) -> bool:
             rows, notes = arrays["rows"], Notes.unpack(arrays["notes"])
-            fits = rows.dtype == self.row and rows.ndim == 1
-            return bool(fits and (rows["category"] < len(notes.categories)).all() and self._within(rows, file.size))
+            return (rows.dtype, rows.ndim) == (self.row, 1) and all(
+                (part["category"] < len(notes.categories)).all() and self._within(part, file.size)
+                for part in _parts(rows)
+            )
 
         if file.stamp:
             path = os.path.abspath(file.path) if file.is_local else file.path
@@ -179,15 +183,23 @@ class IndexedSource(Source):
 
     def _repeated(self) -> tuple[int, int] | None:
         """Two pairs of the same key, as far as its hash tells; those without one do not count."""
-        keys = self._rows["key"]
-        order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero((np.diff(keys[order]) == 0) & (keys[order][1:] != 0))
-        return (int(order[same[0]]), int(order[same[0] + 1])) if len(same) else None
+        keys = np.sort(self._rows["key"])
+        keys = keys[np.searchsorted(keys, 0, side="right") :]
+        same = keys[1:][keys[1:] == keys[:-1]]
+        if not len(same):
+            return None
+        first, second = np.flatnonzero(self._rows["key"] == same[0])[:2].tolist()
+        return first, second
 
 
 def key_hash(key: str) -> int:
     """64 bits, none of them a secret; never 0."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") or 1
+
+
+def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of some rows at a time, so that what is worked out of them takes little memory beside them."""
+    return (rows[at : at + _PART] for at in range(0, len(rows), _PART))
 
 
 def _numbered(names: list[Any]) -> dict[str, int]:

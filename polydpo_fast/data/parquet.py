@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ..cache import load_or_build
-from .columns import HAS_LABEL, WINS, Layout, check_options, counted, keep, layout_of, verdicts, weight_of
+from .columns import HAS_LABEL, TIE, WINS, Layout, check_options, counted, keep, layout_of, verdicts, weight_of
 from .files import File, Location, find, names
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
@@ -338,7 +338,7 @@ def _index_of(file: File, category: str | None, folder: str | os.PathLike[str] |
         return _build_index(file, category)
     place = os.path.abspath(file.path) if file.is_local else file.path
     stamp = json.dumps(["parquet", _FORMAT, category, place, file.size, file.stamp])
-    return load_or_build(stamp, partial(_build_index, file, category), folder)
+    return load_or_build(stamp, partial(_build_index, file, category), folder, partial(_is_index, category=category))
 
 
 def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
@@ -381,6 +381,17 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # pyarrow's, and those of the storages' clients
         raise SourceError(f"{file.path}: {error or type(error).__name__}") from error
+
+
+def _is_index(arrays: Mapping[str, np.ndarray], category: str | None) -> bool:
+    """Whether they hang together as those of `_build_index` do."""
+    verdict, groups = arrays["verdict"], arrays["groups"]
+    rows = int(groups.sum())
+    fits = verdict.dtype == np.uint8 and verdict.shape == (rows,) and groups.ndim == 1 and bool((groups >= 0).all())
+    if fits and category is not None:
+        codes, texts = arrays["codes"], json.loads(arrays["texts"].tobytes())
+        fits = codes.shape == (rows,) and bool(((codes >= 0) & (codes < len(texts))).all())
+    return fits and bool((verdict <= TIE).all()) and {"schema", "digest"} <= arrays.keys()
 
 
 def _verdicts(table: Any, layout: Layout, rows: int, file: File) -> np.ndarray:

@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data.pairs import plain
 from hypothesis import given, settings
@@ -296,6 +298,39 @@ def test_the_index_is_kept(folder, monkeypatch):
     assert again.fingerprint == first.fingerprint
     assert again.counts == first.counts == {"files": 1, "records": 1, "ties": 0, "pairs": 1}
     assert ManifestPairs.row.itemsize == 35
+
+
+def test_memory_per_pair(tmp_path):
+    """What stays, and what opening takes for a moment: the rows, those that were read, and their keys."""
+    pairs = 50_000
+    for part in range(2):
+        records = ({"win": "a", "lose": "b", "key": f"{part} {i}", "category": f"c{i % 3}"} for i in range(pairs // 2))
+        lines(tmp_path / f"{part}.jsonl", *records)
+    ManifestPairs(tmp_path)
+    tracemalloc.start()
+    try:
+        source = ManifestPairs(tmp_path)
+        stays, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == pairs
+    assert stays < 38 * pairs  # 35, and what is there once
+    assert peak < 2.5 * 35 * pairs
+
+
+def test_a_kept_index_of_another_record_costs_its_pair(folder, tmp_path_factory):
+    manifest = lines(folder / "m.jsonl", {"win": "a.jpg", "lose": "b.jpg"}, {"win": "c.jpg", "lose": "d.jpg"})
+    cache = tmp_path_factory.mktemp("kept")
+    ManifestPairs(manifest, cache=cache)
+    (path,) = cache.iterdir()
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    arrays["rows"]["second"][0] = 7
+    np.savez(path, **arrays)
+    source = ManifestPairs(manifest, cache=cache)
+    with pytest.raises(PairError, match=r"m\.jsonl:1: "):
+        source[0]
+    assert plain(source[1])[1:3] == (b"c", b"d")
 
 
 def test_fingerprint_does_not_say_where(folder):

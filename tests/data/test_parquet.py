@@ -591,6 +591,30 @@ def test_the_index_is_kept_per_file_and_renewed(tmp_path, monkeypatch):
     assert bytes(source[len(source) - 1].win) == b"one, longer 8"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verdict": np.ones(len(SOME) - 1, dtype=np.uint8)},
+        {"verdict": np.full(len(SOME), 9, dtype=np.uint8)},
+        {"verdict": np.ones(len(SOME), dtype=np.float64)},
+        {"groups": np.array([-1, len(SOME) + 1])},
+        {"codes": np.full(len(SOME), 1)},
+        {"schema": None},
+    ],
+)
+def test_a_kept_index_that_cannot_be_is_renewed(tmp_path, shard, change):
+    options = dict(category="best_image_uid", cache=tmp_path / "kept")
+    want = everything(ParquetPairs(shard, **options))
+    (path,) = (tmp_path / "kept").iterdir()
+    with np.load(path) as stored:
+        arrays = {name: value for name, value in {**stored, **change}.items() if value is not None}
+    np.savez(path, **arrays)
+    assert everything(ParquetPairs(shard, **options)) == want
+    with np.load(path) as stored:
+        assert "schema" in stored
+        assert all(not np.array_equal(stored[name], value) for name, value in change.items())
+
+
 def test_only_the_columns_of_the_labels_are_read_at_opening(tmp_path, monkeypatch):
     table = pick_a_pic([(1.0, True)] * 10)
     large = pa.array([os.urandom(100_000)] * 10, pa.binary())
