@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import PairBatch
 from .forward import time_ids
-from .noising import draw_noise
+from .noising import draw_noise, is_flow_matching
 
 __all__ = [
     "FAMILIES",
@@ -104,7 +104,7 @@ def training_scheduler(pipe: Any) -> Any:
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     config = pipe.scheduler.config
-    if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+    if is_flow_matching(pipe.scheduler):
         return FlowMatchEulerDiscreteScheduler.from_config(config)
     if config.get("prediction_type") == "flow_prediction":  # Wan's sampler is UniPC
         return FlowMatchEulerDiscreteScheduler(

@@ -90,9 +90,10 @@ def draw_timesteps(
 def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> NoisedPairs:
     """Adds each pair's noise to both of its arms, at its timestep.
 
-    scheduler: a Diffusers scheduler for training: DDPM-like, with prediction_type "epsilon", "v_prediction" or "sample"
-        (also with rescaled betas, zero terminal SNR), or flow matching (FlowMatchEulerDiscreteScheduler), whose model
-        predicts noise - latents. Its timesteps must be those of training, not of `set_timesteps`.
+    scheduler: a Diffusers scheduler: one with alphas_cumprod (DDPM, and the samplers of models that were trained so),
+        with prediction_type "epsilon", "v_prediction" or "sample", also with rescaled betas (zero terminal SNR); or
+        flow matching (FlowMatchEulerDiscreteScheduler), whose model predicts noise - latents. The timesteps of the
+        latter must be those of training, not of `set_timesteps`; of the former the cumulated alphas alone are used.
     latents: (2B, ...), any floating dtype; the arithmetic is float32.
     noise: (B, ...). timesteps: (B,) int64, numbers as `draw_timesteps` gives them.
     """
@@ -105,6 +106,13 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
         raise ValueError(f"timesteps is {timesteps.dtype} {tuple(timesteps.shape)}; expected int64 ({pairs},)")
     clean, shared = latents.float(), noise.to(latents.device, torch.float32)
     both = torch.cat((shared, shared))
+    at = timesteps.to(latents.device).repeat(2)
+
+    def of_rows(table: Tensor) -> Tensor:
+        # On the device without waiting for it: only the tables are moved, and they are small.
+        return table.to(latents.device, torch.float32)[at].view(-1, *[1] * (clean.dim() - 1))
+
+    target: Tensor
     if is_flow_matching(scheduler):
         total = int(scheduler.config.num_train_timesteps)
         if len(scheduler.timesteps) != total:
@@ -112,29 +120,42 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
                 f"scheduler has {len(scheduler.timesteps)} timesteps; expected its {total} of training: "
                 "set_timesteps was called on it, take another one for sampling"
             )
-        # On the device without waiting for it: only the tables are moved, and they are small.
-        at = timesteps.to(latents.device).repeat(2)
-        sigma = scheduler.sigmas.to(latents.device, torch.float32)[at].view(-1, *[1] * (clean.dim() - 1))
+        sigma = of_rows(scheduler.sigmas)
         noisy, target = (1 - sigma) * clean + sigma * both, both - clean
         steps = scheduler.timesteps.to(latents.device, torch.float32)[at]
     else:
-        steps = timesteps.to(latents.device).repeat(2)
-        noisy = scheduler.add_noise(clean, both, steps)
+        # Not the scheduler's add_noise: a sampler's may be of latents in another scale (Euler's is).
+        kept = of_rows(scheduler.alphas_cumprod)
+        signal, spread = kept**0.5, (1 - kept) ** 0.5
+        noisy, steps = signal * clean + spread * both, at
         kind = scheduler.config.prediction_type
         if kind == "epsilon":
             target = shared
         elif kind == "v_prediction":
-            target = scheduler.get_velocity(clean, both, steps)
+            target = signal * both - spread * clean
         elif kind == "sample":
             target = clean
         else:
-            raise ValueError(f"scheduler predicts {kind!r}; expected 'epsilon', 'v_prediction' or 'sample'")
+            raise ValueError(
+                f"scheduler is a {type(scheduler).__name__} that predicts {kind!r}; expected 'epsilon', "
+                "'v_prediction' or 'sample', or for flow matching a FlowMatchEulerDiscreteScheduler(shift=...)"
+            )
     return NoisedPairs(noisy.to(latents.dtype), steps, target)
 
 
 def is_flow_matching(scheduler: Any) -> bool:
-    """Whether the scheduler interpolates between data and noise by sigmas, as SD3's, FLUX's and Wan's do."""
-    return not hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "sigmas")
+    """Whether the scheduler interpolates between data and noise by sigmas, as SD3's, FLUX's and Wan's do.
+
+    Raises TypeError for one that is neither that nor has cumulated alphas, such as EDM's.
+    """
+    if getattr(scheduler, "alphas_cumprod", None) is not None:
+        return False
+    if hasattr(scheduler, "scale_noise") and hasattr(scheduler, "sigmas"):
+        return True
+    raise TypeError(
+        f"scheduler is a {type(scheduler).__name__}; expected one with alphas_cumprod, such as DDPMScheduler, or "
+        "FlowMatchEulerDiscreteScheduler"
+    )
 
 
 _LOW = 0xFFFFFFFF

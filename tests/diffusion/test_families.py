@@ -1,11 +1,18 @@
 """What is asked of each family of pipelines, against what the pipelines do themselves."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from diffusion import pipelines
 
 from polydpo_fast.data import PairBatch
@@ -141,6 +148,18 @@ def test_the_scheduler_of_training(loaded):
         torch.testing.assert_close(scheduler.sigmas[:1000], shift * t / (1 + (shift - 1) * t))
     pipe.scheduler.set_timesteps(3, **({"mu": 1.0} if name == "flux" else {}))
     assert len(scheduler.timesteps) == 1000
+
+
+def test_other_samplers_of_the_same_schedules():
+    heun = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    scheduler = families.training_scheduler(SimpleNamespace(scheduler=heun))
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    assert torch.equal(scheduler.sigmas, FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas)
+    solver = DPMSolverMultistepScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler = families.training_scheduler(SimpleNamespace(scheduler=solver))
+    assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
+    with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler; expected one with alphas_cumprod"):
+        families.training_scheduler(SimpleNamespace(scheduler=EDMEulerScheduler()))
 
 
 def test_geometry(loaded):

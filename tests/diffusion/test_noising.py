@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from polydpo_fast.data.order import mix
@@ -86,6 +95,29 @@ def test_ddpm_targets(prediction, zero_snr):
     assert noised.timesteps.tolist() == steps.tolist() * 2
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler])
+def test_a_samplers_schedule_is_that_of_training(kind, prediction, zero_snr):
+    """SDXL's own scheduler is Euler's, whose add_noise is of latents in another scale. DDPM's is the judge, to the
+    bit."""
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction)
+    scheduler = kind(**betas, **({} if kind is PNDMScheduler else {"rescale_betas_zero_snr": zero_snr}))
+    judge = DDPMScheduler(**betas, rescale_betas_zero_snr=zero_snr and kind is not PNDMScheduler)
+    if zero_snr and kind is not PNDMScheduler:  # DDPM's last is 0, those of samplers the smallest number of float16
+        judge.alphas_cumprod[-1] = scheduler.alphas_cumprod[-1]
+    latents, noise, steps = torch.randn(6, 4, 3, 3), torch.randn(3, 4, 3, 3), torch.tensor([0, 500, 999])
+    noised = noise_pairs(scheduler, latents, noise, steps)
+    both, at = noise.repeat(2, 1, 1, 1), steps.repeat(2)
+    assert torch.equal(noised.noisy, judge.add_noise(latents, both, at))
+    target = judge.get_velocity(latents, both, at) if prediction == "v_prediction" else noise
+    assert torch.equal(noised.target, target)
+    assert torch.equal(noised.timesteps, at)
+    scheduler.set_timesteps(7)
+    assert torch.equal(noise_pairs(scheduler, latents, noise, steps).noisy, noised.noisy)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_matching(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -125,6 +157,13 @@ def test_bad_arguments_are_named():
     flow.set_timesteps(10)
     with pytest.raises(ValueError, match="scheduler has 10 timesteps; expected its 1000 of training"):
         noise_pairs(flow, x, n, t)
+    with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler; expected one with alphas_cumprod"):
+        noise_pairs(EDMEulerScheduler(), x, n, t)
+    unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="'flow_prediction'; .* for flow matching a FlowMatchEulerDiscreteScheduler"):
+        noise_pairs(unipc, x, n, t)
+    heun = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    assert torch.equal(noise_pairs(heun, x, n, t).noisy, noise_pairs(type(flow)(shift=3.0), x, n, t).noisy)
     sampling = DDIMScheduler()
     sampling.set_timesteps(10)
     assert noise_pairs(sampling, x, n, t).timesteps.tolist() == [1, 2, 1, 2]
