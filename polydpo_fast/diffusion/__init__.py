@@ -7,6 +7,7 @@ from .noising import NoisedPairs, draw_noise, draw_timesteps, noise_pairs
 from .objective import PairObjective
 from .reference import adapters_off, ema_weights, frozen_copy
 from .reference_store import ReferenceErrors, precompute_reference_errors
+from .weights import timestep_weights
 
 __all__ = [
     "LatentPairs",
@@ -24,4 +25,5 @@ __all__ = [
     "precompute_reference_errors",
     "predict",
     "time_ids",
+    "timestep_weights",
 ]

@@ -153,7 +153,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _TAKEN = {
     "loader": {"source", "batch_size", "seed", "rank", "world_size", "prompt_dropout", "device", "size", "dtype"}
     | {"last", "layout", "mean", "std"},
-    "loss": {"scheduler", "reference", "forward", "timestep_weight", "alpha", "beta", "objective", "reduction"},
+    "loss": {"scheduler", "reference", "forward", "alpha", "beta", "objective", "reduction"},
 }
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..functional import loss as preference_loss
 from .forward import Forward, both_arms, forward_of
-from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, noise_pairs
+from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, is_flow_matching, noise_pairs
 from .reference import unwrapped
+from .weights import timestep_weights
 
 __all__ = ["PairObjective"]
+
+_OF_LOSS = {name for name, one in inspect.signature(preference_loss).parameters.items() if one.kind is one.KEYWORD_ONLY}
+_BETA = inspect.signature(preference_loss).parameters["beta"].default
 
 Reference = torch.nn.Module | Callable[[torch.nn.Module], AbstractContextManager[None]]
 
@@ -31,8 +36,12 @@ class PairObjective:
         reference: a model; or `adapters_off`, or another function of the policy that returns a context manager in which
             the policy is the reference; or None, where each call gives `ref_error`, or with reference_free=True.
         density, logit_mean, logit_std, mode_scale: of the timesteps; see `draw_timesteps`.
-        timestep_weight: a function of the timesteps' numbers, (B,) int64, that gives weights, (B,); each pair's loss is
-            multiplied by it. None for all the same, which is what Diffusion-DPO does.
+        timestep_weight: a function of the timesteps' numbers, (B,) int64, that gives weights, (B,); or a name that
+            `timestep_weights` knows, such as "min_snr" or "cosmap". None for all the same, which is what Diffusion-DPO
+            does.
+        snr_gamma: of "min_snr".
+        weigh: what is multiplied by the weight: each pair's "loss"; or its "logit", which is omega in Diffusion-DPO
+            (Wallace et al. 2023, Eq. 14) and acts as a beta of its own for each timestep.
         forward: a function of (model, noisy, timesteps, conditioning) that returns the prediction; None for Diffusers'
             models that `predict` knows.
         loss: everything else goes to `polydpo_fast.loss`: beta, alpha, objective, label_smoothing, sft_weight ...
@@ -47,18 +56,27 @@ class PairObjective:
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         mode_scale: float = 1.29,
-        timestep_weight: Callable[[Tensor], Tensor] | None = None,
+        timestep_weight: Callable[[Tensor], Tensor] | str | None = None,
+        snr_gamma: float = 5.0,
+        weigh: Literal["loss", "logit"] = "loss",
         forward: Forward | None = None,
         **loss: Any,
     ) -> None:
-        taken = {"ref_error", "pair_weight", "return_metrics", "layout", "mask"} & set(loss)
-        if taken:
-            raise TypeError(f"{', '.join(sorted(taken))}: no argument of PairObjective; some are of its calls")
+        unknown = set(loss) - (_OF_LOSS - {"ref_error", "pair_weight", "return_metrics", "layout", "mask"})
+        if unknown:
+            raise TypeError(f"{', '.join(sorted(unknown))}: no argument of PairObjective; some are of its calls")
+        if weigh not in ("loss", "logit"):
+            raise ValueError(f"weigh is {weigh!r}; expected 'loss' or 'logit'")
         self.scheduler, self.reference = scheduler, reference
         self.density: dict[str, Any] = dict(
             density=density, logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale
         )
-        self._timestep_weight, self._forward, self._loss = timestep_weight, forward, loss
+        draw_timesteps(scheduler, (), **self.density)  # what is wrong is said here, not in the first step
+        is_flow_matching(scheduler)
+        if isinstance(timestep_weight, str):
+            table = timestep_weights(scheduler, timestep_weight, snr_gamma=snr_gamma)
+            timestep_weight = lambda numbers: table.to(numbers.device)[numbers]  # noqa: E731
+        self._timestep_weight, self._weigh, self._forward, self._loss = timestep_weight, weigh, forward, loss
 
     def __call__(
         self,
@@ -92,10 +110,15 @@ class PairObjective:
             # Before the policy: a reference that borrows the policy's weights must not touch them afterwards.
             ref_pred = self._reference_prediction(model, inputs)
         pred = self._predict(model, inputs)
+        options = self._loss
         if self._timestep_weight is not None:
             numbers = self._numbers(noised.timesteps[: len(latents) // 2])
             weight = self._timestep_weight(numbers).to(pred.device, torch.float32)
-            pair_weight = weight if pair_weight is None else weight * pair_weight.to(pred.device)
+            if self._weigh == "logit":
+                beta = options.get("beta", _BETA)
+                options = {**options, "beta": weight * (beta.to(weight) if isinstance(beta, Tensor) else beta)}
+            else:
+                pair_weight = weight if pair_weight is None else weight * pair_weight.to(pred.device)
         if pair_weight is not None:
             pair_weight = pair_weight.to(pred.device)
         if isinstance(ref_error, Tensor):
@@ -108,7 +131,7 @@ class PairObjective:
             pair_weight=pair_weight,
             mask=mask,
             return_metrics=True,
-            **self._loss,
+            **options,
         )
         return loss, metrics
 

@@ -160,7 +160,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler; expected one with alphas_cumprod"):
         noise_pairs(EDMEulerScheduler(), x, n, t)
     unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    with pytest.raises(ValueError, match="'flow_prediction'; .* for flow matching a FlowMatchEulerDiscreteScheduler"):
+    with pytest.raises(ValueError, match=r"'flow_prediction'; .* for flow matching a FlowMatchEulerDiscreteScheduler"):
         noise_pairs(unipc, x, n, t)
     heun = FlowMatchHeunDiscreteScheduler(shift=3.0)
     assert torch.equal(noise_pairs(heun, x, n, t).noisy, noise_pairs(type(flow)(shift=3.0), x, n, t).noisy)

@@ -6,11 +6,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
-from diffusers.training_utils import EMAModel
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, compute_snr
 from diffusion.tiny import FAMILIES, PAIRS, build
 from peft import LoraConfig
 
-from polydpo_fast.diffusion import PairObjective, adapters_off, ema_weights, frozen_copy, predict, time_ids
+from polydpo_fast.diffusion import (
+    PairObjective,
+    adapters_off,
+    ema_weights,
+    frozen_copy,
+    predict,
+    time_ids,
+    timestep_weights,
+)
 from polydpo_fast.diffusion.reference import unwrapped
 
 SEEDS = [5, 6]
@@ -235,6 +244,44 @@ def test_weights_of_timesteps_and_pairs():
     torch.testing.assert_close(loss, plain * torch.tensor([0.25, 1.5]))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights(prediction):
+    """As Diffusers' training scripts have them, and what they tend to where the signal is gone."""
+    scheduler = DDPMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True)
+    weights = timestep_weights(scheduler, "min_snr", snr_gamma=3.0)
+    assert weights.shape == (1000,)
+    numbers = torch.arange(999)
+    snr = compute_snr(scheduler, numbers)
+    theirs = torch.stack([snr, torch.full_like(snr, 3.0)]).amin(0) / (snr + (prediction == "v_prediction"))
+    torch.testing.assert_close(weights[:999], theirs, rtol=1e-4, atol=1e-7)
+    assert weights[999] == (prediction == "epsilon")
+
+
+@pytest.mark.parametrize("name", ["sigma_sqrt", "cosmap"])
+def test_weights_of_flow_matching(name):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs = compute_loss_weighting_for_sd3(name, scheduler.sigmas)
+    torch.testing.assert_close(timestep_weights(scheduler, name), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("family", "name"), [("sd15", "min_snr"), ("sd3", "cosmap")])
+def test_named_weights_of_losses_and_logits(family, name):
+    model, latents, cond, scheduler = build(family)
+    options = dict(reference=perturbed(model), alpha=0.5, reduction="none")
+    numbers, noise = torch.tensor([100, 700]), torch.randn(PAIRS, *latents.shape[1:])
+    given = dict(noise=noise, timesteps=numbers)
+    weights = timestep_weights(scheduler, name)[numbers]
+    assert weights[0] != weights[1]
+    plain, _ = PairObjective(scheduler, beta=BETA, **options)(model, latents, cond, **given)
+    ours, _ = PairObjective(scheduler, beta=BETA, timestep_weight=name, **options)(model, latents, cond, **given)
+    torch.testing.assert_close(ours, plain * weights)
+    for beta in (BETA, torch.tensor([BETA, 2 * BETA])):  # omega of Diffusion-DPO's formula is a beta of the timestep
+        plain, _ = PairObjective(scheduler, beta=beta * weights, **options)(model, latents, cond, **given)
+        objective = PairObjective(scheduler, beta=beta, timestep_weight=name, weigh="logit", **options)
+        ours, _ = objective(model, latents, cond, **given)
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
 def test_compiled_and_wrapped_models():
     model, latents, cond, scheduler = build("sd15")
     policy = perturbed(model)
@@ -299,8 +346,18 @@ def test_bad_arguments_are_named():
     model, latents, cond, scheduler = build("sd15")
     with pytest.raises(ValueError, match="there is neither reference nor ref_error"):
         PairObjective(scheduler)(model, latents, cond)
-    with pytest.raises(TypeError, match="mask: no argument of PairObjective"):
-        PairObjective(scheduler, mask=None)
+    for name in ("mask", "denisty"):
+        with pytest.raises(TypeError, match=f"{name}: no argument of PairObjective"):
+            PairObjective(scheduler, **{name: None})
+    for options, message in (
+        (dict(density="normal"), "density is 'normal'; expected 'uniform'"),
+        (dict(weigh="beta"), "weigh is 'beta'; expected 'loss' or 'logit'"),
+        (dict(timestep_weight="cosmap"), "timestep_weight is 'cosmap'; with a DDPMScheduler expected 'min_snr', or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PairObjective(scheduler, **options)
+    with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler"):
+        PairObjective(EDMEulerScheduler())
     with pytest.raises(ValueError, match="seeds has 3 numbers; expected 2, one per pair"):
         PairObjective(scheduler, reference=model)(model, latents, cond, seeds=[1, 2, 3])
     bad = {"encoder_hidden_states": torch.randn(3, 5, 12)}
