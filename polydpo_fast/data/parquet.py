@@ -399,7 +399,10 @@ def _verdicts(table: Any, layout: Layout, rows: int, file: File) -> np.ndarray:
     if layout.label is None:
         return np.full(rows, WINS, dtype=np.uint8)
     column = table.column(layout.label)
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+    types = pa.types
+    if types.is_boolean(column.type):
+        column = column.cast(pa.uint8())
+    if not (types.is_floating(column.type) or types.is_integer(column.type) or types.is_null(column.type)):
         raise SourceError(f"{file.path}: {layout.label} is {column.type}; expected numbers")
     labels = column.cast(pa.float64(), safe=False).to_numpy()  # NaN for null
     labelled = None
@@ -462,7 +465,9 @@ def _is_text(kind: Any) -> bool:
     types = _pyarrow().types
     if types.is_dictionary(kind):
         return _is_text(kind.value_type)
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind))
+    return any(
+        is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    )
 
 
 def _is_image(kind: Any) -> bool:
@@ -470,7 +475,8 @@ def _is_image(kind: Any) -> bool:
     if types.is_struct(kind):
         field = kind.get_field_index("bytes")
         return field >= 0 and _is_image(kind.field(field).type) and not types.is_struct(kind.field(field).type)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
+    kinds = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(is_binary(kind) for is_binary in kinds)
 
 
 @cache

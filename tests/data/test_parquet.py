@@ -1,6 +1,7 @@
 """`ParquetPairs` against what pyarrow's to_pylist gives."""
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -150,7 +151,7 @@ def test_another_label_names_file_and_row(tmp_path, label):
 def test_labels_may_be_integers_but_not_text(tmp_path):
     table = pick_a_pic([(1.0, True), (0.0, True)])
     position = table.column_names.index("label_0")
-    for kind, fine in ((pa.int64(), True), (pa.float16(), True), (pa.string(), False)):
+    for kind, fine in ((pa.int64(), True), (pa.float16(), True), (pa.bool_(), True), (pa.string(), False)):
         changed = table.set_column(position, "label_0", table.column("label_0").cast(kind))
         path = write(tmp_path / f"{kind}.parquet", changed)
         if fine:
@@ -181,16 +182,26 @@ def test_structs_of_bytes_and_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.binary(4), pa.dictionary(pa.int32(), pa.string()), pa.large_binary(), pa.binary(), pa.string()]
+    "kind",
+    [
+        pa.binary(4),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.large_binary(),
+        pa.binary(),
+        pa.binary_view(),
+        pa.string_view(),
+        pa.string(),
+    ],
 )
 def test_kinds_of_columns(tmp_path, kind):
     """Images of any binary type; text as a dictionary, as pandas' categories are stored."""
-    fine = not (pa.types.is_string(kind) or pa.types.is_dictionary(kind))
+    of_text = pa.types.is_string_view(kind) or pa.types.is_dictionary(kind)
+    fine = not (pa.types.is_string(kind) or of_text)
     table = pa.table(
         {
             "win": pa.array([b"aaaa", None, b"bbbb"], pa.binary()).cast(kind if fine else pa.binary()),
             "lose": pa.array(["cccc", "dddd", "eeee"], kind if pa.types.is_string(kind) else pa.string()),
-            "prompt": pa.array(["p", "q", "p"]).cast(kind if pa.types.is_dictionary(kind) else pa.string()),
+            "prompt": pa.array(["p", "q", "p"]).cast(kind if of_text else pa.string()),
         }
     )
     if not pa.types.is_string(kind):
@@ -204,6 +215,84 @@ def test_kinds_of_columns(tmp_path, kind):
     assert [plain(source[i])[1:4] for i in (0, 2)] == [(b"aaaa", b"cccc", "p"), (b"bbbb", b"eeee", "p")]
     with pytest.raises(PairError, match="win has no bytes"):
         source[1]
+
+
+def published(features):
+    """A schema as the `datasets` library writes it: of Arrow's types, with its own in the metadata."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kinds = {"Image": image, "timestamp[ns]": pa.timestamp("ns"), "binary": pa.binary(), "float64": pa.float64()}
+    schema = pa.schema([(name, kinds.get(kind) or pa.type_for_alias(kind)) for name, kind in features.items()])
+    described = {
+        name: {"_type": kind} if kind == "Image" else {"dtype": kind, "_type": "Value"}
+        for name, kind in features.items()
+    }
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": described}})})
+
+
+# yuvalkirstain/pickapic_v1 and _v2, of their cards; data-is-better-together/open-image-preferences-v1-binarized, of
+# which prompt, chosen and rejected count.
+PICK_A_PIC = {
+    **{"are_different": "bool", "best_image_uid": "string", "caption": "string", "created_at": "timestamp[ns]"},
+    **{"has_label": "bool", "image_0_uid": "string", "image_0_url": "string", "image_1_uid": "string"},
+    **{"image_1_url": "string", "jpg_0": "binary", "jpg_1": "binary", "label_0": "float64", "label_1": "float64"},
+    **{"model_0": "string", "model_1": "string", "ranking_id": "int64", "user_id": "int64"},
+    **{"num_example_per_prompt": "int64", "__index_level_0__": "int64"},
+}
+PREFERENCES = {
+    "prompt": "string",
+    "chosen": "Image",
+    "rejected": "Image",
+    "chosen_model": "string",
+    "evolution": "string",
+}
+
+
+def test_shards_as_they_are_published(tmp_path):
+    rows = [
+        {
+            **dict.fromkeys(PICK_A_PIC),
+            "jpg_0": b"zero %d" % i,
+            "jpg_1": b"one %d" % i,
+            "caption": f"prompt {i}",
+            "has_label": label is not None,
+            "label_0": label,
+            "label_1": None if label is None else 1 - label,
+            "are_different": label != 0.5,
+            "created_at": 1_600_000_000_123_456_000 + i * 1000,  # microseconds, as they are there
+            "user_id": 10 + i,
+            "__index_level_0__": i,
+        }
+        for i, label in enumerate([1.0, 0.0, 0.5, None])
+    ]
+    table = pa.Table.from_pylist(rows, published(PICK_A_PIC))
+    write(tmp_path / "train-00000-of-00645-b66ac786bf6fb553.parquet", table, rows_per_group=3)
+    columns = ["created_at", "user_id", "__index_level_0__"]
+    source = ParquetPairs(tmp_path / "train-*.parquet", ties="keep", columns=columns, category="user_id")
+    assert [plain(source[i])[1:6] for i in range(3)] == [
+        (b"zero 0", b"one 0", "prompt 0", 1.0, "10"),
+        (b"one 1", b"zero 1", "prompt 1", 1.0, "11"),
+        (b"zero 2", b"one 2", "prompt 2", 0.5, "12"),
+    ]
+    assert source.counts == {"files": 1, "rows": 4, "rows without a label": 1, "ties": 1, "pairs": 3}
+    assert source[1].extra["user_id"] == 11
+    assert (source[1].extra["created_at"].year, source[1].extra["created_at"].microsecond) == (2020, 123457)
+
+    rows = [
+        {
+            "prompt": f"prompt {i}",
+            "chosen": image(b"good %d" % i, None),
+            "rejected": image(b"bad %d" % i),
+            "chosen_model": "dev",
+            "evolution": ["quality", "simplified"][i % 2],
+        }
+        for i in range(4)
+    ]
+    write(tmp_path / "cleaned-00000-of-00001.parquet", pa.Table.from_pylist(rows, published(PREFERENCES)))
+    source = ParquetPairs(tmp_path / "cleaned-*.parquet", category="evolution", columns=["chosen_model"])
+    assert [plain(source[i])[1:] for i in (0, 3)] == [
+        (b"good 0", b"bad 0", "prompt 0", 1.0, "quality", {"chosen_model": "dev"}),
+        (b"good 3", b"bad 3", "prompt 3", 1.0, "simplified", {"chosen_model": "dev"}),
+    ]
 
 
 def test_unknown_columns_are_listed_beside_those_expected(tmp_path):
