@@ -17,7 +17,8 @@ class Ledger:
 
     A line has: time (UTC, ISO 8601), key, arm ("win", "lose" or null), position (file and row), index (in the
     source), error (class), reason (text), and what else is given. A disk that is full, or a folder that is gone later,
-    is a warning, once: the training matters more. ValueError where there is no such folder at the beginning.
+    is a warning, once: the training matters more. ValueError where there is no such folder at the beginning. What is
+    written after a line that was cut off begins on a line of its own.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
@@ -35,8 +36,11 @@ class Ledger:
         data = line.encode("ascii") + b"\n"
         try:
             # Opened each time: bad pairs are rare, and no descriptor is shared with other processes.
-            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
+                size = os.fstat(handle).st_size
+                if size and os.pread(handle, 1, size - 1) != b"\n":
+                    data = b"\n" + data
                 if os.write(handle, data) != len(data):
                     raise OSError("there is no room for a whole line")
             finally:

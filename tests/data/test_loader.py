@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from polydpo_fast import decode_pairs
 from polydpo_fast.data import LoaderError, PairLoader, SourceError, read_ledger
 from polydpo_fast.data import loader as loader_module
+from polydpo_fast.data.ledger import Ledger
 from polydpo_fast.data.order import Shuffled, mix
 
 TINY = dict(size=2, dtype=torch.uint8)
@@ -170,6 +171,20 @@ def test_a_full_disk_does_not_end_the_training():
     with pytest.warns(RuntimeWarning, match="bad pairs cannot be written to /dev/full: .*No space left") as caught:
         assert sum(len(batch) for batch in loader) == 12
     assert len(caught) == 1
+
+
+def test_a_ledger_that_was_cut_off_loses_one_line(tmp_path, monkeypatch):
+    """A disk that is full takes a part of a line; when it has room again, the next line is whole."""
+    ledger, write = tmp_path / "bad.jsonl", os.write
+    lines = Ledger(ledger)
+    lines.add(index=1)
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="there is no room for a whole line"):
+        patch.setattr(os, "write", lambda handle, data: write(handle, data[:20]))
+        lines.add(index=2)
+    for one in (lines, Ledger(ledger), lines):
+        one.add(index=3)
+    assert [line["index"] for line in read_ledger(ledger)] == [1, 3, 3, 3]
+    assert ledger.read_bytes().count(b"\n") == 5
 
 
 def test_too_many_bad_pairs_end_it():
