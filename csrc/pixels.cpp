@@ -233,7 +233,10 @@ void Finish::store(const std::uint8_t* rgbx, int width, void* to, std::size_t pl
 }
 
 void Finish::store(const Levels& levels, int width, void* to, std::size_t plane) const {
-    store_levels(levels, width, to, plane);
+    if (dtype_ != Dtype::uint8) return store_levels(levels, width, to, plane);
+    for (int c = 0; c < 3; ++c) {
+        std::memcpy(static_cast<char*>(to) + c * plane, levels.channels[c], static_cast<std::size_t>(width));
+    }
 }
 
 void Finish::store(const float* rgbx, int width, void* to, std::size_t plane) const {
