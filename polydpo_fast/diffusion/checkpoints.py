@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import Settings
-from .families import Family, save_lora
+from .families import Family, save_lora, save_rest, save_scheduler
 from .reference import unwrapped
 
 __all__ = ["checkpoint_adapters_only", "resume", "save_checkpoint", "save_result"]
@@ -94,14 +94,18 @@ def checkpoint_adapters_only(accelerator: Any) -> None:
 
 
 def save_result(accelerator: Any, pipe: Any, family: Family, model: Any, settings: Settings, output: Path) -> None:
+    """A pipeline that Diffusers loads, or LoRA weights that its `load_lora_weights` does."""
     state = {name.removeprefix("_orig_mod."): value for name, value in accelerator.get_state_dict(model).items()}
     if accelerator.is_main_process:
         inner = unwrapped(model)
         if settings.lora_rank:
             save_lora(pipe, family, inner, state, output)
+            if settings.scheduler:
+                save_scheduler(pipe, output)
         else:
             with torch.device("meta"):  # what is wrapped, patched or sharded for training is not what is saved
                 plain = type(inner).from_config(inner.config)
             plain.load_state_dict(state, assign=True)
             plain.save_pretrained(output / family.model)
+            save_rest(pipe, family, settings.model, output)
     accelerator.wait_for_everyone()

@@ -27,7 +27,10 @@ class Settings:
     size: of the pixels, a side or [height, width]; None for what the model was made for.
     batch_size: pairs per process and forward. accumulation: forwards per optimizer step.
     steps: of the optimizer.
-    alpha, beta, objective: of the loss; loss: further arguments of `PairObjective`, such as label_smoothing, density.
+    alpha, beta, objective: of the loss; loss: further arguments of `PairObjective`, such as label_smoothing, density,
+        timestep_weight (by its name).
+    scheduler: values in place of those of the pipeline's scheduler, for training and pictures, such as
+        prediction_type, rescale_betas_zero_snr, shift; _class_name for another class, where its own has no such value.
     lora_rank: 0 trains all weights. lora_targets: names of layers; empty for the attention's projections.
     optimizer: "adamw", "adamw8bit" (bitsandbytes) or "adafactor" (with a fixed rate, as Diffusion-DPO's script has it).
     schedule: of the learning rate, a name that diffusers.optimization.get_scheduler knows; warmup: steps.
@@ -60,6 +63,7 @@ class Settings:
     beta: float = 5000.0
     objective: str = "poly_dpo"
     loss: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=list)
     optimizer: str = "adamw"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from .noising import draw_noise, is_flow_matching
 __all__ = [
     "FAMILIES",
     "Family",
+    "change_scheduler",
     "check_geometry",
     "conditioning",
     "decode_latents",
@@ -28,6 +32,8 @@ __all__ = [
     "native_size",
     "sample",
     "save_lora",
+    "save_rest",
+    "save_scheduler",
     "training_scheduler",
 ]
 
@@ -43,7 +49,7 @@ class Family:
     encode: (pipeline, prompts, device) to tensors of a row per prompt.
     patch: latents per token and side: sides of the pixels are multiples of this many latents.
     video: whether it makes clips, (N, C, T, H, W).
-    vae_float32: the VAE overflows in float16, and loses what shows in bfloat16.
+    vae_float32: the VAE overflows in float16, and loses what shows in bfloat16: Diffusers' scripts keep it in float32.
     lora_targets: layers that get adapters where the user names none.
     """
 
@@ -76,19 +82,23 @@ def family_of(model: str) -> Family:
     return FAMILIES[name]
 
 
-def load_pipeline(model: str, *, policy: torch.dtype, frozen: torch.dtype) -> Any:
+def load_pipeline(
+    model: str, *, policy: torch.dtype, frozen: torch.dtype, scheduler: Mapping[str, Any] | None = None
+) -> Any:
     """The pipeline, its parts frozen and in evaluation mode; no image is hidden by a safety checker.
 
-    policy: dtype of the part that is trained. frozen: of the text encoders and the VAE (float32 for SDXL's and Wan's).
+    policy: dtype of the part that is trained. frozen: of the text encoders and the VAE, if that does not need float32.
+    scheduler: values in place of those of the pipeline's, see `change_scheduler`.
     """
     from diffusers import DiffusionPipeline
 
     family = family_of(model)
     vae = torch.float32 if family.vae_float32 else frozen
-    options: dict[str, Any] = {"safety_checker": None} if family.encode is _sd else {}
     pipe = DiffusionPipeline.from_pretrained(
-        model, dtype={family.model: policy, "vae": vae, "default": frozen}, **options
+        model, dtype={family.model: policy, "vae": vae, "default": frozen}, **_without(family)
     )
+    if scheduler:
+        change_scheduler(pipe, scheduler)
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -97,6 +107,22 @@ def load_pipeline(model: str, *, policy: torch.dtype, frozen: torch.dtype) -> An
                 part.to(wanted)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def change_scheduler(pipe: Any, values: Mapping[str, Any]) -> None:
+    """Other values of the pipeline's scheduler, by the names of scheduler_config.json; "_class_name" another class.
+
+    Raises ValueError for a class that is none of Diffusers' schedulers, and for names that it does not know.
+    """
+    values = dict(values)
+    kind = _scheduler_class(values.pop("_class_name", type(pipe.scheduler).__name__))
+    known = set(inspect.signature(kind).parameters)
+    if unknown := sorted(set(map(str, values)) - known):
+        raise ValueError(
+            f"scheduler has {', '.join(unknown)}; a {kind.__name__} knows {', '.join(sorted(known))}. Another class is "
+            "_class_name"
+        )
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **values)
 
 
 def training_scheduler(pipe: Any) -> Any:
@@ -215,9 +241,37 @@ def save_lora(pipe: Any, family: Family, model: Any, state: dict[str, Tensor], f
     pipe.save_lora_weights(folder, **{f"{family.model}_lora_layers": layers})
 
 
+def save_rest(pipe: Any, family: Family, model: str, folder: Path) -> None:
+    """Makes the folder, which has the trained part, a pipeline that Diffusers loads.
+
+    model: the pipeline that was trained, whose other files are copied, so that nothing of them is rounded.
+    """
+    from diffusers import DiffusionPipeline
+
+    origin = Path(model) if Path(model).is_dir() else Path(DiffusionPipeline.download(model, **_without(family)))
+    index = dict(DiffusionPipeline.load_config(origin))
+    for name, part in index.items():
+        if name == family.model or name == "scheduler" or not name.isidentifier() or not isinstance(part, list):
+            continue
+        if (origin / name).is_dir():
+            shutil.copytree(origin / name, folder / name, dirs_exist_ok=True)
+        elif part[0] is not None:  # a safety checker that is not there
+            index[name] = [None, None]
+    save_scheduler(pipe, folder)
+    index["scheduler"] = ["diffusers", type(pipe.scheduler).__name__]
+    (folder / DiffusionPipeline.config_name).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_scheduler(pipe: Any, folder: Path) -> None:
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+
+
 def load_result(pipe: Any, folder: Path) -> None:
-    """Puts what a training left in its folder into a pipeline: LoRA, or a whole model."""
+    """Puts what a training left in its folder into a pipeline: LoRA, or a whole model; and its scheduler."""
     family = FAMILIES[type(pipe).__name__]
+    if (folder / "scheduler").is_dir():
+        config, _ = pipe.scheduler.load_config(folder / "scheduler", return_unused_kwargs=True)
+        pipe.scheduler = _scheduler_class(config.get("_class_name")).from_config(config)
     if (folder / family.model).is_dir():
         old = getattr(pipe, family.model)
         new = type(old).from_pretrained(folder / family.model)
@@ -262,10 +316,24 @@ def _wan(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tenso
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family("unet", _sd),
     "StableDiffusionXLPipeline": Family("unet", _sdxl, vae_float32=True),
-    "StableDiffusion3Pipeline": Family("transformer", _sd3, patch=2, lora_targets=_JOINT_ATTENTION),
+    "StableDiffusion3Pipeline": Family("transformer", _sd3, patch=2, vae_float32=True, lora_targets=_JOINT_ATTENTION),
     "FluxPipeline": Family("transformer", _flux, patch=2, lora_targets=_JOINT_ATTENTION),
     "WanPipeline": Family("transformer", _wan, patch=2, video=True, vae_float32=True),
 }
+
+
+def _without(family: Family) -> dict[str, Any]:
+    """Parts of the pipeline that nothing here needs."""
+    return {"safety_checker": None} if family.encode is _sd else {}
+
+
+def _scheduler_class(name: Any) -> Any:
+    import diffusers
+
+    kind = getattr(diffusers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ValueError(f"scheduler has _class_name {name!r}; expected one of Diffusers' schedulers")
+    return kind
 
 
 def _normalisation(vae: Any, latents: Tensor) -> tuple[Any, Any]:

@@ -29,7 +29,8 @@ def set_up(settings: Settings) -> Setup:
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     family = family_of(settings.model)
     with accelerator.main_process_first():  # it may download
-        pipe = load_pipeline(settings.model, policy=half if settings.lora_rank else torch.float32, frozen=half)
+        policy = half if settings.lora_rank else torch.float32
+        pipe = load_pipeline(settings.model, policy=policy, frozen=half, scheduler=settings.scheduler)
     size = (settings.size, settings.size) if isinstance(settings.size, int) else settings.size
     height, width = size or native_size(pipe, family)
     check_geometry(pipe, family, (height, width), settings.loader.get("frames"))

@@ -34,7 +34,7 @@ __all__ = ["NotFiniteError", "train"]
 
 
 def train(settings: Settings) -> None:
-    """Trains, and writes the result to the output folder: unet/ or transformer/, or LoRA weights.
+    """Trains, and writes the result to the output folder: a pipeline that Diffusers loads, or LoRA weights.
 
     There are also settings.yaml, metrics.jsonl, checkpoint-STEP/ and validation/STEP.png. Checkpoints hold pickles of
     Accelerate's: resume only from your own.

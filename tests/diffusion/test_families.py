@@ -177,12 +177,18 @@ def test_geometry(loaded):
     assert families.native_size(pipe, family) == {"wan": (480, 832), "flux": (256, 256)}.get(name, (16, 16))
 
 
-def test_parts_are_frozen_and_of_their_dtypes(tmp_path):
-    folder = pipelines.save("sdxl", tmp_path)
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
+    """The VAEs as in Diffusers' scripts: of these FLUX's alone in half precision."""
+    folder = pipelines.save(name, tmp_path)
     pipe = families.load_pipeline(str(folder), policy=torch.float32, frozen=torch.bfloat16)
-    assert pipe.unet.dtype == pipe.vae.dtype == torch.float32
+    model = getattr(pipe, FAMILIES[type(pipe).__name__].model)
+    assert model.dtype == torch.float32
+    assert pipe.vae.dtype == (torch.bfloat16 if name == "flux" else torch.float32)
     assert pipe.text_encoder.dtype == pipe.text_encoder_2.dtype == torch.bfloat16
-    assert not any(p.requires_grad for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    assert not any(p.requires_grad for part in (model, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    if name == "flux":
+        return
     exact = DiffusionPipeline.from_pretrained(folder).vae.state_dict()  # not rounded on the way
     assert all(torch.equal(value, exact[key]) for key, value in pipe.vae.state_dict().items())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusion import pipelines
 from diffusion.runs import equal, lines, settings, two_processes, weights
 from PIL import Image
@@ -27,6 +27,7 @@ from polydpo_fast.data.order import mix
 from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, inputs
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
+from polydpo_fast.diffusion.families import load_pipeline, load_result
 from polydpo_fast.diffusion.train import NotFiniteError, train
 
 pytestmark = [
@@ -79,6 +80,56 @@ def test_a_training_from_the_command_line(here, tmp_path):
     assert not equal(averaged, last)
     unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
     assert equal(dict(unet.state_dict()), averaged)
+
+
+def images(pipe):
+    generator = torch.Generator().manual_seed(3)
+    return pipe("ab", height=16, width=16, num_inference_steps=3, generator=generator, output_type="np").images
+
+
+def test_the_result_is_a_pipeline(here, tmp_path):
+    """That of before, but for the trained weights and the scheduler, to the bit, whatever the precision of training."""
+    out = tmp_path / "out"
+    zero_snr = dict(_class_name="DDIMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler = {**zero_snr, "prediction_type": "v_prediction"}
+    train(settings(here, out, steps=2, learning_rate=0.05, mixed_precision="bf16", scheduler=scheduler))
+    ours, before = (DiffusionPipeline.from_pretrained(folder) for folder in (out, here / "pipeline"))
+    for pipe in (ours, before):
+        pipe.set_progress_bar_config(disable=True)
+    assert equal(ours.vae.state_dict(), before.vae.state_dict())
+    assert equal(ours.text_encoder.state_dict(), before.text_encoder.state_dict())
+    assert (images(ours) != images(before)).any()
+    before.unet.load_state_dict(weights(out))
+    assert (images(ours) != images(before)).any()
+    before.scheduler = DDIMScheduler.from_config(before.scheduler.config, **{**scheduler, "_class_name": None})
+    assert (images(ours) == images(before)).all()
+    assert ours.scheduler.alphas_cumprod[-1] < 1e-7
+    # It can be trained and judged itself.
+    prompts = write_prompts(tmp_path / "prompts.jsonl", "a dog")
+    result = CliRunner().invoke(app, ["geneval", str(out), prompts, str(tmp_path / "images"), "--samples", "1"])
+    assert result.exit_code == 0, result.output
+    train(settings(here, tmp_path / "more", model=str(out), steps=1))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_another_scheduler_is_that_of_training_and_of_pictures(here, tmp_path, monkeypatch, lora):
+    seen = {}
+
+    class Watched(training.objective_of.__globals__["PairObjective"]):
+        def __init__(self, scheduler, **options):
+            seen["trained"] = scheduler
+            super().__init__(scheduler, **options)
+
+    monkeypatch.setitem(training.objective_of.__globals__, "PairObjective", Watched)
+    scheduler = dict(prediction_type="v_prediction", beta_end=0.02)
+    loss = dict(timestep_weight="min_snr", snr_gamma=1.0, weigh="logit")
+    train(settings(here, tmp_path / "out", steps=1, lora_rank=lora, scheduler=scheduler, loss=loss))
+    pipe = load_pipeline(str(here / "pipeline"), policy=torch.float32, frozen=torch.float32)
+    load_result(pipe, tmp_path / "out")
+    wanted = DDPMScheduler(beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear").alphas_cumprod
+    for one in (seen["trained"], pipe.scheduler):
+        assert one.config.prediction_type == "v_prediction"
+        assert torch.equal(one.alphas_cumprod, wanted)
 
 
 def test_weights_equal_those_of_a_loop_written_plainly(here, tmp_path):
@@ -431,6 +482,10 @@ def test_the_published_settings_are_settings(file):
         (dict(data_options={"sheet": 1}), "sheet: no option of ParquetPairs"),
         (dict(loader={"pixels": 1}), "pixels: no argument of PairLoader"),
         (dict(objective="ppo"), "objective is 'ppo'"),
+        (dict(loss={"denisty": 1}), "denisty: no argument of PairObjective"),
+        (dict(loss={"timestep_weight": "snr"}), "timestep_weight is 'snr'; with a DDPMScheduler expected 'min_snr'"),
+        (dict(scheduler={"shfit": 1}), "scheduler has shfit; a DDIMScheduler knows beta_end, "),
+        (dict(scheduler={"_class_name": "AutoencoderKL"}), "scheduler has _class_name 'AutoencoderKL'"),
         (dict(optimizer="adamw8bit"), "needs bitsandbytes: pip install bitsandbytes"),
         (dict(trackers=["wandb"]), "trackers has 'wandb', which .* is not installed: pip install wandb"),
         (dict(lora_rank=2, lora_targets=["to_nowhere"]), "to_nowhere"),
