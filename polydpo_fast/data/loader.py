@@ -118,7 +118,7 @@ class PairLoader(IterableDataset[PairBatch]):
             raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds > 0")
         if last not in ("drop", "pad", "wrap"):
             raise ValueError(f"last is {last!r}; expected 'drop', 'pad' or 'wrap'")
-        self._device = None if device is None else torch.device(device)
+        self._device = _checked_device(device)
         choose_decoder(decoder, self._device or "cpu")  # one that is not there shows now
         self.source: Source = open_source(source)
         if len(self.source) == 0:
@@ -389,6 +389,18 @@ class _Iteration(Iterator[PairBatch]):
     def state_dict(self) -> dict[str, Any]:
         """The loader's."""
         return self._loader.state_dict()
+
+
+def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; expected None, 'cpu', 'cuda', 'cuda:1', ...") from None
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device is {device!r}; PyTorch finds {count or 'no'} CUDA devices here")
+    return found
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -178,9 +178,10 @@ def test_a_ledger_that_was_cut_off_loses_one_line(tmp_path, monkeypatch):
     ledger, write = tmp_path / "bad.jsonl", os.write
     lines = Ledger(ledger)
     lines.add(index=1)
-    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="there is no room for a whole line"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda handle, data: write(handle, data[:20]))
-        lines.add(index=2)
+        with pytest.warns(RuntimeWarning, match="there is no room for a whole line"):
+            lines.add(index=2)
     for one in (lines, Ledger(ledger), lines):
         one.add(index=3)
     assert [line["index"] for line in read_ledger(ledger)] == [1, 3, 3, 3]
@@ -422,6 +423,8 @@ def test_batches_move():
         (dict(timeout_s=0), ValueError, "timeout_s is 0; expected seconds > 0"),
         (dict(max_bad_run=-1), ValueError, "max_bad_run is -1"),
         (dict(decoder="gpu"), ValueError, "decoder is 'gpu'"),
+        (dict(device="gpu"), ValueError, "device is 'gpu'; expected None, 'cpu', 'cuda'"),
+        (dict(device="cuda:99"), ValueError, r"device is 'cuda:99'; PyTorch finds (no|\d+) CUDA devices here"),
         (dict(sise=3), TypeError, "sise: no argument of PairLoader, nor of decode_pairs, which takes background, crop"),
         (dict(size=0), ValueError, "size is 0; expected sides from 1"),
         (dict(frames=0), ValueError, "frames is 0; expected an int from 1"),
