@@ -204,19 +204,20 @@ public:
         if (planes && (size[0] % 2 || size[1] % 2)) throw py::value_error("size is odd; expected even sides for planes");
     }
 
-    // Y, Cb, Cr as buffers, their strides in bytes; height, width, depth, and the shifts of the chroma's width and height;
-    // range, matrix, orientation; `shown`: height and width with square pixels, before it is turned, or zeros for those of
+    // Y, Cb, Cr (or G, B, R) as buffers, their strides in bytes; height, width, depth, and the shifts of the chroma's width
+    // and height; range, matrix, orientation, siting of the chroma; `shown`: height and width with square pixels, before it is turned, or zeros for those of
     // the frame. Returns oriented height and width as shown, crop top and left. Throws RuntimeError.
     std::array<int, 4> store(const py::sequence& planes, const std::array<std::ptrdiff_t, 3>& strides,
                              const std::array<int, 5>& form, bool full_range, int matrix, int orientation,
-                             std::uintptr_t out, std::size_t plane, const std::array<int, 2>& shown) const {
+                             std::uintptr_t out, std::size_t plane, const std::array<int, 2>& shown, int siting) const {
         Buffers buffers;
         buffers.add(planes, "planes");
         const std::vector<polydpo::Image> views = buffers.images();
         if (views.size() != 3) throw py::value_error("planes are not three");
         const auto& [height, width, depth, shift_x, shift_y] = form;
         polydpo::Frame frame{{}, {}, {height, width}, depth, shift_x, shift_y, full_range,
-                             static_cast<polydpo::Matrix>(matrix), orientation, {height, width}};
+                             static_cast<polydpo::Matrix>(matrix), orientation, {height, width},
+                             static_cast<polydpo::Siting>(siting)};
         if (shown[0] > 0 && shown[1] > 0) frame.shown = {shown[0], shown[1]};
         for (std::size_t i = 0; i < 3; ++i) {
             const std::ptrdiff_t rows = i ? (height + shift_y) >> shift_y : height;
@@ -412,7 +413,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("memory"), py::arg("planes") = false)
         .def("store", &FrameStore::store, py::arg("planes"), py::arg("strides"), py::arg("form"), py::arg("full_range"),
              py::arg("matrix"), py::arg("orientation"), py::arg("out"), py::arg("plane"),
-             py::arg("shown") = std::array<int, 2>{0, 0});
+             py::arg("shown") = std::array<int, 2>{0, 0}, py::arg("siting") = 0);
     py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
     py::class_<BoundLoss>(module, "BoundLoss")
         .def(py::init<const std::array<std::array<std::int64_t, 3>, 4>&, const std::array<std::int64_t, 3>&,

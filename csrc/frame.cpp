@@ -21,20 +21,33 @@ POLYDPO_INLINE Value load(const void* from, std::size_t i = 0) {
     return value;
 }
 
-// Two rows of a chroma plane to four times the row between them: three parts near, one far. Words are cut to their depth:
-// no sum overflows, whatever a decoder left there.
-template <class Sample>
+// Two rows of a chroma plane to four times the row between them: three parts near, one far; or two of each. Words are cut
+// to their depth: no sum overflows, whatever a decoder left there.
+template <class Sample, int parts>
 POLYDPO_INLINE void blend(const std::uint8_t* near, const std::uint8_t* far, int most, int count,
                           std::uint16_t* __restrict out) {
     if (sizeof(Sample) == 1) most = 255;
     for (int i = 0; i < count; ++i) {
-        out[i] = static_cast<std::uint16_t>(3 * (load<Sample>(near, i) & most) + (load<Sample>(far, i) & most));
+        const int sum = parts * (load<Sample>(near, i) & most) + (4 - parts) * (load<Sample>(far, i) & most);
+        out[i] = static_cast<std::uint16_t>(sum);
     }
 }
 
-POLYDPO_CLONES void blend_rows(const std::uint8_t* near, const std::uint8_t* far, bool wide, int most, int count,
-                               std::uint16_t* out) {
-    wide ? blend<std::uint16_t>(near, far, most, count, out) : blend<std::uint8_t>(near, far, most, count, out);
+POLYDPO_CLONES void blend_rows(const std::uint8_t* near, const std::uint8_t* far, bool halfway, bool wide, int most,
+                               int count, std::uint16_t* out) {
+    if (halfway) {
+        return wide ? blend<std::uint16_t, 2>(near, far, most, count, out) : blend<std::uint8_t, 2>(near, far, most, count, out);
+    }
+    wide ? blend<std::uint16_t, 3>(near, far, most, count, out) : blend<std::uint8_t, 3>(near, far, most, count, out);
+}
+
+// Chroma that lies between the columns, to four times that of every column of a region, the first of which is even.
+// `row` is at the sample of the first two, and has a neighbour on both sides.
+POLYDPO_CLONES void spread(const std::uint16_t* row, int columns, std::uint16_t* out) {
+    for (int i = 0; i < columns; ++i) {
+        out[2 * i] = static_cast<std::uint16_t>(3 * row[i] + row[i - 1]);
+        out[2 * i + 1] = static_cast<std::uint16_t>(3 * row[i] + row[i + 1]);
+    }
 }
 
 // ---------------------------------------------------------------------------- 8 bits, and chroma on the even columns
@@ -97,27 +110,53 @@ constexpr int fraction = 21;
 
 POLYDPO_INLINE std::uint8_t level(int sum) { return static_cast<std::uint8_t>(std::clamp(sum >> fraction, 0, 255)); }
 
-template <class Sample, bool halved>
+// Where chroma is taken from: its own columns; the even ones, four times its samples either way; or between_.
+enum class Columns { all, even, between };
+
+template <class Sample, Columns columns>
 POLYDPO_INLINE void colour(const std::uint8_t* luma, const std::uint16_t* cb, const std::uint16_t* cr,
                            const Coefficients<int>& k, int width, std::uint8_t* __restrict red,
                            std::uint8_t* __restrict green, std::uint8_t* __restrict blue) {
     for (int x = 0; x < width; ++x) {
         const int y = (load<Sample>(luma, x) & k.most) * k.luma;
-        const int left = halved ? x / 2 : x, right = halved ? (x + 1) / 2 : x;
-        const int b = cb[left] + cb[right], r = cr[left] + cr[right];
+        const int left = columns == Columns::even ? x / 2 : x, right = columns == Columns::even ? (x + 1) / 2 : x;
+        const int b = columns == Columns::between ? cb[x] : cb[left] + cb[right];
+        const int r = columns == Columns::between ? cr[x] : cr[left] + cr[right];
         red[x] = level(y + r * k.red + k.red_offset);
         green[x] = level(y - b * k.green_blue - r * k.green_red + k.green_offset);
         blue[x] = level(y + b * k.blue + k.blue_offset);
     }
 }
 
+template <Columns columns>
+POLYDPO_INLINE void colour_in(bool wide, const std::uint8_t* luma, const std::uint16_t* cb, const std::uint16_t* cr,
+                              const Coefficients<int>& k, int width, std::uint8_t* red, std::uint8_t* green,
+                              std::uint8_t* blue) {
+    wide ? colour<std::uint16_t, columns>(luma, cb, cr, k, width, red, green, blue)
+         : colour<std::uint8_t, columns>(luma, cb, cr, k, width, red, green, blue);
+}
+
 POLYDPO_CLONES void colour_each(const std::uint8_t* luma, const std::uint16_t* cb, const std::uint16_t* cr, bool wide,
-                                bool halved, const Coefficients<int>& coefficients, int width, std::uint8_t* red,
+                                Columns columns, const Coefficients<int>& coefficients, int width, std::uint8_t* red,
                                 std::uint8_t* green, std::uint8_t* blue) {
     const Coefficients<int> k = coefficients;
-    if (!wide) return colour<std::uint8_t, false>(luma, cb, cr, k, width, red, green, blue);
-    halved ? colour<std::uint16_t, true>(luma, cb, cr, k, width, red, green, blue)
-           : colour<std::uint16_t, false>(luma, cb, cr, k, width, red, green, blue);
+    switch (columns) {
+        case Columns::all: return colour_in<Columns::all>(wide, luma, cb, cr, k, width, red, green, blue);
+        case Columns::even: return colour_in<Columns::even>(wide, luma, cb, cr, k, width, red, green, blue);
+        case Columns::between: return colour_in<Columns::between>(wide, luma, cb, cr, k, width, red, green, blue);
+    }
+}
+
+// Samples that are levels already, but for their depth and range.
+template <class Sample>
+POLYDPO_INLINE void rescale(const std::uint8_t* from, const Coefficients<int>& k, int width, std::uint8_t* __restrict to) {
+    for (int x = 0; x < width; ++x) to[x] = level((load<Sample>(from, x) & k.most) * k.luma + k.red_offset);
+}
+
+POLYDPO_CLONES void rescale_row(const std::uint8_t* from, bool wide, const Coefficients<int>& coefficients, int width,
+                                std::uint8_t* to) {
+    const Coefficients<int> k = coefficients;
+    wide ? rescale<std::uint16_t>(from, k, width, to) : rescale<std::uint8_t>(from, k, width, to);
 }
 
 POLYDPO_CLONES void interleave(const std::uint8_t* red, const std::uint8_t* green, const std::uint8_t* blue, int width, std::uint8_t* rgbx) {
@@ -152,15 +191,22 @@ void end_of_copies() {
 #endif
 }
 
-bool in_pairs(const Frame& frame) { return frame.depth == 8 && frame.shift_x; }
+bool is_between_columns(const Frame& frame) {
+    return frame.shift_x && (frame.siting == Siting::centre || frame.siting == Siting::top || frame.siting == Siting::bottom);
+}
 
-// R = y + red Cr, and so on, in 0..255, of eight times Cb and Cr.
+bool in_pairs(const Frame& frame) { return frame.depth == 8 && frame.shift_x && !is_between_columns(frame); }
+
+// R = y + red Cr, and so on, in 0..255, of eight times Cb and Cr; or of sixteen times, where they lie between the columns.
+// Of RGB, whose last are never looked at, those of a grey pixel.
 Coefficients<int> coefficients_of(const Frame& frame) {
-    static constexpr double reds[3] = {0.299, 0.2126, 0.2627}, blues[3] = {0.114, 0.0722, 0.0593};
+    static constexpr double reds[6] = {0.299, 0.2126, 0.2627, 0.30, 0.212, 0.299};
+    static constexpr double blues[6] = {0.114, 0.0722, 0.0593, 0.11, 0.087, 0.114};
+    const double times = is_between_columns(frame) ? 16 : 8;
     const double kr = reds[static_cast<int>(frame.matrix)], kb = blues[static_cast<int>(frame.matrix)];
     const double unit = 1 << (frame.depth - 8), most = (1 << frame.depth) - 1;
-    const double black = frame.full_range ? 0 : 16 * unit, grey = 8 * 128 * unit;
-    const double y = 255 / (frame.full_range ? most : 219 * unit), c = 255 / (frame.full_range ? most : 224 * unit) / 8;
+    const double black = frame.full_range ? 0 : 16 * unit, grey = times * 128 * unit;
+    const double y = 255 / (frame.full_range ? most : 219 * unit), c = 255 / (frame.full_range ? most : 224 * unit) / times;
     const double red = 2 * (1 - kr) * c, blue = 2 * (1 - kb) * c;
     const double green_blue = 2 * kb * (1 - kb) / (1 - kr - kb) * c, green_red = 2 * kr * (1 - kr) / (1 - kr - kb) * c;
 
@@ -175,6 +221,10 @@ Coefficients<int> coefficients_of(const Frame& frame) {
         k.green_red = integer(green_red * one);
         k.blue = integer(blue * one);
         const double start = (0.5 - black * y) * one;
+        if (frame.matrix == Matrix::rgb) {
+            k.red_offset = integer(start);
+            return k;
+        }
         k.red_offset = integer(start - grey * k.red);
         k.green_offset = integer(start + grey * (k.green_blue + k.green_red));
         k.blue_offset = integer(start - grey * k.blue);
@@ -212,31 +262,69 @@ Region FrameReader::start(const Region& wanted) {
         ++region_.width;
     }
     columns_ = (region_.width + frame_.shift_x) >> frame_.shift_x;
-    // The last columns are computed with others that do not exist.
-    for (auto& row : chroma_) row.resize(static_cast<std::size_t>(columns_) + 1 + lanes);
+    // The last columns are computed with others that do not exist, and the first ones may be.
+    for (auto& row : chroma_) row.resize(static_cast<std::size_t>(columns_) + 2 + lanes);
+    if (is_between_columns(frame_)) {
+        for (auto& row : between_) row.resize(2 * static_cast<std::size_t>(columns_));
+    }
     for (auto& channel : levels_) channel.resize(static_cast<std::size_t>(region_.width) + 2 * lanes);
     return region_;
 }
 
-Levels FrameReader::read_levels() {
-    const int y = region_.top + row_++;
+Levels FrameReader::read_rgb(int y) {
+    static constexpr int order[3] = {2, 0, 1};
+    const bool wide = frame_.depth > 8;
+    Levels result{};
+    for (int c = 0; c < 3; ++c) {
+        const std::uint8_t* from =
+            frame_.planes[order[c]] + y * frame_.strides[order[c]] + (wide ? 2 : 1) * region_.left;
+        rescale_row(from, wide, coefficients_, region_.width, levels_[c].data());
+        result.channels[c] = levels_[c].data();
+    }
+    return result;
+}
+
+// Four times the chroma of a row of the region, one sample to the left of it and one to the right: the outermost again beyond
+// the edges of the frame.
+void FrameReader::read_chroma(int y) {
     const bool wide = frame_.depth > 8;
     const int left = region_.left >> frame_.shift_x;
     const int rows = (frame_.size.height + frame_.shift_y) >> frame_.shift_y;
     const int columns = (frame_.size.width + frame_.shift_x) >> frame_.shift_x;
-    const auto at = [&](int plane, int row, int column) {
-        return frame_.planes[plane] + row * frame_.strides[plane] + (wide ? 2 * column : column);
-    };
     const int near = y >> frame_.shift_y;
-    const int far = frame_.shift_y ? std::clamp(near + (y % 2 ? 1 : -1), 0, rows - 1) : near;
-    const int there = std::min(columns_ + 1, columns - left);
-    for (int part = 0; part < 2; ++part) {
-        std::uint16_t* row = chroma_[part].data();
-        blend_rows(at(part + 1, near, left), at(part + 1, far, left), wide, coefficients_.most, there, row);
-        if (there == columns_) row[there] = row[there - 1];  // beyond the edge
+    int far = near;
+    bool halfway = false;
+    if (frame_.shift_y) {
+        const bool odd = y % 2;
+        switch (frame_.siting) {
+            case Siting::left:
+            case Siting::centre: far += odd ? 1 : -1; break;
+            case Siting::top_left:
+            case Siting::top: far += halfway = odd; break;
+            case Siting::bottom_left:
+            case Siting::bottom: far -= halfway = !odd; break;
+        }
+        far = std::clamp(far, 0, rows - 1);
     }
-    const std::uint8_t* luma = at(0, y, region_.left);
-    const std::uint16_t *cb = chroma_[0].data(), *cr = chroma_[1].data();
+    const int before = left > 0 ? 1 : 0, there = std::min(columns_ + 1, columns - left) + before;
+    for (int part = 0; part < 2; ++part) {
+        const auto at = [&](int row) {
+            return frame_.planes[part + 1] + row * frame_.strides[part + 1] + (wide ? 2 : 1) * (left - before);
+        };
+        std::uint16_t* row = chroma_[part].data();
+        blend_rows(at(near), at(far), halfway, wide, coefficients_.most, there, row + 1 - before);
+        if (!before) row[0] = row[1];
+        if (there - before == columns_) row[columns_ + 1] = row[columns_];
+    }
+}
+
+Levels FrameReader::read_levels() {
+    const int y = region_.top + row_++;
+    if (frame_.matrix == Matrix::rgb) return read_rgb(y);
+    read_chroma(y);
+    const bool wide = frame_.depth > 8;
+    const std::uint8_t* luma = frame_.planes[0] + y * frame_.strides[0] + (wide ? 2 : 1) * region_.left;
+    const std::uint16_t *cb = chroma_[0].data() + 1, *cr = chroma_[1].data() + 1;
     std::uint8_t *red = levels_[0].data(), *green = levels_[1].data(), *blue = levels_[2].data();
     if (in_pairs(frame_)) {
         const int rest = region_.width % (2 * lanes), done = region_.width - rest;
@@ -244,8 +332,14 @@ Levels FrameReader::read_levels() {
         std::uint8_t last[2 * lanes] = {};
         std::memcpy(last, luma + done, static_cast<std::size_t>(rest));
         colour_pairs(last, cb + done / 2, cr + done / 2, words_, rest, red + done, green + done, blue + done);
+    } else if (is_between_columns(frame_)) {
+        std::uint16_t *all_cb = between_[0].data(), *all_cr = between_[1].data();
+        spread(cb, columns_, all_cb);
+        spread(cr, columns_, all_cr);
+        colour_each(luma, all_cb, all_cr, wide, Columns::between, coefficients_, region_.width, red, green, blue);
     } else {
-        colour_each(luma, cb, cr, wide, frame_.shift_x != 0, coefficients_, region_.width, red, green, blue);
+        const Columns columns = frame_.shift_x ? Columns::even : Columns::all;
+        colour_each(luma, cb, cr, wide, columns, coefficients_, region_.width, red, green, blue);
     }
     return {{red, green, blue}};
 }

@@ -8,9 +8,12 @@
 
 namespace polydpo {
 
-enum class Matrix : int { bt601 = 0, bt709 = 1, bt2020 = 2 };
+enum class Matrix : int { bt601 = 0, bt709 = 1, bt2020 = 2, fcc = 3, smpte240m = 4, rgb = 5 };
 
-// Y, Cb, Cr; rows of bytes, or of 16-bit words where the depth is above 8.
+// Where the samples of subsampled chroma lie, by the numbers of H.264 and HEVC (chroma_sample_loc_type).
+enum class Siting : int { left = 0, centre = 1, top_left = 2, top = 3, bottom_left = 4, bottom = 5 };
+
+// Y, Cb, Cr, or G, B, R; rows of bytes, or of 16-bit words where the depth is above 8.
 struct Frame {
     const std::uint8_t* planes[3];
     std::ptrdiff_t strides[3];  // from row to row in bytes
@@ -21,6 +24,7 @@ struct Frame {
     Matrix matrix;
     int orientation;  // as in EXIF
     Size shown;       // with square pixels
+    Siting siting = Siting::left;
 };
 
 // Of a matrix and a range, as integers; `most` is the largest sample.
@@ -30,8 +34,7 @@ struct Coefficients {
 };
 
 // Converts row by row, in integers: each level is within 0.53 of its exact value, and within 0.51 where chroma has all
-// columns or samples have more than 8 bits. Chroma is interpolated linearly; where it is subsampled, its samples lie on the
-// even columns and between the rows, as H.264, HEVC, VP9 and AV1 have it unless they say otherwise.
+// columns or samples have more than 8 bits. Chroma is interpolated linearly.
 class FrameReader : public PlanesReader {
 public:
     explicit FrameReader(const Frame& frame);
@@ -46,12 +49,16 @@ public:
     void read_planes(const Region& crop, std::uint8_t* planes) override;
 
 private:
+    Levels read_rgb(int row);
+    void read_chroma(int row);
+
     Frame frame_;
     Coefficients<int> coefficients_;
     Coefficients<std::uint16_t> words_;  // the same, for arithmetic in 16 bits
     Region region_{};
     int columns_ = 0, row_ = 0;  // of chroma in the region; the next one
     std::vector<std::uint16_t> chroma_[2];  // four times Cb and Cr between two rows
+    std::vector<std::uint16_t> between_[2];  // where they lie between the columns: sixteen times, of every column
     std::vector<std::uint8_t> levels_[3];
 };
 

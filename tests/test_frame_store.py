@@ -26,11 +26,11 @@ def make_frame(height, width, depth=8, shift_x=1, shift_y=1, seed=0):
     return [random.integers(0, 1 << depth, (h, w + 3 * k + 1), word) for k, (h, w) in enumerate(shapes)]
 
 
-def store(target, frame, form, out, full_range=True, matrix=0, orientation=1):
+def store(target, frame, form, out, full_range=True, matrix=0, orientation=1, **more):
     """`frame`: three arrays with rows that may be longer than the frame."""
     strides = [plane.strides[0] for plane in frame]
     step = out[0].size if out.ndim == 3 else 0
-    return target.store(frame, strides, form, full_range, matrix, orientation, out.ctypes.data, step)
+    return target.store(frame, strides, form, full_range, matrix, orientation, out.ctypes.data, step, **more)
 
 
 def planes_of(frame, top, left, height, width):
@@ -103,9 +103,14 @@ def test_planes_have_even_sides():
         make_store((41, 48), planes=True)
 
 
-def levels_of(frame, form, full_range, matrix):
-    """(3, H, W) in float64, by the definitions; chroma is interpolated linearly, on even columns and between rows."""
+# Where chroma lies, in pixels from the first of its two columns and of its two rows: H.264's figure E-1, in its order.
+SITINGS = [(0, 0.5), (0.5, 0.5), (0, 0), (0.5, 0), (0, 1), (0.5, 1)]
+
+
+def levels_of(frame, form, full_range, matrix, siting=0):
+    """(3, H, W) in float64, by the definitions; chroma is interpolated linearly."""
     height, width, depth, shift_x, shift_y = form
+    beside, below = SITINGS[siting]
 
     def interpolated(plane, length, shift, places):
         at = np.clip(places, 0, ((length + shift) >> shift) - 1)
@@ -114,8 +119,8 @@ def levels_of(frame, form, full_range, matrix):
         return plane[low] + (at - low)[:, None] * (plane[high] - plane[low])
 
     def full_size(plane):
-        rows = (np.arange(height) - 0.5) / 2 if shift_y else np.arange(height)
-        columns = np.arange(width) / 2 if shift_x else np.arange(width)
+        rows = (np.arange(height) - below) / 2 if shift_y else np.arange(height)
+        columns = (np.arange(width) - beside) / 2 if shift_x else np.arange(width)
         down = interpolated(plane.astype(np.float64), height, shift_y, rows)
         return interpolated(down.T, width, shift_x, columns).T
 
@@ -125,17 +130,17 @@ def levels_of(frame, form, full_range, matrix):
         y, cb, cr = (255 / most * part for part in (y, cb, cr))
     else:
         y, cb, cr = 255 / 219 / unit * (y - 16 * unit), 255 / 224 / unit * cb, 255 / 224 / unit * cr
-    kr, kb = [(0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593)][matrix]
+    kr, kb = [(0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593), (0.30, 0.11), (0.212, 0.087)][matrix]
     red, blue = y + 2 * (1 - kr) * cr, y + 2 * (1 - kb) * cb
     return np.stack([red, (y - kr * red - kb * blue) / (1 - kr - kb), blue]).clip(0, 255)
 
 
-FORMS = [(8, 1, 1), (8, 1, 0), (8, 0, 0), (10, 1, 1), (10, 1, 0), (10, 0, 0), (12, 1, 1), (12, 0, 0)]
+FORMS = [(8, 1, 1), (8, 1, 0), (8, 0, 0), (8, 0, 1), (9, 1, 1), (10, 1, 1), (10, 1, 0), (10, 0, 0), (12, 1, 1), (12, 0, 0)]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("full_range", [False, True])
-@pytest.mark.parametrize("matrix", [0, 1, 2])
+@pytest.mark.parametrize("matrix", range(5))
 def test_levels_are_those_of_the_formulas(form, full_range, matrix):
     """Noise of all samples, and of the extreme ones only, which sums must not overflow with."""
     for height, width in ((37, 201), (2, 64), (1, 1), (8, 65)):
@@ -158,6 +163,31 @@ def test_levels_are_those_of_the_formulas(form, full_range, matrix):
         assert abs(error[channel][inside].mean()) < 0.02
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form[1:] != (0, 0)])
+@pytest.mark.parametrize("siting", range(1, 6))
+def test_chroma_lies_where_the_stream_says(form, siting):
+    for height, width in ((37, 201), (2, 64), (1, 1), (8, 65), (1, 2), (6, 1)):
+        frame = make_frame(height, width, *form, seed=siting)
+        most = 2 ** form[0] - 1
+        for planes in (frame, [np.where(plane > most // 2, most, 0).astype(plane.dtype) for plane in frame]):
+            out = np.zeros((3, height, width), np.uint8)
+            store(make_store((height, width)), planes, (height, width, *form), out, False, 1, siting=siting)
+            error = out - levels_of(planes, (height, width, *form), False, 1, siting)
+            assert np.abs(error).max() <= (0.53 if form[0] == 8 and form[1] else 0.51)
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_rgb_is_rescaled(depth, full_range):
+    """Planes of green, blue and red, as FFmpeg has them."""
+    frame, form = make_frame(21, 75, depth, 0, 0), (21, 75, depth, 0, 0)
+    out = np.zeros((3, 21, 75), np.uint8)
+    store(make_store((21, 75)), frame, form, out, full_range, 5)
+    samples = np.stack([frame[part][:, :75] for part in (2, 0, 1)]) / 2 ** (depth - 8)
+    levels = samples * 255 / (256 - 2 ** (8 - depth)) if full_range else (samples - 16) * 255 / 219
+    assert np.abs(out - levels.clip(0, 255)).max() <= 0.5 + 1e-6
+
+
 @settings(max_examples=150)
 @given(data=st.data())
 def test_crops_turns_and_mirrors_are_those_of_the_whole_frame(data):
@@ -166,8 +196,9 @@ def test_crops_turns_and_mirrors_are_those_of_the_whole_frame(data):
     form = (height, width, *draw(st.sampled_from(FORMS)))
     frame = make_frame(*form, seed=draw(st.integers(0, 99)))
     orientation, flipped = draw(st.integers(1, 8)), draw(st.booleans())
+    colours = dict(matrix=draw(st.integers(0, 4)), siting=draw(st.integers(0, 5)))
     whole = np.zeros((3, height, width), np.uint8)
-    store(make_store((height, width)), frame, form, whole)
+    store(make_store((height, width)), frame, form, whole, **colours)
     shown = whole[:, ::-1] if orientation in (3, 4, 6, 7) else whole
     shown = shown[:, :, ::-1] if orientation in (2, 3, 7, 8) else shown
     shown = shown.transpose(0, 2, 1) if orientation >= 5 else shown
@@ -176,7 +207,7 @@ def test_crops_turns_and_mirrors_are_those_of_the_whole_frame(data):
     corner = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2**32 - 1))
     out = np.zeros((3, *size), np.uint8)
     target = make_store(size, (False, *corner, flipped), resize=0)
-    *original, top, left = store(target, frame, form, out, orientation=orientation)
+    *original, top, left = store(target, frame, form, out, orientation=orientation, **colours)
     assert original == list(shown.shape[1:])
     np.testing.assert_array_equal(out, shown[:, top : top + size[0], left : left + size[1]])
 

@@ -37,7 +37,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     frame.shift_x = chosen[3] & 1;
     frame.shift_y = chosen[3] >> 1 & 1;
     frame.full_range = chosen[3] & 4;
-    frame.matrix = static_cast<Matrix>(chosen[3] / 8 % 3);
+    frame.matrix = static_cast<Matrix>(chosen[3] / 8 % 6);
+    if (frame.matrix == Matrix::rgb) frame.shift_x = frame.shift_y = 0;
+    frame.siting = static_cast<Siting>(chosen[15] % 6);
     frame.orientation = 1 + chosen[4] % 8;
     // Square pixels mostly.
     frame.shown = chosen[5] % 4 ? frame.size : Size{1 + chosen[5] % 70, frame.size.width};
