@@ -211,7 +211,7 @@ def train(
     beta: Annotated[float | None, typer.Option(help="Strength of the pull to the reference.")] = None,
     objective: Annotated[str | None, typer.Option(help="poly_dpo, robust, ipo, hinge or linear.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank; 0 for all weights.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, adamw8bit or adafactor.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adamw8bit, paged_adamw8bit or adafactor.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="After the warmup.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup.")] = None,
     mixed_precision: _Precision = None,

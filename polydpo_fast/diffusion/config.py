@@ -32,8 +32,10 @@ class Settings:
     scheduler: values in place of those of the pipeline's scheduler, for training and pictures, such as
         prediction_type, rescale_betas_zero_snr, shift; _class_name for another class, where its own has no such value.
     lora_rank: 0 trains all weights. lora_targets: names of layers; empty for the attention's projections.
-    optimizer: "adamw", "adamw8bit" (bitsandbytes) or "adafactor" (with a fixed rate, as Diffusion-DPO's script has it).
-    schedule: of the learning rate, a name that diffusers.optimization.get_scheduler knows; warmup: steps.
+    optimizer: "adamw", "adamw8bit", "paged_adamw8bit" (bitsandbytes: two bytes of state per weight, not eight) or
+        "adafactor" (with a fixed rate, as Diffusion-DPO's script has it).
+    schedule: of the learning rate, a name that diffusers.optimization.get_scheduler knows; warmup: steps; cycles: of
+        "cosine_with_restarts"; power: of "polynomial".
     max_grad_norm: 0 for no clipping.
     mixed_precision: "no", "fp16", "bf16", or None for what `accelerate launch` was told.
     ema: decay of the averaged weights, which are the result then; 0 for none.
@@ -70,6 +72,8 @@ class Settings:
     learning_rate: float = 1e-8
     schedule: str = "constant_with_warmup"
     warmup: int = 0
+    cycles: int = 1
+    power: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -93,12 +97,12 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "steps", "vae_batch", "log_every", "validation_steps"):
+        for name in ("batch_size", "accumulation", "steps", "vae_batch", "log_every", "validation_steps", "cycles"):
             _check_range(name, getattr(self, name), 1, 2**31 - 1)
         for name in ("lora_rank", "warmup", "checkpoint_every", "keep", "validation_every"):
             _check_range(name, getattr(self, name), 0, 2**31 - 1)
         _check_range("seed", self.seed, 0, 2**63 - 1)
-        for name in ("learning_rate", "beta", "weight_decay", "max_grad_norm", "adam_epsilon"):
+        for name in ("learning_rate", "beta", "weight_decay", "max_grad_norm", "adam_epsilon", "power"):
             _check_range(name, getattr(self, name), 0, math.inf)
         for name in ("ema", "prompt_dropout", "adam_beta1", "adam_beta2"):
             _check_range(name, getattr(self, name), 0, 1)
@@ -148,8 +152,8 @@ def write_settings(settings: Settings, file: Path) -> None:
 
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "optimizer": ("adamw", "adamw8bit", "adafactor"),
-    "schedule": ("constant", "constant_with_warmup", "linear", "cosine"),
+    "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor"),
+    "schedule": ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
     "latents": ("sample", "mode"),
 }

@@ -58,7 +58,7 @@ def _accelerator(settings: Settings) -> Any:
     except ImportError as error:
         raise ImportError(f"training needs {error.name}: pip install 'polydpo-fast[train]'") from error
     for name in settings.trackers:
-        if name not in get_available_trackers():
+        if name not in map(str, get_available_trackers()):  # members of an Enum, which equal no text
             raise ImportError(
                 f"trackers has {name!r}, which is none of Accelerate's or is not installed: pip install {name}"
             )

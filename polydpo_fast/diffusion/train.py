@@ -184,12 +184,14 @@ def _optimizer(parameters: list[Tensor], settings: Settings) -> torch.optim.Opti
         )
         return fixed
     kind: Any = torch.optim.AdamW
-    if settings.optimizer == "adamw8bit":
+    if settings.optimizer.endswith("8bit"):
         try:
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
         except ImportError as error:
-            raise ImportError("optimizer is 'adamw8bit', which needs bitsandbytes: pip install bitsandbytes") from error
-        kind = AdamW8bit
+            raise ImportError(
+                f"optimizer is {settings.optimizer!r}, which needs bitsandbytes: pip install bitsandbytes"
+            ) from error
+        kind = PagedAdamW8bit if settings.optimizer.startswith("paged") else AdamW8bit
     optimizer: torch.optim.Optimizer = kind(
         parameters,
         lr=settings.learning_rate,
@@ -204,7 +206,12 @@ def _schedule(optimizer: Any, settings: Settings) -> Any:
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
-        settings.schedule, optimizer, num_warmup_steps=settings.warmup, num_training_steps=settings.steps
+        settings.schedule,
+        optimizer,
+        num_warmup_steps=settings.warmup,
+        num_training_steps=settings.steps,
+        num_cycles=settings.cycles,
+        power=settings.power,
     )
 
 

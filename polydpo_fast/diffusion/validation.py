@@ -51,5 +51,6 @@ def render(
         Image.fromarray(sheet).save(folder / f"{step:06d}.png")
         for tracker in accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
-                tracker.log_images({"validation": sheet[None]}, step=step)
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": sheet[None]}, step=step, **options)
     accelerator.wait_for_everyone()

@@ -143,6 +143,33 @@ def test_lora_begins_at_its_reference(family):
     assert ours.item() == copied.item() != loss.item()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(family):
+    """What is computed again in the backward pass has its adapters on; and what is kept for it is less."""
+    model, latents, cond, scheduler = build(family)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False))
+    model.train()
+    objective = PairObjective(scheduler, reference=adapters_off, beta=5.0)
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        bytes_kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=bytes_kept: sizes.append(x.nbytes) or x, lambda x: x
+        ):
+            loss, _ = objective(model, latents, cond, seeds=SEEDS)
+        loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients.append([parameter.grad.clone() for parameter in trained])
+        kept.append(sum(bytes_kept))
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sum(gradient.abs().sum() for gradient in gradients[0]) > 0
+    assert kept[1] < 0.8 * kept[0]
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_adapters_are_as_before_afterwards():
     model, *_ = build("sd15")

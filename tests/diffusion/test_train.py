@@ -1,5 +1,6 @@
 """`polydpo-fast train` and `geneval` on whole pipelines with tiny random weights."""
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import LoggerType
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusion import pipelines
 from diffusion.runs import equal, lines, settings, two_processes, weights
@@ -238,6 +240,140 @@ def test_mixed_precision_begins_at_the_reference(here, tmp_path):
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "full").values())
 
 
+# ------------------------------------------------------------------------------- trackers, optimizers, schedules
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """What Accelerate's tracker calls of W&B, which would talk to its server; images as strict as its own."""
+    import types
+
+    module, told = types.ModuleType("wandb"), {"config": {}, "values": {}, "images": {}}
+
+    class Run:
+        def log(self, values, step):
+            for name, value in values.items():
+                if isinstance(value, list):
+                    told["images"][step] = (name, value)
+                else:
+                    told["values"].setdefault(name, {})[step] = value
+
+        def finish(self):
+            told["finished"] = True
+
+    def init(project):
+        told["project"] = project
+        return Run()
+
+    class Picture:
+        def __init__(self, pixels):
+            assert pixels.dtype == np.uint8
+            assert pixels.ndim == 3
+            self.pixels = pixels
+            assert pixels.shape[2] == 3
+
+    module.init, module.Image, module.config = init, Picture, types.SimpleNamespace()
+    module.config.update = lambda values, allow_val_change: told["config"].update(values)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD, LoggerType.WANDB])
+    return told
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_trackers_are_told_what_is_written(here, tmp_path, wandb):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    prompts = dict(validation_prompts=["ab", "c"], validation_every=2, validation_steps=1)
+    train(settings(here, out, trackers=["tensorboard", "wandb"], project="trial", beta=70.0, **prompts))
+    (file,) = (out / "logs" / "trial").glob("events*")
+    board = EventAccumulator(str(file))
+    board.Reload()
+    for line in lines(out):
+        for name in set(line) - {"step", "steps", "epoch"}:
+            scalar = next(one for one in board.Scalars(name) if one.step == line["step"])
+            assert scalar.value == pytest.approx(line[name], rel=1e-6)
+            assert wandb["values"][name][line["step"]] == line[name]
+    assert [(one.step, one.width, one.height) for one in board.Images("validation")] == [(2, 32, 16), (4, 32, 16)]
+    sheet = np.asarray(Image.open(out / "validation" / "000004.png"))
+    assert sheet.std() > 1  # there is something to compare
+    name, (picture,) = wandb["images"][4]
+    assert name == "validation"
+    assert (picture.pixels == sheet).all()
+    shown = np.asarray(Image.open(io.BytesIO(board.Images("validation")[1].encoded_image_string)))
+    assert (shown == sheet).all()
+    assert (wandb["project"], wandb["config"]["beta"], wandb["finished"]) == ("trial", 70.0, True)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw8bit", "AdamW8bit"), ("paged_adamw8bit", "PagedAdamW8bit")])
+def test_optimizers_of_eight_bits_are_asked_for(here, tmp_path, monkeypatch, name, kind):
+    """The arguments are those of torch's AdamW, which stands in here."""
+    made = []
+
+    class Eight(torch.optim.AdamW):
+        def __init__(self, parameters, **options):
+            super().__init__(parameters, **options)
+            made.append((type(self).__name__, options))
+
+    module = type(sys)("bitsandbytes.optim")
+    for one in ("AdamW8bit", "PagedAdamW8bit"):
+        setattr(module, one, type(one, (Eight,), {}))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", type(sys)("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    options = dict(steps=2, adam_beta1=0.8, adam_epsilon=1e-6, weight_decay=0.1)
+    train(settings(here, tmp_path / "eight", optimizer=name, **options))
+    assert made == [(kind, dict(lr=1e-3, betas=(0.8, 0.999), eps=1e-6, weight_decay=0.1))]
+    train(settings(here, tmp_path / "whole", **options))
+    assert equal(weights(tmp_path / "eight"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
+def test_optimizers_of_eight_bits_where_they_are_installed(here, tmp_path, name):
+    """They learn nearly what AdamW does, and resume to the bit."""
+    pytest.importorskip("bitsandbytes")
+    options = dict(batch_size=4, beta=100.0, checkpoint_every=2, optimizer=name)
+    train(settings(here, tmp_path / "whole", **options))
+    train(settings(here, tmp_path / "broken", steps=2, **options))
+    train(settings(here, tmp_path / "broken", resume="latest", **options))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    train(settings(here, tmp_path / "adamw", **{**options, "optimizer": "adamw"}))
+    before = load_file(here / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = [
+        torch.cat([(weights(tmp_path / run)[k] - before[k]).flatten() for k in before]) for run in ("whole", "adamw")
+    ]
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("change", "rate"),
+    [
+        (dict(schedule="linear", warmup=2), lambda n: n / 2 if n < 2 else (6 - n) / 4),
+        (dict(schedule="cosine"), lambda n: (1 + math.cos(math.pi * n / 6)) / 2),
+        (
+            dict(schedule="cosine_with_restarts", cycles=2),
+            lambda n: (1 + math.cos(math.pi * (n % 3) / 3)) / 2 if n < 6 else 0,
+        ),
+        (dict(schedule="polynomial", power=2.0), lambda n: 1e-4 + (1 - 1e-4) * (1 - n / 6) ** 2),  # down to 1e-7
+    ],
+    ids=lambda value: value["schedule"] if isinstance(value, dict) else "",
+)
+def test_schedules_of_the_learning_rate(here, tmp_path, change, rate):
+    """What is written after a step is the rate of the next, as Diffusers' scripts have it."""
+    train(settings(here, tmp_path / "out", steps=6, batch_size=1, **change))
+    rates = [line["learning_rate"] for line in lines(tmp_path / "out")]
+    assert rates == pytest.approx([1e-3 * rate(n) for n in range(1, 7)], abs=1e-9)
+
+
+@pytest.mark.parametrize("change", [{}, dict(lora_rank=2)], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing(here, tmp_path, change):
+    for name, checkpointing in (("with", True), ("without", False)):
+        run = settings(here, tmp_path / name, gradient_checkpointing=checkpointing, checkpoint_every=4, **change)
+        train(run)
+    file = "checkpoint-4/" + ("adapters.safetensors" if change else "model.safetensors")
+    assert equal(load_file(tmp_path / "with" / file), load_file(tmp_path / "without" / file))
+
+
 # ------------------------------------------------------------------------------------------- interruptions
 
 
@@ -431,7 +567,7 @@ def test_weights_that_have_diverged_are_said_to_have(here, tmp_path):
         (dict(learning_rate=math.inf), "learning_rate is inf; expected 0 or more"),
         (dict(learning_rate=math.nan), "learning_rate is nan; expected 0 or more"),
         (dict(ema=1.5), "ema is 1.5; expected 0 to 1"),
-        (dict(optimizer="sgd"), "optimizer is 'sgd'; expected 'adamw', 'adamw8bit', 'adafactor'"),
+        (dict(optimizer="sgd"), "optimizer is 'sgd'; expected 'adamw', 'adamw8bit', 'paged_adamw8bit', 'adafactor'"),
         (dict(size=[16]), r"size is \[16\]; expected a side, or \[height, width\]"),
         (dict(size="big"), "size is 'big'; expected int | list"),
         (dict(speed=3), "speed: no setting; expected accumulation, "),
