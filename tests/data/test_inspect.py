@@ -163,6 +163,8 @@ def test_the_ledger_is_replayed(bad, tmp_path):
     assert "4 of 5 pairs of the ledger are still bad" in output
     ledger.write_text(json.dumps(lines[2]) + "\n")
     assert run(bad, "--sample", "0", "--ledger", ledger)[0] == 0
+    ledger.write_text(json.dumps({**lines[2], "key": ""}) + "\n")  # it could not be read then
+    assert run(bad, "--sample", "0", "--ledger", ledger)[0] == 0
     assert run(bad, "--sample", "0", "--ledger", tmp_path / "none")[0] == 2
 
 
