@@ -50,8 +50,15 @@ class PairBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self, device: torch.device | str | None = None) -> PairBatch:
-        """The same in page-locked memory, as torch's DataLoader asks for it with pin_memory=True."""
-        return self._each(lambda tensor: tensor.pin_memory(device) if device else tensor.pin_memory())
+        """The same in page-locked memory, as torch's DataLoader asks for it with pin_memory=True; what is on a device
+        already stays there."""
+
+        def pinned(tensor: Tensor) -> Tensor:
+            if tensor.device.type != "cpu":
+                return tensor
+            return tensor.pin_memory(device) if device else tensor.pin_memory()
+
+        return self._each(pinned)
 
     def _each(self, change: Any) -> PairBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

@@ -22,7 +22,7 @@ class Buffers:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> None:
-        self._shape, self._dtype, self._pinned = shape, dtype, pinned
+        self._shape, self._dtype, self.pinned = shape, dtype, pinned
         self._free: deque[tuple[Tensor, np.ndarray]] = deque(maxlen=_MOST_FREE)
 
     def take(self) -> Tensor:
@@ -30,7 +30,7 @@ class Buffers:
         try:
             memory, whole = self._free.popleft()
         except IndexError:
-            memory = torch.empty(self._shape, dtype=self._dtype, device="cpu", pin_memory=self._pinned)
+            memory = torch.empty(self._shape, dtype=self._dtype, device="cpu", pin_memory=self.pinned)
             whole = memory.view(torch.uint8).numpy()
         # The tensor's storage owns this view, and lets go of it when its last tensor is gone.
         lease = whole[...]

@@ -22,12 +22,16 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._path = None if path is None else os.path.abspath(path)  # a training may change its folder
-        if self._path is not None and not os.path.isdir(os.path.dirname(self._path)):
-            raise ValueError(f"ledger is {os.fspath(path)!r}; its folder does not exist")  # type: ignore[arg-type]
-        if self._path is not None and os.path.isdir(self._path):
-            raise ValueError(f"ledger is {os.fspath(path)!r}, a folder; expected a file")  # type: ignore[arg-type]
-        self._warned = False
+        self._path, self._warned = None, False
+        if path is None:
+            return
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"ledger is a {type(path).__name__}; expected a path or None")
+        self._path = os.path.abspath(os.path.expanduser(path))  # a training may change its folder
+        if not os.path.isdir(os.path.dirname(self._path)):
+            raise ValueError(f"ledger is {os.fspath(path)!r}; its folder does not exist")
+        if os.path.isdir(self._path):
+            raise ValueError(f"ledger is {os.fspath(path)!r}, a folder; expected a file")
 
     def add(self, **facts: Any) -> None:
         if self._path is None:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -103,16 +103,18 @@ class PairLoader(IterableDataset[PairBatch]):
         **decode: Any,
     ) -> None:
         for name, count in (("batch_size", batch_size), ("prefetch", prefetch), ("readers", readers)):
-            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1 << 16:
+            if not _is_int(count) or not 1 <= count <= 1 << 16:
                 raise ValueError(f"{name} is {count!r}; expected an int from 1 to {1 << 16}")
         for name, share in (("prompt_dropout", prompt_dropout), ("max_bad_rate", max_bad_rate)):
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share!r}; expected a number from 0 to 1")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if not isinstance(shuffle, bool):
+            raise ValueError(f"shuffle is {shuffle!r}; expected True or False")
+        if not _is_int(seed) or not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed!r}; expected an int from 0 to 2^63 - 1")
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
+        if window is not None and (not _is_int(window) or window < 0):
             raise ValueError(f"window is {window!r}; expected a number of blocks, 0 for all pairs, or None")
-        if isinstance(max_bad_run, bool) or not isinstance(max_bad_run, int) or max_bad_run < 0:
+        if not _is_int(max_bad_run) or max_bad_run < 0:
             raise ValueError(f"max_bad_run is {max_bad_run!r}; expected an int >= 0")
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds > 0")
@@ -173,7 +175,7 @@ class PairLoader(IterableDataset[PairBatch]):
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration yields, from its start; nothing changes if it is that one already."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        if not _is_int(epoch) or epoch < 0:
             raise ValueError(f"epoch is {epoch!r}; expected an int >= 0")
         if epoch != self.epoch:
             self.epoch, self._position, self._begin, self._resumed = epoch, 0, 0, False
@@ -209,12 +211,12 @@ class PairLoader(IterableDataset[PairBatch]):
             if state.get(name) != own:
                 raise ValueError(f"the state was taken with {name}={state.get(name)!r}; this loader has {own!r}")
         epoch, position = state.get("epoch"), state.get("position")
-        if not isinstance(epoch, int) or not isinstance(position, int) or epoch < 0 or position < 0:
+        if not _is_int(epoch) or not _is_int(position) or epoch < 0 or position < 0:
             raise ValueError(f"state has epoch {epoch!r} and position {position!r}; expected ints >= 0")
         turns, worker = state.get("turns"), get_worker_info()
         begin: Any = turns.get("begin") if isinstance(turns, Mapping) else position
-        here = self._turns(worker.num_workers if worker else 0, begin) if isinstance(begin, int) else None
-        if not isinstance(begin, int) or turns not in (None, here):
+        here = self._turns(worker.num_workers if worker else 0, begin) if _is_int(begin) else None
+        if not _is_int(begin) or turns not in (None, here):
             raise ValueError(f"the state was taken by a DataLoader's worker with {turns!r}; here it is {here}")
         self.epoch, self._position, self._begin, self._resumed = epoch, position, begin, True
         self._pass += 1
@@ -239,8 +241,10 @@ class PairLoader(IterableDataset[PairBatch]):
 
         Where an index is -1, in what is missing of the last batch, and in place of bad pairs, which go to the ledger
         as ever, there is no pair (`ok` False). Crops and mirrors depend on the seed and the index alone; prompts are
-        whole.
+        whole. Raises IndexError for other numbers.
         """
+        if len(indices) and not -1 <= indices.min() <= indices.max() < len(self.source):
+            raise IndexError(f"indices are from {indices.min()} to {indices.max()}; the source has {len(self.source)}")
         positions = np.where(indices < 0, len(self.source), indices)
         rest = -len(positions) % self.batch_size
         positions = np.concatenate((positions, np.full(rest, len(self.source)))).reshape(-1, self.batch_size)
@@ -287,6 +291,7 @@ class PairLoader(IterableDataset[PairBatch]):
             seed=self.seed,
             epoch=self.epoch,
             rank=self._rank,
+            clips="frames" in options,
             replace_bad=True,
             decode=partial(decoder.decode_clips if "frames" in options else decoder.decode_pairs, **options),
             batch_shape=self._shape,
@@ -300,14 +305,17 @@ class PairLoader(IterableDataset[PairBatch]):
             max_bad_run=self._max_bad_run,
             ledger=self._ledger,
         )
-        if self._buffers is None and not on_device:
-            pinned = plan.device is not None and plan.device.type == "cuda"
+        pinned = plan.device is not None and plan.device.type == "cuda"
+        # A worker may have been forked after batches of the first process, whose page-locked memory is not its own.
+        if not on_device and (self._buffers is None or self._buffers.pinned != pinned):
             self._buffers = Buffers(self._shape, self._dtype, pinned)
         return plan
 
     def _identity(self) -> dict[str, Any]:
         """What makes the order, beside the source."""
-        categories = dict(self._categories) if isinstance(self._categories, Mapping) else self._categories
+        categories: Any = self._categories
+        if isinstance(categories, Mapping):
+            categories = {name: float(share) for name, share in categories.items()}
         return {"seed": self.seed, "shuffle": self._shuffle, "window": self._window, "categories": categories}
 
     def _order(self) -> Order:
@@ -403,13 +411,32 @@ def _checked_device(device: torch.device | str | int | None) -> torch.device | N
     return found
 
 
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         raise ValueError(f"rank is {rank!r} and world_size {world_size!r}; expected both or neither")
     if rank is None or world_size is None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world_size = _ranks_of_environment()
+    if not _is_int(rank) or not _is_int(world_size):
+        raise ValueError(f"rank is {rank!r} and world_size {world_size!r}; expected ints")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank!r}; expected 0 to {world_size - 1} (world_size is {world_size})")
     return rank, world_size
+
+
+def _ranks_of_environment() -> tuple[int, int]:
+    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not rank and world_size in ("", "1"):
+        return 0, 1
+    try:
+        return int(rank), int(world_size)
+    except ValueError:
+        raise ValueError(
+            f"the environment has RANK={rank!r} and WORLD_SIZE={world_size!r}; expected two numbers, as torchrun sets "
+            "them, or rank= and world_size="
+        ) from None

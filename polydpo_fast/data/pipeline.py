@@ -20,7 +20,7 @@ from .batch import PairBatch
 from .buffers import Buffers
 from .ledger import Ledger
 from .order import Order, mix
-from .reading import READING_THREAD, Readers, Reading
+from .reading import READING_THREAD, LoaderError, Readers, Reading
 from .ready import ReadyPair, stack_pairs
 from .source import Pair, PairError, Source
 
@@ -30,10 +30,6 @@ _REACH = 4096  # replacements come from so many positions ahead: read soon anywa
 _MOST_ATTEMPTS = 1000
 _THREAD = "polydpo-load"
 _RATE_AFTER = 100  # pairs, before a share of bad ones says anything
-
-
-class LoaderError(RuntimeError):
-    """Too many pairs are bad for a training to go on."""
 
 
 @dataclass
@@ -80,6 +76,7 @@ class Plan:
     epoch: int
     rank: int
     decode: Callable[..., Any]  # decode_pairs or decode_clips, or DALI's, with the user's options
+    clips: bool
     replace_bad: bool  # or leave their rows without a pair
     batch_shape: tuple[int, ...]  # of the pixels
     dtype: torch.dtype
@@ -171,7 +168,7 @@ class Pipeline:
         readers: Readers | None = None
         waiting: deque[tuple[Step, list[_Slot]]] = deque()
         try:
-            readers = Readers(plan.source, plan.readers, plan.timeout_s)
+            readers = Readers(plan.source, plan.clips, plan.readers, plan.timeout_s)
             for step in self._steps:
                 waiting.append((step, self._ask(step, readers)))
                 if len(waiting) > plan.prefetch:
@@ -234,15 +231,12 @@ class Pipeline:
         while slot.pair is None and slot.index >= 0:
             self._look()
             assert slot.reading is not None
-            try:
-                slot.pair = readers.wait(slot.reading, self._look)
-            except _Stopped:
-                raise
-            except Exception as error:
+            readers.wait(slot.reading, self._look)
+            slot.pair, error = slot.reading.pair, slot.reading.error
+            slot.reading = None
+            if error is not None:
                 self._note(slot, "", error.arm if isinstance(error, PairError) else None, error)
                 self._substitute(slot, readers)
-            else:
-                slot.reading = None
 
     def _substitute(self, slot: _Slot, readers: Readers) -> None:
         """Another pair for the slot, which depends on seed, epoch, position and attempt alone; or none."""

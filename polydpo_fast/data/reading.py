@@ -8,21 +8,25 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
-from .source import Pair, PairError, Source
+from .source import Arm, Pair, PairError, Source
 
-__all__ = ["READING_THREAD", "Readers", "Reading"]
+__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading"]
 
 READING_THREAD = "polydpo-read"
 
 _MOST_STUCK = 64  # threads that were given up; a source that hangs this often is gone
 
 
+class LoaderError(RuntimeError):
+    """Too many pairs are bad, or take too long to read, for a training to go on."""
+
+
 class Reading:
-    """A pair that was asked for."""
+    """A pair that was asked for: when it is done, the pair or an error."""
 
     __slots__ = ("done", "error", "index", "pair")
 
@@ -36,18 +40,19 @@ class Reading:
 class Readers:
     """Daemon threads that read pairs of a source in the order in which they are asked for.
 
+    clips: whether files may be handed out as paths.
     timeout_s: how long one pair may take, from when its reading begins. A thread that is stuck is left to itself, and
     another one takes its place.
     """
 
-    def __init__(self, source: Source, threads: int, timeout_s: float) -> None:
-        self._source, self._timeout_s = source, timeout_s
+    def __init__(self, source: Source, clips: bool, threads: int, timeout_s: float) -> None:
+        self._source, self._clips, self._timeout_s = source, clips, timeout_s
         self._tasks: queue.SimpleQueue[Reading | None] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
         self._stuck = 0
         try:
             for _ in range(threads):
-                self._workers.append(_Worker(source, self._tasks))
+                self._workers.append(_Worker(source, clips, self._tasks))
         except RuntimeError:  # there are no more threads
             self.close()
             raise
@@ -57,15 +62,11 @@ class Readers:
         self._tasks.put(reading)
         return reading
 
-    def wait(self, reading: Reading, look: Callable[[], None]) -> Pair:
-        """The pair. Raises what reading it raised, PairError if it took too long; calls `look` now and then."""
+    def wait(self, reading: Reading, look: Callable[[], None]) -> None:
+        """Until it is done; calls `look` now and then. Raises LoaderError where one pair after the other hangs."""
         while not reading.done.wait(0.05):
             look()
             self._replace_stuck()
-        if reading.error is not None:
-            raise reading.error
-        assert reading.pair is not None
-        return reading.pair
 
     def close(self) -> None:
         """Tells the threads to end, and waits for those that can; what is asked for already is not read any more."""
@@ -86,27 +87,27 @@ class Readers:
                 continue
             self._stuck += 1
             if self._stuck > _MOST_STUCK:
-                raise RuntimeError(
+                raise LoaderError(
                     f"the source hangs: {self._stuck} pairs took more than {self._timeout_s} s (timeout_s)"
                 )
             worker.abandoned = True
-            self._workers[place] = _Worker(self._source, self._tasks)
+            self._workers[place] = _Worker(self._source, self._clips, self._tasks)
             reading.error = PairError(f"reading it took more than {self._timeout_s} s (timeout_s)")
             reading.done.set()
 
 
 class _Worker:
-    def __init__(self, source: Source, tasks: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, source: Source, clips: bool, tasks: queue.SimpleQueue[Any]) -> None:
         self.abandoned = False
         self.at: tuple[Reading | None, float] = None, 0.0  # what it reads, and since when
-        self.thread = threading.Thread(target=self._run, args=(source, tasks), name=READING_THREAD, daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(source, clips, tasks), name=READING_THREAD, daemon=True)
         self.thread.start()
 
-    def _run(self, source: Source, tasks: queue.SimpleQueue[Any]) -> None:
+    def _run(self, source: Source, clips: bool, tasks: queue.SimpleQueue[Any]) -> None:
         while not self.abandoned and (reading := tasks.get()) is not None:
             self.at = reading, time.monotonic()
             try:
-                pair = _checked(source[reading.index], reading.index)
+                pair = _checked(source[reading.index], reading.index, clips)
             except BaseException as error:  # a source may raise anything: OSError, ArrowInvalid, a panic of Rust's
                 if not reading.done.is_set():
                     reading.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
@@ -118,20 +119,26 @@ class _Worker:
             del reading  # not to be kept while waiting for the next
 
 
-def _checked(pair: Any, index: int) -> Pair:
+def _checked(pair: Any, index: int, clips: bool) -> Pair:
     """The pair; what the decoder and the batch could not take is an error of this pair, not of its batch."""
     if not isinstance(pair, Pair):
         raise TypeError(f"source[{index}] is a {type(pair).__name__}; expected a Pair")
-    if not isinstance(pair.prompt, str):
-        raise PairError(f"prompt is a {type(pair.prompt).__name__}; expected text")
+    for name, kind, wanted in (("prompt", str, "text"), ("category", str, "text"), ("extra", Mapping, "a mapping")):
+        if not isinstance(value := getattr(pair, name), kind):
+            raise PairError(f"{name} is a {type(value).__name__}; expected {wanted}")
     weight: Any = pair.weight  # whatever a source of somebody's has put there
     if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
         raise PairError(f"weight is {weight!r}; expected a number >= 0")
-    for arm in ("win", "lose"):
-        data = getattr(pair, arm)
-        if not isinstance(data, (str, os.PathLike)):
-            try:
-                memoryview(data)
-            except TypeError:
-                raise PairError(f"{arm} is a {type(data).__name__}; expected bytes or a path", arm) from None
+    arms: tuple[tuple[Arm, Any], ...] = (("win", pair.win), ("lose", pair.lose))
+    for arm, data in arms:
+        if isinstance(data, (str, os.PathLike)):
+            if not clips:
+                raise PairError(f"it is the file of a clip, {data}; expected an image: frames= is for clips", arm)
+            continue
+        try:
+            contiguous = memoryview(data).c_contiguous
+        except TypeError:
+            raise PairError(f"it is a {type(data).__name__}; expected bytes or a path", arm) from None
+        if not contiguous:
+            raise PairError(f"it is a {type(data).__name__} with gaps; expected contiguous bytes", arm)
     return pair

@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -270,6 +271,26 @@ def test_prompts_are_dropped_per_pair():
     assert {key for key, prompt in part.items() if prompt == ""} == dropped & set(part)
 
 
+@pytest.mark.parametrize(
+    ("rank", "world_size", "ranks"),
+    [("", "", (0, 1)), ("", "1", (0, 1)), ("0", "1", (0, 1)), ("2", "4", (2, 4)), ("", "4", None), ("x", "4", None)],
+)
+def test_ranks_of_the_environment(monkeypatch, rank, world_size, ranks):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    if ranks is not None:
+        assert PairLoader(Tiny(20), 4, **TINY).ranks == ranks
+        return
+    with pytest.raises(ValueError, match=f"the environment has RANK='{rank}' and WORLD_SIZE='4'; expected two numbers"):
+        PairLoader(Tiny(20), 4, **TINY)
+
+
+def test_a_state_is_json_whatever_the_shares_are():
+    shares = {"cat": np.float32(1), "dog": Fraction(1, 2)}
+    loader = PairLoader(Tiny(20, codes=np.arange(20) % 2), 4, categories=shares, **TINY)
+    loader.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+
+
 def test_crops_and_mirrors_do_not_depend_on_ranks():
     options = dict(size=1, dtype=torch.uint8, crop="random", hflip=0.5, resize=None, seed=2)
     whole = list(PairLoader(Tiny(32), 8, **options))
@@ -334,6 +355,13 @@ def test_a_walk_has_the_pairs_that_were_asked_for(indices, bad, size):
     got = [i for batch in loader.walk(np.array(indices)) for i in yielded(batch)]
     assert got == [-1 if i in bad else i for i in indices] + [-1] * (-len(indices) % size)
     assert loader.state_dict() == state
+
+
+@pytest.mark.parametrize("index", [30, -2])
+def test_a_walk_of_pairs_that_are_not_there(index):
+    loader = PairLoader(Tiny(30), 4, **TINY)
+    with pytest.raises(IndexError, match=r"indices are from -?\d+ to \d+; the source has 30"):
+        next(loader.walk(np.array([3, index])))
 
 
 def test_a_walk_draws_by_index():
@@ -403,6 +431,7 @@ def test_batches_move():
     moved = batch.to("meta")
     assert moved.pixels.is_meta
     assert moved.weight.is_meta
+    assert moved.pin_memory().pixels is moved.pixels  # what is not on the CPU cannot be pinned, and need not
     assert moved.keys == batch.keys
     assert next(iter(PairLoader(Tiny(8), 4, device="meta", **TINY))).pixels.is_meta
 
@@ -417,6 +446,9 @@ def test_batches_move():
         (dict(last="keep"), ValueError, "last is 'keep'; expected 'drop', 'pad' or 'wrap'"),
         (dict(rank=1), ValueError, "rank is 1 and world_size None; expected both or neither"),
         (dict(rank=2, world_size=2), ValueError, "rank is 2; expected 0 to 1"),
+        (dict(rank=0.5, world_size=2), ValueError, "rank is 0.5 and world_size 2; expected ints"),
+        (dict(shuffle="no"), ValueError, "shuffle is 'no'; expected True or False"),
+        (dict(ledger=5), TypeError, "ledger is a int; expected a path or None"),
         (dict(prompt_dropout=2), ValueError, "prompt_dropout is 2; expected a number from 0 to 1"),
         (dict(prefetch=0), ValueError, "prefetch is 0"),
         (dict(readers=True), ValueError, "readers is True"),

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +18,9 @@ import torch
 from data.pairs import Tiny, png
 from data.test_loader import TINY, expected, threads, yielded
 
-from polydpo_fast.data import PairLoader, open_source, read_ledger
+from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
+from polydpo_fast.data import reading as reading_module
 from polydpo_fast.data.buffers import _MOST_FREE, Buffers
 from polydpo_fast.data.reading import Readers
 
@@ -225,6 +228,31 @@ def test_a_forked_process_has_no_part_in_a_pass():
     assert len(next(one)) == 4
 
 
+@pytest.mark.parametrize("waits_for", ["source", "consumer"])
+def test_control_c_ends_the_threads(waits_for):
+    source, got = Tiny(400, hangs=[20] if waits_for == "source" else ()), []
+    loader = PairLoader(source, 4, shuffle=False, readers=1, **TINY)
+
+    def work():
+        for batch in loader:
+            got.extend(yielded(batch))
+            if waits_for == "consumer" and len(got) == 20:
+                time.sleep(30)
+
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert got == list(range(20))
+    source.let_go.set()
+    timer.join()
+    until = time.monotonic() + 5
+    while threads() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threads() == []
+    assert [i for batch in PairLoader(Tiny(8), 4, **TINY) for i in yielded(batch)] == expected(8, 0, 0)
+
+
 @pytest.mark.parametrize("name", ["polydpo-load", "polydpo-read"])
 def test_garbage_that_is_collected_in_a_thread_of_a_loader_does_not_wait(name):
     """Even while that thread holds the lock of the queue."""
@@ -286,6 +314,19 @@ def test_threads_that_cannot_be_started_are_told(monkeypatch):
     assert threads() == before
 
 
+def test_workers_have_memory_of_their_own():
+    """That of the first process may be page-locked, and be made by CUDA, which has no part in a fork."""
+    loader = PairLoader(Tiny(20), 4, **TINY)
+    loader._device = torch.device("cuda")
+    loader._plan(None)
+    assert loader._buffers.pinned
+    loader._plan(SimpleNamespace(id=0, num_workers=2))
+    assert not loader._buffers.pinned
+    first = loader._buffers
+    loader._plan(SimpleNamespace(id=0, num_workers=2))
+    assert loader._buffers is first
+
+
 def test_an_epoch_of_batches_that_was_kept_is_given_back():
     buffers = Buffers((2, 3), torch.uint8)
     kept = [buffers.take() for _ in range(100)]
@@ -325,7 +366,16 @@ def panic(_):
         (lambda pair: dataclasses.replace(pair, prompt=None), None, "prompt is a NoneType; expected text"),
         (lambda pair: dataclasses.replace(pair, weight=None), None, "weight is None; expected a number >= 0"),
         (lambda pair: dataclasses.replace(pair, weight=float("nan")), None, "weight is nan"),
-        (lambda pair: dataclasses.replace(pair, lose=None), "lose", "lose is a NoneType; expected bytes or a path"),
+        (lambda pair: dataclasses.replace(pair, category=None), None, "category is a NoneType; expected text"),
+        (lambda pair: dataclasses.replace(pair, extra=None), None, "extra is a NoneType; expected a mapping"),
+        (lambda pair: dataclasses.replace(pair, lose=None), "lose", "it is a NoneType; expected bytes or a path"),
+        (lambda pair: dataclasses.replace(pair, win="a.mp4"), "win", "it is the file of a clip, a.mp4; expected an im"),
+        (lambda pair: dataclasses.replace(pair, lose=Path("b")), "lose", "it is the file of a clip, b; expected an im"),
+        (
+            lambda pair: dataclasses.replace(pair, win=memoryview(bytes(99))[::2]),
+            "win",
+            "it is a memoryview with gaps; expected contiguous bytes",
+        ),
         (lambda pair: dataclasses.replace(pair, key=np.int64(3), win=b""), "win", "win|empty|bytes"),
     ],
 )
@@ -342,12 +392,25 @@ def test_what_is_no_pair_is_a_bad_pair(tmp_path, change, arm, reason):
 
 def test_a_thread_that_was_given_up_still_tells_of_the_next_error():
     """It may have begun the next pair just before it was given up."""
-    readers = Readers(Tiny(4, {1: "read"}), 1, 60.0)
+    readers = Readers(Tiny(4, {1: "read"}), False, 1, 60.0)
     readers._workers[0].abandoned = True
     reading = readers.ask(1)
-    with pytest.raises(ValueError, match="its shard is cut off"):
-        readers.wait(reading, lambda: None)
+    readers.wait(reading, lambda: None)
+    assert "its shard is cut off" in str(reading.error)
     readers.close()
+
+
+def test_a_source_that_hangs_for_good_ends_it(tmp_path, monkeypatch):
+    """And not as so many bad pairs: those that wait behind the ones that hang have no fault."""
+    monkeypatch.setattr(reading_module, "_MOST_STUCK", 3)
+    source = Tiny(40, hangs=range(8, 40))
+    options = dict(shuffle=False, timeout_s=0.1, readers=1, max_bad_rate=1.0, ledger=tmp_path / "bad.jsonl", **TINY)
+    got = []
+    with pytest.raises(LoaderError, match=r"the source hangs: 4 pairs took more than 0\.1 s \(timeout_s\)"):
+        got += [i for batch in PairLoader(source, 4, **options) for i in yielded(batch)]
+    assert {line["index"] for line in read_ledger(tmp_path / "bad.jsonl")} <= set(range(8, 40))
+    assert len(list(read_ledger(tmp_path / "bad.jsonl"))) <= 3
+    source.let_go.set()
 
 
 def test_ledgers_that_cannot_be_are_told_at_once(tmp_path, monkeypatch):
