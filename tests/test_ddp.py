@@ -32,6 +32,9 @@ def work(rank, port, path):
     wrapped = DistributedDataParallel(model())
     gradient(wrapped, *(x[:, 2 * rank : 2 * rank + 2] for x in batch()))
     torch.save(wrapped.module.weight.grad, f"{path}/{rank}.pt")
+    # gloo's thread may still hold the work of the backward pass, with Python objects in it: PyTorch aborts if the
+    # interpreter ends before it lets go.
+    dist.barrier()
     dist.destroy_process_group()
 
 
