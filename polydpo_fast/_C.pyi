@@ -61,6 +61,7 @@ class FrameStore:
         out: int,
         plane: int,
         shown: tuple[int, int] = (0, 0),
+        siting: int = 0,
     ) -> tuple[int, int, int, int]: ...
 
 class Head:

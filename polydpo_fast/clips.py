@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .colour import MATRICES
 from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipLimits, check_clips
 from .timeline import TooShortError, plan
@@ -26,13 +28,17 @@ __all__ = ["ClipLimits", "DecodedClips", "decode_clips"]
 # Of what csrc/frame.hpp takes: bits, and the shifts of the chroma's width and height.
 _FORMATS = {
     f"yuv{j}{name}p{end}": (depth, *shifts)
-    for name, shifts in (("420", (1, 1)), ("422", (1, 0)), ("444", (0, 0)))
-    for j, end, depth in (("", "", 8), ("j", "", 8), ("", "10le", 10), ("", "12le", 12))
+    for name, shifts in (("420", (1, 1)), ("422", (1, 0)), ("444", (0, 0)), ("440", (0, 1)))
+    for j, end, depth in (("", "", 8), ("j", "", 8), ("", "9le", 9), ("", "10le", 10), ("", "12le", 12))
 }
-# AVColorSpace to csrc/frame.hpp's Matrix: BT.709, BT.470BG, SMPTE 170M, BT.2020.
-_MATRICES = {1: 1, 5: 0, 6: 0, 9: 2, 10: 2}
-_MATRIX_NAMES = ("bt601", "bt709", "bt2020")
-_FULL_RANGE = 2
+_RGB = {f"gbrp{end}": depth for end, depth in (("", 8), ("9le", 9), ("10le", 10), ("12le", 12))}
+_GREY = {f"gray{end}": depth for end, depth in (("", 8), ("9le", 9), ("10le", 10), ("12le", 12))}
+# csrc/frame.hpp's Matrix, and of which of ITU-T H.273's numbers, which are FFmpeg's, it is. 2 and 3 tell nothing, and
+# 0, which is RGB, nothing of YCbCr.
+_MATRIX_NAMES = (*MATRICES, "rgb")
+_MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
+_UNTOLD = (0, 2, 3)
+_LIMITED_RANGE, _FULL_RANGE = 1, 2
 _STORED = ("yuv420p", "yuvj420p")  # what can be had as it is stored
 
 
@@ -50,7 +56,8 @@ class DecodedClips:
     flipped: (B,) bool, whether the pair is mirrored.
     concealed: (2B,) int64, how many of a clip's frames are not its own: another stands in, or FFmpeg marked them as
         corrupt; at least 1 where strict=True would have refused the clip. 0 under strict=True.
-    matrix, full_range: for each of the 2B clips "bt601", "bt709" or "bt2020", and a bool: what its YCbCr means.
+    matrix, full_range: for each of the 2B clips "bt601", "bt709", "bt2020", "fcc", "smpte240m" or "rgb", and a bool:
+        what its samples mean.
     """
 
     pixels: Tensor
@@ -100,7 +107,9 @@ def decode_clips(
     Frames are chosen by the times at which they are presented: those that a full decode gives, whatever the seeking.
     Quarter turns and mirrors of the display matrix are applied; frames of pixels that are not square are resized to the
     shape in which they are to be shown, except under "stretch", which looks at no shape, and fail under resize=None.
-    Colour follows the stream's own flags; without any it is BT.709 from 720 lines on, BT.601 below, limited range.
+    Colour follows the stream's own flags, and in H.264, HEVC and AV1 those of where chroma lies; without any it is
+    BT.709 from 720 lines on, BT.601 below, of limited range, its chroma on the even columns between the rows. Transfer
+    functions (PQ, HLG) are not undone.
 
     Args:
         win, lose: B clips each: bytes-like objects, or paths. H.264, HEVC, VP8, VP9, AV1 and MPEG-4 in MP4, MOV,
@@ -129,7 +138,7 @@ def decode_clips(
     full_range=batch.full_range, siting="left", flip=batch.flipped.repeat(2).cuda())` makes (2B, 3, T, H, W) of them,
     within one level of 255 of what is made here; mirroring is left to it, and corners of crops are even in the frames
     as stored. The outermost pixels of a crop may differ, because their neighbours' colours are cut off. Clips that are
-    not 8-bit 4:2:0, or would have to be turned or resized, fail.
+    not 8-bit 4:2:0, whose chroma lies elsewhere, or that would have to be turned or resized, fail.
 
     Raises:
         DecodeError: a clip could not be decoded (on_error="raise"). `out` then holds unspecified pixels.
@@ -178,9 +187,9 @@ def decode_clips(
         for k, pts in enumerate(chosen):
             first_place.setdefault(pts, k)
         for pts, frame in clip.frames(sorted(first_place)):
-            _check_frame(frame, clip.aspect, resize, planes)
+            _check_frame(frame, clip, resize, planes)
             place = base + first_place[pts] * frame_bytes
-            colours[row], geometry[row] = _store(stores[pair], frame, clip.aspect, place, plane)
+            colours[row], geometry[row] = _store(stores[pair], frame, clip, place, plane)
             del frame
         with torch.inference_mode(out.is_inference()):  # a thread has a mode of its own
             shown = out[row] if in_order else out[row].transpose(0, 1)
@@ -224,34 +233,56 @@ def decode_clips(
     return DecodedClips(out, ok, errors, times, numbers[:, :2], numbers[:, 2:], flipped, concealed, matrix, full_range)
 
 
-def _check_frame(frame: Any, aspect: Fraction, resize: str | None, planes: bool) -> None:
+def _check_frame(frame: Any, clip: Clip, resize: str | None, planes: bool) -> None:
     name = frame.format.name
-    if planes and name not in _STORED:
-        raise ValueError(f"its pixels are {name}; expected 8-bit 4:2:0 for dtype='yuv420'")
-    if resize is None and aspect != 1:
-        raise ValueError(f"its pixels are {float(aspect):.4g} times as wide as high, and resize is None")
+    if planes and (name not in _STORED or clip.siting):
+        chroma = f", its chroma of type {clip.siting} of H.264's figure E-1" if clip.siting else ""
+        raise ValueError(f"its pixels are {name}{chroma}; expected 8-bit 4:2:0 of type 0 for dtype='yuv420'")
+    if resize is None and clip.aspect != 1:
+        raise ValueError(f"its pixels are {float(clip.aspect):.4g} times as wide as high, and resize is None")
+
+
+def colours_of(frame: Any) -> tuple[str, bool]:
+    """What the frame's samples mean: a name of `DecodedClips.matrix`, and whether they have the full range."""
+    name, matrix, told = frame.format.name, int(frame.colorspace), int(frame.color_range)
+    if name in _RGB:
+        return "rgb", told != _LIMITED_RANGE
+    if matrix not in _MATRICES and matrix not in _UNTOLD:
+        raise ValueError(
+            f"its colours have the matrix {matrix} of ITU-T H.273; expected {', '.join(map(str, _MATRICES))} or none"
+        )
+    return _MATRICES.get(matrix, "bt709" if frame.height >= 720 else "bt601"), told == _FULL_RANGE or "yuvj" in name
 
 
 def _store(
-    store: _C.FrameStore, frame: Any, aspect: Fraction, place: int, plane: int
+    store: _C.FrameStore, frame: Any, clip: Clip, place: int, plane: int
 ) -> tuple[tuple[str, bool], tuple[int, int, int, int]]:
     """Matrix and range; original height and width, crop top and left."""
-    name = frame.format.name
-    if name not in _FORMATS:
-        frame = frame.reformat(format="yuv444p")
-        name = frame.format.name
-    depth, shift_x, shift_y = _FORMATS[name]
-    matrix = _MATRICES.get(int(frame.colorspace), 1 if frame.height >= 720 else 0)
-    full_range = int(frame.color_range) == _FULL_RANGE or "yuvj" in name
+    name, height, width = frame.format.name, frame.height, frame.width
+    planes, strides = list(frame.planes), [plane.line_size for plane in frame.planes]
+    if name in _RGB:
+        form = _RGB[name], 0, 0
+    elif name in _GREY:
+        form = _GREY[name], 1, 1
+        neutral = np.full(
+            ((height + 1) // 2, (width + 1) // 2), 1 << (form[0] - 1), np.uint8 if form[0] == 8 else np.uint16
+        )
+        planes, strides = [*planes, neutral, neutral], [*strides, *[neutral.strides[0]] * 2]
+    elif name in _FORMATS:
+        form = _FORMATS[name]
+    else:
+        raise ValueError(f"its pixels are {name}; expected YCbCr, RGB or grey of 8, 9, 10 or 12 bits")
+    matrix, full_range = colours_of(frame)
     geometry = store.store(
-        frame.planes,
-        [plane.line_size for plane in frame.planes],
-        (frame.height, frame.width, depth, shift_x, shift_y),
+        planes,
+        strides,
+        (height, width, *form),
         full_range,
-        matrix,
+        _MATRIX_NAMES.index(matrix),
         orientation(frame),
         place,
         plane,
-        (frame.height, max(1, round(frame.width * aspect))),
+        (height, max(1, round(width * clip.aspect))),
+        clip.siting if form[1:] == (1, 1) else 0,
     )
-    return (_MATRIX_NAMES[matrix], full_range), geometry
+    return (matrix, full_range), geometry

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 __all__ = ["MATRICES", "fixed_point"]
 
-# The luma of pure red and of pure blue: ITU-R BT.601, BT.709 and BT.2020.
-MATRICES = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
+# The luma of pure red and of pure blue: ITU-R BT.601, BT.709 and BT.2020, and two of old American television.
+MATRICES = {
+    **{"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)},
+    **{"fcc": (0.30, 0.11), "smpte240m": (0.212, 0.087)},
+}
 
 
 def fixed_point(matrix: str, full_range: bool) -> list[int]:

@@ -18,11 +18,12 @@ import numpy as np
 from typing_extensions import Buffer
 
 from . import cache
+from .bitstream import SpareFrames, begins_anew, chroma_siting
 from .decode_arguments import ClipLimits
 from .mp4 import check_counts
 from .timeline import Timeline
 
-__all__ = ["Clip", "Source", "aspect_of", "orientation"]
+__all__ = ["Clip", "Source", "aspect_of", "orientation", "siting_of"]
 
 Source = Buffer | str | os.PathLike[str]
 
@@ -32,7 +33,7 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 _OPTIONS = {"mp4": {"enable_drefs": "0", "use_absolute_path": "0"}, "matroska": {}}
 _CODECS = ("h264", "hevc", "vp9", "vp8", "av1", "mpeg4")
 _DECODERS = (*_CODECS, "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9")  # as FFmpeg calls those that others wrote
-# Whose decoders can tell packets that no other frame is made from. HEVC's are told from their own sub-layer's only.
+# Whose decoders can tell packets that no other frame is made from.
 _SKIPPING = ("h264", "mpeg4", "vp8")
 _MOST_ASPECT = 16
 _FEW = 3  # frames that are sooner decoded than a seek is done
@@ -44,11 +45,13 @@ class Clip:
     """A clip in bytes or in a local file.
 
     timeline: known after `index`. concealed: how many of the `frames` were replaced or marked as corrupt by FFmpeg.
-    aspect: width of a pixel by its height, known while there are frames.
+    aspect, siting: width of a pixel by its height, and where chroma lies, as `chroma_siting` has it; known while there
+    are frames.
     """
 
     timeline: Timeline
     aspect: Fraction
+    siting: int
 
     def __init__(
         self, source: Source, limits: ClipLimits, strict: bool, threads: int, folder: str | os.PathLike[str] | None
@@ -173,7 +176,7 @@ class Clip:
                 if self._strict and packet.is_corrupt:
                     raise ValueError("one of its packets is cut off")
                 if held == 1:
-                    is_whole = _begins_anew(stream.codec_context.name, packet)
+                    is_whole = begins_anew(stream.codec_context.name, packet)
                 depth = max(depth, len(latest) - bisect.bisect_right(latest, packet.pts))
                 bisect.insort(latest, packet.pts)
                 del latest[:-_MOST_REORDERED]
@@ -239,7 +242,7 @@ class Clip:
                     if frame is None:
                         break
                     if last is None:
-                        self.aspect = aspect_of(stream)
+                        self.aspect, self.siting = aspect_of(stream), siting_of(stream)
                     if frame.pts is not None and self._is_fit(frame, strict):
                         last = frame.pts
                         if frame.pts >= wanted[at]:
@@ -273,12 +276,18 @@ class Clip:
         import av
 
         context = stream.codec_context
+        spare = SpareFrames(context.extradata)
         for packet in _packets(container, stream, strict):
             self._look_at_the_clock()
             if wanted is not None and context.name in _SKIPPING:
                 is_needed = packet.pts is None or packet.pts in wanted
                 context.skip_frame = "DEFAULT" if is_needed else "NONREF"
                 self._shortcut |= not is_needed
+            elif wanted is not None and context.name == "hevc":
+                is_spare = spare.has(packet)
+                if is_spare and packet.pts is not None and packet.pts not in wanted:
+                    self._shortcut = True
+                    continue
             try:
                 frames = packet.decode()
             except av.FFmpegError:
@@ -343,6 +352,12 @@ def aspect_of(stream: Any) -> Fraction:
             f"its pixels are {float(aspect):.4g} times as wide as high; expected 1/{_MOST_ASPECT} to {_MOST_ASPECT}"
         )
     return aspect
+
+
+def siting_of(stream: Any) -> int:
+    """Where chroma lies, by the stream's parameters."""
+    context = stream.codec_context
+    return chroma_siting(context.codec.canonical_name, context.extradata)
 
 
 def orientation(frame: Any) -> int:
@@ -437,19 +452,6 @@ def _open_nothing(url: str, *_: object) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------- the index
-
-
-def _begins_anew(codec: str, packet: Any) -> bool:
-    """Whether it surely begins a clip of which all frames can be decoded: an IDR picture of H.264 or HEVC."""
-    kinds = {"h264": (31, 0, (5,)), "hevc": (63, 1, (19, 20))}
-    if codec not in kinds:
-        return False
-    mask, shift, instant = kinds[codec]
-    data, at, found = memoryview(packet), 0, set()
-    while at + 4 < len(data):  # units behind their lengths
-        found.add(data[at + 4] >> shift & mask)
-        at += 4 + int.from_bytes(data[at : at + 4], "big")
-    return at == len(data) and not found.isdisjoint(instant)
 
 
 def _is_sound(found: Mapping[str, np.ndarray]) -> bool:

@@ -75,21 +75,33 @@ def full_decode(data):
     return [(float((f.pts - frames[0].pts) * f.time_base), f) for f in frames]
 
 
-def rgb(frame):
-    """(3, H, W) levels in float64, by the definitions of BT.601 and BT.709; chroma interpolated linearly."""
+# By the numbers of ITU-T H.273, which are FFmpeg's: weights of red and of blue in luma.
+WEIGHTS = {1: (0.2126, 0.0722), 4: (0.3, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087)}
+WEIGHTS[9] = (0.2627, 0.0593)
+# Of the places of chroma in H.264: how far from the first of its columns and of its rows.
+SITINGS = [(0, 0.5), (0.5, 0.5), (0, 0), (0.5, 0), (0, 1), (0.5, 1)]
+
+
+def rgb(frame, siting=0):
+    """(3, H, W) levels in float64, by the definitions; chroma interpolated linearly."""
     name, height, width = frame.format.name, frame.height, frame.width
-    depth = 10 if "10" in name else 8
-    sub_x, sub_y = "444" not in name, "420" in name
+    depth = next((depth for depth in (9, 10, 12) if f"{depth}le" in name), 8)
+    sub_x, sub_y = "42" in name, "420" in name or "440" in name
+    beside, below = SITINGS[siting]
 
     def plane(index, h, w):
         raw = np.frombuffer(frame.planes[index], np.uint16 if depth > 8 else np.uint8)
         row = frame.planes[index].line_size // raw.itemsize
         return raw[: row * h].reshape(h, row)[:, :w].astype(np.float64) / 2 ** (depth - 8)
 
+    if "gbr" in name:
+        assert frame.color_range == 2
+        return np.stack([plane(i, height, width) for i in (2, 0, 1)]) * 255 / (256 - 2.0 ** (8 - depth))
     h, w = (height + sub_y) // 2 if sub_y else height, (width + sub_x) // 2 if sub_x else width
-    y, chroma = plane(0, height, width), [plane(i, h, w) for i in (1, 2)]
-    at_y = np.clip((np.arange(height) - 0.5) / 2, 0, h - 1) if sub_y else np.arange(height)
-    at_x = np.clip(np.arange(width) / 2, 0, w - 1) if sub_x else np.arange(width)
+    y = plane(0, height, width)
+    chroma = [np.full((h, w), 128.0)] * 2 if "gray" in name else [plane(i, h, w) for i in (1, 2)]
+    at_y = np.clip((np.arange(height) - below) / 2, 0, h - 1) if sub_y else np.arange(height)
+    at_x = np.clip((np.arange(width) - beside) / 2, 0, w - 1) if sub_x else np.arange(width)
 
     def interpolated(c):
         c = np.stack([np.interp(at_y, np.arange(h), c[:, i]) for i in range(w)], axis=1)
@@ -97,20 +109,21 @@ def rgb(frame):
 
     cb, cr = (interpolated(c) - 128 for c in chroma)
     full = frame.color_range == 2 or "yuvj" in name
-    most = 255 if depth == 8 else 255 + 0.75
+    most = 256 - 2.0 ** (8 - depth)
     y, cb, cr = (y * 255 / most, cb * 255 / most, cr * 255 / most) if full else (
         (y - 16) * 255 / 219, cb * 255 / 224, cr * 255 / 224,
     )  # fmt: skip
-    kr, kb = (0.2126, 0.0722) if frame.colorspace == 1 or (frame.colorspace == 2 and height >= 720) else (0.299, 0.114)
+    assert frame.colorspace in (*WEIGHTS, 2)
+    kr, kb = WEIGHTS[frame.colorspace if frame.colorspace != 2 else 1 if height >= 720 else 5]
     red, blue = y + 2 * (1 - kr) * cr, y + 2 * (1 - kb) * cb
     return np.stack([red, (y - kr * red - kb * blue) / (1 - kr - kb), blue]).clip(0, 255)
 
 
-def assert_frames(clip, expected):
+def assert_frames(clip, expected, siting=0):
     """(3, T, H, W) bytes are those of the decoded frames, to the rounding."""
     assert clip.shape[1] == len(expected)
     for k, frame in enumerate(expected):
-        assert np.abs(clip[:, k].numpy() - rgb(frame)).max() <= 0.53, k
+        assert np.abs(clip[:, k].numpy() - rgb(frame, siting)).max() <= 0.53, k
 
 
 @pytest.fixture(autouse=True)

@@ -177,6 +177,14 @@ SPARSE = {
         "codec": "libx265",
         "x265-params": "bframes=7:b-adapt=0:b-pyramid=1:temporal-layers=1:keyint=40:log-level=none",
     },
+    "hevc, temporal layers": {
+        "codec": "libx265",
+        "x265-params": "bframes=7:b-adapt=0:b-pyramid=1:temporal-layers=3:keyint=40:log-level=none",
+    },
+    "hevc, parameters with every keyframe": {
+        "codec": "libx265",
+        "x265-params": "bframes=3:b-adapt=0:keyint=8:repeat-headers=1:log-level=none",
+    },
     "hevc, open groups": {"codec": "libx265", "x265-params": "bframes=4:open-gop=1:keyint=8:log-level=none"},
 }
 
@@ -209,10 +217,13 @@ def count_decoded(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize(("pyramid", "references"), [("none", 13), ("normal", 25)])
-def test_frames_that_nobody_needs_are_not_decoded(monkeypatch, pyramid, references):
+@pytest.mark.parametrize(("codec", "pyramid", "references"), [
+    ("libx264", "none", 13), ("libx264", "normal", 25), ("libx265", "0", 13), ("libx265", "1", 25),
+])  # fmt: skip
+def test_frames_that_nobody_needs_are_not_decoded(monkeypatch, codec, pyramid, references):
     """Of 49: three of four are B-frames, and from none of these, or from one of three, is another made."""
-    data = encode(49, **{"bf": "3", "x264-params": f"keyint=60:b-pyramid={pyramid}:b-adapt=0:scenecut=0"})
+    options = f"bframes=3:keyint=60:b-pyramid={pyramid}:b-adapt=0:scenecut=0"
+    data = encode(49, codec=codec, **{codec.replace("lib", "") + "-params": options + ":log-level=none"})
     count = count_decoded(monkeypatch)
     decode_clips([data], [data], frames=4, size=16, fps=Fraction(24, 13), start=0.0)
     assert len(count) <= 2 * (references + 4)

@@ -11,7 +11,7 @@ from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folde
 from test_clip_index import SPARSE
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
-from polydpo_fast.video import Clip, _begins_anew
+from polydpo_fast.video import Clip
 
 FORMS = {
     **SPARSE,
@@ -165,22 +165,3 @@ def test_only_unclear_beginnings_are_decoded_twice(codec, begins_anew, container
     data = encode(9, codec=codec, container=container)
     decode_clips([data], [data], frames=9, size=8)
     assert len(firsts) == (0 if begins_anew else 2)
-
-
-@pytest.mark.parametrize(
-    ("codec", "units", "expected"),
-    [
-        ("h264", [b"\x67ab", b"\x68c", b"\x65def"], True),
-        ("h264", [b"\x67ab", b"\x06c", b"\x41def"], False),  # a place to start from that is no IDR picture
-        ("hevc", [b"\x26\1abc"], True),
-        ("hevc", [b"\x28\1abc"], True),
-        ("hevc", [b"\x2a\1abc"], False),  # a clean random access: others before it may be shown
-        ("vp9", [b"\x65def"], False),
-        ("h264", [], False),
-    ],
-)
-def test_beginnings(codec, units, expected):
-    packet = b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
-    assert _begins_anew(codec, packet) is expected
-    for broken in (packet + b"\0", packet[:-1], b"\0\0\0\1" + b"".join(units), b"\xff" * 9, b"\0" * 9):
-        assert not _begins_anew(codec, broken)

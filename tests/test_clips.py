@@ -170,22 +170,81 @@ def test_inference_mode():
     assert not out[[1, 3]].any()
 
 
-@pytest.mark.parametrize("pixels", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le"])
+PIXELS = {
+    **dict.fromkeys(["yuv420p", "yuvj420p", "yuv422p", "yuv444p"], "libx264"),
+    **dict.fromkeys(["yuv420p10le", "yuv422p10le", "yuv420p12le", "gbrp", "gbrp10le", "gray", "gray10le"], "libx265"),
+    "yuv440p": "libvpx-vp9",
+}
+
+
+@pytest.mark.parametrize("pixels", PIXELS)
 @pytest.mark.parametrize("shape", [(48, 64), (50, 66), (720, 32)])
 def test_colours(pixels, shape):
-    data = encode(3, *shape, codec="libx265" if "10" in pixels else "libx264", pixels=pixels)
+    data = encode(3, *shape, codec=PIXELS[pixels], pixels=pixels, container="matroska")
     whole = full_decode(data)
     assert whole[0][1].format.name == pixels
     decoded = decode_clips([data], [data], frames=3, size=shape, dtype=torch.uint8)
     assert_frames(decoded.pixels[0], [frame for _, frame in whole])
+    default = ("rgb", True) if "gbrp" in pixels else ("bt709" if shape[0] == 720 else "bt601", "yuvj" in pixels)
+    assert (decoded.matrix[0], decoded.full_range[0]) == default
 
 
-def test_the_streams_own_matrix_is_honoured():
-    data = encode(2, **{"x264-params": "colormatrix=bt709"})
+@pytest.mark.parametrize(
+    ("matrix", "number", "name"),
+    [
+        ("bt709", 1, "bt709"),
+        ("fcc", 4, "fcc"),
+        ("bt470bg", 5, "bt601"),
+        ("smpte240m", 7, "smpte240m"),
+        ("bt2020nc", 9, "bt2020"),
+    ],
+)
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p10le"])
+def test_the_streams_own_matrix_is_honoured(matrix, number, name, pixels):
+    data = encode(2, 48, 64, pixels=pixels, **{"x264-params": f"colormatrix={matrix}"})
     decoded = decode_clips([data], [data], frames=2, size=(48, 64), dtype=torch.uint8)
     whole = full_decode(data)
-    assert whole[0][1].colorspace == 1
+    assert whole[0][1].colorspace == number
+    assert decoded.matrix == (name,) * 2
     assert_frames(decoded.pixels[0], [frame for _, frame in whole])
+
+
+@pytest.mark.parametrize("matrix", ["YCgCo", "bt2020c", "chroma-derived-nc", "ICtCp"])
+def test_colours_that_are_no_such_matrix_are_refused(matrix):
+    """Not shown in wrong ones."""
+    data = encode(2, pixels="yuv444p", **{"x264-params": f"colormatrix={matrix}"})
+    with pytest.raises(
+        DecodeError, match=r"its colours have the matrix \d+ of ITU-T H.273; expected 1, 4, 5, 6, 7, 9 or"
+    ):
+        decode_clips([data], [data], frames=2, size=(48, 64))
+
+
+@pytest.mark.parametrize("siting", range(6))
+@pytest.mark.parametrize(
+    ("codec", "pixels"), [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libx264", "yuv422p")]
+)
+def test_chroma_lies_where_the_stream_says(codec, pixels, siting):
+    """Of 4:2:0; that of 4:2:2 lies on the even columns, whatever a stream says."""
+    data = encode(
+        3,
+        50,
+        66,
+        codec=codec,
+        pixels=pixels,
+        **{codec.replace("lib", "") + "-params": f"chromaloc={siting}:log-level=none"},
+    )
+    decoded = decode_clips([data], [data], frames=3, size=(50, 66), dtype=torch.uint8)
+    expected = [frame for _, frame in full_decode(data)]
+    assert_frames(decoded.pixels[0], expected, siting if "420" in pixels else 0)
+    if pixels == "yuv420p":
+        options = dict(frames=2, size=(50, 66), dtype="yuv420")
+        if siting == 0:
+            assert decode_clips([data], [data], **options).ok.all()
+        else:
+            with pytest.raises(DecodeError, match=f"its pixels are yuv420p, its chroma of type {siting} of H.264's"):
+                decode_clips([data], [data], **options)
+        with pytest.raises(AssertionError):  # or the places are no different here
+            assert_frames(decoded.pixels[0], expected, (siting + 1) % 6)
 
 
 def test_variable_frame_rate_and_a_start_that_is_not_zero():

@@ -135,7 +135,10 @@ def levels_of(frame, form, full_range, matrix, siting=0):
     return np.stack([red, (y - kr * red - kb * blue) / (1 - kr - kb), blue]).clip(0, 255)
 
 
-FORMS = [(8, 1, 1), (8, 1, 0), (8, 0, 0), (8, 0, 1), (9, 1, 1), (10, 1, 1), (10, 1, 0), (10, 0, 0), (12, 1, 1), (12, 0, 0)]
+FORMS = [
+    *[(8, 1, 1), (8, 1, 0), (8, 0, 0), (8, 0, 1), (9, 1, 1)],
+    *[(10, 1, 1), (10, 1, 0), (10, 0, 0), (12, 1, 1), (12, 0, 0)],
+]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -18,7 +18,7 @@ from ..clips import DecodedClips, decode_clips
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, check_clips
 from ..timeline import plan
-from ..video import Clip, Source, aspect_of, orientation
+from ..video import Clip, Source, aspect_of, orientation, siting_of
 from .dali_engine import Engine, Finish, Plan, compare, for_cpp, resized, to_709
 
 __all__ = ["decode"]
@@ -169,7 +169,7 @@ def _open_clip(source: Source, clip: Clip) -> _Side:
             packets += packet.size > 0
             if frame is None:
                 frame = next(iter(packet.decode()), None)
-        aspect = aspect_of(stream)
+        aspect, siting = aspect_of(stream), siting_of(stream)
     if frame is None:
         raise ValueError("none of its frames can be decoded")
     matrix = int(frame.colorspace)
@@ -179,6 +179,7 @@ def _open_clip(source: Source, clip: Clip) -> _Side:
         and matrix in (1, 2, 5, 6)
         and orientation(frame) == 1
         and aspect == 1
+        and siting == 0
         and packets == len(clip.timeline.pts)
         and frame.pts == int(clip.timeline.pts[0])
     )

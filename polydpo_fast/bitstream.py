@@ -1,0 +1,236 @@
+"""What the bits of a clip tell and PyAV does not: where chroma lies, where a clip begins, which frames are spare."""
+
+from __future__ import annotations
+
+from typing_extensions import Buffer
+
+__all__ = ["SpareFrames", "begins_anew", "chroma_siting"]
+
+_SPS = {"h264": 7, "hevc": 33}  # types of units: sequence parameter sets
+_MOST_HEADER = 1 << 12  # bytes of parameters that are looked at
+
+
+def begins_anew(codec: str, packet: Buffer) -> bool:
+    """Whether it surely begins a clip of which all frames can be decoded: an IDR picture of H.264 or HEVC."""
+    instant = {"h264": (5,), "hevc": (19, 20)}.get(codec, ())
+    return any(_type_of(codec, unit) in instant for unit in _units(packet))
+
+
+class SpareFrames:
+    """Which packets of HEVC can be left out, and all other frames are decoded as they would be with them.
+
+    A picture of a type that is no reference may still be one for pictures of higher temporal layers. So it has to be of
+    the highest, by the parameters that came before. FFmpeg's skip_frame does not look at that.
+    """
+
+    def __init__(self, header: bytes | None) -> None:
+        self._sets = _parameters("hevc", header)
+        self._highest = max((unit[2] >> 1 & 7 for unit in self._sets), default=None)
+
+    def has(self, packet: Buffer) -> bool:
+        """To be asked of all packets, in their order."""
+        pictures = []
+        for unit in _units(packet):
+            kind = _type_of("hevc", unit)
+            if kind < 32:
+                layer = (unit[1] & 7) - 1 if len(unit) > 1 else 0
+                pictures.append(kind % 2 == 0 and kind < 16 and layer == self._highest)
+            elif kind == _SPS["hevc"] and unit not in self._sets:
+                self._highest = None  # other parameters than those that were told before
+        return self._highest is not None and bool(pictures) and all(pictures)
+
+
+def chroma_siting(codec: str, header: bytes | None) -> int:
+    """Where the chroma of 4:2:0 lies: the chroma_sample_loc_type of H.264 and HEVC, 0 to 5; 0 where nothing is told.
+
+    header: what a container keeps of a stream for its decoder, FFmpeg's extradata. Of a picture in fields the place in
+    the first one is meant.
+    """
+    header = header or b""
+    try:
+        if codec == "av1":  # 2: in the place of a pixel, as 2 of H.264
+            return 2 if header[0] == 0x81 and header[2] & 3 == 2 else 0
+        for unit in _parameters(codec, header):
+            bits = _Bits(unit)
+            (_to_vui_of_h264 if codec == "h264" else _to_vui_of_hevc)(bits)
+            found = _siting_in_vui(bits)
+            return found if found <= 5 else 0
+    except (IndexError, ValueError):  # the decoder will say what is wrong
+        pass
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------- the units
+
+
+def _type_of(codec: str, unit: bytes) -> int:
+    return unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63
+
+
+def _units(packet: Buffer) -> list[bytes]:
+    """Their first bytes (parameters whole) behind their lengths; none where the packet is made up otherwise."""
+    data, at, found = memoryview(packet), 0, []
+    while at + 4 < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        found.append(bytes(data[at + 4 : at + 4 + min(size, _MOST_HEADER)]))
+        at += 4 + size
+    return found if at == len(data) and all(found) else []
+
+
+def _parameters(codec: str, header: bytes | None) -> list[bytes]:
+    """The sequence parameter sets in an avcC or hvcC."""
+    header, found = header or b"", []
+    if codec not in _SPS or header[:1] != b"\x01":
+        return []
+    if codec == "h264":
+        at, arrays = 5, 1
+    else:
+        at, arrays = 23, header[22] if len(header) > 22 else 0
+    for _ in range(arrays):
+        if codec == "hevc":
+            at += 1
+        count = header[at] & 31 if codec == "h264" else int.from_bytes(header[at : at + 2], "big")
+        at += 1 if codec == "h264" else 2
+        for _ in range(count):
+            size = int.from_bytes(header[at : at + 2], "big")
+            unit = header[at + 2 : at + 2 + min(size, _MOST_HEADER)]
+            if len(unit) > 2 and _type_of(codec, unit) == _SPS[codec]:
+                found.append(unit)
+            at += 2 + size
+            if at > len(header):
+                return []
+    return found
+
+
+# ------------------------------------------------------------------------------------------- parameters, by bits
+
+
+class _Bits:
+    """A unit's, from the left. Raises ValueError behind the end."""
+
+    def __init__(self, unit: bytes) -> None:
+        data = unit[:_MOST_HEADER].replace(b"\0\0\3", b"\0\0")
+        self._number, self._left = int.from_bytes(data, "big"), 8 * len(data)
+
+    def take(self, count: int) -> int:
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("the parameters are cut off")
+        return self._number >> self._left & ((1 << count) - 1)
+
+    def golomb(self, count: int = 1) -> int:
+        """The last of so many numbers in Golomb's code, ue(v). Those with a sign, se(v), are as long."""
+        value = 0
+        for _ in range(count):
+            zeros = 0
+            while not self.take(1):
+                zeros += 1
+            value = (1 << zeros) - 1 + self.take(zeros)
+        return value
+
+
+def _siting_in_vui(bits: _Bits) -> int:
+    """The same in both, up to there. Flags say what there is."""
+    if not bits.take(1):
+        return 0
+    if bits.take(1) and bits.take(8) == 255:  # shape of pixels
+        bits.take(32)
+    if bits.take(1):  # overscan
+        bits.take(1)
+    if bits.take(1):  # format, range, colours
+        bits.take(4)
+        if bits.take(1):
+            bits.take(24)
+    return bits.golomb() if bits.take(1) else 0
+
+
+def _to_vui_of_h264(bits: _Bits) -> None:
+    """ITU-T H.264, 7.3.2.1.1."""
+    bits.take(8)
+    profile = bits.take(8)
+    bits.take(16)
+    bits.golomb()
+    if profile in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
+        chroma = bits.golomb()
+        if chroma == 3:
+            bits.take(1)
+        bits.golomb(2)
+        bits.take(1)
+        if bits.take(1):
+            for k in range(12 if chroma == 3 else 8):
+                if bits.take(1):
+                    _skip_scaling_list(bits, 16 if k < 6 else 64)
+    bits.golomb()
+    order = bits.golomb()
+    if order == 0:
+        bits.golomb()
+    elif order == 1:
+        bits.take(1)
+        bits.golomb(2)
+        bits.golomb(bits.golomb())
+    bits.golomb()
+    bits.take(1)
+    bits.golomb(2)
+    if not bits.take(1):  # fields
+        bits.take(1)
+    bits.take(1)
+    if bits.take(1):  # cropping
+        bits.golomb(4)
+
+
+def _skip_scaling_list(bits: _Bits, count: int) -> None:
+    scale = following = 8
+    for _ in range(count):
+        if following:
+            number = bits.golomb()
+            following = scale + (-(number // 2) if number % 2 == 0 else number // 2 + 1) & 255
+        scale = following or scale
+
+
+def _to_vui_of_hevc(bits: _Bits) -> None:
+    """ITU-T H.265, 7.3.2.2.1."""
+    bits.take(16 + 4)
+    layers = bits.take(3)
+    bits.take(1 + 96)
+    present = [(bits.take(1), bits.take(1)) for _ in range(layers)]
+    if layers:
+        bits.take(2 * (8 - layers))
+    for profile, level in present:
+        bits.take(88 * profile + 8 * level)
+    bits.golomb()
+    if bits.golomb() == 3:
+        bits.take(1)
+    bits.golomb(2)
+    if bits.take(1):  # the part that is shown
+        bits.golomb(4)
+    bits.golomb(2)
+    order_bits = 4 + bits.golomb()
+    bits.golomb(3 * (1 + layers * bits.take(1)))
+    bits.golomb(6)
+    if bits.take(1) and bits.take(1):
+        for size in range(4):
+            for _ in range(2 if size == 3 else 6):
+                if bits.take(1):
+                    bits.golomb((size > 1) + min(64, 16 << 2 * size))
+                else:
+                    bits.golomb()
+    bits.take(2)
+    if bits.take(1):  # PCM
+        bits.take(8)
+        bits.golomb(2)
+        bits.take(1)
+    pictures = 0  # in the set before
+    for k in range(bits.golomb()):
+        if k > 0 and bits.take(1):
+            bits.take(1)
+            bits.golomb()
+            pictures = sum(bool(bits.take(1) or bits.take(1)) for _ in range(pictures + 1))
+        else:
+            pictures = bits.golomb() + bits.golomb()
+            for _ in range(pictures):
+                bits.golomb()
+                bits.take(1)
+    if bits.take(1):
+        for _ in range(bits.golomb()):
+            bits.take(order_bits + 1)
+    bits.take(2)
