@@ -19,7 +19,7 @@ __all__ = ["File", "Location", "contents", "find", "names"]
 
 Location = str | os.PathLike[str]
 _MAX_FILE = 1 << 30
-_WEB = ("http", "https")
+_WEB = ("http://", "https://")
 _ASKING = 16  # questions to a storage at once
 # What storages call it: S3 and Google, the web, Azure, the Hugging Face hub, disks.
 _STAMPS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "blob_id", "mtime", "created")
@@ -97,7 +97,7 @@ def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[
     """
     if not isinstance(where, (str, os.PathLike)):
         return [file for one in where for file in find(one, suffixes)]
-    place = os.fspath(where)
+    place = _without_file_protocol(os.fspath(where))
     files = _find_local(place, suffixes) if "://" not in place else _find_remote(place, suffixes)
     if not files:
         raise SourceError(f"{place}: no such file, or no {' or '.join(suffixes)} in it")
@@ -106,6 +106,7 @@ def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[
 
 def contents(path: str) -> bytes | Path:
     """Of an image or a clip; for clips in local files (by their suffix) the path. Raises OSError or ValueError."""
+    path = _without_file_protocol(path)
     if "://" in path:
         data = File(path, 0, "").read(0, _MAX_FILE + 1)
         size = len(data)
@@ -157,9 +158,9 @@ def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
 
 
 def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:
-    filesystem, protocol = _filesystem(place)
+    filesystem, inner = _filesystem(place)
     try:
-        if any(c in place for c in ("*[" if protocol in _WEB else "*?[")):
+        if any(c in place for c in ("*[" if _is_web(place) else "*?[")):
             found = sorted(filesystem.glob(place))
         elif not place.endswith("/") and _parts(place)[-1].endswith((*suffixes,)):
             found = [place]  # isdir would ask a web server for all of it
@@ -171,11 +172,12 @@ def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:
             facts = list(pool.map(partial(_info, filesystem), found))
     except Exception as error:  # the storages' clients have exceptions of their own
         raise SourceError(f"{place}: {error or type(error).__name__}") from error
+    outer = _outer(place, inner)
     files = []
     for path, info in zip(found, facts, strict=True):
         if info.get("size") is None:
             raise SourceError(f"{path}: its size is not known, so that it cannot be read in parts")
-        address = path if "://" in path else f"{protocol}://{path.lstrip('/')}"
+        address = path if "://" in path else outer + (path.lstrip("/") if outer.endswith("://") else path)
         files.append(File(address, int(info["size"]), _stamp(info)))
     return files
 
@@ -194,18 +196,38 @@ def _stamp(info: Mapping[str, Any]) -> str:
 
 def _parts(path: str) -> list[str]:
     """Of a path or an address; without what follows a ? on the web, which may be a signature that is soon another."""
-    if path.startswith(tuple(f"{protocol}://" for protocol in _WEB)):
+    if _is_web(path):
         path = path.partition("?")[0]
     return path.rstrip("/").split("/")
 
 
+def _outer(address: str, inner: str) -> str:
+    """What a file system leaves out of its paths: the protocol, and perhaps a host."""
+    address = address.rstrip("/")
+    if inner and address.endswith(inner):
+        return address.removesuffix(inner)
+    return f"{address.partition('://')[0]}://"
+
+
+def _is_web(address: str) -> bool:
+    return address.startswith(_WEB)
+
+
+def _without_file_protocol(address: str) -> str:
+    protocol, _, path = address.partition("://")
+    return path if protocol in ("file", "local") else address
+
+
 def _filesystem(address: str) -> tuple[Any, str]:
+    """And what it calls the address."""
     try:
-        import fsspec
+        from fsspec.core import url_to_fs
     except ImportError:
         raise ImportError(f"reading {address} needs fsspec: pip install 'polydpo-fast[data]'") from None
-    protocol = address.split("://", 1)[0]
+    if "::" in address:
+        raise SourceError(f"{address} is a chain of protocols; expected one")
     try:
-        return fsspec.filesystem(protocol), protocol
-    except (ValueError, ImportError) as error:  # an unknown protocol, or a package that it needs
-        raise SourceError(f"{address}: {error}") from error
+        filesystem, path = url_to_fs(address)
+        return filesystem, path
+    except Exception as error:  # an unknown protocol, a package or an address that it needs, whatever it raises
+        raise SourceError(f"{address}: {error or type(error).__name__}") from error

@@ -13,7 +13,7 @@ import urllib.parse
 
 import pytest
 import torch
-from data.pairs import everything, png, which
+from data.pairs import everything, plain, png, which
 
 from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger
 
@@ -212,6 +212,67 @@ def test_a_file_that_is_another_one_now_gets_a_new_index(folder, web, name):
     assert (folder / name).stat().st_size == before.st_size
     again = everything(open_source(f"{address}/{name}"))
     assert again == everything(open_source(folder / name)) != first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_addresses_of_local_files(folder, name):
+    suffix = name.rpartition(".")[2]
+    want = everything(open_source(folder / name))
+    for where in (f"file://{folder}/{name}", f"file://{folder}/*.{suffix}", f"local://{folder}/p*.{suffix}"):
+        source = open_source(where)
+        assert everything(source) == want
+        assert source.position(0).startswith(f"{folder}/pairs.")
+    records = [{"win": f"file://{folder}/images/00.win.png", "lose": f"file://{folder}/images/00.lose.png"}]
+    assert plain(open_source(records)[0])[1:3] == want[0][1:3]
+
+
+class Hosted(fsspec.get_filesystem_class("memory")):
+    """Files of hosts, whose paths do not say of which; as FTP's."""
+
+    protocol = "hosted"
+    cachable = False
+
+    def __init__(self, host):
+        super().__init__()
+        if host != "there":
+            raise RuntimeError(f"no host {host}")
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(re.sub("^hosted://[^/]*", "", path))
+
+    @staticmethod
+    def _get_kwargs_from_urls(path):
+        return {"host": path.removeprefix("hosted://").partition("/")[0]}
+
+
+def test_addresses_keep_their_host(folder):
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/top/pairs", recursive=True)
+    try:
+        want = everything(open_source(folder / "pairs.tar"))
+        for where in ("pairs.tar", "*.tar"):
+            source = open_source(f"hosted://there/top/pairs/{where}")
+            assert everything(source) == want
+            assert source.position(0) == "hosted://there/top/pairs/pairs.tar at byte 0"
+        with pytest.raises(SourceError, match=r"hosted://nowhere/pairs\.tar: no host nowhere"):
+            open_source("hosted://nowhere/pairs.tar")
+    finally:
+        memory.rm("/top", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("zip://x.tar::/tmp/x.zip", "is a chain of protocols; expected one"),
+        ("nope://x.tar", "Protocol not known: nope"),
+        ("reference://x.tar", "missing 1 required"),
+    ],
+)
+def test_addresses_that_mean_nothing(address, reason):
+    with pytest.raises(SourceError, match=reason):
+        open_source(address)
 
 
 @pytest.fixture
