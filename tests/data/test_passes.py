@@ -1,6 +1,7 @@
 """PairLoader: several passes at once, states at odd moments, workers that take turns, and how passes end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import pytest
 import torch
 from data.pairs import Tiny, png
 from data.test_loader import TINY, expected, threads, yielded
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
@@ -163,6 +166,42 @@ def make_main(monkeypatch, make):
         return make()
 
     return made
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_what_workers_yield_is_what_is_specified(data):
+    """Any sizes, ranks, workers and bad pairs, and a stop anywhere after which the same workers go on."""
+    draw = data.draw
+    size, seed, epoch = draw(st.integers(2, 40)), draw(st.integers(0, 2**63 - 1)), draw(st.integers(0, 3))
+    kinds = st.sampled_from(["read", "win", "lose", "both", "bug"])
+    bad = draw(st.dictionaries(st.integers(0, size - 1), kinds, max_size=size // 2))
+    world, workers, last = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(["drop", "pad", "wrap"])),
+    )
+    batch = draw(st.integers(1, max(1, size // world // 2)))
+    if batch * world > size:
+        last = "pad"
+    stop, parts = draw(st.integers(0, -(-size // (batch * world)))), []
+    for rank in range(world):
+
+        def make(rank=rank):
+            loader = PairLoader(
+                Tiny(size, bad), batch, seed=seed, last=last, rank=rank, world_size=world, max_bad_rate=1.0,
+                max_bad_run=10**6, readers=1, prefetch=1, threads=1, **TINY,
+            )  # fmt: skip
+            loader.set_epoch(epoch)
+            return loader
+
+        with pytest.MonkeyPatch.context() as patch:
+            turns = Turns(patch, make, workers)
+            steps = [yielded(one) for one in itertools.islice(turns, stop)]
+            steps += [yielded(one) for one in Turns(patch, make, workers, turns.states())]
+        parts.append(steps)
+    got = [i for step in zip(*parts, strict=True) for part in step for i in part]
+    assert got == expected(size, seed, epoch, bad, last, batch * world)
 
 
 def test_a_workers_state_is_refused_where_turns_are_others(monkeypatch):
