@@ -242,7 +242,7 @@ def _check_frame(frame: Any, clip: Clip, resize: str | None, planes: bool) -> No
         raise ValueError(f"its pixels are {float(clip.aspect):.4g} times as wide as high, and resize is None")
 
 
-def colours_of(frame: Any) -> tuple[str, bool]:
+def _colours_of(frame: Any) -> tuple[str, bool]:
     """What the frame's samples mean: a name of `DecodedClips.matrix`, and whether they have the full range."""
     name, matrix, told = frame.format.name, int(frame.colorspace), int(frame.color_range)
     if name in _RGB:
@@ -272,7 +272,7 @@ def _store(
         form = _FORMATS[name]
     else:
         raise ValueError(f"its pixels are {name}; expected YCbCr, RGB or grey of 8, 9, 10 or 12 bits")
-    matrix, full_range = colours_of(frame)
+    matrix, full_range = _colours_of(frame)
     geometry = store.store(
         planes,
         strides,

@@ -66,16 +66,18 @@ class ClipLimits:
     bytes: of the compressed clip.
     frames: in the stream, also of those that are not used.
     timeout_s: seconds of work that one clip may take; looked at between two frames.
+    streams: in the file: of video, sound, text and whatever else.
     """
 
     pixels: int = 1 << 24
     bytes: int = 1 << 32
     frames: int = 1 << 20
     timeout_s: float = 120.0
+    streams: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("pixels", "bytes", "frames"):
-            check_count(f"limits.{name}", getattr(self, name), 2**62)
+        for name, most in (("pixels", 2**62), ("bytes", 2**62), ("frames", 2**62), ("streams", 2**30)):
+            check_count(f"limits.{name}", getattr(self, name), most)
         if not _is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
             raise ValueError(f"limits.timeout_s is {self.timeout_s!r}; expected seconds >= 0")
 

@@ -11,17 +11,21 @@ __all__ = ["check_counts"]
 _MOST_HEADERS = 1 << 28  # bytes
 
 
-def check_counts(file: io.RawIOBase | io.BufferedIOBase, most: int) -> None:
-    """Raises ValueError where the tables count more samples than `most`, over all streams, or the headers are packed.
+def check_counts(file: io.RawIOBase | io.BufferedIOBase, most: int, most_tracks: int) -> None:
+    """Raises ValueError where there are more tracks than that, the tables count more samples than `most`, over all of
+    them, or the headers are packed.
 
     FFmpeg makes an entry of some seventy bytes for each sample that a table counts, again for each edit; but a table
     of twenty bytes can count four thousand million. Nothing is known here of where tables may be: FFmpeg takes them
     anywhere outside of the data.
     """
-    total = 0
+    total = tracks = 0
     for headers in _headers(file):
         for track in re.split(rb"(?=tra[kf])", headers):
             total += _counted(track)
+            tracks += track.startswith(b"trak")
+            if tracks > most_tracks:
+                raise ValueError(f"it has more than {most_tracks} streams (limits.streams)")
     if total > most:
         raise ValueError(f"its tables count {total} samples; expected at most {most} (limits.frames)")
 

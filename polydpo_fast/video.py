@@ -118,6 +118,7 @@ class Clip:
     @contextmanager
     def _open(self, strict: bool, threads: int) -> Iterator[tuple[Any, Any]]:
         import av
+        from av.stream import Discard, Disposition
 
         source = self._source
         with _file(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else _in_memory(source) as file:
@@ -127,7 +128,8 @@ class Clip:
             file.seek(0)
             format = _container(file.read(12))
             if format == "mp4":
-                check_counts(file, 4 * max(self._limits.frames, 1 << 16))  # with the sound's, and all edits'
+                # With the sound's, and all edits'.
+                check_counts(file, 4 * max(self._limits.frames, 1 << 16), self._limits.streams)
             file.seek(0)
             # A decoder is told the limit too: it allocates for what the stream says, whatever the header does. It
             # counts whole blocks, so that a frame may be larger there.
@@ -136,12 +138,19 @@ class Clip:
                 options["err_detect"] = "explode"
             # Opening, FFmpeg decodes frames, for what we take from the first one or count ourselves: it is told not to.
             probing = {**options, "skip_frame": "all"}
+            opening = {**_OPTIONS[format], "max_streams": str(self._limits.streams + 1)}
             with av.open(
-                file, format=format, options=probing, container_options=_OPTIONS[format], io_open=_open_nothing
+                file, format=format, options=probing, container_options=opening, io_open=_open_nothing
             ) as container:
-                if not container.streams.video:
+                if len(container.streams) > self._limits.streams:
+                    raise ValueError(f"it has more than {self._limits.streams} streams (limits.streams)")
+                moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+                if not moving:
                     raise ValueError("it has no video stream")
-                stream = container.streams.video[0]
+                stream = moving[0]
+                for other in container.streams:
+                    if other is not stream:
+                        other.discard = Discard.all  # not even read
                 context = stream.codec_context
                 name = context.name if context is not None else "unknown"
                 if name not in _DECODERS:

@@ -274,16 +274,16 @@ def test_a_container_that_counts_more_frames_than_it_holds(strict):
 
 def test_edits_and_fragments_are_counted_too():
     track = b"trak" + b"....stsz" + struct.pack(">III", 0, 0, 1000) + b"....elst" + struct.pack(">II", 0, 1000)
-    check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track), 1_000_000)
+    check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track), 1_000_000, 1)
     with pytest.raises(ValueError, match="its tables count 1000000 samples; expected at most 999999"):
-        check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track), 999_999)
+        check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track), 999_999, 1)
     fragment = b"traf" + b"....trun" + struct.pack(">II", 0, 2**32 - 1)
     with pytest.raises(ValueError, match="count 4294967295 samples"):
-        check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(fragment), b"moof") + fragment), 10**6)
+        check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(fragment), b"moof") + fragment), 10**6, 1)
     hidden = struct.pack(">I4s", 8 + len(fragment), b"mdat") + fragment  # data may look like anything
-    check_counts(io.BytesIO(hidden), 10**6)
+    check_counts(io.BytesIO(hidden), 10**6, 1)
     with pytest.raises(ValueError, match="its headers are compressed"):
-        check_counts(io.BytesIO(struct.pack(">I4s", 12, b"moov") + b"cmov"), 10**6)
+        check_counts(io.BytesIO(struct.pack(">I4s", 12, b"moov") + b"cmov"), 10**6, 1)
 
 
 @pytest.mark.parametrize(("in_chunk", "counted"), [(48000, 100 * 54), (2**31, 100 * 2386093)])
@@ -294,9 +294,9 @@ def test_uncompressed_sound_is_counted_by_its_chunks(in_chunk, counted):
     for track in (sound, sound.replace(b"soun", b"vide")):
         moov = io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track)
         count = counted if b"soun" in track else 2**28
-        check_counts(moov, count)
+        check_counts(moov, count, 1)
         with pytest.raises(ValueError, match=f"its tables count {count} samples"):
-            check_counts(moov, count - 1)
+            check_counts(moov, count - 1, 1)
 
 
 def test_no_frames_at_all():
@@ -342,3 +342,76 @@ def test_neither_descriptors_nor_memory_grow(tmp_path):
     later_descriptors, later_memory = rounds(50)
     assert later_descriptors == descriptors
     assert later_memory - memory < 16 << 20
+
+
+# ------------------------------------------------------------------------------------------------ other streams
+
+
+def remuxed(data, container, copies=1, sound=0, cover=False):
+    """The clip with its stream so many times; so many frames of sound behind it; a cover before it."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container) as output:
+        if cover:
+            picture = output.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+        streams = [output.add_stream_from_template(source.streams.video[0]) for _ in range(copies)]
+        voice = output.add_stream("aac", rate=16000) if sound else None
+        if cover:
+            output.mux(picture.encode(av.VideoFrame(32, 32, "yuvj420p")))
+            output.mux(picture.encode())
+        for packet in source.demux(video=0):
+            for stream in streams if packet.dts is not None else []:
+                copy = av.Packet(bytes(packet))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                output.mux(copy)
+        for index in range(sound):
+            samples = np.random.default_rng(index).normal(0, 0.2, (1, 1024)).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.rate, frame.pts = 16000, 1024 * index
+            output.mux(voice.encode(frame))
+        if sound:
+            output.mux(voice.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_streams_are_counted(container):
+    data = remuxed(encode(5), container, copies=7)
+    options = dict(frames=5, size=16, on_error="mask")
+    assert decoded(data, **options, limits=ClipLimits(streams=7)).ok.all()
+    for most in (1, 6):
+        failed = decoded(data, **options, limits=ClipLimits(streams=most))
+        assert failed.errors[0].reason == f"it has more than {most} streams (limits.streams)"
+
+
+def sounds(data):
+    """Where they lie."""
+    with av.open(io.BytesIO(data)) as container:
+        return [(data.index(bytes(p)), p.size) for p in container.demux(audio=0) if p.size > 8]
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
+def test_sound_is_never_decoded(container):
+    """It may be any bytes."""
+    data = remuxed(CLIP, container, sound=40)
+    expected = decoded(CLIP).pixels[0]
+    assert torch.equal(decoded(data).pixels[0], expected)
+    noise = bytearray(data)
+    for place, size in sounds(data):
+        noise[place : place + size] = np.random.default_rng(place).bytes(size)
+    assert len(sounds(data)) >= 40
+    assert torch.equal(decoded(bytes(noise)).pixels[0], expected)
+
+
+def test_a_cover_is_no_clip():
+    """Also where it is the first stream, in an MP4 whose metadata come first."""
+    data = remuxed(CLIP, "mp4", cover=True)
+    track, metadata = data.index(b"trak") - 4, data.index(b"udta") - 4
+    size = int.from_bytes(data[metadata : metadata + 4], "big")
+    assert track < metadata
+    data = data[:track] + data[metadata : metadata + size] + data[track:metadata] + data[metadata + size :]
+    with av.open(io.BytesIO(data)) as opened:
+        assert [s.codec_context.name for s in opened.streams.video] == ["mjpeg", "h264"]
+    assert torch.equal(decoded(data).pixels[0], decoded(CLIP).pixels[0])

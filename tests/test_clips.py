@@ -101,7 +101,7 @@ def test_frames_that_change_their_size_are_refused():
         decode_clips([data], [data], frames=16, size=16)
 
 
-@pytest.mark.parametrize("bad", [dict(pixels=0), dict(bytes=1.5), dict(frames=True), dict(timeout_s=-1)])
+@pytest.mark.parametrize("bad", [dict(pixels=0), dict(bytes=1.5), dict(frames=True), dict(streams=0), dict(timeout_s=-1)])
 def test_limits_are_checked(bad):
     with pytest.raises(ValueError, match=rf"limits.{next(iter(bad))} is .*; expected"):
         ClipLimits(**bad)
