@@ -325,18 +325,10 @@ def _training(context: typer.Context, *own: str) -> Iterator[Any]:
     given = {name: value for name, value in context.params.items() if value is not None and value not in ([], ())}
     config, assign = given.pop("config", None), given.pop("assign", ())
     try:
-        import yaml
+        from .diffusion.config import read_assignments, read_settings
 
-        from .diffusion.config import read_settings
-
-        for assignment in assign:
-            name, sign, value = assignment.partition("=")
-            if not sign:
-                raise ValueError(f"--set is {assignment!r}; expected NAME=VALUE")
-            given[name] = yaml.safe_load(value)
+        given |= read_assignments(assign)
         yield read_settings(config, **{name: value for name, value in given.items() if name not in own})
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"--set is no YAML: {error}") from error
     except (OSError, TypeError, ValueError, ImportError, ArithmeticError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from error

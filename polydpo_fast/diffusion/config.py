@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Settings", "read_settings", "write_settings"]
+from .extras import need
+
+__all__ = ["Settings", "read_assignments", "read_settings", "write_settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,7 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
     """
     values: dict[str, Any] = {}
     if file is not None:
+        need("yaml")
         import yaml
 
         try:
@@ -142,6 +145,23 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
         raise ValueError(f"{' and '.join(missing)} is not given; expected --{missing[0]}, or {missing[0]}: in the YAML")
     hints = typing.get_type_hints(Settings)
     return Settings(**{name: _of_type(name, value, hints[name]) for name, value in values.items()})
+
+
+def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Of NAME=VALUE in YAML. Raises ValueError for what is neither."""
+    need("yaml")
+    import yaml
+
+    values = {}
+    for assignment in assignments:
+        name, sign, value = assignment.partition("=")
+        if not sign:
+            raise ValueError(f"--set is {assignment!r}; expected NAME=VALUE")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set is {assignment!r}, whose value is not YAML: {error}") from error
+    return values
 
 
 def write_settings(settings: Settings, file: Path) -> None:

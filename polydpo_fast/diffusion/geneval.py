@@ -16,6 +16,7 @@ import torch
 
 from ..data.fields import parse_json
 from ..data.order import mix
+from .extras import need
 from .families import check_geometry, family_of, load_pipeline, load_result, native_size, sample
 
 __all__ = ["read_prompts", "render"]
@@ -70,6 +71,7 @@ def render(
 
     Raises ValueError where the folder holds other prompts, and for a model that is none or makes clips.
     """
+    need("accelerate", "transformers", "diffusers", "safetensors", what="geneval")
     from accelerate import PartialState
     from PIL import Image
 
@@ -100,7 +102,7 @@ def render(
                 guidance=guidance,
                 seed=mix(seed, number, one),
             )
-            partial = file.with_name(f"{file.name}.partial")
+            partial = file.with_name(f"partial-{file.name}")  # the scorer takes whatever begins as 00000.png does
             Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(partial, "PNG")
             partial.rename(file)
         progress(done, len(mine) * samples)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .extras import need
+
 __all__ = ["adapters_off", "ema_weights", "frozen_copy", "unwrapped"]
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -45,12 +47,14 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
 
     They are as before afterwards, also those that were off already. Raises ValueError where the model has none.
     """
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        raise ImportError("adapters_off needs PEFT: pip install 'polydpo-fast[train]'") from None
+    need("peft", what="adapters_off")
+    from peft import tuners, utils
+
+    # What it trains beside adapters (modules_to_save, tokens): copies, with the original at hand.
+    copies = getattr(utils.other, "AuxiliaryTrainingWrapper", utils.ModulesToSaveWrapper)
     inner = unwrapped(model)
-    layers: list[Any] = [module for module in inner.modules() if isinstance(module, BaseTunerLayer)]
+    kinds = tuners.tuners_utils.BaseTunerLayer, copies
+    layers: list[Any] = [module for module in inner.modules() if isinstance(module, kinds)]
     if not layers:
         raise ValueError(f"model is a {type(inner).__name__} without PEFT adapters; expected one that has some")
     active = [layer for layer in layers if not layer.disable_adapters]
@@ -69,20 +73,39 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
 def ema_weights(model: torch.nn.Module, ema: Any) -> Iterator[None]:
     """The model with the averaged weights of a `diffusers.training_utils.EMAModel`; afterwards with its own again.
 
-    The weights are overwritten in place: not between a forward and its backward. Where FSDP2 shards the model, the
+    The weights are overwritten in place: not between a forward and its backward. Meanwhile the averages hold those of
+    the model, so that no third set is needed, unless they are of another dtype. Where FSDP2 shards the model, the
     averages are to be made of its sharded parameters. Raises ValueError for a model within FSDP1, which keeps copies.
     """
     if any(map(_is_fsdp1, model.modules())):
         raise ValueError("model is within FullyShardedDataParallel; expected fully_shard (FSDP2), or a frozen_copy")
-    parameters = list(unwrapped(model).parameters())
-    ema.store(parameters)
+    parameters, averages = list(unwrapped(model).parameters()), list(ema.shadow_params)
+    if len(parameters) != len(averages):
+        raise ValueError(f"ema has {len(averages)} averages; the model has {len(parameters)} parameters, all of them")
+    kept: list[torch.Tensor | None] = []
     try:
-        ema.copy_to(parameters)
+        for parameter, average in zip(parameters, averages, strict=True):
+            kept.append(_exchange(parameter, average))
         _reshard(model)
         yield
     finally:
-        ema.restore(parameters)
+        for parameter, average, own in zip(parameters, averages, kept, strict=False):
+            if own is None:
+                _exchange(parameter, average)
+            else:
+                parameter.data.copy_(own)
         _reshard(model)
+
+
+@torch.no_grad()
+def _exchange(parameter: torch.Tensor, average: torch.Tensor) -> torch.Tensor | None:
+    """Gives each the other's values; where they are of other dtypes only the parameter, and returns its own."""
+    own = parameter.detach().clone()
+    parameter.data.copy_(average)
+    if average.dtype != parameter.dtype:
+        return own
+    average.copy_(own)
+    return None
 
 
 def _reshard(model: torch.nn.Module) -> None:

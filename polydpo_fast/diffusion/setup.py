@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import Settings
+from .extras import need
 from .families import Family, check_geometry, family_of, load_pipeline, native_size, training_scheduler
 from .objective import PairObjective
 
@@ -50,13 +51,12 @@ def objective_of(settings: Settings, pipe: Any, **options: Any) -> PairObjective
 
 
 def _accelerator(settings: Settings) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.tracking import get_available_trackers
-        from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-        from diffusers.utils import logging
-    except ImportError as error:
-        raise ImportError(f"training needs {error.name}: pip install 'polydpo-fast[train]'") from error
+    need("accelerate", "transformers", "diffusers", "safetensors", *(["peft"] if settings.lora_rank else []))
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+    from diffusers.utils import logging
+
     for name in settings.trackers:
         if name not in map(str, get_available_trackers()):  # members of an Enum, which equal no text
             raise ImportError(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..data import PairBatch, PairError, PairLoader, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
+from .extras import need
 from .fingerprints import alternatives, fingerprint
 
 __all__ = ["Columns", "Form", "Progress", "Shards", "is_store", "text_of_row"]
@@ -64,7 +65,7 @@ class Shards:
         facts: Mapping[str, Any],
     ) -> Shards:
         """A new one, or that which is there, if it is of the same. Raises ValueError where it is not."""
-        _need_safetensors()
+        need("safetensors", what="a store")
         if isinstance(shard_pairs, bool) or not isinstance(shard_pairs, int) or shard_pairs < 1:
             raise ValueError(f"shard_pairs is {shard_pairs!r}; expected an int >= 1")
         made_with = {name: fingerprint(part) for name, part in parts.items()}
@@ -92,7 +93,7 @@ class Shards:
 
         Raises SourceError where a shard is missing, damaged, of another store, or unlike the others.
         """
-        _need_safetensors()
+        need("safetensors", what="a store")
         store = cls._read_index(Path(folder), kind)
         missing = store.missing()
         if missing:
@@ -321,10 +322,3 @@ def _put(path: Path, data: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-
-
-def _need_safetensors() -> None:
-    try:
-        import safetensors  # noqa: F401
-    except ImportError:
-        raise ImportError("stores need safetensors: pip install 'polydpo-fast[train]'") from None

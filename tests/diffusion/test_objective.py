@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, compute_snr
 from diffusion.tiny import FAMILIES, PAIRS, build
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from polydpo_fast.diffusion import (
     PairObjective,
@@ -191,17 +192,72 @@ def test_adapters_are_as_before_afterwards():
     assert all(layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
-def test_ema_is_a_reference():
+def test_modules_that_are_saved_whole_are_switched_off_too():
+    """PEFT trains copies of them, and keeps the originals."""
     model, latents, cond, scheduler = build("sd15")
-    policy = perturbed(model)
+    base = copy.deepcopy(model)
+    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, modules_to_save=["conv_out"])
+    policy = get_peft_model(model, config)
+    trained = [parameter for name, parameter in policy.named_parameters() if "modules_to_save" in name]
+    assert len(trained) == 2
+    with torch.no_grad():
+        trained[0].add_(0.1)
+    ours, _ = PairObjective(scheduler, reference=adapters_off, beta=BETA)(policy, latents, cond, seeds=SEEDS)
+    want, _ = PairObjective(scheduler, reference=base, beta=BETA)(policy, latents, cond, seeds=SEEDS)
+    assert ours.item() == want.item()
+    ours.backward()
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ema_is_a_reference(dtype):
+    """Of float32, also for a policy of another dtype: both are afterwards what they were, to the bit."""
+    model, latents, cond, scheduler = build("sd15")
+    policy = perturbed(model).to(dtype)
     ema = EMAModel(model.parameters())
+    averages = [average.clone() for average in ema.shadow_params]
     weights = [parameter.clone() for parameter in policy.parameters()]
+    cond = {name: value.to(dtype) for name, value in cond.items()}
     objective = PairObjective(scheduler, reference=lambda m: ema_weights(m, ema), beta=BETA)
     loss, _ = objective(policy, latents, cond, seeds=SEEDS)
     loss.backward()  # the swap has not spoiled what autograd keeps
-    want, _ = PairObjective(scheduler, reference=model, beta=BETA)(policy, latents, cond, seeds=SEEDS)
-    assert loss.item() == want.item()
+    want, _ = PairObjective(scheduler, reference=model.to(dtype), beta=BETA)(policy, latents, cond, seeds=SEEDS)
+    assert loss.item() == want.item() != torch.tensor(math.log(2)).item()
     assert all(torch.equal(a, b) for a, b in zip(weights, policy.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(averages, ema.shadow_params, strict=True))
+
+
+def test_averages_are_swapped_and_not_copied_away():
+    """Where the dtypes are the same no second set of weights is made: a tensor at a time."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model, *_ = build("sd15")
+    averaged = perturbed(model)
+    ema = EMAModel(averaged.parameters())
+
+    class Largest(TorchDispatchMode):
+        alive, most = weakref.WeakSet(), 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor) and "clone" in str(function):
+                self.alive.add(result)
+                self.most = max(self.most, len(self.alive))
+            return result
+
+    with Largest() as seen, ema_weights(model, ema):
+        assert torch.equal(next(model.parameters()), next(averaged.parameters()))
+    assert 1 <= seen.most <= 2
+
+
+def test_averages_of_something_else_are_refused():
+    model, *_ = build("sd15")
+    ema = EMAModel(list(model.parameters())[:-1])
+    with (
+        pytest.raises(ValueError, match=r"ema has \d+ averages; the model has \d+ parameters"),
+        ema_weights(model, ema),
+    ):
+        pass
 
 
 def test_frozen_copies_are_apart():

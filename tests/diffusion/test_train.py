@@ -705,3 +705,33 @@ def test_bad_prompt_files_are_named(here, tmp_path, text, message):
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "o").exists()
+
+
+# ----------------------------------------------------------------------------------------- what is not installed
+
+
+_FOR_ALL = ("diffusers", "accelerate", "transformers", "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        *((command, package) for command in ("train", "cache", "reference") for package in (*_FOR_ALL, "peft", "yaml")),
+        *(("geneval", package) for package in _FOR_ALL),
+    ],
+)
+def test_missing_packages_name_the_extra(here, tmp_path, monkeypatch, package, command):
+    for name in [*sys.modules]:
+        if name == package or name.startswith(f"{package}."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    given = ["--model", str(here / "pipeline"), "--data", str(here / "pairs.parquet"), "--set", "lora_rank=2"]
+    arguments = {
+        "train": given,
+        "cache": [str(tmp_path / "out"), *given],
+        "reference": [str(tmp_path / "out"), *given],
+        "geneval": [str(here / "pipeline"), write_prompts(tmp_path / "p.jsonl", "a dog"), str(tmp_path / "out")],
+    }[command]
+    result = CliRunner().invoke(app, [command, *arguments])
+    assert result.exit_code == 2, result.output
+    assert f"needs {package}: pip install 'polydpo-fast[train]'" in result.output
