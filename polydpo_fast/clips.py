@@ -199,19 +199,24 @@ def decode_clips(
 
     plans: dict[int, list[Fraction]] = {}
     with ThreadPoolExecutor(min(asked.threads, len(clips))) as pool:
-        list(pool.map(lambda row: attempt(row, opened[row].index), range(2 * pairs)))
-        for pair in range(pairs):
-            if pair in reasons or pair + pairs in reasons:
-                continue
-            arms = opened[pair].timeline, opened[pair + pairs].timeline
-            try:
-                plans[pair] = plan(arms, frames, fps, start, asked.starts[pair], short)
-            except TooShortError as early:
-                reasons[pair if early.arm == 0 else pair + pairs] = str(early)
-            else:
-                times[pair] = torch.tensor([float(t) for t in plans[pair]], dtype=torch.float64, device="cpu")
-        rows = [row for row in range(2 * pairs) if row % pairs in plans]
-        list(pool.map(lambda row: attempt(row, lambda: decode(row)), rows))
+        try:
+            list(pool.map(lambda row: attempt(row, opened[row].index), range(2 * pairs)))
+            for pair in range(pairs):
+                if pair in reasons or pair + pairs in reasons:
+                    continue
+                arms = opened[pair].timeline, opened[pair + pairs].timeline
+                try:
+                    plans[pair] = plan(arms, frames, fps, start, asked.starts[pair], short)
+                except TooShortError as early:
+                    reasons[pair if early.arm == 0 else pair + pairs] = str(early)
+                else:
+                    times[pair] = torch.tensor([float(t) for t in plans[pair]], dtype=torch.float64, device="cpu")
+            rows = [row for row in range(2 * pairs) if row % pairs in plans]
+            list(pool.map(lambda row: attempt(row, lambda: decode(row)), rows))
+        except BaseException:  # somebody is in a hurry: the clips that are under way are not decoded to their end
+            for clip in opened:
+                clip.give_up()
+            raise
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
 

@@ -113,6 +113,10 @@ class Clip:
                 return
         raise failure
 
+    def give_up(self) -> None:
+        """Soon ends what another thread does with it."""
+        self._left = -math.inf
+
     # ---------------------------------------------------------------------------------------------- reading
 
     @contextmanager

@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import resource
+import signal
 import struct
 import time
 
@@ -14,6 +15,7 @@ from clip_oracle import ALL, av, encode, index_folder, joined  # noqa: F401
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
 from polydpo_fast.mp4 import check_counts
+from polydpo_fast.video import Clip
 
 CLIP = encode(30)
 
@@ -323,6 +325,31 @@ def test_large_buffers_are_not_copied():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     decoded(room)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 16  # KiB
+
+
+def test_an_interrupt_ends_the_clips_that_are_under_way(monkeypatch):
+    frames, plain = [], Clip._decoded
+
+    def slowly(self, *arguments):
+        for frame in plain(self, *arguments):
+            frames.append(1)
+            if len(frames) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
+            yield frame
+
+    monkeypatch.setattr(Clip, "_decoded", slowly)
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            decode_clips([CLIP] * 4, [CLIP] * 4, frames=30, size=16, threads=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(frames) < 30  # of 240
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_neither_descriptors_nor_memory_grow(tmp_path):
