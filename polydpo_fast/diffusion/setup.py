@@ -68,7 +68,7 @@ def _accelerator(settings: Settings) -> Any:
         log_with=settings.trackers or None,
         project_config=ProjectConfiguration(project_dir=settings.output, logging_dir=f"{settings.output}/logs"),
     )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', which Accelerate has on GPUs only; expected 'bf16' or 'no'")
     if accelerator.distributed_type == DistributedType.FSDP:
         if settings.validation_prompts:

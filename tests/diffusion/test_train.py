@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusion import pipelines
@@ -238,6 +239,51 @@ def test_mixed_precision_begins_at_the_reference(here, tmp_path):
     for run in ("full", "lora"):
         assert lines(tmp_path / run)[0]["loss"] == torch.tensor(math.log(2)).item()
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "full").values())
+
+
+@pytest.fixture
+def float16_on_cpus(monkeypatch):
+    """Accelerate has it on GPUs alone; PyTorch's autocast and GradScaler are there. Called with the initial scale."""
+    import accelerate
+
+    class Float16(accelerate.Accelerator):
+        def __init__(self, *, mixed_precision, **options):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            super().__init__(mixed_precision="no", **options)
+            self.state._mixed_precision, self.native_amp = mixed_precision, True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=initial[0])
+
+    initial = []
+    monkeypatch.setattr(accelerate, "Accelerator", Float16)
+    return initial.append
+
+
+@pytest.mark.parametrize(("lora", "exponent"), [(0, 15), (2, 19)])
+def test_float16_skips_what_overflows_and_goes_on(here, tmp_path, float16_on_cpus, lora, exponent):
+    """A step that overflows changes neither weights nor schedule nor averages, and halves the scale."""
+    float16_on_cpus(2.0**exponent)
+    options = dict(mixed_precision="fp16", lora_rank=lora, ema=0.9, beta=500.0)
+    options |= dict(schedule="constant_with_warmup", warmup=10)
+    out = tmp_path / "out"
+    train(settings(here, out, steps=8, checkpoint_every=8, **options))
+    norms = [line["grad_norm"] for line in lines(out)]
+    skipped = norms.count(None)
+    assert 1 <= skipped <= 6
+    assert norms[:skipped] == [None] * skipped
+    assert [line["loss"] for line in lines(out)][: skipped + 1] == [torch.tensor(math.log(2)).item()] * (skipped + 1)
+    assert lines(out)[-1]["loss"] != lines(out)[0]["loss"]
+    assert lines(out)[-1]["learning_rate"] == pytest.approx(1e-3 * (8 - skipped) / 10)
+    checkpoint = out / "checkpoint-8"
+    assert torch.load(checkpoint / "scaler.pt")["scale"] == 2.0 ** (exponent - skipped)
+    average = torch.load(checkpoint / "custom_checkpoint_2.pkl", weights_only=False)
+    assert average["optimization_step"] == 8 - skipped
+    trained = load_file(checkpoint / ("adapters.safetensors" if lora else "model.safetensors"))
+    assert all(value.dtype == torch.float32 for value in trained.values())
+    # And the scale is resumed.
+    for steps in (4, 8):
+        train(settings(here, tmp_path / "broken", steps=steps, resume="latest", checkpoint_every=4, **options))
+    again = load_file(tmp_path / "broken" / "checkpoint-8" / ("adapters.safetensors" if lora else "model.safetensors"))
+    assert equal(trained, again)
 
 
 # ------------------------------------------------------------------------------- trackers, optimizers, schedules
