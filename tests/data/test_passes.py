@@ -184,7 +184,8 @@ def test_what_workers_yield_is_what_is_specified(data):
     batch = draw(st.integers(1, max(1, size // world // 2)))
     if batch * world > size:
         last = "pad"
-    stop, parts = draw(st.integers(0, -(-size // (batch * world)))), []
+    whole, rest = divmod(size, batch * world)
+    stop, parts = draw(st.integers(0, whole + (rest > 0 and last != "drop"))), []
     for rank in range(world):
 
         def make(rank=rank):
