@@ -26,13 +26,14 @@ av = pytest.importorskip("av", reason="PyAV is not installed")
 
 HEIGHT, WIDTH = 720, 1280
 FRAMES = 81
-ROUNDS = 3
+ROUNDS = 7  # of each a share is taken, and a slow phase of the machine may be as long as one
 SPARSE, SPARSE_FPS, LONG = 16, 3, 121  # frames taken, at so many per second, of so many
 
 
 @cache
-def clip(megabits, frames=FRAMES):
-    """H.264 of so many megabits per second, at 24 frames a second, with a keyframe every 2 seconds."""
+def clip(megabits, frames=FRAMES, parameters=""):
+    """H.264 of so many megabits per second, at 24 frames a second, with a keyframe every 2 seconds. At 3 x264 chooses
+    no B-frames, at 16 it does."""
     random = np.random.default_rng(0)
     still = random.normal(0, 20, (HEIGHT // 4, WIDTH // 4, 3)).repeat(4, 0).repeat(4, 1)
     grain = random.integers(-6, 7, (2 * HEIGHT, 2 * WIDTH, 1))
@@ -41,7 +42,7 @@ def clip(megabits, frames=FRAMES):
     with av.open(file, "w", format="mp4") as output:
         stream = output.add_stream("libx264", rate=24)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = WIDTH, HEIGHT, "yuv420p", megabits * 1_000_000
-        stream.options = {"preset": "veryfast", "g": "48"}
+        stream.options = {"preset": "veryfast", "g": "48", "x264-params": parameters}
         for index in range(frames):
             waves = np.stack([np.sin(9 * x + index / 8), np.cos(7 * y + index / 5), np.sin(8 * x * y)], axis=-1)
             levels = 128 + 60 * waves + np.roll(still, 3 * index, axis=1)
@@ -214,9 +215,9 @@ def test_clips(benchmark, way, megabits):
 
 
 @cache
-def measured_on_threads(threads):
-    """Wall time of a pair at 3 Mb/s: a thread to a clip."""
-    data, out = clip(3), room(2, FRAMES, 3, HEIGHT, WIDTH)
+def measured_on_threads(megabits, threads):
+    """Wall time of a pair: a thread to a clip."""
+    data, out = clip(megabits), room(2, FRAMES, 3, HEIGHT, WIDTH)
     torch.set_num_threads(1)
 
     def bare():
@@ -225,14 +226,18 @@ def measured_on_threads(threads):
 
     ways = {"ours": lambda: ours(data, layout="TCHW", out=out, threads=threads), "bare_decoding": bare}
     times = interleaved(ways, ROUNDS)
-    case = f"a pair of 720p clips at 3 Mb/s, {threads} thread(s)"
+    case = f"a pair of 720p clips at {megabits} Mb/s, {threads} thread(s)"
     return {name: Measured(case, name, times[name], "wall", 2 * FRAMES) for name in ways}
 
 
 @pytest.mark.parametrize("way", ["ours", "bare_decoding"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_pairs_on_threads(benchmark, way, threads):
-    report(benchmark, measured_on_threads(threads)[way])
+@pytest.mark.parametrize("megabits", [3, 16])
+def test_pairs_on_threads(benchmark, way, megabits, threads):
+    report(benchmark, measured_on_threads(megabits, threads)[way])
+
+
+# ------------------------------------------------------------------------------------------------------ sparsely
 
 
 def sparsely(data):
@@ -241,21 +246,124 @@ def sparsely(data):
     return lambda: ours(data, **options)
 
 
+def in_a_row(data):
+    out = room(2, FRAMES, 3, HEIGHT, WIDTH)[:, :SPARSE].contiguous()
+    return lambda: ours(data, frames=SPARSE, layout="TCHW", out=out)
+
+
 def by_decoding_all(data):
     return lambda: [sum(1 for _ in frames_of(data)) for _ in range(2)]
 
 
-SPARSELY = {"ours, sparsely": sparsely, "all frames, bare decoding": by_decoding_all}
+def sparsely_by_decord2(data):
+    decord = installed("decord")
+    out = room(2, FRAMES, 3, HEIGHT, WIDTH)[0, :SPARSE]
+    indices = [24 // SPARSE_FPS * k for k in range(SPARSE)]
+
+    def run():
+        for _ in range(2):
+            reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+            normalise(reader.get_batch(indices).asnumpy(), out)
+
+    return run
+
+
+def sparsely_by_torchcodec(data):
+    decoders = installed("torchcodec.decoders")
+    out = room(2, FRAMES, 3, HEIGHT, WIDTH)[0, :SPARSE]
+    indices = [24 // SPARSE_FPS * k for k in range(SPARSE)]
+
+    def run():
+        for _ in range(2):
+            frames = decoders.VideoDecoder(data, num_ffmpeg_threads=1).get_frames_at(indices).data
+            out.copy_(frames.float().div_(127.5).sub_(1))
+
+    return run
+
+
+SPARSELY = {
+    "ours, sparsely": sparsely,
+    "ours, successive ones in the middle": in_a_row,
+    "all frames, bare decoding": by_decoding_all,
+    "decord2, sparsely": sparsely_by_decord2,
+    "torchcodec, sparsely": sparsely_by_torchcodec,
+}
+# Of the second, three frames of four are such that no other is made from them.
+SPARSE_CLIPS = {"": "", ", with B-frames": "bframes=3:b-adapt=0:b-pyramid=none"}
 
 
 @cache
-def measured_sparsely():
-    data = clip(3, LONG)
-    times = interleaved({name: way(data) for name, way in SPARSELY.items()}, ROUNDS)
-    case = f"{SPARSE} of {LONG} frames of both clips of a pair"
-    return {name: Measured(case, name, times[name]) for name in SPARSELY}
+def measured_sparsely(kind):
+    data, ways = clip(3, LONG, SPARSE_CLIPS[kind]), {}
+    torch.set_num_threads(1)
+    for name, way in SPARSELY.items():
+        with suppress(pytest.skip.Exception):
+            ways[name] = way(data)
+    times = interleaved(ways, ROUNDS)
+    case = f"{SPARSE} of {LONG} frames of both clips of a pair{kind}"
+    return {name: Measured(case, name, times[name]) for name in ways}
 
 
 @pytest.mark.parametrize("way", SPARSELY)
-def test_sparse_frames(benchmark, way):
-    report(benchmark, measured_sparsely()[way])
+@pytest.mark.parametrize("kind", SPARSE_CLIPS)
+def test_sparse_frames(benchmark, way, kind):
+    SPARSELY[way](clip(3, LONG, SPARSE_CLIPS[kind]))  # or it is skipped, with the reason
+    report(benchmark, measured_sparsely(kind)[way])
+
+
+# ------------------------------------------------------------------------------------------------------ on a GPU
+
+
+def cpp_and_a_copy(data):
+    clips = [stored(data)] * 4
+    out = room(8, FRAMES, 3, HEIGHT, WIDTH)
+    options = dict(frames=FRAMES, layout="TCHW", out=out, cache=folder() / "indexes")
+    return lambda: polydpo_fast.decode_clips(clips, clips, **options).pixels.cuda()
+
+
+def planes_and_a_kernel(data):
+    clips = [stored(data)] * 4
+    out = room(8, FRAMES, HEIGHT * 3 // 2, WIDTH, dtype=torch.uint8)
+    options = dict(frames=FRAMES, dtype="yuv420", out=out, cache=folder() / "indexes")
+
+    def run():
+        batch = polydpo_fast.decode_clips(clips, clips, **options)
+        colours = dict(matrix=batch.matrix, full_range=batch.full_range, siting="left")
+        return polydpo_fast.yuv420_to_rgb(batch.pixels.cuda(), **colours)
+
+    return run
+
+
+def nvdec_through_dali(data):
+    pytest.importorskip("nvidia.dali")
+    from polydpo_fast.data.dali import DaliDecoder
+
+    decoder, clips = DaliDecoder("cuda", canary=None), [stored(data)] * 4
+    out = torch.empty(8, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.bfloat16, device="cuda")
+    options = dict(frames=FRAMES, layout="TCHW", out=out, cache=folder() / "indexes")
+    return lambda: decoder.decode_clips(clips, clips, **options)
+
+
+ON_A_GPU = (cpp_and_a_copy, planes_and_a_kernel, nvdec_through_dali)
+
+
+@cache
+def measured_on_a_gpu(megabits):
+    ways = {}
+    for way in ON_A_GPU:
+        with suppress(pytest.skip.Exception):
+            run = way(clip(megabits))
+            ways[way.__name__] = lambda run=run: (run(), torch.cuda.synchronize())
+    times = interleaved(ways, ROUNDS)
+    case = f"four pairs of 720p clips at {megabits} Mb/s, to a GPU"
+    return {name: Measured(case, name, times[name], "wall", 8 * FRAMES) for name in ways}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ON_A_GPU, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("megabits", [3, 16])
+def test_clips_to_a_gpu(benchmark, way, megabits):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    way(clip(megabits))  # or it is skipped, with the reason
+    report(benchmark, measured_on_a_gpu(megabits)[way.__name__])
