@@ -289,7 +289,7 @@ polydpo::Objective objective_of(const polydpo::Head* head, const std::array<doub
 void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, std::uintptr_t loss_at,
               std::uintptr_t metrics_at, std::uintptr_t table_at) {
     auto* table = reinterpret_cast<double*>(table_at);
-    double total = 0, metrics[12];
+    double total = 0, metrics[polydpo::metric_count];
     const ReleasedGil released;
     polydpo::pair_loss(batch, objective, table, &total, metrics);
     if (objective.head == nullptr) return;
@@ -300,7 +300,7 @@ void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, 
         } else {
             *loss = static_cast<Value>(total);
         }
-        for (int k = 0; k < 12; ++k) metric[k] = static_cast<Value>(metrics[k]);
+        for (int k = 0; k < polydpo::metric_count; ++k) metric[k] = static_cast<Value>(metrics[k]);
     };
     if (batch.accumulate_in_double) {
         store(reinterpret_cast<double*>(loss_at), reinterpret_cast<double*>(metrics_at));

@@ -348,7 +348,7 @@ void for_each_split(const Batch& batch, bool reversed, Body body) {
 }
 
 void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair) {
-    const double model_w = pair[2], excess_w = pair[4], excess_l = pair[5], size = pair[6];
+    const double model_w = pair[11], model_l = pair[12], excess_w = pair[13], excess_l = pair[14], size = pair[15];
     HeadInputs in;
     in.beta = o.beta ? o.beta[i] : o.beta_value;
     std::copy(o.alphas, o.alphas + 4, in.alpha);
@@ -372,35 +372,31 @@ void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair)
     const LossAndSlope flipped = (*o.head)(in);
     const double slope = o.keep * kept.slope - o.flip * flipped.slope;
     pair[0] = weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w);
-    pair[1] = logit;
+    // The metrics, which are not of z but of the logit.
+    const double half_beta = 0.5 * in.beta, distance = std::exp(-std::abs(logit));
+    pair[1] = logit > 0 ? 1.0 : logit == 0 ? 0.5 : 0.0;
+    pair[2] = -half_beta * excess_w;
+    pair[3] = -half_beta * excess_l;
+    pair[4] = pair[2] - pair[3];
+    pair[5] = logit;
+    pair[6] = (logit >= 0 ? 1.0 : distance) / (1.0 + distance);
+    pair[7] = std::abs(logit) > 10 ? 1.0 : 0.0;
+    pair[8] = logit > 0 && excess_w > 0 ? 1.0 : 0.0;
+    pair[9] = model_w - excess_w;
+    pair[10] = model_l - excess_l;
     // dL/dpred_w = slope dz/dm_w dm_w/dpred = slope (-beta/2) (2/D) (pred - target), the loser's with +.
-    pair[7] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
-    pair[8] = scale * weight / size * slope * in.beta;
+    pair[16] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
+    pair[17] = scale * weight / size * slope * in.beta;
 }
 
 void finish_batch(const Objective& o, std::int64_t count, const double* pairs, double* total, double* metrics) {
-    double sum = 0;
-    std::fill(metrics, metrics + 12, 0.0);
+    double sums[1 + metric_count] = {};
     for (std::int64_t i = 0; i < count; ++i, pairs += pair_columns) {
-        const double z = pairs[1], m_w = pairs[2], m_l = pairs[3], e_w = pairs[4], e_l = pairs[5];
-        const double half_beta = 0.5 * (o.beta ? o.beta[i] : o.beta_value), e = std::exp(-std::abs(z));
-        sum += pairs[0];
-        const double values[12] = {z > 0 ? 1.0 : z == 0 ? 0.5 : 0.0,
-                                   -half_beta * e_w,
-                                   -half_beta * e_l,
-                                   -half_beta * (e_w - e_l),
-                                   z,
-                                   (z >= 0 ? 1.0 : e) / (1.0 + e),
-                                   m_w,
-                                   m_l,
-                                   m_w - e_w,
-                                   m_l - e_l,
-                                   std::abs(z) > 10 ? 1.0 : 0.0,
-                                   z > 0 && e_w > 0 ? 1.0 : 0.0};
-        for (int k = 0; k < 12; ++k) metrics[k] += values[k];
+        for (int k = 0; k <= metric_count; ++k) sums[k] += pairs[k];
     }
-    for (int k = 0; k < 12; ++k) metrics[k] /= static_cast<double>(count);
-    *total = o.reduction == Objective::mean ? sum / static_cast<double>(count) : sum;
+    const auto n = static_cast<double>(count);
+    for (int k = 0; k < metric_count; ++k) metrics[k] = sums[1 + k] / n;
+    *total = o.reduction == Objective::mean ? sums[0] / n : sums[0];
 }
 
 }  // namespace
@@ -429,16 +425,16 @@ void pair_loss(const Batch& batch, const Objective& objective, double* pairs, do
         }
         double* pair = pairs + pair_columns * i;
         const double size = batch.mask ? sum.elements : static_cast<double>(batch.numel);
-        pair[2] = sum.win.model / size;
-        pair[3] = sum.lose.model / size;
+        pair[11] = sum.win.model / size;
+        pair[12] = sum.lose.model / size;
         if (batch.ref.win) {
-            pair[4] = sum.win.excess / size;
-            pair[5] = sum.lose.excess / size;
+            pair[13] = sum.win.excess / size;
+            pair[14] = sum.lose.excess / size;
         } else {
-            pair[4] = pair[2] - (objective.ref_error_win ? objective.ref_error_win[i] : 0.0);
-            pair[5] = pair[3] - (objective.ref_error_lose ? objective.ref_error_lose[i] : 0.0);
+            pair[13] = pair[11] - (objective.ref_error_win ? objective.ref_error_win[i] : 0.0);
+            pair[14] = pair[12] - (objective.ref_error_lose ? objective.ref_error_lose[i] : 0.0);
         }
-        pair[6] = size;
+        pair[15] = size;
         if (objective.head) finish_pair(objective, i, scale, pair);
     }
     if (objective.head) finish_batch(objective, batch.pairs, pairs, total, metrics);

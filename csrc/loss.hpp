@@ -35,10 +35,10 @@ struct Objective {
     enum { mean, sum, none } reduction;
 };
 
-// Per pair, 9 doubles: loss, z, m_w, m_l, excess_w, excess_l, elements, gradient coefficients of winner and loser.
-// `total` is the reduced loss; `metrics` are in the order of polydpo_fast/metrics.py. Without a head only m_w to
-// elements are written.
-constexpr int pair_columns = 9;
+// Per pair, 18 doubles: loss, the metrics in the order of polydpo_fast/metrics.py, of which m_w and m_l are the last,
+// excess_w, excess_l, elements, gradient coefficients of winner and loser. `total` is the reduced loss, `metrics` are
+// the means of the pairs'. Without a head only m_w to elements are written.
+constexpr int pair_columns = 18, metric_count = 12;
 void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* total, double* metrics);
 
 // grad = grad_loss * coefficient * (pred - target), of pred's dtype, 0 where masked. grad_loss_stride is 0 for one

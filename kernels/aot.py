@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the kernels for GPUs that need not be there: `python -m polydpo_fast.kernels.aot`.
 
-Prints one JSON line per specialisation and target with what decides its speed: registers, spills, shared memory, and
-its wide loads and stores, read from the machine code by the tools that Triton ships.
+Prints one JSON line per specialisation and target with what decides its speed: registers, spills, shared memory,
+barriers, and its wide loads and stores, read from the machine code by the tools that Triton ships.
 """
 
 from __future__ import annotations
@@ -138,11 +138,13 @@ def report(kernel: str, variant: str, dtype: str, target: str) -> dict[str, Any]
         assembly = compiled.asm["amdgcn"]
         result["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
         result["spilled"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
+        result["barriers"] = len(re.findall(r"\bs_barrier\b", assembly))
         loads, stores = (_count(assembly, rf"(?:global|buffer)_{to}_dwordx%s\b", (4, 2)) for to in ("load", "store"))
     else:
         usage, machine_code = _disassemble(compiled.asm["cubin"])
         result["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
         result["spilled"] = int(re.search(r"LOCAL:(\d+)", usage)[1])
+        result["barriers"] = len(re.findall(r"\bBAR\.SYNC", machine_code))
         loads, stores = (_count(machine_code, rf"{to}\.E(?:\.\w+)*?\.%s\b", (128, 64)) for to in ("LDG", "STG"))
     result["wide_loads"], result["wide_stores"] = loads[0], stores[0]
     if kernel == "rgb":

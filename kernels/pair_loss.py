@@ -34,12 +34,15 @@ BLOCK = 1024
 NUM_WARPS = 2 if torch.version.hip else 4
 SLOT_BLOCK = 256
 PAIR_BLOCK = 64
+# Partial sums of a split: m D and (m - r) D, of the winner and of the loser; and with a mask the elements.
+SUMS = tl.constexpr(4)
 
 # Triton's interpreter runs plain functions, and refuses jitted ones that do not see triton.language.
 _jit_head = (lambda head: head) if triton.knobs.runtime.interpret else triton.jit
 HEADS = {name: _jit_head(objective.head) for name, objective in OBJECTIVES.items()}
 
 COLUMNS = tl.constexpr(PAIR_COLUMNS)
+MEANS = tl.constexpr(len(METRICS))
 
 
 # Triton makes a constant of an integer argument that is 1, which has no dtype and would compile a kernel of its own.
@@ -47,9 +50,10 @@ COLUMNS = tl.constexpr(PAIR_COLUMNS)
 def errors_kernel(
     # inputs, one pointer per arm; ref_*, mask, ref_error, beta, alpha and weight may be None
     pred_win, pred_lose, ref_win, ref_lose, target_win, target_lose, mask, ref_error, beta, alpha, weight,
-    # scratch: partial sums (B, 5, splits), arrival counters (1 + B) that are zero before and after
+    # scratch: partial sums (B, splits, 4), with a mask (B, splits) elements after them, and arrival counters (1 + B)
+    # that are zero before and after
     slots, counters,
-    # outputs: pairs (B, 9), loss () or (B,), metrics (12,)
+    # outputs: pairs (B, 18), loss () or (B,), metrics (12,)
     pairs, loss, metrics,
     # shapes: pairs, elements per sample, splits per sample, blocks per split
     n_pairs, numel, n_splits, n_blocks,
@@ -101,8 +105,9 @@ def errors_kernel(
         model_w += dw * dw
         model_l += dl * dl
         if REF == "pred":
-            rw = tl.load(ref_win + ref_at + at, inside, 0.0).to(ACC)
-            rl = tl.load(ref_lose + ref_at + at, inside, 0.0).to(ACC)
+            # The gradient does not need the reference: leave the cache to the others.
+            rw = tl.load(ref_win + ref_at + at, inside, 0.0, eviction_policy="evict_first").to(ACC)
+            rl = tl.load(ref_lose + ref_at + at, inside, 0.0, eviction_policy="evict_first").to(ACC)
             # (p - t)^2 - (r - t)^2 = (p - r) ((p - t) + (r - t)): no subtraction of nearly equal sums.
             ew = (pw - rw) * (dw + (rw - tw))
             el = (pl - rl) * (dl + (rl - t_l))
@@ -112,14 +117,14 @@ def errors_kernel(
             excess_w += ew
             excess_l += el
 
-    slot = slots + row * 5 * n_splits + split
-    tl.store(slot, tl.sum(model_w.to(tl.float64)))
-    tl.store(slot + n_splits, tl.sum(model_l.to(tl.float64)))
-    if REF == "pred":
-        tl.store(slot + 2 * n_splits, tl.sum(excess_w.to(tl.float64)))
-        tl.store(slot + 3 * n_splits, tl.sum(excess_l.to(tl.float64)))
+    # One reduction of all four, into four neighbours.
+    sums = tl.join(tl.join(model_w, model_l).to(tl.float64), tl.join(excess_w, excess_l).to(tl.float64))
+    arm, kind = tl.arange(0, 2)[:, None], tl.arange(0, 2)[None, :]
+    slot = row * n_splits + split
+    tl.store(slots + slot * SUMS + 2 * kind + arm, tl.sum(sums, 0))
+    counts = slots + n_pairs.to(tl.int64) * n_splits * SUMS
     if mask is not None:
-        tl.store(slot + 4 * n_splits, tl.sum(elements).to(tl.float64))
+        tl.store(counts + slot, tl.sum(elements).to(tl.float64))
 
     # The barrier orders this program's stores before its arrival; acq_rel orders them for the last one.
     tl.debug_barrier()
@@ -127,7 +132,7 @@ def errors_kernel(
     if arrived == n_splits - 1:
         tl.store(counters + 1 + pair, 0)
         _finish_pair(
-            slots + row * 5 * n_splits, pairs + row * COLUMNS, loss + row,
+            slots + row * n_splits * SUMS, counts + row * n_splits, pairs + row * COLUMNS, loss + row,
             mask, ref_error, beta, alpha, weight, pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
             beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight, HEAD, REF, REDUCTION, SLOT_BLOCK,
         )  # fmt: skip
@@ -136,12 +141,12 @@ def errors_kernel(
             finished = tl.atomic_add(counters, 1, sem="acq_rel")
             if finished == n_pairs - 1:
                 tl.store(counters, 0)
-                _finish_batch(pairs, loss, metrics, beta, n_pairs, beta_value, REDUCTION, PAIR_BLOCK)
+                _finish_batch(pairs, loss, metrics, n_pairs, REDUCTION, PAIR_BLOCK)
 
 
 @triton.jit
 def _finish_pair(
-    slots, out, loss, mask, ref_error, beta, alpha, weight,
+    slots, counts, out, loss, mask, ref_error, beta, alpha, weight,
     pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
     beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight,
     HEAD: tl.constexpr, REF: tl.constexpr, REDUCTION: tl.constexpr, SLOT_BLOCK: tl.constexpr,
@@ -149,12 +154,11 @@ def _finish_pair(
     """Adds a pair's slots, applies the head, stores what the batch and the gradient need."""
     size = tl.full([], 1.0, tl.float64) * numel  # also where numel is 1, which Triton makes a constant
     if mask is not None:
-        size = _sum_slots(slots + 4 * n_splits, n_splits, SLOT_BLOCK)
-    model_w = _sum_slots(slots, n_splits, SLOT_BLOCK) / size
-    model_l = _sum_slots(slots + n_splits, n_splits, SLOT_BLOCK) / size
+        size = tl.sum(_sum_rows(counts, n_splits, 1, 1, SLOT_BLOCK))
+    sums = _sum_rows(slots, n_splits, SUMS, SUMS, SLOT_BLOCK) / size
+    model_w, model_l = _pick(sums, 0, SUMS), _pick(sums, 1, SUMS)
     if REF == "pred":
-        excess_w = _sum_slots(slots + 2 * n_splits, n_splits, SLOT_BLOCK) / size
-        excess_l = _sum_slots(slots + 3 * n_splits, n_splits, SLOT_BLOCK) / size
+        excess_w, excess_l = _pick(sums, 2, SUMS), _pick(sums, 3, SUMS)
     elif REF == "error":
         known = ref_error + pair * ref_error_stride
         excess_w = model_w - tl.load(known).to(tl.float64)
@@ -162,11 +166,11 @@ def _finish_pair(
     else:
         excess_w = model_w
         excess_l = model_l
-    tl.store(out + 2, model_w)
-    tl.store(out + 3, model_l)
-    tl.store(out + 4, excess_w)
-    tl.store(out + 5, excess_l)
-    tl.store(out + 6, size)
+    tl.store(out + 11, model_w)
+    tl.store(out + 12, model_l)
+    tl.store(out + 13, excess_w)
+    tl.store(out + 14, excess_l)
+    tl.store(out + 15, size)
     if REDUCTION != "errors":
         b = beta_value
         if beta is not None:
@@ -199,85 +203,56 @@ def _finish_pair(
         scale = w / size
         if REDUCTION == "mean":
             scale = scale / n_pairs.to(tl.float64)
-        tl.store(out + 7, scale * (2.0 * sft_weight - slope * b))
-        tl.store(out + 8, scale * slope * b)
+        tl.store(out + 16, scale * (2.0 * sft_weight - slope * b))
+        tl.store(out + 17, scale * slope * b)
         tl.store(out, value)
-        tl.store(out + 1, logit)
         if REDUCTION == "none":
             tl.store(loss, value)
 
+        # The metrics, which are not of z but of the logit.
+        reward_w = -0.5 * b * excess_w
+        reward_l = -0.5 * b * excess_l
+        e = tl.exp(-tl.abs(logit))
+        tl.store(out + 1, tl.where(logit > 0, 1.0, tl.where(logit == 0, 0.5, 0.0)))
+        tl.store(out + 2, reward_w)
+        tl.store(out + 3, reward_l)
+        tl.store(out + 4, reward_w - reward_l)
+        tl.store(out + 5, logit)
+        tl.store(out + 6, tl.where(logit >= 0, 1.0, e) / (1.0 + e))
+        tl.store(out + 7, tl.where(tl.abs(logit) > 10.0, 1.0, 0.0))
+        tl.store(out + 8, tl.where((logit > 0) & (excess_w > 0), 1.0, 0.0))
+        tl.store(out + 9, model_w - excess_w)
+        tl.store(out + 10, model_l - excess_l)
+
 
 @triton.jit
-def _sum_slots(slots, n_splits, SLOT_BLOCK: tl.constexpr):
-    total = tl.zeros([SLOT_BLOCK], tl.float64)
-    for start in range(0, n_splits, SLOT_BLOCK):
-        at = start + tl.arange(0, SLOT_BLOCK)
+def _sum_rows(table, n_rows, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The sums of the first COLUMNS columns of a table in memory: (COLUMNS,), its rows added in order."""
+    columns = tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for start in range(0, n_rows, ROWS):
+        rows = (start + tl.arange(0, ROWS))[:, None]
         # .cg: other programs wrote these; this one's L1 cache must not answer.
-        total += tl.load(slots + at, at < n_splits, 0.0, cache_modifier=".cg")
-    return tl.sum(total)
+        total += tl.load(table + rows.to(tl.int64) * stride + columns, rows < n_rows, 0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def _finish_batch(
-    pairs, loss, metrics, beta, n_pairs, beta_value, REDUCTION: tl.constexpr, PAIR_BLOCK: tl.constexpr
-):  # fmt: skip
-    """Adds the pairs: the reduced loss and the metrics, in the order of `polydpo_fast.metrics.METRICS`."""
-    total = tl.zeros([PAIR_BLOCK], tl.float64)
-    accuracy = tl.zeros([PAIR_BLOCK], tl.float64)
-    reward_w = tl.zeros([PAIR_BLOCK], tl.float64)
-    reward_l = tl.zeros([PAIR_BLOCK], tl.float64)
-    logit = tl.zeros([PAIR_BLOCK], tl.float64)
-    probability = tl.zeros([PAIR_BLOCK], tl.float64)
-    model_w = tl.zeros([PAIR_BLOCK], tl.float64)
-    model_l = tl.zeros([PAIR_BLOCK], tl.float64)
-    ref_w = tl.zeros([PAIR_BLOCK], tl.float64)
-    ref_l = tl.zeros([PAIR_BLOCK], tl.float64)
-    saturated = tl.zeros([PAIR_BLOCK], tl.float64)
-    false_success = tl.zeros([PAIR_BLOCK], tl.float64)
-    for start in range(0, n_pairs, PAIR_BLOCK):
-        at = start + tl.arange(0, PAIR_BLOCK)
-        inside = at < n_pairs
-        pair = pairs + at.to(tl.int64) * COLUMNS
-        z = tl.load(pair + 1, inside, 0.0, cache_modifier=".cg")
-        m_w = tl.load(pair + 2, inside, 0.0, cache_modifier=".cg")
-        m_l = tl.load(pair + 3, inside, 0.0, cache_modifier=".cg")
-        e_w = tl.load(pair + 4, inside, 0.0, cache_modifier=".cg")
-        e_l = tl.load(pair + 5, inside, 0.0, cache_modifier=".cg")
-        half_beta = 0.5 * beta_value
-        if beta is not None:
-            half_beta = 0.5 * tl.load(beta + at, inside, 0.0).to(tl.float64)
-        total += tl.load(pair, inside, 0.0, cache_modifier=".cg")
-        reward_w -= half_beta * e_w
-        reward_l -= half_beta * e_l
-        model_w += m_w
-        model_l += m_l
-        ref_w += m_w - e_w
-        ref_l += m_l - e_l
-        logit += z
-        e = tl.exp(-tl.abs(z))
-        probability += tl.where(inside, tl.where(z >= 0, 1.0, e) / (1.0 + e), 0.0)
-        accuracy += tl.where(inside, tl.where(z > 0, 1.0, tl.where(z == 0, 0.5, 0.0)), 0.0)
-        saturated += tl.where(tl.abs(z) > 10.0, 1.0, 0.0)
-        false_success += tl.where((z > 0) & (e_w > 0), 1.0, 0.0)
-    n = n_pairs.to(tl.float64)
+def _pick(values, index: tl.constexpr, SIZE: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, SIZE) == index, values, 0.0))
+
+
+@triton.jit
+def _finish_batch(pairs, loss, metrics, n_pairs, REDUCTION: tl.constexpr, PAIR_BLOCK: tl.constexpr):
+    """Adds the pairs: the reduced loss, and the metrics."""
+    columns = tl.arange(0, 16)
+    sums = _sum_rows(pairs, n_pairs, COLUMNS, 16, PAIR_BLOCK)
+    means = sums / n_pairs.to(tl.float64)
     if REDUCTION == "mean":
-        tl.store(loss, tl.sum(total) / n)
+        tl.store(loss + columns, means, columns == 0)
     if REDUCTION == "sum":
-        tl.store(loss, tl.sum(total))
-    mean_reward_w = tl.sum(reward_w) / n
-    mean_reward_l = tl.sum(reward_l) / n
-    tl.store(metrics, tl.sum(accuracy) / n)
-    tl.store(metrics + 1, mean_reward_w)
-    tl.store(metrics + 2, mean_reward_l)
-    tl.store(metrics + 3, mean_reward_w - mean_reward_l)
-    tl.store(metrics + 4, tl.sum(logit) / n)
-    tl.store(metrics + 5, tl.sum(probability) / n)
-    tl.store(metrics + 6, tl.sum(model_w) / n)
-    tl.store(metrics + 7, tl.sum(model_l) / n)
-    tl.store(metrics + 8, tl.sum(ref_w) / n)
-    tl.store(metrics + 9, tl.sum(ref_l) / n)
-    tl.store(metrics + 10, tl.sum(saturated) / n)
-    tl.store(metrics + 11, tl.sum(false_success) / n)
+        tl.store(loss + columns, sums, columns == 0)
+    tl.store(metrics + columns - 1, means, (columns > 0) & (columns <= MEANS))
 
 
 @triton.jit(do_not_specialize=["n_splits", "coefficients_stride", "grad_loss_stride"])
@@ -294,8 +269,10 @@ def gradient_kernel(
     SHARED_TARGET: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss * coefficient * (pred - target), 0 where masked"""
-    pair = tl.program_id(0) // n_splits
-    split = tl.program_id(0) % n_splits
+    # From the last to the first: what the error launch read last may still be in the L2 cache.
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    pair = index // n_splits
+    split = index % n_splits
     row = pair.to(tl.int64)
     first = split.to(tl.int64) * BLOCK
     scale = tl.load(grad_loss + row * grad_loss_stride).to(tl.float64)
@@ -348,11 +325,11 @@ def launch_errors(
     reduction: str,
     double: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () or (B,), metrics (12,), pairs (B, 9), in one launch.
+    """Loss () or (B,), metrics (12,), pairs (B, 18), in one launch.
 
     Lists hold one tensor of both arms or one for each, dense in one element order within a sample. mask: (B or 1, ...)
     uint8, in that order. ref_error: (2, B). parameters: beta, four alphas, keep, flip, margin, sft_weight. Under
-    reduction="errors" only the pairs' columns from m_w to elements are written.
+    reduction="errors" only the pairs' columns from model_mse_win to elements are written.
     """
     device = pred[0].device
     n_pairs = pairs_in(pred)
@@ -363,7 +340,7 @@ def launch_errors(
     loss = torch.empty((n_pairs,) if reduction == "none" else (), dtype=value_dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=value_dtype, device=device)
     pairs = torch.empty((n_pairs, PAIR_COLUMNS), dtype=torch.float64, device=device)
-    slots = torch.empty(n_pairs * 5 * n_splits, dtype=torch.float64, device=device)
+    slots = torch.empty(n_pairs * n_splits * (SUMS.value + (mask is not None)), dtype=torch.float64, device=device)
     pred_win, pred_lose = arms(pred, layout, n_pairs)
     ref_win, ref_lose = arms(ref, layout, n_pairs) if ref else (None, None)
     target_win, target_lose = arms(target, layout, n_pairs)

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["PAIR_COLUMNS", "arms", "common_order", "dense_mask", "empty_dense_like", "pairs_in"]
+__all__ = ["ELEMENTS", "ERRORS", "PAIR_COLUMNS", "arms", "common_order", "dense_mask", "empty_dense_like", "pairs_in"]
 
-PAIR_COLUMNS = 9
-"""Of a row of the table that the error pass writes: loss, z, m_w, m_l, excess_w, excess_l, elements, and the gradient
-coefficients of winner and loser. csrc/loss.hpp has the same."""
+PAIR_COLUMNS = 18
+"""Of a row of the table that the error pass writes: loss, the twelve metrics, of which m_w and m_l are the last,
+excess_w, excess_l, elements, and the gradient coefficients of winner and loser. csrc/loss.hpp has the same."""
+ERRORS = slice(11, 15)
+"""Its columns m_w, m_l, excess_w, excess_l."""
+ELEMENTS = 15
 
 
 def arms(x: list[Tensor], layout: str, pairs: int) -> tuple[Tensor, Tensor]:

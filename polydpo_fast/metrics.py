@@ -36,14 +36,14 @@ METRICS = (
     "reward_margin",
     "logit_mean",
     "p_mean",
-    "model_mse_win",
-    "model_mse_lose",
-    "ref_mse_win",
-    "ref_mse_lose",
     "saturated",
     "false_success",
+    "ref_mse_win",
+    "ref_mse_lose",
+    "model_mse_win",
+    "model_mse_lose",
 )
-"""Names of the metrics, in the order in which the kernels store them."""
+"""Names of the metrics, in the order in which the kernels store them (`layout.PAIR_COLUMNS`)."""
 
 
 def unpacked(metrics: Tensor) -> dict[str, Tensor]:
@@ -63,12 +63,12 @@ def pair_metrics(errors: PairErrors, logit: Tensor, beta: float | Tensor) -> dic
         reward_win - reward_lose,
         logit,
         torch.sigmoid(logit),
-        model_win,
-        model_lose,
-        model_win - excess_win,
-        model_lose - excess_lose,
         (logit.abs() > 10).to(logit.dtype),
         ((logit > 0) & (excess_win > 0)).to(logit.dtype),
+        model_win - excess_win,
+        model_lose - excess_lose,
+        model_win,
+        model_lose,
     )
     means = [x.to(model_win.dtype).mean() for x in per_pair]
     return dict(zip(METRICS, means, strict=True))

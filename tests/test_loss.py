@@ -276,12 +276,12 @@ def test_metrics(backend, device):
         "reward_margin": (reward[0] - reward[1]).mean(),
         "logit_mean": z.mean(),
         "p_mean": (1 / (1 + np.exp(-z))).mean(),
-        "model_mse_win": e.model_error[0].mean(),
-        "model_mse_lose": e.model_error[1].mean(),
-        "ref_mse_win": e.ref_error[0].mean(),
-        "ref_mse_lose": e.ref_error[1].mean(),
         "saturated": (np.abs(z) > 10).mean(),
         "false_success": ((z > 0) & (e.model_error[0] > e.ref_error[0])).mean(),
+        "ref_mse_win": e.ref_error[0].mean(),
+        "ref_mse_lose": e.ref_error[1].mean(),
+        "model_mse_win": e.model_error[0].mean(),
+        "model_mse_lose": e.model_error[1].mean(),
     }
     assert list(metrics) == list(METRICS) == list(expected)
     assert expected["false_success"] >= 0.25
