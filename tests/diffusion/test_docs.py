@@ -1,24 +1,37 @@
-"""The loops of docs/training.md, as they stand there, on tiny pipelines."""
+"""The loops and commands of docs/training.md, as they stand there, on tiny pipelines."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState
 from diffusion import pipelines
+from typer.testing import CliRunner
+
+from polydpo_fast.cli import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
-LOOPS = [code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if code.startswith("MODEL,")]
-FAMILIES = ["sd15", "sdxl", "sd3", "flux", "wan"]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+CODE = [code for language, code in BLOCKS if language == "python"]
+LOOPS = [code for code in CODE if code.startswith("MODEL,")]
+FAMILIES = ["sd15", "sdxl", "sd3", "flux", "wan", "sd15"]
+NAMES = [*FAMILIES[:5], "stores"]
+PROMPT = "a photo of a bench"
 
 
-def test_there_is_a_loop_for_each_family():
+def test_there_is_a_loop_for_each_family_and_one_of_stores():
     assert len(LOOPS) == len(FAMILIES)
+    assert "cache_latents" in LOOPS[-1]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(("family", "code"), [*zip(FAMILIES, LOOPS, strict=True)], ids=FAMILIES)
+@pytest.mark.parametrize(("family", "code"), [*zip(FAMILIES, LOOPS, strict=True)], ids=NAMES)
 def test_the_loop_runs_and_trains(tmp_path, monkeypatch, family, code):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     model = str(pipelines.save(family, tmp_path))
@@ -45,3 +58,49 @@ def test_the_loop_runs_and_trains(tmp_path, monkeypatch, family, code):
     assert scope["metrics"]["logit_mean"].isfinite()
     moved = [not torch.equal(a, b) for a, b in zip(before["all"], after["all"], strict=True)]
     assert sum(moved) > len(moved) / 4
+
+
+def test_another_model_and_its_timesteps():
+    scope = {}
+    for code in CODE:
+        if code not in LOOPS and "from_pretrained" not in code:
+            exec(compile(code, str(PAGE), "exec"), scope)
+    assert scope["loss"].item() == torch.tensor(2.0).log().item()
+    scope["objective"](scope["model"], torch.randn(8, 4, 16, 16), {"strength": torch.rand(4)})[0].backward()
+    assert scope["model"].weight.grad.isfinite().all()
+    assert scope["weights"].shape == (1000,)
+    assert scope["weights"][-1] == 0  # zero terminal SNR and v-prediction
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning", "ignore::FutureWarning")
+def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, fresh_accelerate):
+    """With a model and pairs that are small, and without bitsandbytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
+    model, pairs = str(pipelines.save("sd15", tmp_path)), str(pipelines.write_pairs(tmp_path / "pairs.parquet", 8))
+    (settings,) = (yaml.safe_load(text) for language, text in BLOCKS if language == "yaml")
+    small = dict(model=model, data=pairs, size=16, batch_size=2, steps=2, optimizer="adamw", validation_steps=1)
+    Path("run.yaml").write_text(yaml.safe_dump({**settings, **small}))
+    Path("evaluation_metadata.jsonl").write_text(json.dumps({"tag": "single_object", "prompt": PROMPT}) + "\n")
+    text = "\n".join(code for language, code in BLOCKS if language == "sh").replace("\\\n", " ")
+    commands = [shlex.split(line) for line in text.splitlines() if line]
+    assert [command[-1] for command in commands if "train" in command] == ["500", "latest", "errors"]
+    for command in commands:
+        for launcher in (["accelerate", "launch", "-m", "polydpo_fast"], ["polydpo-fast"]):
+            if command[: len(launcher)] == launcher:
+                arguments = command[len(launcher) :]
+        replaced = {settings["model"]: model, settings["data"]: pairs}
+        arguments = [replaced.get(word, word) for word in arguments]
+        if "--model" in arguments:
+            arguments += ["--size", "16", "--steps", "2"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (arguments, result.output)
+    assert {path.name for path in Path("run").iterdir()} >= {
+        *("settings.yaml", "metrics.jsonl", "checkpoint-2", "validation", "logs", "unet", "model_index.json")
+    }
+    for images in ("images", "images-lora"):
+        assert len(list(Path(images).rglob("*.png"))) == 4
+    (code,) = (code for code in CODE if "DiffusionPipeline.from_pretrained" in code and code not in LOOPS)
+    exec(compile(code, str(PAGE), "exec"), scope := {})
+    scope["pipe"].load_lora_weights("lora")
