@@ -26,6 +26,8 @@ class PairBatch:
     ok: (B,) bool; False where there is no pair, whose pixels are zeros then.
     original_size, crop_top_left: (2B, 2) int64, SDXL's size conditioning.
     flipped: (B,) bool.
+    matrix, full_range: of clips, for each of the 2B, as `decode_clips` gives them: under dtype="yuv420"
+        `yuv420_to_rgb` must be told. Empty for images.
     extra: the further columns that were asked for, B values each; cached conditioning as tensors, (B, ...).
     """
 
@@ -39,6 +41,8 @@ class PairBatch:
     original_size: Tensor
     crop_top_left: Tensor
     flipped: Tensor
+    matrix: tuple[str, ...] = ()
+    full_range: tuple[bool, ...] = ()
     extra: Mapping[str, list[Any] | Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ __all__ = ["LoaderError", "LoaderStats", "Pipeline", "Plan", "Step"]
 _REACH = 4096  # replacements come from so many positions ahead: read soon anyway, but hardly in the same batch
 _MOST_ATTEMPTS = 1000
 _THREAD = "polydpo-load"
+_NO_COLOURS = "bt709", False  # as `decode_clips` has it where a clip fails
 _RATE_AFTER = 100  # pairs, before a share of bad ones says anything
 
 
@@ -99,6 +100,51 @@ class _Slot:
     pair: Pair | None = None
     attempt: int = 0
     reading: Reading | None = field(default=None, repr=False)
+
+
+@dataclass
+class _Rows:
+    """What a batch is decoded to: 2B images or clips, and of the B pairs whether they are mirrored."""
+
+    pixels: Tensor
+    original_size: Tensor
+    crop_top_left: Tensor
+    flipped: Tensor
+    colours: list[tuple[str, bool]]  # of clips: matrix and full_range
+
+    @classmethod
+    def of(cls, result: Any) -> _Rows:
+        """result: of `decode_pairs` or `decode_clips`."""
+        colours = zip(getattr(result, "matrix", ()), getattr(result, "full_range", ()), strict=True)
+        return cls(result.pixels, result.original_size, result.crop_top_left, result.flipped, list(colours))
+
+    @classmethod
+    def empty(cls, pixels: Tensor, clips: bool) -> _Rows:
+        """Without any pair, around pixels that are zeros."""
+        count = len(pixels)
+        size, corner = (torch.zeros((count, 2), dtype=torch.int64) for _ in range(2))
+        flipped = torch.zeros(count // 2, dtype=torch.bool)
+        return cls(pixels, size, corner, flipped, [_NO_COLOURS] * count if clips else [])
+
+    def put(self, pairs: list[int], result: Any) -> None:
+        """Decoded pairs in the places of those."""
+        new, both = _Rows.of(result), self._both(pairs)
+        places = torch.tensor(both)
+        self.pixels[places.to(self.pixels.device)] = new.pixels
+        self.original_size[places], self.crop_top_left[places] = new.original_size, new.crop_top_left
+        self.flipped[torch.tensor(pairs)] = new.flipped
+        for place, colours in zip(both, new.colours, strict=False):  # images have none
+            self.colours[place] = colours
+
+    def clear(self, pair: int) -> None:
+        """No pair in that place."""
+        both = self._both([pair])
+        self.pixels[both], self.original_size[both], self.crop_top_left[both], self.flipped[pair] = 0, 0, 0, False
+        for row in both if self.colours else ():
+            self.colours[row] = _NO_COLOURS
+
+    def _both(self, pairs: list[int]) -> list[int]:
+        return pairs + [pair + len(self.flipped) for pair in pairs]
 
 
 class _Stopped(Exception):  # noqa: N818  # no error: how a pipeline ends early
@@ -288,24 +334,17 @@ class Pipeline:
         out = None if self._buffers is None else self._buffers.take()
         if len(real) == pairs:
             result = self._decoded(real, out)
-            pixels, geometry = result.pixels, [result.original_size, result.crop_top_left]
-            flipped = result.flipped
+            rows = _Rows.of(result)
         else:  # the last batch: rows without a pair stay zero
             pixels = torch.zeros(plan.batch_shape, dtype=plan.dtype, device="cpu") if out is None else out.zero_()
-            geometry = [torch.zeros((2 * pairs, 2), dtype=torch.int64) for _ in range(2)]
-            flipped = torch.zeros(pairs, dtype=torch.bool)
+            rows = _Rows.empty(pixels, plan.clips)
             if real:
                 result = self._decoded(real, None)
-                pixels = pixels.to(result.pixels.device)
-                rows = [slots.index(slot) for slot in real]
-                both = torch.tensor(rows + [row + pairs for row in rows])
-                pixels[both.to(pixels.device)] = result.pixels
-                for whole, part in zip(geometry, (result.original_size, result.crop_top_left), strict=True):
-                    whole[both] = part
-                flipped[torch.tensor(rows)] = result.flipped
+                rows.pixels = pixels.to(result.pixels.device)
+                rows.put([slots.index(slot) for slot in real], result)
         if real:
-            self._mend(result, slots, real, pixels, geometry, flipped, readers)
-        return self._batch(slots, pixels, geometry, flipped)
+            self._mend(result, slots, real, rows, readers)
+        return self._batch(slots, rows)
 
     def _decoded(self, slots: list[_Slot], out: Tensor | None) -> Any:
         if self._plan.source.ready is not None:
@@ -314,16 +353,7 @@ class Pipeline:
         seeds = [mix(self._plan.seed, self._plan.epoch, slot.position) >> 1 for slot in slots]
         return self._plan.decode(list(wins), list(loses), seeds=seeds, out=out, on_error="mask")
 
-    def _mend(
-        self,
-        result: Any,
-        slots: list[_Slot],
-        real: list[_Slot],
-        pixels: Tensor,
-        geometry: list[Tensor],
-        flipped: Tensor,
-        readers: Readers,
-    ) -> None:
+    def _mend(self, result: Any, slots: list[_Slot], real: list[_Slot], rows: _Rows, readers: Readers) -> None:
         """Puts others in the place of pairs that did not decode."""
         failures = {failure.index: failure for failure in reversed(result.errors)}
         for number, slot in enumerate(real):
@@ -335,20 +365,16 @@ class Pipeline:
                 self._substitute(slot, readers)
                 self._read(slot, readers)
                 if slot.index < 0:
-                    both = [row, row + len(slots)]
-                    pixels[both], geometry[0][both], geometry[1][both], flipped[row] = 0, 0, 0, False
+                    rows.clear(row)
                     break
                 single = self._decoded([slot], None)
                 failure = single.errors[0] if single.errors else None
                 if failure is None:
-                    rows = [row, row + len(slots)]
-                    pixels[rows] = single.pixels
-                    geometry[0][rows], geometry[1][rows] = single.original_size, single.crop_top_left
-                    flipped[row] = single.flipped[0]
+                    rows.put([row], single)
             if slot.index >= 0:
                 self._count(bad=False)
 
-    def _batch(self, slots: list[_Slot], pixels: Tensor, geometry: list[Tensor], flipped: Tensor) -> PairBatch:
+    def _batch(self, slots: list[_Slot], rows: _Rows) -> PairBatch:
         plan = self._plan
         found = [slot.pair for slot in slots]
         ok = [pair is not None for pair in found]
@@ -359,16 +385,18 @@ class Pipeline:
         ]
         names = list(dict.fromkeys(name for pair in pairs for name in pair.extra))
         return PairBatch(
-            pixels=pixels,
+            pixels=rows.pixels,
             prompts=prompts,
             keys=[pair.key for pair in pairs],
             index=torch.tensor([slot.index for slot in slots], dtype=torch.int64),
             weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
             category=[pair.category for pair in pairs],
             ok=torch.tensor(ok, dtype=torch.bool),
-            original_size=geometry[0],
-            crop_top_left=geometry[1],
-            flipped=flipped,
+            original_size=rows.original_size,
+            crop_top_left=rows.crop_top_left,
+            flipped=rows.flipped,
+            matrix=tuple(matrix for matrix, _ in rows.colours),
+            full_range=tuple(full_range for _, full_range in rows.colours),
             extra={name: _column([pair.extra.get(name) for pair in pairs]) for name in names},
         )
 
