@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,9 @@ def check(
     backend: Annotated[str | None, typer.Option(help="Only cpp, triton or reference, and no decoding.")] = None,
     device: Annotated[str | None, typer.Option(help="Only cpu, cuda or cuda:1.")] = None,
     case: Annotated[int | None, typer.Option(min=0, help="Only this case of the losses, of the given seed.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Begin no further cases after that.")] = float("inf"),
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Begin no further cases after that: 40, or none with --thorough.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all findings to this file.")] = None,
 ) -> None:
     """Hold losses, decoding and loading against references on this machine; exit with 1 if a gate is broken."""
@@ -145,7 +148,7 @@ def check(
                 backend=backend,
                 device=device,
                 case=case,
-                seconds=seconds,
+                seconds=seconds if seconds is not None else math.inf if thorough else 40.0,
                 progress=lambda text: status.update(f"checking {text}"),
             )
         if json is not None:
