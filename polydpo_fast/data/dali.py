@@ -185,5 +185,6 @@ def _is_installed() -> bool:
 def _import_dali() -> None:
     try:
         import nvidia.dali  # noqa: F401
-    except ImportError:
-        raise ImportError("DaliDecoder needs NVIDIA DALI: pip install 'polydpo-fast[dali]'") from None
+    except ImportError as error:
+        why = "" if isinstance(error, ModuleNotFoundError) and "dali" in f"{error.name}" else f" ({error})"
+        raise ImportError(f"DaliDecoder needs NVIDIA DALI: pip install 'polydpo-fast[dali]'{why}") from None

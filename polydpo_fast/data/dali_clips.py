@@ -19,7 +19,7 @@ from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, check_clips
 from ..timeline import plan
 from ..video import Clip, Source, aspect_of, orientation, siting_of
-from .dali_engine import Engine, Finish, Plan, compare, for_cpp, resized, to_709
+from .dali_engine import Engine, Finish, Plan, compare, for_cpp, reason, resized, to_709
 
 __all__ = ["decode"]
 
@@ -36,7 +36,8 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
     finish = Finish(out.dtype, asked.native, engine.device)
     facts = _Facts(pairs, frames)
     with engine.writing(out):
-        others, refused = [], []
+        others: list[int] = []
+        refused: dict[int, RuntimeError] = {}
         for i in range(pairs):
             pair = (asked.win[i], asked.lose[i])
             sides = None if asked.planes else _opened(engine, pair, options["strict"], asked.limits, options["cache"])
@@ -57,7 +58,7 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
             except (ValueError, RuntimeError) as error:  # C++ says what is wrong, if anything is
                 others.append(i)
                 if isinstance(error, RuntimeError):
-                    refused.append(i)
+                    refused[i] = error
                 continue
             finally:
                 engine.wait()  # the frames of one clip at a time: they are large
@@ -74,8 +75,10 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
             *arms, given = for_cpp(asked, options, others)
             rest = decode_clips(*arms, **given)
             facts.take(rest, others)
-            if any(rest.ok[others.index(i)] for i in refused):
-                warnings.warn("DALI could not decode a clip of a batch that C++ could", stacklevel=3)
+            for trouble in [refused[i] for i in refused if rest.ok[others.index(i)]][:1]:
+                warnings.warn(
+                    f"DALI could not decode a clip of a batch that C++ could: {reason(trouble)}", stacklevel=3
+                )
             for k, row in enumerate((*others, *(i + pairs for i in others))):
                 out[row].copy_(rest.pixels[k])
     if facts.failures and options["on_error"] == "raise":

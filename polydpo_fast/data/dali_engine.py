@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..decode_arguments import Request
 
-__all__ = ["CanaryError", "Engine", "Finish", "Plan", "compare", "for_cpp", "resized", "to_709"]
+__all__ = ["CanaryError", "Engine", "Finish", "Plan", "compare", "for_cpp", "reason", "resized", "to_709"]
 
 _CANARY_LEVELS = 8.0
 _TILE = 16  # pixels, of a side; as wide as the blocks of 4:2:0
@@ -86,6 +86,12 @@ class Engine:
         with pipeline:
             pipeline.set_outputs(graph())
         return pipeline
+
+
+def reason(error: RuntimeError | None) -> str:
+    """What DALI says, without the pages around it."""
+    words = " ".join(str(error).rsplit("encountered:", 1)[-1].split())
+    return words if len(words) < 300 else f"{words[:300]} ..."
 
 
 def for_cpp(

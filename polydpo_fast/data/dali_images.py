@@ -14,7 +14,7 @@ from typing_extensions import Buffer
 from .. import _C
 from ..decode import DecodedPairs, DecodeError, DecodeFailure, decode_pairs
 from ..decode_arguments import check_images
-from .dali_engine import Engine, Finish, Plan, compare, for_cpp, resized
+from .dali_engine import Engine, Finish, Plan, compare, for_cpp, reason, resized
 
 __all__ = ["decode"]
 
@@ -46,7 +46,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     finish = Finish(out.dtype, asked.native, engine.device)
     with engine.writing(out):
         rows = [row for first in (0, pairs) for row in (first + i for i in chosen)]
-        done = _decoded(engine, rows, images, plans, options["interpolation"], finish, out)
+        done, trouble = _decoded(engine, rows, images, plans, options["interpolation"], finish, out)
         taken = [i for i in chosen if done.issuperset((i, i + pairs))]
 
         original = torch.zeros((2 * pairs, 2), dtype=torch.int64, device="cpu")
@@ -65,7 +65,8 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
                 out[row].copy_(rest.pixels[k])
                 original[row], corner[row] = rest.original_size[k], rest.crop_top_left[k]
             if chosen and not taken and rest.ok[[others.index(i) for i in chosen]].any():
-                warnings.warn("DALI decoded none of the images of a batch that C++ could decode", stacklevel=3)
+                text = "DALI decoded none of the images of a batch that C++ could decode"
+                warnings.warn(f"{text}: {reason(trouble)}", stacklevel=3)
         for i in taken:
             if engine.is_canary():
                 *arms, given = for_cpp(asked, options, [i])
@@ -87,9 +88,10 @@ def _decoded(
     interpolation: str,
     finish: Finish,
     out: Tensor,
-) -> set[int]:
-    """Decodes those rows, and returns which of them DALI could."""
+) -> tuple[set[int], RuntimeError | None]:
+    """Decodes those rows, and returns which of them DALI could, and the last of its errors."""
     done: set[int] = set()
+    trouble = None
     for is_resized in (False, True):
         group = [row for row in rows if plans[row].is_resized() == is_resized]
         waiting = [group] if group else []
@@ -97,14 +99,15 @@ def _decoded(
             part = waiting.pop()
             try:
                 levels = _run(engine, part, images, plans, interpolation if is_resized else None)
-            except RuntimeError:  # one is too much for it: which?
+            except RuntimeError as error:  # one is too much for it: which?
+                trouble = error
                 if len(part) > 1:
                     waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
                 continue
             for row, pixels in zip(part, levels, strict=True):
                 finish.store(pixels, plans[row], out[row])
             done.update(part)
-    return done
+    return done, trouble
 
 
 def _run(

@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import os
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -175,8 +177,20 @@ def test_auto(monkeypatch, cuda, installed, device, chosen):
 def test_without_dali(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert not dali._is_installed()
-    with pytest.raises(ImportError, match=r"pip install 'polydpo-fast\[dali\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'polydpo-fast\[dali\]'$"):
         choose_decoder("dali", "cpu")
+
+
+def test_a_dali_that_does_not_load(tmp_path):
+    """What is the matter with it is not hidden."""
+    package = tmp_path / "nvidia" / "dali"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import a_library_that_is_not_there")
+    code = "from polydpo_fast.data import choose_decoder; choose_decoder('dali', 'cpu')"
+    where = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "[dali]' (No module named 'a_library_that_is_not_there')" in ended.stderr
 
 
 def test_bad_choice():
@@ -296,11 +310,13 @@ def test_what_dali_chokes_on_costs_its_own_pair(decoder, in_cpp):
 
 def test_a_dali_that_decodes_nothing_is_told_of(decoder, monkeypatch):
     def broken(*_):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("Critical error\nwhich was used in\n  a file\nencountered:\n\nout of\nmemory")
 
     monkeypatch.setattr(dali_images, "_run", broken)
     image = jpeg(picture(48, 48))
-    with pytest.warns(UserWarning, match="DALI decoded none"):
+    with pytest.warns(
+        UserWarning, match="DALI decoded none of the images of a batch that C.. could decode: out of memory$"
+    ):
         got = decoder.decode_pairs([image], [image], size=32)
     assert torch.equal(got.pixels, decode_pairs([image], [image], size=32).pixels)
 
