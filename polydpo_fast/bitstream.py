@@ -17,18 +17,28 @@ def begins_anew(codec: str, packet: Buffer) -> bool:
 
 
 class SpareFrames:
-    """Which packets of HEVC can be left out, and all other frames are decoded as they would be with them.
+    """Which packets of HEVC and AV1 can be left out, and all other frames are decoded as they would be with them.
 
-    A picture of a type that is no reference may still be one for pictures of higher temporal layers. So it has to be of
-    the highest, by the parameters that came before. FFmpeg's skip_frame does not look at that.
+    In HEVC a picture of a type that is no reference may still be one for pictures of higher temporal layers. So it has
+    to be of the highest, by the parameters that came before; FFmpeg's skip_frame does not look at that. In AV1 a frame
+    that refreshes nothing leaves nothing behind. (In VP9 it leaves probabilities and motion behind.)
     """
 
-    def __init__(self, header: bytes | None) -> None:
+    def __init__(self, codec: str, header: bytes | None) -> None:
+        header = header or b""
+        self._has = _SpareHevc(header).has if codec == "hevc" else _SpareAv1(header).has if codec == "av1" else None
+
+    def has(self, packet: Buffer) -> bool:
+        """To be asked of all packets, in their order."""
+        return self._has is not None and self._has(packet)
+
+
+class _SpareHevc:
+    def __init__(self, header: bytes) -> None:
         self._sets = _parameters("hevc", header)
         self._highest = max((unit[2] >> 1 & 7 for unit in self._sets), default=None)
 
     def has(self, packet: Buffer) -> bool:
-        """To be asked of all packets, in their order."""
         pictures = []
         for unit in _units(packet):
             kind = _type_of("hevc", unit)
@@ -38,6 +48,99 @@ class SpareFrames:
             elif kind == _SPS["hevc"] and unit not in self._sets:
                 self._highest = None  # other parameters than those that were told before
         return self._highest is not None and bool(pictures) and all(pictures)
+
+
+class _SpareAv1:
+    def __init__(self, header: bytes) -> None:
+        self._sequence: _Sequence | None = None
+        if header[:1] == b"\x81":
+            self.has(header[4:])
+
+    def has(self, packet: Buffer) -> bool:
+        refreshed = []
+        for kind, body in _obus(packet):
+            try:
+                if kind == _SEQUENCE:
+                    self._sequence = None
+                    self._sequence = _Sequence(_Bits(body, escaped=False))
+                elif kind in _FRAMES:
+                    header = _Bits(body[:64], escaped=False)
+                    refreshed.append(255 if self._sequence is None else self._sequence.refreshed_by(header))
+            except ValueError:
+                refreshed.append(255)
+        return bool(refreshed) and not any(refreshed)
+
+
+_SEQUENCE, _FRAMES = 1, (3, 6)  # types of AV1's units: sequence header; frame header, and that with its frame
+
+
+def _obus(data: Buffer) -> list[tuple[int, bytes]]:
+    """Types and first bytes of AV1's units; none where they do not fill the data."""
+    view, at, found = memoryview(data), 0, []
+    while at < len(view):
+        begin, extended, sized = view[at], view[at] >> 2 & 1, view[at] >> 1 & 1
+        at += 1 + extended
+        size, shift = 0, 0
+        while sized:
+            if at >= len(view) or shift > 49:
+                return []
+            size |= (view[at] & 127) << shift
+            shift, sized, at = shift + 7, view[at] >> 7, at + 1
+        if not begin >> 1 & 1:  # it ends with the data
+            size = len(view) - at
+        if begin & 0x81 or size < 0 or at + size > len(view):
+            return []
+        found.append((begin >> 3, bytes(view[at : at + min(size, _MOST_HEADER)])))
+        at += size
+    return found
+
+
+class _Sequence:
+    """What a frame header cannot be read without, AV1's 5.5.1. Raises ValueError for what is not read."""
+
+    def __init__(self, bits: _Bits) -> None:
+        bits.take(4)
+        if bits.take(1) or bits.take(1):
+            raise ValueError("reduced headers, or timing")
+        delays = bits.take(1)
+        for _ in range(bits.take(5) + 1):
+            if bits.take(12):
+                raise ValueError("layers")
+            if bits.take(5) > 7:
+                bits.take(1)
+            if delays and bits.take(1):
+                bits.take(4)
+        width, height = bits.take(4), bits.take(4)
+        bits.take(width + 1 + height + 1)
+        if bits.take(1):
+            raise ValueError("numbers of frames")
+        bits.take(7)
+        has_order = bits.take(1)
+        bits.take(2 * has_order)
+        self._screen = 2 if bits.take(1) else bits.take(1)
+        self._whole_motion = 2
+        if self._screen and not bits.take(1):
+            self._whole_motion = bits.take(1)
+        self._order = 1 + bits.take(3) if has_order else 0
+
+    def refreshed_by(self, bits: _Bits) -> int:
+        """A bit for each of the eight references that a frame replaces, by its header, 5.9.2."""
+        if bits.take(1):  # one that is kept is shown: of a keyframe all are replaced
+            return 255
+        kind, is_shown = bits.take(2), bits.take(1)
+        if not is_shown:
+            bits.take(1)
+        if kind == 3 or (kind == 0 and is_shown):
+            return 255
+        alone = bits.take(1)
+        bits.take(1)
+        screen = bits.take(1) if self._screen == 2 else self._screen
+        if screen and self._whole_motion == 2:
+            bits.take(1)
+        bits.take(1 + self._order)
+        if not (kind in (0, 2) or alone):
+            bits.take(3)
+        return bits.take(8)
 
 
 def chroma_siting(codec: str, header: bytes | None) -> int:
@@ -106,10 +209,10 @@ def _parameters(codec: str, header: bytes | None) -> list[bytes]:
 
 
 class _Bits:
-    """A unit's, from the left. Raises ValueError behind the end."""
+    """A unit's, from the left. Raises ValueError behind the end. escaped: H.264 and HEVC keep zeros apart by threes."""
 
-    def __init__(self, unit: bytes) -> None:
-        data = unit[:_MOST_HEADER].replace(b"\0\0\3", b"\0\0")
+    def __init__(self, unit: bytes, escaped: bool = True) -> None:
+        data = unit[:_MOST_HEADER].replace(b"\0\0\3", b"\0\0") if escaped else unit
         self._number, self._left = int.from_bytes(data, "big"), 8 * len(data)
 
     def take(self, count: int) -> int:

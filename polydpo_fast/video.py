@@ -289,18 +289,16 @@ class Clip:
         import av
 
         context = stream.codec_context
-        spare = SpareFrames(context.extradata)
+        spare = SpareFrames(context.codec.canonical_name, context.extradata)
         for packet in _packets(container, stream, strict):
             self._look_at_the_clock()
             if wanted is not None and context.name in _SKIPPING:
                 is_needed = packet.pts is None or packet.pts in wanted
                 context.skip_frame = "DEFAULT" if is_needed else "NONREF"
                 self._shortcut |= not is_needed
-            elif wanted is not None and context.name == "hevc":
-                is_spare = spare.has(packet)
-                if is_spare and packet.pts is not None and packet.pts not in wanted:
-                    self._shortcut = True
-                    continue
+            elif wanted is not None and spare.has(packet) and packet.pts is not None and packet.pts not in wanted:
+                self._shortcut = True
+                continue
             try:
                 frames = packet.decode()
             except av.FFmpegError:

@@ -71,7 +71,7 @@ def test_headers_of_any_bytes(codec):
         broken.append(bytes(bad))
     for bad in broken:
         assert chroma_siting(name, bad) in range(6)
-        SpareFrames(bad)
+        SpareFrames(name, bad)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def hvcc(*sets):
 def test_pictures_that_another_layer_may_need_are_not_spare():
     """Of two temporal layers, by the parameters: the lower one's may be references, whatever their type."""
     two, one = (unit(33, 0, bytes([layers << 1, 9, 9])) for layers in (1, 0))
-    spare = SpareFrames(hvcc(two))
+    spare = SpareFrames("hevc", hvcc(two))
     assert not spare.has(unit(0, 0))
     assert spare.has(unit(0, 1))
     assert spare.has(unit(8, 1) + unit(8, 1))
@@ -116,14 +116,59 @@ def test_pictures_that_another_layer_may_need_are_not_spare():
     assert not spare.has(unit(39, 0))  # no picture at all
     for broken in (b"", b"\0\0\0\1", unit(0, 1)[:-1], unit(0, 1) + b"\0", b"\0\0\0\1\0"):
         assert not spare.has(broken)
-    assert SpareFrames(hvcc(one)).has(unit(0, 0))
-    assert not SpareFrames(hvcc()).has(unit(0, 0))  # nothing is known
-    assert not SpareFrames(None).has(unit(0, 0))
+    assert SpareFrames("hevc", hvcc(one)).has(unit(0, 0))
+    assert not SpareFrames("hevc", hvcc()).has(unit(0, 0))  # nothing is known
+    assert not SpareFrames("hevc", None).has(unit(0, 0))
 
 
 def test_other_parameters_on_the_way_end_it():
     two, one = (unit(33, 0, bytes([layers << 1, 9, 9])) for layers in (1, 0))
-    spare = SpareFrames(hvcc(one))
+    spare = SpareFrames("hevc", hvcc(one))
     assert spare.has(one + unit(0, 0))  # the same once more
     assert not spare.has(two + unit(0, 0))
     assert not spare.has(unit(0, 0))
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("options", ["pred-struct=1", "hierarchical-levels=4", "scm=1", "hierarchical-levels=3"])
+def test_spare_frames_of_av1_leave_nothing_behind(options, container):
+    """Without them dav1d decodes the others to the same bits."""
+    data = encode(60, codec="libsvtav1", container=container, g="24", **{"svtav1-params": options})
+
+    def frames(is_left_out):
+        found = {}
+        with av.open(io.BytesIO(data)) as opened:
+            stream = opened.streams.video[0]
+            spare = SpareFrames(*header_of(data))
+            for packet in opened.demux(stream):
+                if packet.size == 0 or not (spare.has(packet) and is_left_out):
+                    found |= {frame.pts: frame.to_ndarray().tobytes() for frame in packet.decode()}
+        return found
+
+    whole, kept = frames(False), frames(True)
+    assert len(whole) == 60
+    assert len(kept) < 60 or options == "hierarchical-levels=3"  # which has none
+    assert kept.items() <= whole.items()
+
+
+def test_av1_that_cannot_be_read_has_no_spare_frames():
+    """Without a sequence header; with one that has more to it; and whatever bytes there are."""
+    data = encode(12, codec="libsvtav1", container="matroska", **{"svtav1-params": "pred-struct=1"})
+    name, header = header_of(data)
+    with av.open(io.BytesIO(data)) as opened:
+        packets = [bytes(packet) for packet in opened.demux(video=0) if packet.size]
+    first, spare = packets[0], next(p for p in packets if SpareFrames(name, header).has(p))
+    assert not SpareFrames(name, None).has(spare)
+    assert first[0] == 0x0A  # a sequence header
+    for bit in (0x08, 0x04):  # reduced headers, timing
+        changed = bytearray(first)
+        changed[2] |= bit
+        reader = SpareFrames(name, None)
+        assert not reader.has(bytes(changed))
+        assert not reader.has(spare)
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        reader = SpareFrames(name, header)
+        bad = bytearray(packets[random.integers(len(packets))][: random.integers(1, 80)])
+        bad[random.integers(len(bad))] ^= 1 << random.integers(8)
+        reader.has(bytes(bad))

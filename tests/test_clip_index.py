@@ -185,6 +185,8 @@ SPARSE = {
         "codec": "libx265",
         "x265-params": "bframes=3:b-adapt=0:keyint=8:repeat-headers=1:log-level=none",
     },
+    "av1, low delay": {"codec": "libsvtav1", "g": "24", "svtav1-params": "pred-struct=1"},
+    "av1, in layers": {"codec": "libsvtav1", "g": "60", "svtav1-params": "hierarchical-levels=4"},
     "hevc, open groups": {"codec": "libx265", "x265-params": "bframes=4:open-gop=1:keyint=8:log-level=none"},
 }
 
@@ -227,6 +229,14 @@ def test_frames_that_nobody_needs_are_not_decoded(monkeypatch, codec, pyramid, r
     count = count_decoded(monkeypatch)
     decode_clips([data], [data], frames=4, size=16, fps=Fraction(24, 13), start=0.0)
     assert len(count) <= 2 * (references + 4)
+
+
+def test_spare_frames_of_av1_are_not_decoded(monkeypatch):
+    """Of 49, every second one is made from others, and no other from it."""
+    data = encode(49, codec="libsvtav1", g="60", **{"svtav1-params": "pred-struct=1"})
+    count = count_decoded(monkeypatch)
+    decode_clips([data], [data], frames=4, size=16, fps=Fraction(24, 13), start=0.0)
+    assert len(count) <= 2 * (25 + 4)
 
 
 @pytest.mark.parametrize("group", [2, 12, 60])
