@@ -199,10 +199,10 @@ def test_skipping_frames_that_nobody_needs_changes_nothing(kind):
     assert_frames(whole, [frame for _, frame in full_decode(data)])
     for step, first in ((3, 0), (7, 5)):
         count = (50 - first + step - 1) // step
-        sparse = decode_clips(
-            [data], [data], frames=count, size=(48, 64), fps=Fraction(24, step), start=first / 24, dtype=torch.uint8
-        )
-        assert torch.equal(sparse.pixels[0], whole[:, first::step])
+        options = dict(frames=count, size=(48, 64), fps=Fraction(24, step), start=first / 24, dtype=torch.uint8)
+        for threads in (1, 8):  # and by FFmpeg's own threads
+            sparse = decode_clips([data], [data], threads=threads, **options)
+            assert torch.equal(sparse.pixels[0], whole[:, first::step])
 
 
 def count_decoded(monkeypatch):

@@ -4,7 +4,10 @@ import gc
 import io
 import itertools
 import struct
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
@@ -383,6 +386,51 @@ def test_layouts_dtypes_threads_and_out_agree():
     assert torch.equal(single.pixels.bfloat16(), base.pixels)
     assert torch.equal(single.crop_top_left, base.crop_top_left)
     assert single.original_size.tolist() == [[48, 64]] * 4
+
+
+@pytest.mark.parametrize(("threads", "each"), [(1, 1), (3, 1), (4, 1), (8, 2), (19, 4)])
+def test_threads_are_shared_among_the_clips(monkeypatch, threads, each):
+    """One each where clips outnumber processors; what is left over is FFmpeg's."""
+    given, plain = [], Clip._open
+
+    @contextmanager
+    def opened(self, *arguments):
+        with plain(self, *arguments) as (container, stream):
+            given.append((stream.codec_context.thread_count, str(stream.codec_context.thread_type)))
+            yield container, stream
+
+    monkeypatch.setattr(Clip, "_open", opened)
+    at_once, most, decoded = [], [], Clip._decoded
+
+    def counting(self, *arguments):
+        at_once.append(1)
+        most.append(len(at_once))
+        try:
+            yield from decoded(self, *arguments)
+        finally:
+            at_once.pop()
+
+    monkeypatch.setattr(Clip, "_decoded", counting)
+    decode_clips([CLIP] * 2, [CLIP] * 2, frames=30, size=16, threads=threads)
+    assert {count for count, _ in given[4:]} == {each}  # after the four indexes
+    assert max(most) <= threads
+
+
+def test_without_pyav():
+    """Everything else works."""
+    code = """
+import sys
+sys.modules["av"] = None
+import io, torch
+from PIL import Image
+import polydpo_fast
+file = io.BytesIO()
+Image.new("RGB", (16, 16)).save(file, "JPEG")
+assert polydpo_fast.decode_pairs([file.getvalue()], [file.getvalue()], size=16).ok.all()
+polydpo_fast.decode_clips([b""], [b""])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr.endswith("ImportError: decode_clips needs PyAV: pip install 'polydpo-fast[video]'\n")
 
 
 def test_paths_will_do(tmp_path):
