@@ -184,12 +184,16 @@ def decode_clips(
         chosen = clip.timeline.shown_at(plans[pair], short)
         base = out[row].data_ptr()
         first_place: dict[int, int] = {}
+        stored = False
         for k, pts in enumerate(chosen):
             first_place.setdefault(pts, k)
         for pts, frame in clip.frames(sorted(first_place)):
             _check_frame(frame, clip, resize, planes)
             place = base + first_place[pts] * frame_bytes
-            colours[row], geometry[row] = _store(stores[pair], frame, clip, place, plane)
+            shown_in, geometry[row] = _store(stores[pair], frame, clip, place, plane)
+            if planes and stored and shown_in != colours[row]:
+                raise ValueError(f"what its YCbCr means changes from {colours[row]} to {shown_in} (matrix, full range)")
+            colours[row], stored = shown_in, True
             del frame
         with torch.inference_mode(out.is_inference()):  # a thread has a mode of its own
             shown = out[row] if in_order else out[row].transpose(0, 1)

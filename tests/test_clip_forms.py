@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, rgb  # noqa: F401
+from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, rgb  # noqa: F401
 
 from polydpo_fast import DecodeError, decode_clips, yuv420_to_rgb
 
@@ -112,6 +112,19 @@ def test_what_has_no_such_planes_fails(data, options, reason):
     failure = error.value.failures[-1]
     assert (failure.arm, failure.index) == ("lose", 0)
     assert reason in failure.reason
+
+
+def test_planes_mean_one_thing():
+    """Frames of pixels are each converted by their own flags; of planes one matrix is told."""
+    parts = [encode(8, codec="libvpx-vp9", container="webm", colorspace=name) for name in ("bt709", "smpte170m")]
+    data = joined(*parts)
+    whole = [frame for _, frame in full_decode(data)]
+    assert {frame.colorspace for frame in whole} == {1, 6}
+    options = dict(size=(48, 64), start=0.0)
+    assert_frames(decode_clips([data], [data], frames=16, dtype=torch.uint8, **options).pixels[0], whole)
+    assert decode_clips([data], [data], frames=8, dtype="yuv420", **options).matrix == ("bt709",) * 2
+    with pytest.raises(DecodeError, match=r"YCbCr means changes from \('bt709', False\) to \('bt601', False\)"):
+        decode_clips([data], [data], frames=16, dtype="yuv420", **options)
 
 
 def test_odd_sides_have_no_planes():
