@@ -72,22 +72,22 @@ def render(
     Raises ValueError where the folder holds other prompts, and for a model that is none or makes clips.
     """
     need("accelerate", "transformers", "diffusers", "safetensors", what="geneval")
-    from accelerate import PartialState
+    from accelerate import Accelerator
     from PIL import Image
 
-    records, family, state = read_prompts(prompts), family_of(model), PartialState()
+    records, family, accelerator = read_prompts(prompts), family_of(model), Accelerator()
     if family.video:
         raise ValueError(f"model is {model!r}, which makes clips; GenEval is about images")
-    mine = range(state.process_index, len(records), state.num_processes)
+    mine = range(accelerator.process_index, len(records), accelerator.num_processes)
     for number in mine:
         _claim(out / f"{number:05d}", records[number])
-    dtype = dtype or (torch.float32 if state.device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or (torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16)
     pipe = load_pipeline(model, policy=dtype, frozen=dtype)
     if result is not None:
         load_result(pipe, result)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            part.to(state.device)
+            part.to(accelerator.device)
     size = size or native_size(pipe, family)
     check_geometry(pipe, family, size, None)
     for done, (number, one) in enumerate(((n, s) for n in mine for s in range(samples)), 1):
@@ -106,7 +106,7 @@ def render(
             Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(partial, "PNG")
             partial.rename(file)
         progress(done, len(mine) * samples)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
 
 
 def _claim(folder: Path, record: dict[str, Any]) -> None:

@@ -558,6 +558,39 @@ def test_two_processes_with_lora_stop_together_and_resume(here, tmp_path, unused
         assert (together[name] - alone[name]).norm() <= 1e-4 * alone[name].norm() + 1e-7, name
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("lora", [0, 2])
+def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp_port, lora):
+    """Through Accelerate's FSDP2, stopped and resumed in between."""
+    change = dict(beta=500.0, adam_epsilon=1e-3, learning_rate=1e-4, lora_rank=lora, checkpoint_every=2)
+    train(settings(here, tmp_path / "one", batch_size=4, **change))
+    environment = {
+        **os.environ,
+        **dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"),
+        **dict(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP="ResnetBlock2D"),
+        **dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT", FSDP_OFFLOAD_PARAMS="false"),
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_port", str(unused_tcp_port), str(Path(__file__).with_name("fsdp_on_cpus.py")), "train"]
+    for steps in (2, 4):
+        run = settings(here, tmp_path / "two", steps=steps, resume="latest", **change)
+        write_settings(run, tmp_path / "two.yaml")
+        done = subprocess.run(
+            [*launch, "--config", str(tmp_path / "two.yaml")], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    # It was sharded: a process has its part alone.
+    assert len(list((tmp_path / "two" / "checkpoint-4" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
+    alone, together = (load_file(tmp_path / run / name) for run in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for key in alone:
+        assert (together[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-7, key
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
