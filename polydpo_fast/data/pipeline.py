@@ -8,8 +8,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from .source import Pair, PairError, Source
 
 __all__ = ["LoaderError", "LoaderStats", "Pipeline", "Plan", "Step"]
 
+_STEPS = 32  # whose pairs are worked out together
 _REACH = 4096  # replacements come from so many positions ahead: read soon anyway, but hardly in the same batch
 _MOST_ATTEMPTS = 1000
 _THREAD = "polydpo-load"
@@ -215,8 +217,8 @@ class Pipeline:
         waiting: deque[tuple[Step, list[_Slot]]] = deque()
         try:
             readers = Readers(plan.source, plan.clips, plan.readers, plan.timeout_s)
-            for step in self._steps:
-                waiting.append((step, self._ask(step, readers)))
+            for step, pairs in self._in_order():
+                waiting.append((step, self._ask(step, pairs, readers)))
                 if len(waiting) > plan.prefetch:
                     self._emit(*waiting.popleft(), readers)
             while waiting:
@@ -248,15 +250,20 @@ class Pipeline:
                 continue
         self._stats.waiting_for_consumer_s += time.monotonic() - began
 
-    def _ask(self, step: Step, readers: Readers) -> list[_Slot]:
-        here = step.positions < len(self._plan.source)
-        slots = [_Slot(position) for position in step.positions.tolist()]
-        for slot, index in zip(
-            (slot for slot, real in zip(slots, here, strict=True) if real),
-            self._plan.order(step.positions[here]).tolist(),
-            strict=True,
-        ):
-            slot.index, slot.reading = index, readers.ask(index)
+    def _in_order(self) -> Iterator[tuple[Step, list[int]]]:
+        """The steps, and for each position the pair, or -1. Some at once, which takes hardly longer than one."""
+        steps = iter(self._steps)
+        while some := list(islice(steps, _STEPS)):
+            positions = np.stack([step.positions for step in some])
+            here, pairs = positions < len(self._plan.source), np.full(positions.shape, -1)
+            pairs[here] = self._plan.order(positions[here])
+            yield from zip(some, pairs.tolist(), strict=True)
+
+    def _ask(self, step: Step, pairs: list[int], readers: Readers) -> list[_Slot]:
+        slots = [_Slot(position, pair) for position, pair in zip(step.positions.tolist(), pairs, strict=True)]
+        for slot in slots:
+            if slot.index >= 0:
+                slot.reading = readers.ask(slot.index)
         return slots
 
     def _emit(self, step: Step, slots: list[_Slot], readers: Readers) -> None:
