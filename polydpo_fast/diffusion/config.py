@@ -36,6 +36,8 @@ class Settings:
     lora_rank: 0 trains all weights. lora_targets: names of layers; empty for the attention's projections.
     optimizer: "adamw", "adamw8bit", "paged_adamw8bit" (bitsandbytes: two bytes of state per weight, not eight) or
         "adafactor" (with a fixed rate, as Diffusion-DPO's script has it).
+    learning_rate: None for what was published: 1e-8 for each pair of a step (Diffusion-DPO, all weights), 1e-5 for LoRA
+        (Diffusers' DPO scripts).
     schedule: of the learning rate, a name that diffusers.optimization.get_scheduler knows; warmup: steps; cycles: of
         "cosine_with_restarts"; power: of "polynomial".
     max_grad_norm: 0 for no clipping.
@@ -71,7 +73,7 @@ class Settings:
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=list)
     optimizer: str = "adamw"
-    learning_rate: float = 1e-8
+    learning_rate: float | None = None
     schedule: str = "constant_with_warmup"
     warmup: int = 0
     cycles: int = 1
@@ -105,7 +107,8 @@ class Settings:
             _check_range(name, getattr(self, name), 0, 2**31 - 1)
         _check_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("learning_rate", "beta", "weight_decay", "max_grad_norm", "adam_epsilon", "power"):
-            _check_range(name, getattr(self, name), 0, math.inf)
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 0, math.inf)
         for name in ("ema", "prompt_dropout", "adam_beta1", "adam_beta2"):
             _check_range(name, getattr(self, name), 0, 1)
         for name, choices in _CHOICES.items():

@@ -75,6 +75,6 @@ def _accelerator(settings: Settings) -> Any:
             raise ValueError("validation_prompts are given; under FSDP no process has the model: expected none")
         if settings.ema:
             raise ValueError(f"ema is {settings.ema}; under FSDP no process has all weights to average: expected 0")
-    set_seed(settings.seed)
+    set_seed(settings.seed % 2**32)  # NumPy takes no more
     logging.set_verbosity_error()  # else it tells of every prompt that is longer than 77 tokens
     return accelerator

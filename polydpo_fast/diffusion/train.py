@@ -55,7 +55,7 @@ def train(settings: Settings) -> None:
     if errors is not None:
         errors.check(objective=objective)
     parameters = _trainable(model, family, settings)
-    optimizer = _optimizer(parameters, settings)
+    optimizer = _optimizer(parameters, settings, _learning_rate(settings, accelerator.num_processes))
     schedule = _schedule(optimizer, settings)
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 has made others
@@ -170,13 +170,19 @@ def _trainable(model: Any, family: Family, settings: Settings) -> list[Tensor]:
     return parameters
 
 
-def _optimizer(parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
+def _learning_rate(settings: Settings, processes: int) -> float:
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    return 1e-5 if settings.lora_rank else 1e-8 * processes * settings.batch_size * settings.accumulation
+
+
+def _optimizer(parameters: list[Tensor], settings: Settings, learning_rate: float) -> torch.optim.Optimizer:
     if settings.optimizer == "adafactor":
         from transformers import Adafactor
 
         fixed: torch.optim.Optimizer = Adafactor(
             parameters,
-            lr=settings.learning_rate,
+            lr=learning_rate,
             weight_decay=settings.weight_decay,
             clip_threshold=1.0,
             scale_parameter=False,
@@ -194,7 +200,7 @@ def _optimizer(parameters: list[Tensor], settings: Settings) -> torch.optim.Opti
         kind = PagedAdamW8bit if settings.optimizer.startswith("paged") else AdamW8bit
     optimizer: torch.optim.Optimizer = kind(
         parameters,
-        lr=settings.learning_rate,
+        lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,

@@ -411,6 +411,14 @@ def test_schedules_of_the_learning_rate(here, tmp_path, change, rate):
     assert rates == pytest.approx([1e-3 * rate(n) for n in range(1, 7)], abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("change", "rate"), [(dict(accumulation=3), 6e-8), (dict(lora_rank=2), 1e-5), (dict(learning_rate=0.0), 0.0)]
+)
+def test_learning_rates_are_the_published_ones(here, tmp_path, change, rate):
+    train(settings(here, tmp_path / "out", steps=1, **{"learning_rate": None, "seed": 2**62, **change}))
+    assert lines(tmp_path / "out")[0]["learning_rate"] == pytest.approx(rate, rel=1e-12)
+
+
 @pytest.mark.parametrize("change", [{}, dict(lora_rank=2)], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_nothing(here, tmp_path, change):
     for name, checkpointing in (("with", True), ("without", False)):
