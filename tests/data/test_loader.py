@@ -24,9 +24,9 @@ from polydpo_fast.data.order import Shuffled, mix
 TINY = dict(size=2, dtype=torch.uint8)
 
 
-def expected(size, seed, epoch, bad=(), last="drop", group=1):
+def expected(size, seed, epoch, bad=(), last="drop", group=1, blocks=None, window=None):
     """The specification, in ten lines: which pair stands at each position of an epoch; -1 is none."""
-    order = Shuffled(np.array([size]), mix(seed, epoch), None)(np.arange(size)).tolist()
+    order = Shuffled(np.array(blocks or [size]), mix(seed, epoch), window)(np.arange(size)).tolist()
     result = []
     for position in range(size // group * group if last == "drop" else -(-size // group) * group):
         index, attempt = order[position % size], 0
@@ -65,21 +65,23 @@ def yielded(batch):
 @settings(max_examples=40)
 @given(data=st.data())
 def test_what_is_yielded_is_what_is_specified(data):
-    """Any sizes, ranks, readers, bad pairs, and a stop anywhere after which other ranks go on."""
+    """Any sizes, windows, ranks, readers, bad pairs, and a stop anywhere after which other ranks go on."""
     draw = data.draw
     size, seed, epoch = draw(st.integers(2, 60)), draw(st.integers(0, 2**63 - 1)), draw(st.integers(0, 3))
     kinds = st.sampled_from(["read", "win", "lose", "both", "bug"])
     bad = draw(st.dictionaries(st.integers(0, size - 1), kinds, max_size=size // 2))
     group = draw(st.integers(1, min(size, 16)))
     last = draw(st.sampled_from(["drop", "pad", "wrap"]))
-    source = Tiny(size, bad)
-    want = expected(size, seed, epoch, bad, last, group)
+    cuts = sorted(draw(st.sets(st.integers(1, size - 1), max_size=6)))
+    blocks, window = np.diff([0, *cuts, size]).tolist(), draw(st.sampled_from([0, 1, 2, 3]))
+    source = Tiny(size, bad, blocks=blocks)
+    want = expected(size, seed, epoch, bad, last, group, blocks, window or None)
 
     def loaders(world):
         return [
             PairLoader(
-                source, group // world, seed=seed, last=last, rank=rank, world_size=world, max_bad_rate=1.0,
-                max_bad_run=10**6, readers=draw(st.integers(1, 3)), prefetch=draw(st.integers(1, 3)), threads=1, **TINY,
+                source, group // world, seed=seed, window=window, last=last, rank=rank, world_size=world,
+                max_bad_rate=1.0, max_bad_run=10**6, readers=draw(st.integers(1, 3)), prefetch=draw(st.integers(1, 3)), threads=1, **TINY,
             )
             for rank in range(world)
         ]  # fmt: skip
