@@ -80,8 +80,9 @@ def test_what_is_yielded_is_what_is_specified(data):
     def loaders(world):
         return [
             PairLoader(
-                source, group // world, seed=seed, window=window, last=last, rank=rank, world_size=world,
-                max_bad_rate=1.0, max_bad_run=10**6, readers=draw(st.integers(1, 3)), prefetch=draw(st.integers(1, 3)), threads=1, **TINY,
+                source, group // world, seed=seed, window=window, last=last, rank=rank, world_size=world, threads=1,
+                max_bad_rate=1.0, max_bad_run=10**6, readers=draw(st.integers(1, 3)), prefetch=draw(st.integers(1, 3)),
+                **TINY,
             )
             for rank in range(world)
         ]  # fmt: skip
