@@ -81,7 +81,7 @@ POLYDPO_INLINE To reinterpret(const From& from) {
 }
 
 // get and set of the types above for a block of numbers at a time: two vectors, of which the first holds the even and
-// the second the odd elements for 16-bit types. That takes one shift or mask each, where widening in order takes three
+// the second the odd elements for bfloat16. That takes one shift or mask each, where widening in order takes three
 // instructions; for what is done element by element or summed up, the order is nothing.
 template <class Vector>
 struct Block {
@@ -89,16 +89,24 @@ struct Block {
     Vector even, odd;
 };
 
-template <class Block, class T>
-POLYDPO_INLINE Block load_in_order(const T* from) {
-    Block block;
-    std::memcpy(&block, from, sizeof block);
+// One vector at a time: a block that is copied as a whole goes through memory.
+template <class Vector, class T>
+POLYDPO_INLINE Block<Vector> load_in_order(const T* from) {
+    Block<Vector> block;
+    std::memcpy(&block.even, from, sizeof(Vector));
+    std::memcpy(&block.odd, from + sizeof(Vector) / sizeof(T), sizeof(Vector));
     return block;
 }
 
-POLYDPO_INLINE Block<Floats> load(const Float32* from) { return load_in_order<Block<Floats>>(from); }
+template <class Vector, class T>
+POLYDPO_INLINE void store_in_order(T* to, const Block<Vector>& block) {
+    std::memcpy(to, &block.even, sizeof(Vector));
+    std::memcpy(to + sizeof(Vector) / sizeof(T), &block.odd, sizeof(Vector));
+}
 
-POLYDPO_INLINE Block<Doubles> load(const Float64* from) { return load_in_order<Block<Doubles>>(from); }
+POLYDPO_INLINE Block<Floats> load(const Float32* from) { return load_in_order<Floats>(from); }
+
+POLYDPO_INLINE Block<Doubles> load(const Float64* from) { return load_in_order<Doubles>(from); }
 
 POLYDPO_INLINE Block<Floats> load(const Bfloat16* from) {
     Words pairs;
@@ -106,21 +114,9 @@ POLYDPO_INLINE Block<Floats> load(const Bfloat16* from) {
     return {reinterpret<Floats>(pairs << 16), reinterpret<Floats>(pairs & 0xffff0000)};
 }
 
-POLYDPO_INLINE Floats widen_halves(Words bits) {
-    const Words magnitude = (bits & 0x7fff) << 13;
-    const Words finite = reinterpret<Words>(reinterpret<Floats>(magnitude) * 0x1p112f);
-    return reinterpret<Floats>((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite) | (bits & 0x8000) << 16);
-}
+POLYDPO_INLINE void store(Float32* to, const Block<Floats>& block) { store_in_order(to, block); }
 
-POLYDPO_INLINE Block<Floats> load(const Float16* from) {
-    Words pairs;
-    std::memcpy(&pairs, from, sizeof pairs);
-    return {widen_halves(pairs & 0xffff), widen_halves(pairs >> 16)};
-}
-
-POLYDPO_INLINE void store(Float32* to, const Block<Floats>& block) { std::memcpy(to, &block, sizeof block); }
-
-POLYDPO_INLINE void store(Float64* to, const Block<Doubles>& block) { std::memcpy(to, &block, sizeof block); }
+POLYDPO_INLINE void store(Float64* to, const Block<Doubles>& block) { store_in_order(to, block); }
 
 POLYDPO_INLINE Words narrow_to_bfloat16(Floats values) {  // in the high half
     const Words b = reinterpret<Words>(values);
@@ -140,11 +136,6 @@ POLYDPO_INLINE Words narrow_to_float16(Floats values) {
     half = magnitude >= 0x477ff000 ? Words{} + 0x7c00 : half;
     half = magnitude > 0x7f800000 ? Words{} + 0x7e00 : half;
     return sign | half;
-}
-
-POLYDPO_INLINE void store(Float16* to, const Block<Floats>& block) {
-    const Words pairs = narrow_to_float16(block.even) | narrow_to_float16(block.odd) << 16;
-    std::memcpy(to, &pairs, sizeof pairs);
 }
 
 }  // namespace polydpo

@@ -1,3 +1,9 @@
+// What decodes must give the same bytes on every processor. Here a fused multiplication and addition is one instruction
+// and one rounding less.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
 #include "loss.hpp"
 
 #include <sys/mman.h>
@@ -14,6 +20,11 @@
 #include "floats.hpp"
 #include "pool.hpp"
 #include "simd.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(POLYDPO_NO_CLONES)
+#define POLYDPO_HALVES
+#include <immintrin.h>
+#endif
 
 namespace polydpo {
 namespace {
@@ -83,30 +94,38 @@ POLYDPO_INLINE void end_of_stream() {
 #endif
 }
 
-// Sums of one arm over n <= chunk elements. Vector is what they are added up in.
-template <class Vector, bool has_ref, class P, class R, class T>
-POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, VectorSums& sums) {
-    constexpr int size = Block<Vector>::size;
-    Vector model[2] = {}, excess[2] = {};
-    const auto add = [&](const P* pred, const R* ref, const T* target) __attribute__((always_inline)) {
+// Sums of vectors, which the compiler keeps in registers.
+template <class Vector>
+struct Accumulators {
+    Vector model_even = {}, model_odd = {}, excess_even = {}, excess_odd = {};
+
+    template <bool has_ref, class P, class R, class T>
+    POLYDPO_INLINE void add(const P* pred, const R* ref, const T* target) {
         const Block<Vector> p = load(pred), t = load(target);
         const Vector even = p.even - t.even, odd = p.odd - t.odd;
-        model[0] += even * even;
-        model[1] += odd * odd;
+        model_even += even * even;
+        model_odd += odd * odd;
         if (has_ref) {
             const Block<Vector> r = load(ref);
             // (p - t)^2 - (r - t)^2 without the difference of nearly equal numbers.
             const Vector even_step = p.even - r.even, odd_step = p.odd - r.odd;
-            excess[0] += even_step * ((even + even) - even_step);
-            excess[1] += odd_step * ((odd + odd) - odd_step);
+            excess_even += even_step * (2 * even - even_step);
+            excess_odd += odd_step * (2 * odd - odd_step);
         }
-    };
+    }
+};
+
+// Sums of one arm over n <= chunk elements. Vector is what they are added up in.
+template <class Vector, bool has_ref, class P, class R, class T>
+POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, VectorSums& sums) {
+    constexpr int size = Block<Vector>::size;
+    Accumulators<Vector> found;
     int i = 0;
     for (; i + size <= n; i += size) {
         prefetch(pred + i);
         if (has_ref) prefetch<true>(ref + i);  // the gradient does not need it: leave the cache to the others
         prefetch(target + i);
-        add(pred + i, ref + i, target + i);
+        found.template add<has_ref>(pred + i, ref + i, target + i);
     }
     if (i < n) {  // zeros add nothing
         P last_pred[size] = {};
@@ -115,10 +134,10 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
         std::copy(pred + i, pred + n, last_pred);
         std::copy(target + i, target + n, last_target);
         if (has_ref) std::copy(ref + i, ref + n, last_ref);
-        add(last_pred, last_ref, last_target);
+        found.template add<has_ref>(last_pred, last_ref, last_target);
     }
-    sums.model += in_double(model[0]) + in_double(model[1]);
-    if (has_ref) sums.excess += in_double(excess[0]) + in_double(excess[1]);
+    sums.model += in_double(found.model_even) + in_double(found.model_odd);
+    if (has_ref) sums.excess += in_double(found.excess_even) + in_double(found.excess_odd);
 }
 
 // Both arms of [begin, end). A target shared by them is read from memory once: they take turns, chunk by chunk. Else one
@@ -184,11 +203,9 @@ POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, st
         add_range<Vector, has_ref, F, F, F>(pred, ref, target, pair, begin, end, win, lose);  \
     }
 POLYDPO_ADD(add_bfloat16, Floats, true, Bfloat16)
-POLYDPO_ADD(add_float16, Floats, true, Float16)
 POLYDPO_ADD(add_float32, Floats, true, Float32)
 POLYDPO_ADD(add_float64, Doubles, true, Float64)
 POLYDPO_ADD(add_bfloat16_alone, Floats, false, Bfloat16)
-POLYDPO_ADD(add_float16_alone, Floats, false, Float16)
 POLYDPO_ADD(add_float32_alone, Floats, false, Float32)
 POLYDPO_ADD(add_float64_alone, Doubles, false, Float64)
 
@@ -198,127 +215,250 @@ POLYDPO_ADD(add_float64_alone, Doubles, false, Float64)
                                       static_cast<F*>(grad));                                                  \
     }
 POLYDPO_SCALE(scale_bfloat16, false, Floats, Bfloat16)
-POLYDPO_SCALE(scale_float16, false, Floats, Float16)
 POLYDPO_SCALE(scale_float32, false, Floats, Float32)
 POLYDPO_SCALE(scale_float64, false, Doubles, Float64)
 POLYDPO_SCALE(stream_bfloat16, true, Floats, Bfloat16)
-POLYDPO_SCALE(stream_float16, true, Floats, Float16)
 POLYDPO_SCALE(stream_float32, true, Floats, Float32)
 POLYDPO_SCALE(stream_float64, true, Doubles, Float64)
 
-// Any dtype to the one that is computed in, n <= chunk elements; masked ones become 0. The slow path: mixed dtypes
-// and masks go through it, a chunk at a time, in the first-level cache.
+// ------------------------------------------------------------------------------------- through the first-level cache
+//
+// Mixed dtypes, float16 and masks: a piece of an arm at a time is converted to the dtype that is computed in, and back.
+// Three pieces leave room in a cache of 32 KB for what they are converted from.
+constexpr int piece = 512;
+
+template <class Wide, class Narrow>
+POLYDPO_INLINE void widen_chunk(const void* from, int n, Wide* to) {
+    using Value = decltype(to->value);
+    for (int i = 0; i < n; ++i) to[i].value = static_cast<Value>(static_cast<const Narrow*>(from)[i].get());
+}
+
+template <class Wide, class Narrow>
+POLYDPO_INLINE void narrow_chunk(const Wide* from, int n, void* to) {
+    for (int i = 0; i < n; ++i) static_cast<Narrow*>(to)[i] = Narrow::set(static_cast<float>(from[i].value));
+}
+
 template <class Wide>
-void widen(const void* from, Float dtype, std::int64_t at, int n, const std::uint8_t* mask, Wide* to) {
-    const auto convert = [&](const auto* values) {
-        for (int i = 0; i < n; ++i) to[i] = Wide::set(values[at + i].get());
-    };
-    switch (dtype) {
-        case Float::bfloat16: convert(static_cast<const Bfloat16*>(from)); break;
-        case Float::float16: convert(static_cast<const Float16*>(from)); break;
-        case Float::float32: convert(static_cast<const Float32*>(from)); break;
-        case Float::float64:
-            for (int i = 0; i < n; ++i) {
-                to[i].value = static_cast<decltype(to[i].value)>(static_cast<const Float64*>(from)[at + i].value);
-            }
-            break;
+POLYDPO_INLINE void clear_chunk(const std::uint8_t* mask, int n, Wide* values) {
+    for (int i = 0; i < n; ++i) values[i].value = mask[i] ? values[i].value : 0;
+}
+
+#define POLYDPO_CONVERT(dtype, wide, Narrow, Wide)                                \
+    POLYDPO_CLONES void dtype##_to_##wide(const void* from, int n, Wide* to) {    \
+        widen_chunk<Wide, Narrow>(from, n, to);                                   \
+    }                                                                             \
+    POLYDPO_CLONES void wide##_to_##dtype(const Wide* from, int n, void* to) {    \
+        narrow_chunk<Wide, Narrow>(from, n, to);                                  \
     }
-    if (mask) {
-        for (int i = 0; i < n; ++i) {
-            if (!mask[i]) to[i].value = 0;
-        }
+POLYDPO_CONVERT(bfloat16, float32, Bfloat16, Float32)
+POLYDPO_CONVERT(float16, float32, Float16, Float32)
+POLYDPO_CONVERT(bfloat16, float64, Bfloat16, Float64)
+POLYDPO_CONVERT(float16, float64, Float16, Float64)
+POLYDPO_CONVERT(float32, float64, Float32, Float64)
+
+#define POLYDPO_CHUNK(wide, Wide, Vector)                                                            \
+    POLYDPO_CLONES void clear_##wide(const std::uint8_t* mask, int n, Wide* values) {                \
+        clear_chunk(mask, n, values);                                                                \
+    }                                                                                                \
+    POLYDPO_CLONES void add_##wide##_chunk(const Wide* pred, const Wide* ref, const Wide* target,    \
+                                           int n, VectorSums& sums) {                                \
+        if (ref) return add_chunk<Vector, true>(pred, ref, target, n, sums);                         \
+        add_chunk<Vector, false>(pred, ref, target, n, sums);                                        \
+    }
+POLYDPO_CHUNK(float32, Float32, Floats)
+POLYDPO_CHUNK(float64, Float64, Doubles)
+
+POLYDPO_CLONES int count_kept(const std::uint8_t* mask, int n) {
+    int kept = 0;
+    for (int i = 0; i < n; ++i) kept += mask[i] != 0;
+    return kept;
+}
+
+#ifdef POLYDPO_HALVES
+// The processor's own conversions, eight at a time. The result differs from ours only in the payload of a NaN.
+__attribute__((target("avx,f16c"))) void halves_to_float32(const void* from, int n, Float32* to) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const Float16*>(from) + i));
+        _mm256_storeu_ps(&to[i].value, _mm256_cvtph_ps(halves));
+    }
+    for (; i < n; ++i) to[i].value = static_cast<const Float16*>(from)[i].get();
+}
+
+__attribute__((target("avx,f16c"))) void float32_to_halves(const Float32* from, int n, void* to) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(&from[i].value), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<Float16*>(to) + i), halves);
+    }
+    for (; i < n; ++i) static_cast<Float16*>(to)[i] = Float16::set(from[i].value);
+}
+
+const bool has_halves = __builtin_cpu_supports("f16c");
+#endif
+
+void widen(const void* from, Float dtype, int n, Float32* to) {
+#ifdef POLYDPO_HALVES
+    if (dtype == Float::float16 && has_halves) return halves_to_float32(from, n, to);
+#endif
+    if (dtype == Float::float32) {
+        std::memcpy(to, from, sizeof *to * static_cast<std::size_t>(n));
+    } else {
+        (dtype == Float::bfloat16 ? bfloat16_to_float32 : float16_to_float32)(from, n, to);
+    }
+}
+
+void widen(const void* from, Float dtype, int n, Float64* to) {
+    switch (dtype) {
+        case Float::bfloat16: return bfloat16_to_float64(from, n, to);
+        case Float::float16: return float16_to_float64(from, n, to);
+        case Float::float32: return float32_to_float64(from, n, to);
+        case Float::float64: std::memcpy(to, from, sizeof *to * static_cast<std::size_t>(n));
+    }
+}
+
+void narrow(const Float32* from, Float dtype, int n, void* to) {
+#ifdef POLYDPO_HALVES
+    if (dtype == Float::float16 && has_halves) return float32_to_halves(from, n, to);
+#endif
+    if (dtype == Float::float32) {
+        std::memcpy(to, from, sizeof *from * static_cast<std::size_t>(n));
+    } else {
+        (dtype == Float::bfloat16 ? float32_to_bfloat16 : float32_to_float16)(from, n, to);
+    }
+}
+
+void narrow(const Float64* from, Float dtype, int n, void* to) {
+    switch (dtype) {
+        case Float::bfloat16: return float64_to_bfloat16(from, n, to);
+        case Float::float16: return float64_to_float16(from, n, to);
+        case Float::float32: return float64_to_float32(from, n, to);
+        case Float::float64: std::memcpy(to, from, sizeof *from * static_cast<std::size_t>(n));
     }
 }
 
 std::size_t size_of(Float dtype) { return dtype == Float::float64 ? 8 : dtype == Float::float32 ? 4 : 2; }
 
 template <class Wide>
-Arms widened(const Arms& arms, std::int64_t pair, std::int64_t at, int n, const std::uint8_t* mask, Wide* buffer) {
-    const std::int64_t from = pair * arms.stride + at;
-    widen(arms.win, arms.dtype, from, n, mask, buffer);
-    widen(arms.lose, arms.dtype, from, n, mask, buffer + chunk);
-    return {buffer, buffer + chunk, sizeof(Wide) == 8 ? Float::float64 : Float::float32, 0};
+constexpr Float dtype_of = sizeof(Wide) == 8 ? Float::float64 : Float::float32;
+
+// n elements of an arm as they are computed with, masked ones 0: where they are, or in the buffer.
+template <class Wide>
+const Wide* widened(const void* arm, Float dtype, std::int64_t at, int n, const std::uint8_t* mask, Wide* buffer) {
+    const std::size_t size = size_of(dtype), bytes = size * static_cast<std::size_t>(n);
+    const char* from = static_cast<const char*>(arm) + static_cast<std::size_t>(at) * size;
+    if (dtype == dtype_of<Wide> && !mask) return reinterpret_cast<const Wide*>(from);
+    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + bytes + i, 0, 2);  // the next chunk
+    widen(from, dtype, n, buffer);
+    if (mask) {
+        if constexpr (sizeof(Wide) == 8) clear_float64(mask, n, buffer);
+        else clear_float32(mask, n, buffer);
+    }
+    return buffer;
 }
 
 template <class Wide>
-void add_mixed(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
-               double& elements) {
-    constexpr bool wide = sizeof(Wide) == 8;
-    Wide pred[2 * chunk], ref[2 * chunk], target[2 * chunk];
-    for (std::int64_t at = begin; at < end; at += chunk) {
-        const int n = static_cast<int>(std::min<std::int64_t>(chunk, end - at));
+void add_converted(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
+                   double& elements) {
+    alignas(64) Wide pred_buffer[piece], ref_buffer[piece], target_buffer[piece];
+    VectorSums sums[2];
+    for (std::int64_t at = begin; at < end; at += piece) {
+        const int n = static_cast<int>(std::min<std::int64_t>(piece, end - at));
         const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr;
-        if (mask) elements += static_cast<double>(std::count_if(mask, mask + n, [](std::uint8_t m) { return m != 0; }));
-        const Arms p = widened(batch.pred, pair, at, n, mask, pred);
-        const Arms t = widened(batch.target, pair, at, n, mask, target);
-        if (batch.ref.win) {
-            const Arms r = widened(batch.ref, pair, at, n, mask, ref);
-            (wide ? add_float64 : add_float32)(p, r, t, 0, 0, n, win, lose);
-        } else {
-            (wide ? add_float64_alone : add_float32_alone)(p, p, t, 0, 0, n, win, lose);
+        if (mask) elements += count_kept(mask, n);
+        const Wide* target = nullptr;
+        for (int arm = 0; arm < 2; ++arm) {
+            const auto of = [&](const Arms& arms, Wide* buffer) {
+                return widened(arm == 0 ? arms.win : arms.lose, arms.dtype, pair * arms.stride + at, n, mask, buffer);
+            };
+            const Wide* pred = of(batch.pred, pred_buffer);
+            const Wide* ref = batch.ref.win ? of(batch.ref, ref_buffer) : nullptr;
+            if (arm == 0 || batch.target.win != batch.target.lose) target = of(batch.target, target_buffer);
+            if constexpr (sizeof(Wide) == 8) add_float64_chunk(pred, ref, target, n, sums[arm]);
+            else add_float32_chunk(pred, ref, target, n, sums[arm]);
         }
     }
+    sums[0].add_to(win);
+    sums[1].add_to(lose);
+}
+
+// Whether the passes must convert; else they read and write what they compute with.
+bool converts(const Batch& batch) {
+    const Float dtype = batch.pred.dtype;
+    return batch.mask || dtype == Float::float16 || batch.target.dtype != dtype ||
+           (batch.ref.win && batch.ref.dtype != dtype);
 }
 
 void add_split(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
                double& elements) {
-    const Float dtype = batch.pred.dtype;
-    const bool has_ref = batch.ref.win != nullptr;
-    if (batch.mask || batch.target.dtype != dtype || (has_ref && batch.ref.dtype != dtype)) {
-        return batch.accumulate_in_double ? add_mixed<Float64>(batch, pair, begin, end, win, lose, elements)
-                                          : add_mixed<Float32>(batch, pair, begin, end, win, lose, elements);
+    if (converts(batch)) {
+        return (batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>)(batch, pair, begin, end, win,
+                                                                                               lose, elements);
     }
-    using Add = void (*)(POLYDPO_RANGE);
-    static constexpr Add adds[4][2] = {{add_bfloat16_alone, add_bfloat16},
-                                       {add_float16_alone, add_float16},
-                                       {add_float32_alone, add_float32},
-                                       {add_float64_alone, add_float64}};
-    adds[static_cast<int>(dtype)][has_ref](batch.pred, batch.ref, batch.target, pair, begin, end, win, lose);
+    const bool has_ref = batch.ref.win != nullptr;
+    const auto add = [&](auto alone, auto with_ref) {
+        (has_ref ? with_ref : alone)(batch.pred, batch.ref, batch.target, pair, begin, end, win, lose);
+    };
+    switch (batch.pred.dtype) {
+        case Float::bfloat16: return add(add_bfloat16_alone, add_bfloat16);
+        case Float::float64: return add(add_float64_alone, add_float64);
+        default: return add(add_float32_alone, add_float32);
+    }
 }
 
 // grad = scale (pred - target) for one arm of a split.
 template <class Wide>
-void scale_mixed(const Batch& batch, const void* pred_arm, const void* target_arm, std::int64_t pair,
-                 std::int64_t begin, std::int64_t end, double scale, char* grad) {
-    Wide pred[chunk], target[chunk];
-    const std::size_t size = size_of(batch.pred.dtype);
-    for (std::int64_t at = begin; at < end; at += chunk, grad += chunk * size) {
-        const int n = static_cast<int>(std::min<std::int64_t>(chunk, end - at));
+void scale_converted(const Batch& batch, const void* pred_arm, const void* target_arm, std::int64_t pair,
+                     std::int64_t begin, std::int64_t end, double scale, bool streamed, char* grad) {
+    alignas(64) Wide pred_buffer[piece], target_buffer[piece];
+    alignas(64) char narrowed[piece * sizeof(Wide)];
+    const Float dtype = batch.pred.dtype;
+    for (std::int64_t at = begin; at < end; at += piece) {
+        const int n = static_cast<int>(std::min<std::int64_t>(piece, end - at));
+        const std::size_t bytes = size_of(dtype) * static_cast<std::size_t>(n);
         const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr;
-        widen(pred_arm, batch.pred.dtype, pair * batch.pred.stride + at, n, mask, pred);
-        widen(target_arm, batch.target.dtype, pair * batch.target.stride + at, n, mask, target);
-        (sizeof(Wide) == 8 ? scale_float64 : scale_float32)(pred, target, scale, n, pred);
-        for (int i = 0; i < n; ++i) {
-            // Masked elements get no gradient even where the scale is NaN.
-            const auto value = mask && !mask[i] ? 0 : pred[i].value;
-            switch (batch.pred.dtype) {
-                case Float::bfloat16: reinterpret_cast<Bfloat16*>(grad)[i] = Bfloat16::set(static_cast<float>(value)); break;
-                case Float::float16: reinterpret_cast<Float16*>(grad)[i] = Float16::set(static_cast<float>(value)); break;
-                case Float::float32: reinterpret_cast<Float32*>(grad)[i].value = static_cast<float>(value); break;
-                case Float::float64: reinterpret_cast<Float64*>(grad)[i].value = static_cast<double>(value); break;
-            }
+        const Wide* pred = widened<Wide>(pred_arm, dtype, pair * batch.pred.stride + at, n, nullptr, pred_buffer);
+        const Wide* target =
+            widened<Wide>(target_arm, batch.target.dtype, pair * batch.target.stride + at, n, nullptr, target_buffer);
+        if constexpr (sizeof(Wide) == 8) scale_float64(pred, target, scale, n, pred_buffer);
+        else scale_float32(pred, target, scale, n, pred_buffer);
+        if (mask) {  // no gradient even where what is masked or the scale is NaN
+            if constexpr (sizeof(Wide) == 8) clear_float64(mask, n, pred_buffer);
+            else clear_float32(mask, n, pred_buffer);
         }
+        if (streamed && bytes % 16 == 0) {
+            narrow(pred_buffer, dtype, n, narrowed);
+            for (std::size_t i = 0; i < bytes; i += 16) stream<16>(narrowed + i, grad + i);
+        } else {
+            narrow(pred_buffer, dtype, n, grad);
+        }
+        grad += bytes;
     }
+    if (streamed) end_of_stream();
 }
 
 void scale_split(const Batch& batch, const void* pred, const void* target, std::int64_t pair, std::int64_t begin,
                  std::int64_t end, double scale, char* grad) {
     const Float dtype = batch.pred.dtype;
-    if (batch.mask || batch.target.dtype != dtype) {
-        return batch.accumulate_in_double ? scale_mixed<Float64>(batch, pred, target, pair, begin, end, scale, grad)
-                                          : scale_mixed<Float32>(batch, pred, target, pair, begin, end, scale, grad);
-    }
-    static constexpr decltype(&scale_bfloat16) scales[2][4] = {
-        {scale_bfloat16, scale_float16, scale_float32, scale_float64},
-        {stream_bfloat16, stream_float16, stream_float32, stream_float64}};
     const std::size_t size = size_of(dtype);
+    const bool streamed = static_cast<std::size_t>(2 * batch.pairs * batch.numel) * size >= streamed_bytes &&
+                          reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
+    if (converts(batch)) {
+        return (batch.accumulate_in_double ? scale_converted<Float64> : scale_converted<Float32>)(
+            batch, pred, target, pair, begin, end, scale, streamed, grad);
+    }
     const auto from = [&](const void* arm, std::int64_t stride) {
         return static_cast<const char*>(arm) + static_cast<std::size_t>(pair * stride + begin) * size;
     };
-    const bool streamed = static_cast<std::size_t>(2 * batch.pairs * batch.numel) * size >= streamed_bytes &&
-                          reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
-    scales[streamed][static_cast<int>(dtype)](from(pred, batch.pred.stride), from(target, batch.target.stride), scale,
-                                    end - begin, grad);
+    const auto run = [&](auto cached, auto past_caches) {
+        (streamed ? past_caches : cached)(from(pred, batch.pred.stride), from(target, batch.target.stride), scale,
+                                          end - begin, grad);
+    };
+    switch (dtype) {
+        case Float::bfloat16: return run(scale_bfloat16, stream_bfloat16);
+        case Float::float64: return run(scale_float64, stream_float64);
+        default: return run(scale_float32, stream_float32);
+    }
 }
 
 // A fresh gradient is memory that nobody has touched: at 4 KB a page fault, the faults can cost several times the
