@@ -11,7 +11,7 @@ Traffic: with S the bytes of one (2B, ...) tensor, a fused forward and backward 
 reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two passes that find nothing in
 the cache move 6 S (12 bytes per element), which is what the GPU kernels do. `bytes` below is 4 S on a CPU and 6 S on a
 GPU, 3 S for a forward alone. What it is held against is the machine's copy bandwidth: 2 x 256 MB, more than caches
-hold, copied in the same rounds.
+hold, copied in the same rounds. Where dtypes are mixed, each tensor counts with its own.
 """
 
 import argparse
@@ -50,11 +50,16 @@ class Job(NamedTuple):
     dtype: torch.dtype
     backward: bool = True
     compiled: tuple[str, ...] = ("torch.compile",)
+    constants: torch.dtype | None = None  # of reference and target, where it is another than the policy's
+
+    @property
+    def dtypes(self) -> str:
+        named = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.constants) if dtype is not None)
+        return " and ".join(named)
 
     @property
     def case(self) -> str:
-        passes = "forward and backward" if self.backward else "forward"
-        return f"{self.name}, {str(self.dtype).removeprefix('torch.')}, {passes}"
+        return f"{self.name}, {self.dtypes}, {'forward and backward' if self.backward else 'forward'}"
 
 
 def jobs(device: str) -> list[Job]:
@@ -63,6 +68,11 @@ def jobs(device: str) -> list[Job]:
     if device != "cpu":
         tuned += ("torch.compile, cooperative reductions",)
     found = [Job(model, shape, dtype, compiled=tuned) for dtype in DTYPES for model, shape in SHAPES.items()]
+    # What autocast leaves: the policy's prediction in float32, the reference's and the target as they were computed.
+    found += [
+        Job(model, SHAPES[model], torch.float32, compiled=tuned, constants=torch.bfloat16)
+        for model in ("SDXL", "Wan 480p")
+    ]
     found += [Job(model, shape, torch.bfloat16, backward=False) for model, shape in SHAPES.items()]
     found += [Job(f"SDXL, {n} pairs", (2 * n, 4, 128, 128), torch.bfloat16) for n in (1, 2, 4, 8, 16, 32)]
     return found
@@ -82,7 +92,7 @@ COMPILED: dict[str, Callable[[], Callable[..., Tensor]]] = {
 
 def measure(job: Job, device: str, rounds: int) -> list[Measured]:
     """All ways, and a copy of 256 MB."""
-    tensors = drawn(job.shape, job.dtype, device)
+    tensors = drawn(job.shape, job.dtype, device, job.constants)
     torch._dynamo.reset()
     losses = {"ours": polydpo_fast.loss, "eager": trainers.eager, "Salesforce's formula": trainers.salesforce_loss}
     losses |= {name: COMPILED[name]() for name in job.compiled}
@@ -104,13 +114,12 @@ def measure(job: Job, device: str, rounds: int) -> list[Measured]:
     ways = steps if device == "cpu" else {name: captured(step) for name, step in steps.items()}
     ways["copy"] = lambda: destination.copy_(source)
     times = interleaved(ways, rounds, STEPS, stopwatch(device))
-    passes = 3 if not job.backward else 4 if device == "cpu" else 6
     facts = {
         "model": job.name,
         "shape": list(job.shape),
-        "dtype": str(job.dtype).removeprefix("torch."),
+        "dtype": job.dtypes,
         "backward": job.backward,
-        "bytes": passes * math.prod(job.shape) * job.dtype.itemsize,
+        "bytes": moved(job, device),
     }
     of_way = {name: {**facts, "peak_bytes": peak} for name, peak in peaks.items()}
     of_way["copy"] = {**facts, "bytes": 2 * COPIED}
@@ -118,11 +127,21 @@ def measure(job: Job, device: str, rounds: int) -> list[Measured]:
     return [Measured(job.case, name, times[name], clock, facts=of_way[name]) for name in times]
 
 
-def drawn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+def moved(job: Job, device: str) -> int:
+    """Bytes: what is read and written at least, see above."""
+    own, other = job.dtype.itemsize, (job.constants or job.dtype).itemsize
+    forward = own + 2 * other
+    backward = own if device == "cpu" else 2 * own + other  # the gradient; on a GPU prediction and target once more
+    return math.prod(job.shape) * (forward + (backward if job.backward else 0))
+
+
+def drawn(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, constants: torch.dtype | None = None
+) -> list[Tensor]:
     """Prediction, reference and target."""
     random = torch.Generator().manual_seed(0)
     pred, nudge, target = (torch.randn(shape, generator=random) for _ in range(3))
-    tensors = [x.to(device, dtype) for x in (pred, pred + 1e-2 * nudge, target)]
+    tensors = [pred.to(device, dtype), *(x.to(device, constants or dtype) for x in (pred + 1e-2 * nudge, target))]
     tensors[0].requires_grad_()
     return tensors
 

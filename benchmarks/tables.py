@@ -117,7 +117,10 @@ def precision(results: dict) -> str:
     return f"{table(head, body, left=3)}\n\n{repeat(results, 'precision')}"
 
 
-def loss(results: dict, dtypes: Sequence[str] = ("bfloat16", "float32")) -> str:
+MIXED = "float32 and bfloat16"
+
+
+def loss(results: dict, dtypes: Sequence[str] = ("bfloat16", "float32", MIXED)) -> str:
     """Forward and backward of the models' shapes."""
     head = ["model", "shape", "dtype", "ours", "torch.compile", "eager", "Salesforce's formula"]
     cases = [
@@ -148,6 +151,8 @@ def _loss_limits(results: dict) -> str:
         f"The two passes over Wan 480p in bfloat16 run at {rate / 1e9:.0f} GB/s (counting {per_element:.0f} bytes per "
         f"element), {rate / copy:.0%} of what copying 256 MB reaches."
     ]
+    if any(row.get("dtype") == MIXED for ways in rows.values() for row in ways.values()):
+        sentences.append(f"{MIXED.capitalize()}: the policy's prediction under autocast, and reference and target.")
     if "host time, 16 elements" in rows:
         host = rows["host time, 16 elements"]
         sentences.append(
