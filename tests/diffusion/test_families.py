@@ -193,6 +193,28 @@ def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
     assert all(torch.equal(value, exact[key]) for key, value in pipe.vae.state_dict().items())
 
 
+def test_the_rest_of_a_pipeline_from_the_hub(tmp_path, monkeypatch):
+    """Of what was downloaded; a safety checker was not, and is none then."""
+    hub = pipelines.save("sd15", tmp_path)
+    index = json.loads((hub / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (hub / "model_index.json").write_text(json.dumps(index))
+    pipe = families.load_pipeline(str(hub), policy=torch.float32, frozen=torch.bfloat16)
+    asked = []
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: asked.append((name, options)) or hub)
+    out = tmp_path / "out"
+    pipe.unet.save_pretrained(out / "unet")
+    families.save_rest(pipe, FAMILIES["StableDiffusionPipeline"], "someone/model", out)
+    assert asked == [("someone/model", {"safety_checker": None})]
+    again = DiffusionPipeline.from_pretrained(out)
+    assert again.safety_checker is None
+    before = DiffusionPipeline.from_pretrained(hub, safety_checker=None)
+    for name in ("unet", "vae", "text_encoder"):  # not in the bfloat16 that they were trained beside
+        old, new = (getattr(one, name).state_dict() for one in (before, again))
+        assert all(torch.equal(value, new[key]) for key, value in old.items())
+    assert (out / "vae" / "config.json").read_bytes() == (hub / "vae" / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [

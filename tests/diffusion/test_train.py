@@ -762,6 +762,25 @@ def test_geneval_folders(here, tmp_path):
     assert "is of 'a dog'; expected 'a cat', or another folder" in result.output
 
 
+def test_the_scorer_does_not_see_a_picture_that_is_not_whole(here, tmp_path, monkeypatch):
+    """GenEval's evaluate_images.py takes what matches its expression, of which the end is open."""
+
+    def broken(self, file, kind):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", broken)
+        prompts = write_prompts(tmp_path / "prompts.jsonl", "a dog")
+        arguments = [str(here / "pipeline"), prompts, str(tmp_path / "out"), "--samples", "1", "--steps", "1"]
+        assert CliRunner().invoke(app, ["geneval", *arguments]).exit_code == 2
+    files = [path.name for path in (tmp_path / "out" / "00000" / "samples").iterdir()]
+    assert len(files) == 1
+    assert not any(re.match(r"\d+\.png", name) for name in files)
+    assert CliRunner().invoke(app, ["geneval", *arguments]).exit_code == 0
+    assert [path.name for path in (tmp_path / "out" / "00000" / "samples").iterdir()] == ["00000.png"]
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_geneval_of_what_was_trained(here, tmp_path, lora):
     prompts = write_prompts(tmp_path / "prompts.jsonl", "a dog")
