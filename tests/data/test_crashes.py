@@ -38,7 +38,7 @@ def train(source, log, ledger, batch):
                     "state": loader.state_dict(),
                 }
                 file.write(json.dumps(line).encode() + b"\n")
-                time.sleep(0.0005)
+                time.sleep(0.003)  # so that it is not at its end before the last kill
 
 
 def read_lines(log):
