@@ -118,9 +118,11 @@ POLYDPO_INLINE void store(Float32* to, const Block<Floats>& block) { store_in_or
 
 POLYDPO_INLINE void store(Float64* to, const Block<Doubles>& block) { store_in_order(to, block); }
 
-POLYDPO_INLINE Words narrow_to_bfloat16(Floats values) {  // in the high half
+// Rounded to nearest even, in the high half. A NaN stays one if its low half is 0, so that nothing is carried: of those
+// that arithmetic makes, and of those that it hands on from bfloat16.
+POLYDPO_INLINE Words narrow_to_bfloat16(Floats values) {
     const Words b = reinterpret<Words>(values);
-    return (b & 0x7fffffff) > 0x7f800000 ? b | 0x400000 : b + 0x7fff + (b >> 16 & 1);
+    return b + 0x7fff + (b >> 16 & 1);
 }
 
 POLYDPO_INLINE void store(Bfloat16* to, const Block<Floats>& block) {

@@ -168,7 +168,9 @@ POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& tar
 template <bool streamed, class Vector, class P>
 POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, std::int64_t n, P* grad) {
     constexpr int size = Block<Vector>::size;
-    const Vector factor = Vector{} + static_cast<std::remove_reference_t<decltype(Vector{}[0])>>(scale);
+    using Value = std::remove_reference_t<decltype(Vector{}[0])>;
+    // Whatever NaN it is: one without a payload, which rounding to bfloat16 would take for digits.
+    const Vector factor = Vector{} + (std::isnan(scale) ? std::numeric_limits<Value>::quiet_NaN() : static_cast<Value>(scale));
     const auto scaled = [&](const P* pred, const P* target) __attribute__((always_inline)) {
         const Block<Vector> p = load(pred), t = load(target);
         return Block<Vector>{factor * (p.even - t.even), factor * (p.odd - t.odd)};

@@ -180,6 +180,25 @@ def test_nan_and_inf_stay_in_their_pair(backend, poison, argument, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+def test_any_nan_stays_one(backend, dtype, bits, device):
+    """Rounding to 16 bits must not carry a NaN's payload into its exponent."""
+    pred, ref, target = batch((4, 3, 7, 5), dtype, device)
+    pred.requires_grad_()
+    upstream = torch.tensor(bits, dtype=torch.int32, device=device).view(torch.float32)
+    polydpo_fast.loss(pred, ref, target, beta=1.0, backend=backend).backward(upstream)
+    assert pred.grad.isnan().all()
+    nans = torch.tensor([0x7FFF, -1, 0x7F81], dtype=torch.int16, device=device).view(torch.bfloat16).to(dtype)
+    poisoned = pred.detach().clone()
+    poisoned[1].view(-1)[:3] = nans
+    poisoned.requires_grad_()
+    polydpo_fast.loss(poisoned, ref, target, beta=1.0, backend=backend, reduction="none").sum().backward()
+    assert poisoned.grad[[1, 3]].isnan().all()
+    assert poisoned.grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_half_precision_values_do_not_overflow(backend, device):
     """300^2 is beyond float16, 60,000 nearly is."""
     pred, ref, target = batch((4, 9), torch.float16, device)
