@@ -170,7 +170,8 @@ POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, st
     constexpr int size = Block<Vector>::size;
     using Value = std::remove_reference_t<decltype(Vector{}[0])>;
     // Whatever NaN it is: one without a payload, which rounding to bfloat16 would take for digits.
-    const Vector factor = Vector{} + (std::isnan(scale) ? std::numeric_limits<Value>::quiet_NaN() : static_cast<Value>(scale));
+    const Vector factor =
+        Vector{} + (std::isnan(scale) ? std::numeric_limits<Value>::quiet_NaN() : static_cast<Value>(scale));
     const auto scaled = [&](const P* pred, const P* target) __attribute__((always_inline)) {
         const Block<Vector> p = load(pred), t = load(target);
         return Block<Vector>{factor * (p.even - t.even), factor * (p.odd - t.odd)};
@@ -394,8 +395,8 @@ bool converts(const Batch& batch) {
 void add_split(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
                double& elements) {
     if (converts(batch)) {
-        return (batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>)(batch, pair, begin, end, win,
-                                                                                               lose, elements);
+        const auto add = batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>;
+        return add(batch, pair, begin, end, win, lose, elements);
     }
     const bool has_ref = batch.ref.win != nullptr;
     const auto add = [&](auto alone, auto with_ref) {
@@ -446,8 +447,8 @@ void scale_split(const Batch& batch, const void* pred, const void* target, std::
     const bool streamed = static_cast<std::size_t>(2 * batch.pairs * batch.numel) * size >= streamed_bytes &&
                           reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
     if (converts(batch)) {
-        return (batch.accumulate_in_double ? scale_converted<Float64> : scale_converted<Float32>)(
-            batch, pred, target, pair, begin, end, scale, streamed, grad);
+        const auto scale_some = batch.accumulate_in_double ? scale_converted<Float64> : scale_converted<Float32>;
+        return scale_some(batch, pred, target, pair, begin, end, scale, streamed, grad);
     }
     const auto from = [&](const void* arm, std::int64_t stride) {
         return static_cast<const char*>(arm) + static_cast<std::size_t>(pair * stride + begin) * size;
