@@ -41,6 +41,9 @@ bench-peers: setup $(PEERS)/installed  ## Decoder, clips and loader beside their
 $(PEERS)/installed:
 	$(BIN)/python -m pip install -q --target $(PEERS) opencv-python-headless simplejpeg imagecodecs spdl spdl-io \
 		nvidia-dali-cuda120 decord2 webdataset
+	# Without its dependencies, which are gigabytes: those that reading local shards needs.
+	$(BIN)/python -m pip install -q --target $(PEERS) --no-deps mosaicml-streaming xxhash zstandard zstd brotli \
+		python-snappy cramjam catalogue
 	touch $@
 
 bench-loss: setup  ## Time the loss against eager PyTorch and torch.compile
