@@ -140,11 +140,12 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
     if (has_ref) sums.excess += in_double(found.excess_even) + in_double(found.excess_odd);
 }
 
-// Both arms of [begin, end). A target shared by them is read from memory once: they take turns, chunk by chunk. Else one
-// arm after the other, which leaves the hardware's prefetchers half the streams to follow.
-template <class Vector, bool has_ref, class P, class R, class T>
+// Both arms of [begin, end), of elements F: add(pred, ref, target, n, sums) takes a chunk, without a reference null. A
+// target shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other,
+// which leaves the hardware's prefetchers half the streams to follow.
+template <class F, class Add>
 POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& target, std::int64_t pair,
-                              std::int64_t begin, std::int64_t end, Sums& win, Sums& lose) {
+                              std::int64_t begin, std::int64_t end, Sums& win, Sums& lose, Add add) {
     const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
     const std::int64_t turn = target.win == target.lose ? chunk : end - begin;
     VectorSums sums[2];
@@ -153,11 +154,11 @@ POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& tar
         for (int arm = 0; arm < 2; ++arm) {
             const auto of = [arm](const Arms& arms) { return arm == 0 ? arms.win : arms.lose; };
             for (std::int64_t at = from; at < to; at += chunk) {
-                add_chunk<Vector, has_ref>(static_cast<const P*>(of(pred)) + p + at,
-                                           has_ref ? static_cast<const R*>(of(ref)) + r + at : nullptr,
-                                           static_cast<const T*>(of(target)) + t + at,
-                                           static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
-                                           sums[arm]);
+                add(static_cast<const F*>(of(pred)) + p + at,
+                    ref.win ? static_cast<const F*>(of(ref)) + r + at : nullptr,
+                    static_cast<const F*>(of(target)) + t + at,
+                    static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
+                    sums[arm]);
             }
         }
     }
@@ -201,9 +202,12 @@ POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, st
 #define POLYDPO_RANGE                                                                                            \
     const Arms &pred, const Arms &ref, const Arms &target, std::int64_t pair, std::int64_t begin, std::int64_t end, \
         Sums &win, Sums &lose
-#define POLYDPO_ADD(name, Vector, has_ref, F)                                                 \
-    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                 \
-        add_range<Vector, has_ref, F, F, F>(pred, ref, target, pair, begin, end, win, lose);  \
+#define POLYDPO_ADD(name, Vector, has_ref, F)                                                                     \
+    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                                     \
+        add_range<F>(pred, ref, target, pair, begin, end, win, lose,                                              \
+                     [](const F* p, const F* r, const F* t, int n, VectorSums& sums) __attribute__((always_inline)) { \
+                         add_chunk<Vector, has_ref>(p, r, t, n, sums);                                            \
+                     });                                                                                          \
     }
 POLYDPO_ADD(add_bfloat16, Floats, true, Bfloat16)
 POLYDPO_ADD(add_float32, Floats, true, Float32)
@@ -224,10 +228,105 @@ POLYDPO_SCALE(stream_bfloat16, true, Floats, Bfloat16)
 POLYDPO_SCALE(stream_float32, true, Floats, Float32)
 POLYDPO_SCALE(stream_float64, true, Doubles, Float64)
 
+// ------------------------------------------------------------------------------------------------------ float16
+//
+// The processor's own conversions, eight at a time. Results differ from ours only in the payload of a NaN.
+
+#ifdef POLYDPO_HALVES
+#define POLYDPO_F16C __attribute__((target("avx2,fma,f16c")))
+
+const bool has_halves =
+    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+
+POLYDPO_F16C inline __m256 load_halves(const Float16* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+POLYDPO_F16C inline __m128i to_halves(__m256 values) { return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT); }
+
+POLYDPO_F16C void halves_to_float32(const void* from, int n, Float32* to) {
+    const auto* halves = static_cast<const Float16*>(from);
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(&to[i].value, load_halves(halves + i));
+    for (; i < n; ++i) to[i].value = halves[i].get();
+}
+
+POLYDPO_F16C void float32_to_halves(const Float32* from, int n, void* to) {
+    auto* halves = static_cast<Float16*>(to);
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), to_halves(_mm256_loadu_ps(&from[i].value)));
+    }
+    for (; i < n; ++i) halves[i] = Float16::set(from[i].value);
+}
+
+// Sums of one arm over n <= chunk elements, as add_chunk.
+POLYDPO_F16C void add_halves_chunk(const Float16* pred, const Float16* ref, const Float16* target, int n,
+                                   VectorSums& sums) {
+    __m256 model[4] = {}, excess[4] = {};
+    Float16 last[3][8] = {};  // zeros add nothing
+    const auto* r = ref ? ref : pred;
+    for (int i = 0; i < n; i += 32) {
+        prefetch(pred + i);
+        if (ref) prefetch<true>(ref + i);
+        prefetch(target + i);
+        for (int k = 0; k < 4; ++k) {
+            const int at = i + 8 * k;
+            if (at >= n) break;
+            const Float16 *p_at = pred + at, *r_at = r + at, *t_at = target + at;
+            if (at + 8 > n) {
+                const std::size_t left = sizeof(Float16) * static_cast<std::size_t>(n - at);
+                std::memcpy(last[0], p_at, left);
+                std::memcpy(last[1], r_at, left);
+                std::memcpy(last[2], t_at, left);
+                p_at = last[0], r_at = last[1], t_at = last[2];
+            }
+            const __m256 p = load_halves(p_at), difference = _mm256_sub_ps(p, load_halves(t_at));
+            model[k] = _mm256_fmadd_ps(difference, difference, model[k]);
+            const __m256 step = _mm256_sub_ps(p, load_halves(r_at));
+            const __m256 both = _mm256_fmsub_ps(_mm256_set1_ps(2), difference, step);
+            excess[k] = _mm256_fmadd_ps(step, both, excess[k]);
+        }
+    }
+    float lanes[2][8];
+    for (int k = 0; k < 4; ++k) {
+        _mm256_storeu_ps(lanes[0], model[k]);
+        _mm256_storeu_ps(lanes[1], excess[k]);
+        for (int l = 0; l < 8; ++l) {
+            sums.model[l] += static_cast<double>(lanes[0][l]);
+            if (ref) sums.excess[l] += static_cast<double>(lanes[1][l]);
+        }
+    }
+}
+
+void add_halves(POLYDPO_RANGE) {
+    add_range<Float16>(pred, ref, target, pair, begin, end, win, lose, add_halves_chunk);
+}
+
+template <bool streamed>
+POLYDPO_F16C void scale_halves(const void* pred, const void* target, double scale, std::int64_t n, void* grad) {
+    const auto *p = static_cast<const Float16*>(pred), *t = static_cast<const Float16*>(target);
+    auto* to = static_cast<Float16*>(grad);
+    const auto value = static_cast<float>(scale);
+    const __m256 factor = _mm256_set1_ps(value);
+    std::int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m128i scaled = to_halves(_mm256_mul_ps(factor, _mm256_sub_ps(load_halves(p + i), load_halves(t + i))));
+        if (streamed) {
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), scaled);
+        } else {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), scaled);
+        }
+    }
+    for (; i < n; ++i) to[i] = Float16::set(value * (p[i].get() - t[i].get()));
+    if (streamed) end_of_stream();
+}
+#endif
+
 // ------------------------------------------------------------------------------------- through the first-level cache
 //
-// Mixed dtypes, float16 and masks: a piece of an arm at a time is converted to the dtype that is computed in, and back.
-// Three pieces leave room in a cache of 32 KB for what they are converted from.
+// Mixed dtypes and masks, and float16 where the processor does not convert it: a piece of an arm at a time is converted
+// to the dtype that is computed in, and back. Three pieces leave room in a cache of 32 KB for what they are made from.
 constexpr int piece = 512;
 
 template <class Wide, class Narrow>
@@ -276,29 +375,6 @@ POLYDPO_CLONES int count_kept(const std::uint8_t* mask, int n) {
     for (int i = 0; i < n; ++i) kept += mask[i] != 0;
     return kept;
 }
-
-#ifdef POLYDPO_HALVES
-// The processor's own conversions, eight at a time. The result differs from ours only in the payload of a NaN.
-__attribute__((target("avx,f16c"))) void halves_to_float32(const void* from, int n, Float32* to) {
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const Float16*>(from) + i));
-        _mm256_storeu_ps(&to[i].value, _mm256_cvtph_ps(halves));
-    }
-    for (; i < n; ++i) to[i].value = static_cast<const Float16*>(from)[i].get();
-}
-
-__attribute__((target("avx,f16c"))) void float32_to_halves(const Float32* from, int n, void* to) {
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(&from[i].value), _MM_FROUND_TO_NEAREST_INT);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<Float16*>(to) + i), halves);
-    }
-    for (; i < n; ++i) static_cast<Float16*>(to)[i] = Float16::set(from[i].value);
-}
-
-const bool has_halves = __builtin_cpu_supports("f16c");
-#endif
 
 void widen(const void* from, Float dtype, int n, Float32* to) {
 #ifdef POLYDPO_HALVES
@@ -388,8 +464,12 @@ void add_converted(const Batch& batch, std::int64_t pair, std::int64_t begin, st
 // Whether the passes must convert; else they read and write what they compute with.
 bool converts(const Batch& batch) {
     const Float dtype = batch.pred.dtype;
-    return batch.mask || dtype == Float::float16 || batch.target.dtype != dtype ||
-           (batch.ref.win && batch.ref.dtype != dtype);
+#ifdef POLYDPO_HALVES
+    const bool slow = dtype == Float::float16 && !has_halves;
+#else
+    const bool slow = dtype == Float::float16;
+#endif
+    return slow || batch.mask || batch.target.dtype != dtype || (batch.ref.win && batch.ref.dtype != dtype);
 }
 
 void add_split(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
@@ -405,6 +485,9 @@ void add_split(const Batch& batch, std::int64_t pair, std::int64_t begin, std::i
     switch (batch.pred.dtype) {
         case Float::bfloat16: return add(add_bfloat16_alone, add_bfloat16);
         case Float::float64: return add(add_float64_alone, add_float64);
+#ifdef POLYDPO_HALVES
+        case Float::float16: return add(add_halves, add_halves);
+#endif
         default: return add(add_float32_alone, add_float32);
     }
 }
@@ -460,6 +543,9 @@ void scale_split(const Batch& batch, const void* pred, const void* target, std::
     switch (dtype) {
         case Float::bfloat16: return run(scale_bfloat16, stream_bfloat16);
         case Float::float64: return run(scale_float64, stream_float64);
+#ifdef POLYDPO_HALVES
+        case Float::float16: return run(scale_halves<false>, scale_halves<true>);
+#endif
         default: return run(scale_float32, stream_float32);
     }
 }
