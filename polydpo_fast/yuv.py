@@ -56,7 +56,8 @@ def yuv420_to_rgb(
         dtype: bfloat16, float16 or float32: (v/255 - mean) / std of v in 0..255, computed in float32 and rounded to
             nearest even; or uint8: v itself, and mean and std are not used.
         mean, std: a number, or one each for R, G and B; std > 0. The defaults map to [-1, 1].
-        matrix: "bt601" (JPEG's), "bt709" or "bt2020"; or N of them. Neighbours of the same are converted in one launch.
+        matrix: "bt601" (JPEG's), "bt709", "bt2020", "smpte240m" or "fcc"; or N of them. Neighbours of the same are
+            converted in one launch.
         full_range: whether all of 0..255 is used, as JPEG does; else Y is 16..235, and Cb and Cr are 16..240. Or N of
             them.
         siting: where chroma lies: "center", between the columns, as in JPEG; or "left", on the even columns, as in
