@@ -11,7 +11,7 @@ JOBS = {job.case: job for job in loss.jobs("cpu")}
 
 @functools.cache
 def measured(case):
-    return {found.way: found for found in loss.measure(JOBS[case], "cpu", rounds=12)}
+    return {found.way: found for found in loss.measure(JOBS[case], "cpu", rounds=20)}
 
 
 @functools.cache
