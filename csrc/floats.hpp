@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "simd.hpp"
 
@@ -112,6 +113,21 @@ POLYDPO_INLINE Block<Floats> load(const Bfloat16* from) {
     Words pairs;
     std::memcpy(&pairs, from, sizeof pairs);
     return {reinterpret<Floats>(pairs << 16), reinterpret<Floats>(pairs & 0xffff0000)};
+}
+
+// Of elements that meet those of dtype Other: bfloat16 in its order where the others keep theirs.
+template <class Other, class T>
+POLYDPO_INLINE auto load_beside(const T* from) {
+    if constexpr (std::is_same_v<T, Bfloat16> && !std::is_same_v<Other, Bfloat16>) {
+        typedef std::uint16_t Halves __attribute__((vector_size(32)));
+        Halves even, odd;
+        std::memcpy(&even, from, sizeof even);
+        std::memcpy(&odd, from + 16, sizeof odd);
+        return Block<Floats>{reinterpret<Floats>(__builtin_convertvector(even, Words) << 16),
+                             reinterpret<Floats>(__builtin_convertvector(odd, Words) << 16)};
+    } else {
+        return load(from);
+    }
 }
 
 POLYDPO_INLINE void store(Float32* to, const Block<Floats>& block) { store_in_order(to, block); }

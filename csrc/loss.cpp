@@ -101,12 +101,12 @@ struct Accumulators {
 
     template <bool has_ref, class P, class R, class T>
     POLYDPO_INLINE void add(const P* pred, const R* ref, const T* target) {
-        const Block<Vector> p = load(pred), t = load(target);
+        const Block<Vector> p = load(pred), t = load_beside<P>(target);
         const Vector even = p.even - t.even, odd = p.odd - t.odd;
         model_even += even * even;
         model_odd += odd * odd;
         if (has_ref) {
-            const Block<Vector> r = load(ref);
+            const Block<Vector> r = load_beside<P>(ref);
             // (p - t)^2 - (r - t)^2 without the difference of nearly equal numbers.
             const Vector even_step = p.even - r.even, odd_step = p.odd - r.odd;
             excess_even += even_step * (2 * even - even_step);
@@ -140,10 +140,10 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
     if (has_ref) sums.excess += in_double(found.excess_even) + in_double(found.excess_odd);
 }
 
-// Both arms of [begin, end), of elements F: add(pred, ref, target, n, sums) takes a chunk, without a reference null. A
+// Both arms of [begin, end): add(pred, ref, target, n, sums) takes a chunk, without a reference null. A
 // target shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other,
 // which leaves the hardware's prefetchers half the streams to follow.
-template <class F, class Add>
+template <class P, class R, class T, class Add>
 POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& target, std::int64_t pair,
                               std::int64_t begin, std::int64_t end, Sums& win, Sums& lose, Add add) {
     const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
@@ -154,9 +154,9 @@ POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& tar
         for (int arm = 0; arm < 2; ++arm) {
             const auto of = [arm](const Arms& arms) { return arm == 0 ? arms.win : arms.lose; };
             for (std::int64_t at = from; at < to; at += chunk) {
-                add(static_cast<const F*>(of(pred)) + p + at,
-                    ref.win ? static_cast<const F*>(of(ref)) + r + at : nullptr,
-                    static_cast<const F*>(of(target)) + t + at,
+                add(static_cast<const P*>(of(pred)) + p + at,
+                    ref.win ? static_cast<const R*>(of(ref)) + r + at : nullptr,
+                    static_cast<const T*>(of(target)) + t + at,
                     static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
                     sums[arm]);
             }
@@ -166,15 +166,15 @@ POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& tar
     sums[1].add_to(lose);
 }
 
-template <bool streamed, class Vector, class P>
-POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, std::int64_t n, P* grad) {
+template <bool streamed, class Vector, class P, class T>
+POLYDPO_INLINE void scale_range(const P* pred, const T* target, double scale, std::int64_t n, P* grad) {
     constexpr int size = Block<Vector>::size;
     using Value = std::remove_reference_t<decltype(Vector{}[0])>;
     // Whatever NaN it is: one without a payload, which rounding to bfloat16 would take for digits.
     const Vector factor =
         Vector{} + (std::isnan(scale) ? std::numeric_limits<Value>::quiet_NaN() : static_cast<Value>(scale));
-    const auto scaled = [&](const P* pred, const P* target) __attribute__((always_inline)) {
-        const Block<Vector> p = load(pred), t = load(target);
+    const auto scaled = [&](const P* pred, const T* target) __attribute__((always_inline)) {
+        const Block<Vector> p = load(pred), t = load_beside<P>(target);
         return Block<Vector>{factor * (p.even - t.even), factor * (p.odd - t.odd)};
     };
     std::int64_t i = 0;
@@ -190,7 +190,8 @@ POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, st
         }
     }
     if (i < n) {
-        P last_pred[size] = {}, last_target[size] = {}, last_grad[size];
+        P last_pred[size] = {}, last_grad[size];
+        T last_target[size] = {};
         std::copy(pred + i, pred + n, last_pred);
         std::copy(target + i, target + n, last_target);
         store(last_grad, scaled(last_pred, last_target));
@@ -202,31 +203,40 @@ POLYDPO_INLINE void scale_range(const P* pred, const P* target, double scale, st
 #define POLYDPO_RANGE                                                                                            \
     const Arms &pred, const Arms &ref, const Arms &target, std::int64_t pair, std::int64_t begin, std::int64_t end, \
         Sums &win, Sums &lose
-#define POLYDPO_ADD(name, Vector, has_ref, F)                                                                     \
-    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                                     \
-        add_range<F>(pred, ref, target, pair, begin, end, win, lose,                                              \
-                     [](const F* p, const F* r, const F* t, int n, VectorSums& sums) __attribute__((always_inline)) { \
-                         add_chunk<Vector, has_ref>(p, r, t, n, sums);                                            \
-                     });                                                                                          \
-    }
-POLYDPO_ADD(add_bfloat16, Floats, true, Bfloat16)
-POLYDPO_ADD(add_float32, Floats, true, Float32)
-POLYDPO_ADD(add_float64, Doubles, true, Float64)
-POLYDPO_ADD(add_bfloat16_alone, Floats, false, Bfloat16)
-POLYDPO_ADD(add_float32_alone, Floats, false, Float32)
-POLYDPO_ADD(add_float64_alone, Doubles, false, Float64)
+using Add = void (*)(POLYDPO_RANGE);
+using Scale = void (*)(const void* pred, const void* target, double scale, std::int64_t n, void* grad);
 
-#define POLYDPO_SCALE(name, streamed, Vector, F)                                                               \
-    POLYDPO_CLONES void name(const void* pred, const void* target, double scale, std::int64_t n, void* grad) { \
-        scale_range<streamed, Vector>(static_cast<const F*>(pred), static_cast<const F*>(target), scale, n,    \
-                                      static_cast<F*>(grad));                                                  \
+#define POLYDPO_ADD(name, Vector, has_ref, P, R, T)                                                                \
+    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                                      \
+        add_range<P, R, T>(pred, ref, target, pair, begin, end, win, lose,                                         \
+                           [](const P* p, const R* r, const T* t, int n, VectorSums& sums)                         \
+                               __attribute__((always_inline)) { add_chunk<Vector, has_ref>(p, r, t, n, sums); });  \
     }
-POLYDPO_SCALE(scale_bfloat16, false, Floats, Bfloat16)
-POLYDPO_SCALE(scale_float32, false, Floats, Float32)
-POLYDPO_SCALE(scale_float64, false, Doubles, Float64)
-POLYDPO_SCALE(stream_bfloat16, true, Floats, Bfloat16)
-POLYDPO_SCALE(stream_float32, true, Floats, Float32)
-POLYDPO_SCALE(stream_float64, true, Doubles, Float64)
+POLYDPO_ADD(add_bfloat16, Floats, true, Bfloat16, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_float32, Floats, true, Float32, Float32, Float32)
+POLYDPO_ADD(add_float64, Doubles, true, Float64, Float64, Float64)
+POLYDPO_ADD(add_bfloat16_alone, Floats, false, Bfloat16, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_float32_alone, Floats, false, Float32, Float32, Float32)
+POLYDPO_ADD(add_float64_alone, Doubles, false, Float64, Float64, Float64)
+// A policy under autocast, and what is not.
+POLYDPO_ADD(add_autocast, Floats, true, Float32, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_autocast_ref, Floats, true, Float32, Bfloat16, Float32)
+POLYDPO_ADD(add_autocast_target, Floats, true, Float32, Float32, Bfloat16)
+POLYDPO_ADD(add_autocast_alone, Floats, false, Float32, Float32, Bfloat16)
+
+#define POLYDPO_SCALE(name, streamed, Vector, P, T)                                                            \
+    POLYDPO_CLONES void name(const void* pred, const void* target, double scale, std::int64_t n, void* grad) { \
+        scale_range<streamed, Vector>(static_cast<const P*>(pred), static_cast<const T*>(target), scale, n,    \
+                                      static_cast<P*>(grad));                                                  \
+    }
+POLYDPO_SCALE(scale_bfloat16, false, Floats, Bfloat16, Bfloat16)
+POLYDPO_SCALE(scale_float32, false, Floats, Float32, Float32)
+POLYDPO_SCALE(scale_float64, false, Doubles, Float64, Float64)
+POLYDPO_SCALE(scale_autocast, false, Floats, Float32, Bfloat16)
+POLYDPO_SCALE(stream_bfloat16, true, Floats, Bfloat16, Bfloat16)
+POLYDPO_SCALE(stream_float32, true, Floats, Float32, Float32)
+POLYDPO_SCALE(stream_float64, true, Doubles, Float64, Float64)
+POLYDPO_SCALE(stream_autocast, true, Floats, Float32, Bfloat16)
 
 // ------------------------------------------------------------------------------------------------------ float16
 //
@@ -300,7 +310,7 @@ POLYDPO_F16C void add_halves_chunk(const Float16* pred, const Float16* ref, cons
 }
 
 void add_halves(POLYDPO_RANGE) {
-    add_range<Float16>(pred, ref, target, pair, begin, end, win, lose, add_halves_chunk);
+    add_range<Float16, Float16, Float16>(pred, ref, target, pair, begin, end, win, lose, add_halves_chunk);
 }
 
 template <bool streamed>
@@ -322,6 +332,21 @@ POLYDPO_F16C void scale_halves(const void* pred, const void* target, double scal
     if (streamed) end_of_stream();
 }
 #endif
+
+// Null where the processor does not convert.
+Add add_float16() {
+#ifdef POLYDPO_HALVES
+    if (has_halves) return add_halves;
+#endif
+    return nullptr;
+}
+
+Scale scale_float16([[maybe_unused]] bool streamed) {
+#ifdef POLYDPO_HALVES
+    if (has_halves) return streamed ? scale_halves<true> : scale_halves<false>;
+#endif
+    return nullptr;
+}
 
 // ------------------------------------------------------------------------------------- through the first-level cache
 //
@@ -461,35 +486,32 @@ void add_converted(const Batch& batch, std::int64_t pair, std::int64_t begin, st
     sums[1].add_to(lose);
 }
 
-// Whether the passes must convert; else they read and write what they compute with.
-bool converts(const Batch& batch) {
-    const Float dtype = batch.pred.dtype;
-#ifdef POLYDPO_HALVES
-    const bool slow = dtype == Float::float16 && !has_halves;
-#else
-    const bool slow = dtype == Float::float16;
-#endif
-    return slow || batch.mask || batch.target.dtype != dtype || (batch.ref.win && batch.ref.dtype != dtype);
+// What reads elements as they are, or null where they must be converted.
+Add add_as_they_are(const Batch& batch) {
+    if (batch.mask) return nullptr;
+    const bool has_ref = batch.ref.win != nullptr;
+    const Float pred = batch.pred.dtype, target = batch.target.dtype, ref = has_ref ? batch.ref.dtype : pred;
+    if (pred == target && pred == ref) {
+        switch (pred) {
+            case Float::bfloat16: return has_ref ? add_bfloat16 : add_bfloat16_alone;
+            case Float::float32: return has_ref ? add_float32 : add_float32_alone;
+            case Float::float64: return has_ref ? add_float64 : add_float64_alone;
+            case Float::float16: return add_float16();
+        }
+    }
+    const auto fits = [](Float dtype) { return dtype == Float::float32 || dtype == Float::bfloat16; };
+    if (pred != Float::float32 || !fits(target) || !fits(ref)) return nullptr;
+    if (!has_ref) return add_autocast_alone;
+    return target == Float::float32 ? add_autocast_ref : ref == Float::float32 ? add_autocast_target : add_autocast;
 }
 
 void add_split(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
                double& elements) {
-    if (converts(batch)) {
-        const auto add = batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>;
-        return add(batch, pair, begin, end, win, lose, elements);
+    if (const Add add = add_as_they_are(batch)) {
+        return add(batch.pred, batch.ref, batch.target, pair, begin, end, win, lose);
     }
-    const bool has_ref = batch.ref.win != nullptr;
-    const auto add = [&](auto alone, auto with_ref) {
-        (has_ref ? with_ref : alone)(batch.pred, batch.ref, batch.target, pair, begin, end, win, lose);
-    };
-    switch (batch.pred.dtype) {
-        case Float::bfloat16: return add(add_bfloat16_alone, add_bfloat16);
-        case Float::float64: return add(add_float64_alone, add_float64);
-#ifdef POLYDPO_HALVES
-        case Float::float16: return add(add_halves, add_halves);
-#endif
-        default: return add(add_float32_alone, add_float32);
-    }
+    const auto add = batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>;
+    add(batch, pair, begin, end, win, lose, elements);
 }
 
 // grad = scale (pred - target) for one arm of a split.
@@ -523,31 +545,34 @@ void scale_converted(const Batch& batch, const void* pred_arm, const void* targe
     if (streamed) end_of_stream();
 }
 
+Scale scale_as_they_are(const Batch& batch, bool streamed) {
+    const Float pred = batch.pred.dtype, target = batch.target.dtype;
+    if (batch.mask) return nullptr;
+    if (pred == Float::float32 && target == Float::bfloat16) return streamed ? stream_autocast : scale_autocast;
+    if (pred != target) return nullptr;
+    switch (pred) {
+        case Float::bfloat16: return streamed ? stream_bfloat16 : scale_bfloat16;
+        case Float::float32: return streamed ? stream_float32 : scale_float32;
+        case Float::float64: return streamed ? stream_float64 : scale_float64;
+        case Float::float16: return scale_float16(streamed);
+    }
+    return nullptr;
+}
+
 void scale_split(const Batch& batch, const void* pred, const void* target, std::int64_t pair, std::int64_t begin,
                  std::int64_t end, double scale, char* grad) {
-    const Float dtype = batch.pred.dtype;
-    const std::size_t size = size_of(dtype);
+    const std::size_t size = size_of(batch.pred.dtype);
     const bool streamed = static_cast<std::size_t>(2 * batch.pairs * batch.numel) * size >= streamed_bytes &&
                           reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
-    if (converts(batch)) {
-        const auto scale_some = batch.accumulate_in_double ? scale_converted<Float64> : scale_converted<Float32>;
-        return scale_some(batch, pred, target, pair, begin, end, scale, streamed, grad);
-    }
-    const auto from = [&](const void* arm, std::int64_t stride) {
-        return static_cast<const char*>(arm) + static_cast<std::size_t>(pair * stride + begin) * size;
+    const auto from = [&](const void* arm, const Arms& arms) {
+        return static_cast<const char*>(arm) +
+               static_cast<std::size_t>(pair * arms.stride + begin) * size_of(arms.dtype);
     };
-    const auto run = [&](auto cached, auto past_caches) {
-        (streamed ? past_caches : cached)(from(pred, batch.pred.stride), from(target, batch.target.stride), scale,
-                                          end - begin, grad);
-    };
-    switch (dtype) {
-        case Float::bfloat16: return run(scale_bfloat16, stream_bfloat16);
-        case Float::float64: return run(scale_float64, stream_float64);
-#ifdef POLYDPO_HALVES
-        case Float::float16: return run(scale_halves<false>, scale_halves<true>);
-#endif
-        default: return run(scale_float32, stream_float32);
+    if (const Scale as_they_are = scale_as_they_are(batch, streamed)) {
+        return as_they_are(from(pred, batch.pred), from(target, batch.target), scale, end - begin, grad);
     }
+    const auto convert = batch.accumulate_in_double ? scale_converted<Float64> : scale_converted<Float32>;
+    convert(batch, pred, target, pair, begin, end, scale, streamed, grad);
 }
 
 // A fresh gradient is memory that nobody has touched: at 4 KB a page fault, the faults can cost several times the

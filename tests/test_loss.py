@@ -1,5 +1,6 @@
 """`polydpo_fast.loss` on every backend that runs here, against the extended-precision oracle."""
 
+import itertools
 import math
 import warnings
 
@@ -141,6 +142,25 @@ def test_shared_target(backend, device):
         grads.append((loss.item(), x.grad))
     assert grads[0][0] == grads[1][0]
     assert torch.equal(grads[0][1], grads[1][1])
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=3)), ids=lambda d: "-".join(map(str, d)))
+def test_every_mix_of_dtypes(backend, masked, dtypes, device):
+    """Of samples that no vector, piece or chunk of the loops divides."""
+    pred, ref, target = (x.to(dtype) for x, dtype in zip(batch((4, 2613), torch.float64, device), dtypes, strict=True))
+    mask = torch.arange(2613, device=device) % 7 != 3 if masked else None
+    x = pred.clone().requires_grad_()
+    loss = polydpo_fast.loss(x, ref, target, beta=50.0, alpha=2.0, mask=mask, reduction="none", backend=backend)
+    loss.sum().backward()
+    chosen = [y[:, mask] if masked else y for y in (pred, ref, target)]
+    expected = oracle.poly_dpo(*chosen, 50.0, alpha=2.0)
+    error = abs(loss.detach().double().cpu().numpy() - expected.loss)
+    assert (error <= 1e-6 * (abs(expected.loss) + abs(expected.logit))).all()
+    assert_gradient_close(x.grad[:, mask] if masked else x.grad, expected.gradient, dtypes[0], backend)
+    if masked:
+        assert not x.grad[:, ~mask].any()
 
 
 # ------------------------------------------------------------------------------------------------ edge cases
