@@ -297,6 +297,9 @@ def gradient_kernel(
         gw = tl.where(kept, gw, 0.0)
         gl = tl.where(kept, gl, 0.0)
     out = grad_win.dtype.element_ty
+    if out == tl.bfloat16:  # from float64 in two steps: Triton's interpreter has no other way
+        gw = gw.to(tl.float32)
+        gl = gl.to(tl.float32)
     tl.store(grad_win + grad_at + at, gw.to(out), inside)
     tl.store(grad_lose + grad_at + at, gl.to(out), inside)
 
