@@ -94,7 +94,7 @@ POLYDPO_INLINE void end_of_stream() {
 #endif
 }
 
-// Sums of vectors, which the compiler keeps in registers.
+// Members, not arrays that a lambda refers to: those the compiler would write to memory at each step.
 template <class Vector>
 struct Accumulators {
     Vector model_even = {}, model_odd = {}, excess_even = {}, excess_odd = {};
@@ -140,7 +140,7 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
     if (has_ref) sums.excess += in_double(found.excess_even) + in_double(found.excess_odd);
 }
 
-// Both arms of [begin, end): add(pred, ref, target, n, sums) takes a chunk, without a reference null. A
+// Both arms of [begin, end): add(pred, ref, target, n, sums) takes a chunk, with null where there is no reference. A
 // target shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other,
 // which leaves the hardware's prefetchers half the streams to follow.
 template <class P, class R, class T, class Add>
