@@ -22,6 +22,10 @@ struct Image {
     int orientation = 1;
 };
 
+// Who decodes the Huffman codes of JPEGs: our own decoder, and libjpeg whatever it does not know; or, to compare them,
+// one alone. The pixels and the errors are the same.
+enum class Entropy { either, libjpeg, own };
+
 struct Options {
     Size output;
     Resize resize;
@@ -33,6 +37,7 @@ struct Options {
     bool apply_orientation, strict;
     Limits limits;
     int threads;
+    Entropy entropy = Entropy::either;
 };
 
 struct Decoded {

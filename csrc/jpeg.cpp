@@ -26,7 +26,10 @@ bool is_jpeg(const std::uint8_t* data, std::size_t size) {
 
 template <class Call>
 void JpegReader::guarded(Call call) {
-    if (setjmp(error_.escape)) throw DecodeError(error_.message);
+    if (setjmp(error_.escape)) {
+        if (entropy_ != nullptr && entropy_->given_up()) throw LibjpegNeeded();
+        throw DecodeError(error_.message);
+    }
     call();
 }
 
@@ -53,7 +56,8 @@ void JpegReader::on_progress(j_common_ptr info) {
     }
 }
 
-JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict) {
+JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict,
+                       bool own_entropy) {
     info_.err = jpeg_std_error(&error_);
     error_.error_exit = on_error;
     error_.emit_message = on_message;
@@ -70,6 +74,7 @@ JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits&
             throw DecodeError("it has " + std::to_string(pixels) + " pixels, more than " +
                               std::to_string(limits.pixels) + " (limits.pixels)");
         }
+        if (own_entropy && EntropyDecoder::knows(&info_)) entropy_ = std::make_unique<EntropyDecoder>();
         check_memory(limits);
         orientation_ = orientation_in_markers();
     } catch (...) {
@@ -85,10 +90,10 @@ JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits&
 
 JpegReader::~JpegReader() { jpeg_destroy_decompress(&info_); }
 
-// Where there are several scans, the coefficients of the whole image are kept.
+// Where there are several scans, the coefficients of the whole image are kept, and what our own decoder knows of them.
 void JpegReader::check_memory(const Limits& limits) {
     if (!jpeg_has_multiple_scans(&info_)) return;
-    std::int64_t bytes = 0;
+    std::int64_t bytes = entropy_ != nullptr ? EntropyDecoder::memory(&info_) : 0;
     for (int i = 0; i < info_.num_components; ++i) {
         const jpeg_component_info& part = info_.comp_info[i];
         bytes += static_cast<std::int64_t>(part.width_in_blocks) * part.height_in_blocks *
@@ -110,10 +115,29 @@ int JpegReader::orientation_in_markers() const {
     return 1;
 }
 
+// Only inside guarded().
+void JpegReader::begin() {
+    info_.buffered_image = entropy_ != nullptr && info_.progressive_mode;
+    jpeg_start_decompress(&info_);
+    if (entropy_ != nullptr) entropy_->install(&info_);
+    if (!info_.buffered_image) return;
+    while (!jpeg_input_complete(&info_)) {
+        jpeg_consume_input(&info_);
+        on_progress(reinterpret_cast<j_common_ptr>(&info_));
+    }
+    jpeg_start_output(&info_, info_.input_scan_number);
+}
+
+// Only inside guarded().
+void JpegReader::end() {
+    if (info_.buffered_image) jpeg_finish_output(&info_);
+    jpeg_finish_decompress(&info_);
+}
+
 Region JpegReader::start(const Region& wanted) {
     Region given{wanted.top, 0, wanted.height, static_cast<int>(info_.image_width)};
     guarded([&] {
-        jpeg_start_decompress(&info_);
+        begin();
         // The upsampling of chroma looks at its neighbours: a block more on each side gives it the ones it has in the
         // whole image.
         const int margin = info_.max_h_samp_factor * DCTSIZE;
@@ -150,7 +174,7 @@ void JpegReader::finish() {
         // To skip to the very end would not look at what is there; to read the last row takes all before it.
         skip(rest - 1);
         if (rest > 0) jpeg_read_scanlines(&info_, &to, 1);
-        jpeg_finish_decompress(&info_);
+        end();
     });
 }
 
@@ -177,7 +201,7 @@ void JpegReader::read_planes(const Region& crop, std::uint8_t* planes) {
     }
     info_.raw_data_out = TRUE;
     info_.out_color_space = JCS_YCbCr;
-    guarded([this] { jpeg_start_decompress(&info_); });
+    guarded([this] { begin(); });
     while (info_.output_scanline < info_.output_height) {
         const int first = static_cast<int>(info_.output_scanline);
         guarded([&] { jpeg_read_raw_data(&info_, arrays, rows); });
@@ -192,7 +216,7 @@ void JpegReader::read_planes(const Region& crop, std::uint8_t* planes) {
             }
         }
     }
-    guarded([this] { jpeg_finish_decompress(&info_); });
+    guarded([this] { end(); });
 }
 
 }  // namespace polydpo

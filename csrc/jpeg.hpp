@@ -5,21 +5,27 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>  // jpeglib.h needs FILE
+#include <memory>
 #include <string>
 
 #include <jpeglib.h>
 
+#include "entropy.hpp"
 #include "reader.hpp"
 
 namespace polydpo {
 
 bool is_jpeg(const std::uint8_t* data, std::size_t size);
 
+// Thrown where an image is to be decoded again, from its beginning, without our own entropy decoder.
+struct LibjpegNeeded {};
+
 // libjpeg leaves through longjmp where something is wrong. Every call into it is made by guarded(), which holds the
 // setjmp and turns the jump into a DecodeError, so that no C++ frame with a destructor is ever jumped over.
 class JpegReader : public PlanesReader {
 public:
-    JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict);
+    // Throws LibjpegNeeded, here or later, only if `own_entropy`.
+    JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict, bool own_entropy);
     ~JpegReader() override;
     JpegReader(const JpegReader&) = delete;
     JpegReader& operator=(const JpegReader&) = delete;
@@ -45,7 +51,9 @@ private:
     void guarded(Call call);
     void check_memory(const Limits& limits);
     int orientation_in_markers() const;
+    void begin();
     void skip(int rows);
+    void end();
     [[noreturn]] static void on_error(j_common_ptr info);
     static void on_message(j_common_ptr info, int level);
     static void on_progress(j_common_ptr info);
@@ -53,6 +61,7 @@ private:
     jpeg_decompress_struct info_{};
     ErrorManager error_{};
     Progress progress_{};
+    std::unique_ptr<EntropyDecoder> entropy_;  // none: libjpeg's
     int orientation_ = 1;
     bool cmyk_ = false;
 };

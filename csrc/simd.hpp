@@ -10,6 +10,7 @@
 #define POLYDPO_CLONES
 #endif
 #define POLYDPO_INLINE inline __attribute__((always_inline))
+#define POLYDPO_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace polydpo {
 

@@ -1,0 +1,131 @@
+"""Our decoder of JPEG's Huffman codes against libjpeg's, whose pixels and errors are to be the same."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+import polydpo_fast
+from polydpo_fast import _C
+
+EITHER, LIBJPEG, OWN = range(3)  # csrc/decode.hpp
+
+
+def decoded(data, entropy, **options):
+    """Pixels and errors of one image, twice, with that decoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        plain = _C.decode_pairs
+        patch.setattr(_C, "decode_pairs", lambda *images, **given: plain(*images, **given, entropy=entropy))
+        pair = polydpo_fast.decode_pairs(
+            [data], [data], **{"resize": None, "dtype": torch.uint8, "on_error": "mask", "threads": 1, **options}
+        )
+    return pair.pixels, [error.reason for error in pair.errors]
+
+
+def picture(kind, height, width):
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[:height, :width]
+    if kind == "noise":  # many and large coefficients
+        pixels = rng.integers(0, 256, (height, width, 3))
+    elif kind == "photograph":
+        pixels = np.stack([128 + 100 * np.sin(x / 7 + y / 9), 128 + 90 * np.cos(x / 5), 255 * y / height], -1)
+        pixels = pixels + rng.normal(0, 6, pixels.shape)
+    else:  # whole blocks without a coefficient
+        pixels = np.full((height, width, 3), (200, 30, 90))
+        pixels[height // 3 :, width // 2 :] = (10, 200, 50)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("kind", ["noise", "photograph", "flat"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (33, 70), (121, 57)])
+def test_it_decodes_all_there_is_as_libjpeg_does(progressive, kind, mode, shape):
+    image = picture(kind, *shape).convert(mode)
+    for quality, subsampling in [(20, 2), (75, 1), (92, 2), (100, 0)]:
+        for options in ({}, {"optimize": True}, {"restart_marker_blocks": 3}):
+            data = jpeg(image, quality=quality, subsampling=subsampling, progressive=progressive, **options)
+            ours, failed = decoded(data, OWN, size=shape)
+            assert not failed
+            assert torch.equal(ours, decoded(data, LIBJPEG, size=shape)[0])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_long_scans_pass_through_its_window(progressive, monkeypatch):
+    """Noise at full quality is hundreds of kilobytes: the window of a scan moves many times."""
+    monkeypatch.setattr(ImageFile, "MAXBLOCK", 1 << 20)  # of Pillow's encoder, which does without suspension
+    data = jpeg(picture("noise", 400, 496), quality=100, subsampling=0, progressive=progressive)
+    assert len(data) > 20 * 16384
+    ours, failed = decoded(data, OWN, size=(400, 496))
+    assert not failed
+    assert torch.equal(ours, decoded(data, LIBJPEG, size=(400, 496))[0])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, "yuv420"])
+def test_crops_and_planes(progressive, dtype):
+    data = jpeg(picture("photograph", 200, 304), quality=90, subsampling=2, progressive=progressive)
+    for seed in range(8):
+        options = {"size": (64, 96), "crop": "random", "seeds": [seed], "dtype": dtype}
+        ours, failed = decoded(data, OWN, **options)
+        assert not failed
+        assert torch.equal(ours, decoded(data, LIBJPEG, **options)[0])
+
+
+DAMAGED = [
+    jpeg(picture("photograph", 48, 56), quality=quality, subsampling=2, progressive=progressive, **options)
+    for progressive in (False, True)
+    for quality, options in ((50, {}), (95, {"restart_marker_blocks": 2}), (85, {"optimize": True}))
+]
+
+
+@given(data=st.data())
+def test_damage_is_what_libjpeg_makes_of_it(data):
+    damaged = bytearray(data.draw(st.sampled_from(DAMAGED)))
+    scans = damaged.index(b"\xff\xda")
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(scans, len(damaged) - 1))
+        change = data.draw(st.sampled_from(["byte", "bit", "cut", "insert", "end"]))
+        if change == "byte":
+            damaged[at] = data.draw(st.sampled_from([0, 0xD0, 0xD9, 0xFF, 0x5A]))
+        elif change == "bit":
+            damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+        elif change == "cut":
+            del damaged[at : at + data.draw(st.integers(1, 5))]
+        elif change == "insert":
+            damaged[at:at] = data.draw(st.binary(min_size=1, max_size=3))
+        else:
+            del damaged[max(at, scans + 1) :]
+        if len(damaged) <= scans:
+            break
+    strict = data.draw(st.booleans())
+    ours = decoded(bytes(damaged), EITHER, size=(48, 56), strict=strict)
+    libjpegs = decoded(bytes(damaged), LIBJPEG, size=(48, 56), strict=strict)
+    assert ours[1] == libjpegs[1]
+    assert torch.equal(ours[0], libjpegs[0])
+
+
+def test_what_is_not_as_it_should_be_is_left_to_libjpeg():
+    cut = DAMAGED[0][:-20]
+    assert decoded(cut, OWN, size=(48, 56), strict=False)[1] == ["only libjpeg can decode it"] * 2
+    assert decoded(cut, EITHER, size=(48, 56), strict=False)[1] == []
+
+
+def test_what_it_remembers_of_a_progressive_image_is_limited():
+    """128 bytes of coefficients and 8 of ours for each block."""
+    data = jpeg(picture("flat", 64, 64), quality=50, subsampling=0, progressive=True)
+    blocks = 3 * 64
+    for decoder, bytes_of_block in ((OWN, 136), (LIBJPEG, 128)):
+        for room, expected in ((0, 0), (-1, 2)):
+            limits = polydpo_fast.DecodeLimits(decoded=bytes_of_block * blocks + room)
+            assert len(decoded(data, decoder, size=(64, 64), limits=limits)[1]) == expected
