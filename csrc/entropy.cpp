@@ -304,10 +304,10 @@ POLYDPO_INLINE bool read_difference(Bits& in, const Codes& codes, int* last) {
 // and `ended` how many further blocks have none.
 template <bool progressive>
 POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsigned at, const unsigned last, int shift,
-                              std::uint64_t* known, unsigned* ended) {
+                              std::uint64_t& known, unsigned& ended) {
     const auto put = [&](unsigned position, std::uint64_t value) POLYDPO_INLINE_LAMBDA {
         block[place[position]] = static_cast<JCOEF>(value);
-        if (progressive) *known |= std::uint64_t{1} << position;
+        if (progressive) known |= std::uint64_t{1} << position;
     };
     for (;;) {
         in.refill();
@@ -348,7 +348,7 @@ POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsi
         } else if (run == 15) {
             if (at >= last) return false;
         } else {
-            if (progressive) *ended = (1u << run) - 1 + static_cast<unsigned>(in.take(run));
+            if (progressive) ended = (1u << run) - 1 + static_cast<unsigned>(in.take(run));
             return true;
         }
     }
@@ -359,20 +359,20 @@ POLYDPO_INLINE std::uint64_t positions(int low, int high) {
     return high < low ? 0 : ~std::uint64_t{0} << low & ~std::uint64_t{0} >> (63 - high);
 }
 
-// The place of the bit set that has `n` others below it; there are more than n.
+// The bit of `bits` that has `n` others below it; 0 if there are none so many.
 struct SelectByLoop {
-    static POLYDPO_INLINE int select(std::uint64_t bits, int n) {
+    static POLYDPO_INLINE std::uint64_t select(std::uint64_t bits, int n) {
         for (; n > 0; --n) bits &= bits - 1;
-        return __builtin_ctzll(bits);
+        return bits & -bits;
     }
 };
 
 #ifdef POLYDPO_PDEP
 struct SelectByPdep {
-    static POLYDPO_INLINE int select(std::uint64_t bits, int n) {
-        std::uint64_t only;  // written so because an intrinsic is not inlined into templates
-        asm("pdep %2, %1, %0" : "=r"(only) : "r"(std::uint64_t{1} << n), "r"(bits));
-        return __builtin_ctzll(only);
+    static POLYDPO_INLINE std::uint64_t select(std::uint64_t bits, int n) {
+        std::uint64_t bit;  // written so because an intrinsic is not inlined into templates
+        asm("pdep %2, %1, %0" : "=r"(bit) : "r"(std::uint64_t{1} << n), "r"(bits));
+        return bit;
     }
 };
 
@@ -386,46 +386,50 @@ bool pdep_is_quick() {
 // over; the bits of the known ones among them follow it, and are kept until the end of the block.
 template <class Select>
 POLYDPO_INLINE bool refine_rest(Bits& in, const Codes& codes, JCOEFPTR block, int at, const int last, int shift,
-                                std::uint64_t* known, unsigned* ended) {
-    const std::uint64_t before = *known;
-    std::uint64_t added = 0;
-    const auto read_added = [&](std::uint64_t of) POLYDPO_INLINE_LAMBDA {
-        for (int count = __builtin_popcountll(of); count > 0;) {
-            if (__builtin_expect(count > in.count, 0)) in.refill();
-            const int now = std::min(count, in.count);
-            added = added << now | in.bits >> (64 - now);
+                                std::uint64_t& known, unsigned& ended) {
+    const std::uint64_t before = known & positions(at, last);
+    std::uint64_t unknown = ~before & positions(at, last), added = 0;
+    const auto read_added = [&](int count) POLYDPO_INLINE_LAMBDA {
+        if (__builtin_expect(count > in.count, 0)) {
+            const int now = in.count;
+            added = added << now | in.bits >> 1 >> (63 - now);
             in.drop(now);
+            in.refill();
             count -= now;
         }
+        added = added << count | in.bits >> 1 >> (63 - count);
+        in.drop(count);
     };
-    const std::uint64_t refined = before & positions(at, last);
-    while (*ended == 0 && at <= last) {
+    while (ended == 0 && at <= last) {
         in.refill();
         const Symbol symbol = codes.look(in.bits);
         if (symbol.length == 0) return false;
         in.drop(symbol.length);
         const int size = symbol.value & 15, run = symbol.value >> 4;
         if (size == 0 && run < 15) {
-            *ended = (1u << run) + static_cast<unsigned>(in.take(run));
+            ended = (1u << run) + static_cast<unsigned>(in.take(run));
             break;
         }
         const int value = in.take(size) * 2 - 1;
-        const std::uint64_t unknown = ~before & positions(at, last);
-        if (size > 1 || __builtin_popcountll(unknown) <= run) return false;
-        const int position = Select::select(unknown, run);
-        read_added(before & positions(at, position));
+        const std::uint64_t found = Select::select(unknown, run);
+        if (size > 1 || found == 0) return false;
+        const int position = __builtin_ctzll(found);
+        // Mostly none: a branch lets the next symbol be looked up before it is known where this one belongs.
+        if (const int passed = position - at - run; __builtin_expect(passed > 0, 0)) read_added(passed);
         if (size > 0) {
             block[place[position]] = static_cast<JCOEF>(value * (1 << shift));
-            *known |= std::uint64_t{1} << position;
+            known |= found;
         }
+        unknown &= ~(found | (found - 1));
         at = position + 1;
     }
-    if (*ended > 0) {
-        read_added(before & positions(at, last));
-        --*ended;
+    if (ended > 0) {
+        in.refill();
+        read_added(__builtin_popcountll(before & positions(at, last)));
+        --ended;
     }
-    std::uint64_t which = refined;
-    for (int i = __builtin_popcountll(refined) - 1; i >= 0; --i, which &= which - 1) {
+    std::uint64_t which = before;
+    for (int i = __builtin_popcountll(before) - 1; i >= 0; --i, which &= which - 1) {
         JCOEF& coefficient = block[place[__builtin_ctzll(which)]];
         const int sign = coefficient >> 15 | 1;
         const int add = static_cast<int>(added >> i & 1) & ~(coefficient >> shift);
@@ -473,12 +477,14 @@ POLYDPO_INLINE boolean decode_mcu(j_decompress_ptr info, Read read) {
 
 POLYDPO_CLONES boolean sequential(j_decompress_ptr info, JBLOCKROW* blocks) {
     return decode_mcu(info, [blocks](EntropyState& state, Bits& in) POLYDPO_INLINE_LAMBDA {
+        std::uint64_t known = 0;
+        unsigned ended = 0;
         for (int i = 0; i < state.blocks; ++i) {
             const EntropyState::Part& part = state.parts[i];
             JCOEFPTR block = blocks != nullptr ? *blocks[i] : state.skipped;
             if (!read_difference(in, *part.first, part.last)) return false;
             block[0] = static_cast<JCOEF>(*part.last);
-            if (!read_rest<false>(in, *part.rest, block, 0, DCTSIZE2 - 1, 0, nullptr, nullptr)) return false;
+            if (!read_rest<false>(in, *part.rest, block, 0, DCTSIZE2 - 1, 0, known, ended)) return false;
         }
         return true;
     });
@@ -505,31 +511,42 @@ POLYDPO_CLONES boolean more_of_dc(j_decompress_ptr info, JBLOCKROW* blocks) {
     });
 }
 
+// A block of a component's other coefficients. `read(known)` does it, with what is known in a register.
+template <class Read>
+POLYDPO_INLINE bool with_known(EntropyState& state, Read read) {
+    std::uint64_t known = *state.known_next;
+    const bool right = read(known);
+    *state.known_next++ = known;
+    return right;
+}
+
 POLYDPO_CLONES boolean first_of_ac(j_decompress_ptr info, JBLOCKROW* blocks) {
     return decode_mcu(info, [blocks](EntropyState& state, Bits& in) POLYDPO_INLINE_LAMBDA {
-        std::uint64_t* known = state.known_next++;
-        if (state.ended > 0) {
-            --state.ended;
-            return true;
-        }
-        return read_rest<true>(in, *state.parts[0].rest, *blocks[0], static_cast<unsigned>(state.from) - 1,
-                               static_cast<unsigned>(state.to), state.shift, known, &state.ended);
+        return with_known(state, [&](std::uint64_t& known) POLYDPO_INLINE_LAMBDA {
+            if (state.ended > 0) return --state.ended, true;
+            return read_rest<true>(in, *state.parts[0].rest, *blocks[0], static_cast<unsigned>(state.from) - 1,
+                                   static_cast<unsigned>(state.to), state.shift, known, state.ended);
+        });
+    });
+}
+
+template <class Select>
+POLYDPO_INLINE boolean refine_mcu(j_decompress_ptr info, JBLOCKROW* blocks) {
+    return decode_mcu(info, [blocks](EntropyState& state, Bits& in) POLYDPO_INLINE_LAMBDA {
+        return with_known(state, [&](std::uint64_t& known) POLYDPO_INLINE_LAMBDA {
+            return refine_rest<Select>(in, state.parts[0].rest->codes, *blocks[0], state.from, state.to, state.shift,
+                                       known, state.ended);
+        });
     });
 }
 
 POLYDPO_CLONES boolean more_of_ac(j_decompress_ptr info, JBLOCKROW* blocks) {
-    return decode_mcu(info, [blocks](EntropyState& state, Bits& in) POLYDPO_INLINE_LAMBDA {
-        return refine_rest<SelectByLoop>(in, state.parts[0].rest->codes, *blocks[0], state.from, state.to, state.shift,
-                           state.known_next++, &state.ended);
-    });
+    return refine_mcu<SelectByLoop>(info, blocks);
 }
 
 #ifdef POLYDPO_PDEP
 POLYDPO_PDEP boolean more_of_ac_by_pdep(j_decompress_ptr info, JBLOCKROW* blocks) {
-    return decode_mcu(info, [blocks](EntropyState& state, Bits& in) POLYDPO_INLINE_LAMBDA {
-        return refine_rest<SelectByPdep>(in, state.parts[0].rest->codes, *blocks[0], state.from, state.to, state.shift,
-                                         state.known_next++, &state.ended);
-    });
+    return refine_mcu<SelectByPdep>(info, blocks);
 }
 #endif
 
@@ -589,7 +606,7 @@ void start_pass(j_decompress_ptr info) {
 
 }  // namespace
 
-EntropyDecoder::EntropyDecoder() : state_(std::make_unique<EntropyState>()) {}
+EntropyDecoder::EntropyDecoder() : state_(new EntropyState) {}  // without zeroing its tables
 EntropyDecoder::~EntropyDecoder() = default;
 bool EntropyDecoder::given_up() const { return state_->given_up; }
 
