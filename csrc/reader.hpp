@@ -59,8 +59,6 @@ public:
     std::uint8_t* data() {
         return bytes_.data() + 16 + (64 - reinterpret_cast<std::uintptr_t>(bytes_.data()) % 64) % 64;
     }
-    // In pixels.
-    int width() const { return static_cast<int>((bytes_.size() - 80) / 4); }
 
 private:
     std::vector<std::uint8_t> bytes_;

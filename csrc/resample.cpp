@@ -10,52 +10,59 @@ namespace polydpo {
 namespace {
 
 typedef float Floats4 __attribute__((vector_size(16)));
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef float Floats16 __attribute__((vector_size(64)));  // four pixels
+typedef float Floats8 __attribute__((vector_size(32)));  // two pixels
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef int Indices8 __attribute__((vector_size(32)));
 
-// One row across: four taps, that is four neighbouring pixels, at a time. `wide` is scratch for the row in floats.
-POLYDPO_CLONES void resample_row(const std::uint8_t* in, int in_width, const int* first, const int* count,
-                                 const float* weights, int quads, int width, float* wide, float* out) {
-    for (int i = 0; i < 4 * in_width; ++i) wide[i] = static_cast<float>(static_cast<int>(in[i]));
+// One row across: four taps, that is four neighbouring pixels, at a time; so many times if `known`.
+// `weights` has 4 * quads for each output, those beyond its taps 0, and four more at the end.
+template <int known>
+POLYDPO_INLINE void resample_row(const std::uint8_t* in, const int* first, const float* weights, int quads, int width,
+                                 float* out) {
+    if (known > 0) quads = known;
     for (int x = 0; x < width; ++x) {
-        const float* from = wide + 4 * static_cast<std::ptrdiff_t>(first[x]);
-        Floats16 sum = {};
-        for (int k = 0; k < (count[x] + 3) / 4; ++k) {
-            Floats16 pixels, weight;
-            std::memcpy(&pixels, from + 16 * k, sizeof pixels);
-            std::memcpy(&weight, weights + 16 * k, sizeof weight);
-            sum += weight * pixels;
+        const std::uint8_t* from = in + 4 * static_cast<std::ptrdiff_t>(first[x]);
+        Floats8 sums[2] = {};
+        for (int k = 0; k < quads; ++k, from += 16, weights += 4) {
+            float values[16];
+            for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(static_cast<int>(from[i]));
+            Floats8 pixels[2], weight;
+            std::memcpy(pixels, values, sizeof pixels);
+            std::memcpy(&weight, weights, sizeof weight);  // its first half is used
+            sums[0] += __builtin_shuffle(weight, Indices8{0, 0, 0, 0, 1, 1, 1, 1}) * pixels[0];
+            sums[1] += __builtin_shuffle(weight, Indices8{2, 2, 2, 2, 3, 3, 3, 3}) * pixels[1];
         }
-        weights += 16 * static_cast<std::size_t>(quads);
-        Floats8 halves[2];
-        std::memcpy(halves, &sum, sizeof sum);
-        const Floats8 both = halves[0] + halves[1];
-        Floats4 quarters[2];
-        std::memcpy(quarters, &both, sizeof both);
-        const Floats4 pixel = quarters[0] + quarters[1], low = {}, high = low + 255.0f;
-        const Floats4 clamped = pixel < low ? low : pixel > high ? high : pixel;
-        std::memcpy(out + 4 * static_cast<std::size_t>(x), &clamped, sizeof clamped);
+        const Floats8 both = sums[0] + sums[1];
+        Floats4 halves[2];
+        std::memcpy(halves, &both, sizeof both);
+        const Floats4 pixel = halves[0] + halves[1];
+        std::memcpy(out + 4 * static_cast<std::size_t>(x), &pixel, sizeof pixel);
+    }
+    for (int i = 0; i < 4 * width; ++i) out[i] = std::min(std::max(out[i], 0.0f), 255.0f);
+}
+
+POLYDPO_CLONES void resample_row(const std::uint8_t* in, const int* first, const float* weights, int quads, int width,
+                                 float* out) {
+    switch (quads) {
+        case 1: return resample_row<1>(in, first, weights, 1, width, out);
+        case 2: return resample_row<2>(in, first, weights, 2, width, out);
+        default: return resample_row<0>(in, first, weights, quads, width, out);
     }
 }
 
-// out[i] = sum over k of weights[k] * rows[k][i]: down.
-POLYDPO_CLONES void blend_rows(const float* const* rows, const float* weights, int count, int length, float* out) {
-    constexpr int chunk = 64;  // accumulators that stay in registers while all rows are added
-    for (int start = 0; start < length; start += chunk) {
-        float sum[chunk] = {};
-        const int n = std::min(chunk, length - start);
-        if (n == chunk) {
-            for (int k = 0; k < count; ++k) {
-                const float* row = rows[k] + start;
-                const float weight = weights[k];
-                for (int i = 0; i < chunk; ++i) sum[i] += weight * row[i];
-            }
-        } else {
-            for (int k = 0; k < count; ++k) {
-                for (int i = 0; i < n; ++i) sum[i] += weights[k] * rows[k][start + i];
+// out[i] = sum over k of weights[k] * rows[k][i]: down. `length` is a multiple of 64, whose sums stay in registers.
+POLYDPO_CLONES void blend_rows(const float* const* rows, const float* weights, int count, std::size_t length, float* out) {
+    for (std::size_t start = 0; start < length; start += 64) {
+        Floats16 sum[4] = {};
+        for (int k = 0; k < count; ++k) {
+            const float* row = rows[k] + start;
+            for (int i = 0; i < 4; ++i) {
+                Floats16 values;
+                std::memcpy(&values, row + 16 * i, sizeof values);
+                sum[i] += weights[k] * values;
             }
         }
-        std::copy(sum, sum + n, out + start);
+        for (int i = 0; i < 4; ++i) std::memcpy(out + start + 16 * i, &sum[i], sizeof sum[i]);
     }
 }
 
@@ -84,8 +91,9 @@ std::int64_t taps_of(double support) { return static_cast<std::int64_t>(std::cei
 std::int64_t Resampler::memory(Size source, Size resized, const Region& crop, Interpolation kind) {
     const std::int64_t across = taps_of(support_of(kind, source.width, resized.width));
     const std::int64_t down = taps_of(support_of(kind, source.height, resized.height));
-    const std::int64_t weights = crop.width * (across + 4 * (across + 3)) + crop.height * down;
-    const std::int64_t rows = 4 * crop.width * (std::min<std::int64_t>(down, source.height) + 1) + 5 * std::int64_t{source.width};
+    const std::int64_t weights = crop.width * (across + across + 3) + crop.height * down;
+    const std::int64_t length = padded(crop.width) + apart;
+    const std::int64_t rows = length * (std::min<std::int64_t>(down, source.height) + 1) + source.width + across;
     return static_cast<std::int64_t>(sizeof(float)) * (weights + rows);
 }
 
@@ -121,15 +129,13 @@ Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolatio
       down_(make_filter(kind, source.height, resized.height, crop.top, crop.height)),
       width_(crop.width),
       ring_rows_(std::min(down_.taps, source.height)),
-      stride_(4 * static_cast<std::size_t>(crop.width)),
+      length_(padded(crop.width)),
       taps_(down_.taps) {
-    quads_ = (across_.taps + 3) / 4;
-    quad_weights_.resize(16 * static_cast<std::size_t>(quads_) * width_);
+    quads_ = (*std::max_element(across_.count.begin(), across_.count.end()) + 3) / 4;
+    quad_weights_.resize(4 * static_cast<std::size_t>(quads_) * width_ + 4);
     for (int x = 0; x < width_; ++x) {
-        float* out = quad_weights_.data() + 16 * static_cast<std::size_t>(quads_) * x;
-        for (int k = 0; k < across_.taps; ++k) {
-            std::fill_n(out + 4 * k, 4, across_.weights[static_cast<std::size_t>(x) * across_.taps + k]);
-        }
+        std::copy_n(across_.weights.data() + static_cast<std::size_t>(x) * across_.taps, across_.count[x],
+                    quad_weights_.data() + 4 * static_cast<std::size_t>(quads_) * x);
     }
 }
 
@@ -146,15 +152,13 @@ Region Resampler::wanted() const {
 void Resampler::begin(const Region& given) {
     for (int& first : across_.first) first -= given.left;
     rows_in_ = given.top;
-    row_ = Row(given.width);
-    wide_.resize(4 * static_cast<std::size_t>(given.width) + 12);  // the last tap's partners may lie outside
-    ring_.resize(static_cast<std::size_t>(ring_rows_) * stride_);
-    resized_.resize(stride_);
+    row_ = Row(given.width + 4 * quads_);  // what has no weight is read too
+    ring_.resize(static_cast<std::size_t>(ring_rows_) * (length_ + apart));
+    resized_.resize(length_);
 }
 
 void Resampler::commit() {
-    resample_row(row_.data(), row_.width(), across_.first.data(), across_.count.data(), quad_weights_.data(), quads_,
-                 width_, wide_.data(), ring_row(rows_in_));
+    resample_row(row_.data(), across_.first.data(), quad_weights_.data(), quads_, width_, ring_row(rows_in_));
     ++rows_in_;
 }
 
@@ -167,7 +171,7 @@ const float* Resampler::take() {
     const int y = rows_out_++, count = down_.count[y];
     for (int k = 0; k < count; ++k) taps_[k] = ring_row(down_.first[y] + k);
     blend_rows(taps_.data(), down_.weights.data() + static_cast<std::size_t>(y) * down_.taps, count,
-               static_cast<int>(stride_), resized_.data());
+               length_, resized_.data());
     return resized_.data();
 }
 

@@ -43,15 +43,20 @@ public:
     const float* take();
 
 private:
-    float* ring_row(int row) { return ring_.data() + static_cast<std::size_t>(row % ring_rows_) * stride_; }
+    float* ring_row(int row) { return ring_.data() + static_cast<std::size_t>(row % ring_rows_) * (length_ + apart); }
+
+    // Floats of a row of so many pixels, with what is there for the sake of whole vectors.
+    static constexpr std::size_t padded(int width) { return (4 * static_cast<std::size_t>(width) + 63) / 64 * 64; }
+    // Between rows, lest those of a power of two all lie at the same place of a cache.
+    static constexpr std::size_t apart = 80;
 
     Filter across_, down_;
     int width_, ring_rows_, rows_in_ = 0, rows_out_ = 0;
     int quads_;                        // of taps across
-    std::vector<float> quad_weights_;  // across_.weights, four taps at a time, each for four channels
-    std::size_t stride_;
+    std::vector<float> quad_weights_;  // across_.weights, four taps at a time
+    std::size_t length_;               // of a row in the ring
     Row row_;
-    std::vector<float> wide_, ring_, resized_;
+    std::vector<float> ring_, resized_;
     std::vector<const float*> taps_;
 };
 
