@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data import PairBatch
 from .forward import time_ids
+from .moving import moved
 from .noising import draw_noise, is_flow_matching
 
 __all__ = [
@@ -172,7 +173,7 @@ def conditioning(family: Family, text: Mapping[str, Tensor], batch: PairBatch, s
     result: dict[str, Any] = dict(text)
     if family.encode is _sdxl:
         pooled = result.pop("text_embeds")
-        geometry = time_ids(batch.original_size, batch.crop_top_left, size).to(pooled.device, torch.float32)
+        geometry = moved(time_ids(batch.original_size, batch.crop_top_left, size), pooled.device, torch.float32)
         result["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": geometry}
     return result
 
@@ -341,7 +342,8 @@ def _normalisation(vae: Any, latents: Tensor) -> tuple[Any, Any]:
     config = vae.config
 
     def channels(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=latents.device).view(-1, *[1] * (latents.dim() - 2))
+        table = moved(torch.tensor(values, device="cpu"), latents.device)
+        return table.view(-1, *[1] * (latents.dim() - 2))
 
     shift: Any = config.get("shift_factor") or 0.0
     scale: Any = config.get("scaling_factor") or 1.0

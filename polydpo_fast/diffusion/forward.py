@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .moving import moved
 from .reference import unwrapped
 
 __all__ = ["both_arms", "predict", "time_ids"]
@@ -89,7 +90,8 @@ def _flux(model: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[st
     tokens = noisy.view(rows, channels, high, 2, wide, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     given = {"guidance": _FLUX_GUIDANCE, **conditioning}
     if unwrapped(model).config.guidance_embeds:
-        given["guidance"] = torch.as_tensor(given["guidance"], dtype=torch.float32, device=noisy.device).expand(rows)
+        guidance = torch.as_tensor(given["guidance"], dtype=torch.float32)
+        given["guidance"] = moved(guidance, noisy.device).expand(rows)
     else:
         given["guidance"] = None
     place = torch.zeros((high, wide, 3), device=noisy.device, dtype=noisy.dtype)

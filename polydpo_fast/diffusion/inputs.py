@@ -16,6 +16,7 @@ from .config import Settings
 from .families import conditioning, encode_pixels, encode_prompts
 from .fingerprints import fingerprint
 from .latent_store import LatentPairs
+from .moving import moved
 from .reference_store import random_options
 from .setup import Setup
 from .shards import is_store
@@ -98,10 +99,10 @@ class Inputs:
     def conditioning(self, batch: PairBatch, text: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Any]:
         """The model's arguments, where some of the prompts are dropped, as the pairs' seeds say."""
         if self._nothing is not None:
-            dropped = [mix(seed, 4) < self._settings.prompt_dropout * 2**64 for seed in seeds]
+            dropped = torch.tensor([mix(seed, 4) < self._settings.prompt_dropout * 2**64 for seed in seeds])
             text = {
                 name: torch.where(
-                    torch.tensor(dropped, device=value.device).view(-1, *[1] * (value.dim() - 1)),
+                    moved(dropped, value.device).view(-1, *[1] * (value.dim() - 1)),
                     self._nothing[name].to(value),
                     value,
                 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.order import mix
+from .moving import moved
 
 __all__ = ["NoisedPairs", "draw_noise", "draw_timesteps", "is_flow_matching", "noise_pairs"]
 
@@ -84,7 +85,8 @@ def draw_timesteps(
         elif density == "mode":
             u = 1 - u - mode_scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
         result.append(min(max(int(u * total), 0), total - 1))
-    return torch.tensor(result, dtype=torch.int64, device=device)
+    numbers = torch.tensor(result, dtype=torch.int64, device=None if device is None else "cpu")
+    return numbers if device is None else moved(numbers, device)
 
 
 def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> NoisedPairs:
@@ -104,13 +106,13 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
         raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {(pairs, *latents.shape[1:])}, one per pair")
     if timesteps.shape != (pairs,) or timesteps.dtype != torch.int64:
         raise ValueError(f"timesteps is {timesteps.dtype} {tuple(timesteps.shape)}; expected int64 ({pairs},)")
-    clean, shared = latents.float(), noise.to(latents.device, torch.float32)
+    clean, shared = latents.float(), moved(noise, latents.device, torch.float32)
     both = torch.cat((shared, shared))
-    at = timesteps.to(latents.device).repeat(2)
+    at = moved(timesteps, latents.device).repeat(2)
 
     def of_rows(table: Tensor) -> Tensor:
         # On the device without waiting for it: only the tables are moved, and they are small.
-        return table.to(latents.device, torch.float32)[at].view(-1, *[1] * (clean.dim() - 1))
+        return moved(table, latents.device, torch.float32)[at].view(-1, *[1] * (clean.dim() - 1))
 
     target: Tensor
     if is_flow_matching(scheduler):
@@ -122,7 +124,7 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
             )
         sigma = of_rows(scheduler.sigmas)
         noisy, target = (1 - sigma) * clean + sigma * both, both - clean
-        steps = scheduler.timesteps.to(latents.device, torch.float32)[at]
+        steps = moved(scheduler.timesteps, latents.device, torch.float32)[at]
     else:
         # Not the scheduler's add_noise: a sampler's may be of latents in another scale (Euler's is).
         kept = of_rows(scheduler.alphas_cumprod)

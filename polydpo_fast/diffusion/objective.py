@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..functional import loss as preference_loss
 from .forward import Forward, both_arms, forward_of
+from .moving import moved
 from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, is_flow_matching, noise_pairs
 from .reference import unwrapped
 from .weights import timestep_weights
@@ -75,7 +76,7 @@ class PairObjective:
         is_flow_matching(scheduler)
         if isinstance(timestep_weight, str):
             table = timestep_weights(scheduler, timestep_weight, snr_gamma=snr_gamma)
-            timestep_weight = lambda numbers: table.to(numbers.device)[numbers]  # noqa: E731
+            timestep_weight = lambda numbers: moved(table, numbers.device)[numbers]  # noqa: E731
         self._timestep_weight, self._weigh, self._forward, self._loss = timestep_weight, weigh, forward, loss
 
     def __call__(
@@ -113,16 +114,18 @@ class PairObjective:
         options = self._loss
         if self._timestep_weight is not None:
             numbers = self._numbers(noised.timesteps[: len(latents) // 2])
-            weight = self._timestep_weight(numbers).to(pred.device, torch.float32)
+            weight = moved(self._timestep_weight(numbers), pred.device, torch.float32)
             if self._weigh == "logit":
                 beta = options.get("beta", _BETA)
-                options = {**options, "beta": weight * (beta.to(weight) if isinstance(beta, Tensor) else beta)}
+                if isinstance(beta, Tensor):
+                    beta = moved(beta, pred.device, torch.float32)
+                options = {**options, "beta": weight * beta}
             else:
-                pair_weight = weight if pair_weight is None else weight * pair_weight.to(pred.device)
+                pair_weight = weight if pair_weight is None else weight * moved(pair_weight, pred.device)
         if pair_weight is not None:
-            pair_weight = pair_weight.to(pred.device)
+            pair_weight = moved(pair_weight, pred.device)
         if isinstance(ref_error, Tensor):
-            ref_error = ref_error.to(pred.device)
+            ref_error = moved(ref_error, pred.device)
         loss, metrics = preference_loss(
             pred,
             ref_pred,
@@ -195,12 +198,16 @@ class PairObjective:
             if isinstance(self.reference, torch.nn.Module):
                 return self._predict(self.reference, inputs)
             assert self.reference is not None  # checked before
+            # What autocast keeps of the policy's weights is not the reference's, and neither's may be the other's.
+            torch.clear_autocast_cache()
             with self.reference(model):
-                return self._predict(model, inputs)
+                result = self._predict(model, inputs)
+            torch.clear_autocast_cache()
+            return result
 
     def _numbers(self, timesteps: Tensor) -> Tensor:
         """The numbers of a scheduler's timesteps."""
         if timesteps.dtype == torch.int64:
             return timesteps
-        table: Tensor = self.scheduler.timesteps.to(timesteps.device, torch.float32)
+        table: Tensor = moved(self.scheduler.timesteps, timesteps.device, torch.float32)
         return (table[None] == timesteps[:, None]).int().argmax(1)

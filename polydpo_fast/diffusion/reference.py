@@ -86,7 +86,7 @@ def ema_weights(model: torch.nn.Module, ema: Any) -> Iterator[None]:
     try:
         for parameter, average in zip(parameters, averages, strict=True):
             kept.append(_exchange(parameter, average))
-        _reshard(model)
+        _forget_weights(model)
         yield
     finally:
         for parameter, average, own in zip(parameters, averages, kept, strict=False):
@@ -94,7 +94,7 @@ def ema_weights(model: torch.nn.Module, ema: Any) -> Iterator[None]:
                 _exchange(parameter, average)
             else:
                 parameter.data.copy_(own)
-        _reshard(model)
+        _forget_weights(model)
 
 
 @torch.no_grad()
@@ -108,8 +108,9 @@ def _exchange(parameter: torch.Tensor, average: torch.Tensor) -> torch.Tensor | 
     return None
 
 
-def _reshard(model: torch.nn.Module) -> None:
-    """What FSDP2 has gathered of the weights that were there before is not to be used again."""
+def _forget_weights(model: torch.nn.Module) -> None:
+    """What FSDP2 has gathered of the weights that were there before, or autocast converted, is not to be used again."""
+    torch.clear_autocast_cache()
     for module in filter(_is_fsdp2, model.modules()):
         module.reshard()  # type: ignore[operator]
 
