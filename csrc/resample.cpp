@@ -12,10 +12,9 @@ namespace {
 typedef float Floats4 __attribute__((vector_size(16)));
 typedef float Floats8 __attribute__((vector_size(32)));  // two pixels
 typedef float Floats16 __attribute__((vector_size(64)));
-typedef int Indices8 __attribute__((vector_size(32)));
 
-// One row across: four taps, that is four neighbouring pixels, at a time; so many times if `known`.
-// `weights` has 4 * quads for each output, those beyond its taps 0, and four more at the end.
+// One row across: four taps, that is four neighbouring pixels, at a time; so many times if `known`. `weights` has
+// 4 * quads for each output, those beyond its taps 0.
 template <int known>
 POLYDPO_INLINE void resample_row(const std::uint8_t* in, const int* first, const float* weights, int quads, int width,
                                  float* out) {
@@ -26,11 +25,11 @@ POLYDPO_INLINE void resample_row(const std::uint8_t* in, const int* first, const
         for (int k = 0; k < quads; ++k, from += 16, weights += 4) {
             float values[16];
             for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(static_cast<int>(from[i]));
-            Floats8 pixels[2], weight;
+            Floats8 pixels[2];
             std::memcpy(pixels, values, sizeof pixels);
-            std::memcpy(&weight, weights, sizeof weight);  // its first half is used
-            sums[0] += __builtin_shuffle(weight, Indices8{0, 0, 0, 0, 1, 1, 1, 1}) * pixels[0];
-            sums[1] += __builtin_shuffle(weight, Indices8{2, 2, 2, 2, 3, 3, 3, 3}) * pixels[1];
+            const float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
+            sums[0] += Floats8{a, a, a, a, b, b, b, b} * pixels[0];
+            sums[1] += Floats8{c, c, c, c, d, d, d, d} * pixels[1];
         }
         const Floats8 both = sums[0] + sums[1];
         Floats4 halves[2];
@@ -51,7 +50,8 @@ POLYDPO_CLONES void resample_row(const std::uint8_t* in, const int* first, const
 }
 
 // out[i] = sum over k of weights[k] * rows[k][i]: down. `length` is a multiple of 64, whose sums stay in registers.
-POLYDPO_CLONES void blend_rows(const float* const* rows, const float* weights, int count, std::size_t length, float* out) {
+POLYDPO_CLONES void blend_rows(const float* const* rows, const float* weights, int count, std::size_t length,
+                               float* out) {
     for (std::size_t start = 0; start < length; start += 64) {
         Floats16 sum[4] = {};
         for (int k = 0; k < count; ++k) {
@@ -132,7 +132,7 @@ Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolatio
       length_(padded(crop.width)),
       taps_(down_.taps) {
     quads_ = (*std::max_element(across_.count.begin(), across_.count.end()) + 3) / 4;
-    quad_weights_.resize(4 * static_cast<std::size_t>(quads_) * width_ + 4);
+    quad_weights_.resize(4 * static_cast<std::size_t>(quads_) * width_);
     for (int x = 0; x < width_; ++x) {
         std::copy_n(across_.weights.data() + static_cast<std::size_t>(x) * across_.taps, across_.count[x],
                     quad_weights_.data() + 4 * static_cast<std::size_t>(quads_) * x);
