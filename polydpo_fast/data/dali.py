@@ -53,7 +53,8 @@ def choose_decoder(
     """
     check_choice("decoder", decoder, ("auto", "cpp", "dali"))
     if decoder == "auto":
-        on_cuda = _has_cuda() and (device is None or torch.device(device).type == "cuda")
+        # In this order: even to ask after CUDA may be too much, before a fork or after it.
+        on_cuda = (device is None or torch.device(device).type == "cuda") and _has_cuda()
         decoder = "dali" if on_cuda and _is_installed() else "cpp"
     return DaliDecoder(device, threads) if decoder == "dali" else CppDecoder()
 

@@ -19,7 +19,7 @@ from ..clips import decode_clips
 from ..decode import decode_pairs
 from .batch import PairBatch
 from .buffers import Buffers
-from .dali import choose_decoder
+from .dali import Decoder, choose_decoder
 from .ledger import Ledger
 from .order import Order, Shuffled, order_of
 from .pipeline import LoaderError, LoaderStats, Pipeline, Plan, Step
@@ -167,6 +167,7 @@ class PairLoader(IterableDataset[PairBatch]):
         self._ordered: tuple[int, Order] | None = None
         self._order()  # an error in `categories` shows now
         self._buffers: Buffers | None = None
+        self._chosen: tuple[object, Decoder] | None = None  # the decoder, and what it was chosen for
 
     def __len__(self) -> int:
         """Batches in an epoch, of this rank."""
@@ -272,7 +273,7 @@ class PairLoader(IterableDataset[PairBatch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory and threads stay in their process.
-        return {**self.__dict__, "_buffers": None, "_ordered": None}
+        return {**self.__dict__, "_buffers": None, "_ordered": None, "_chosen": None}
 
     # ------------------------------------------------------------------------------------------------ inside
 
@@ -281,9 +282,9 @@ class PairLoader(IterableDataset[PairBatch]):
         options = dict(self._options)
         if worker is not None and "threads" not in options:
             options["threads"] = max(1, len(os.sched_getaffinity(0)) // worker.num_workers)
-        device = None if worker is not None else self._device  # no process but its first may use CUDA after a fork
-        kind = self._decoder if self.source.ready is None else "cpp"
-        decoder = choose_decoder(kind, device or "cpu", options.get("threads"))
+        # No process but its first may use CUDA after a fork.
+        device = None if worker is not None else _with_number(self._device)
+        decoder = self._chosen_decoder(device, options.get("threads"), worker is not None)
         on_device = getattr(decoder, "device", _CPU).type != "cpu"
         plan = Plan(
             source=self.source,
@@ -310,6 +311,15 @@ class PairLoader(IterableDataset[PairBatch]):
         if not on_device and (self._buffers is None or self._buffers.pinned != pinned):
             self._buffers = Buffers(self._shape, self._dtype, pinned)
         return plan
+
+    def _chosen_decoder(self, device: torch.device | None, threads: int | None, is_worker: bool) -> Decoder:
+        """The same in each iteration: DALI's is slow to build. A worker has its own, as of memory and threads."""
+        kind = self._decoder if self.source.ready is None else "cpp"
+        if is_worker:
+            return choose_decoder(kind, "cpu", threads)
+        if self._chosen is None or self._chosen[0] != device:
+            self._chosen = device, choose_decoder(kind, device or "cpu", threads)
+        return self._chosen[1]
 
     def _identity(self) -> dict[str, Any]:
         """What makes the order, beside the source."""
@@ -409,6 +419,11 @@ def _checked_device(device: torch.device | str | int | None) -> torch.device | N
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"device is {device!r}; PyTorch finds {count or 'no'} CUDA devices here")
     return found
+
+
+def _with_number(device: torch.device | None) -> torch.device | None:
+    """Where "cuda" is that of this thread: the loader's own has another current device."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _is_int(value: object) -> TypeGuard[int]:

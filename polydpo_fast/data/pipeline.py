@@ -162,6 +162,7 @@ class Pipeline:
         self._batches: queue.Queue[Any] = queue.Queue(maxsize=plan.prefetch)
         self._stop = threading.Event()
         self._run_of_bad, self._seen, self._bad = 0, 0, 0
+        # Of all that the thread asks of a device: its kernels wait for none of the consumer's, and the other way round.
         self._stream = torch.cuda.Stream(plan.device) if plan.device and plan.device.type == "cuda" else None
         self._process = os.getpid()
         self._copies: deque[tuple[Any, Tensor]] = deque()  # events, and the host memory that is being copied from
@@ -217,12 +218,13 @@ class Pipeline:
         waiting: deque[tuple[Step, list[_Slot]]] = deque()
         try:
             readers = Readers(plan.source, plan.clips, plan.readers, plan.timeout_s)
-            for step, pairs in self._in_order():
-                waiting.append((step, self._ask(step, pairs, readers)))
-                if len(waiting) > plan.prefetch:
+            with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                for step, pairs in self._in_order():
+                    waiting.append((step, self._ask(step, pairs, readers)))
+                    if len(waiting) > plan.prefetch:
+                        self._emit(*waiting.popleft(), readers)
+                while waiting:
                     self._emit(*waiting.popleft(), readers)
-            while waiting:
-                self._emit(*waiting.popleft(), readers)
             self._put(None)
         except _Stopped:
             pass
@@ -408,23 +410,21 @@ class Pipeline:
         )
 
     def _move(self, batch: PairBatch) -> tuple[PairBatch, Any]:
-        """To the device, on a stream of its own. The small tensors stay where they are cheap to look at."""
-        plan = self._plan
-        if plan.device is None or batch.pixels.device == plan.device:
+        """To the device, and an event of when it is there. The small tensors stay where they are cheap to look at."""
+        device = self._plan.device
+        if device is None:
             return batch, None
-        extra = _tensors(batch.extra)
+        extra = {**batch.extra, **{name: tensor.to(device) for name, tensor in _tensors(batch.extra).items()}}
+        pixels = batch.pixels.to(device, non_blocking=self._stream is not None)
         if self._stream is None:
-            moved = {name: tensor.to(plan.device) for name, tensor in extra.items()}
-            return replace(batch, pixels=batch.pixels.to(plan.device), extra={**batch.extra, **moved}), None
+            return replace(batch, pixels=pixels, extra=extra), None
+        event = torch.cuda.Event()
+        event.record(self._stream)
         while self._copies and self._copies[0][0].query():
             self._copies.popleft()
-        with torch.cuda.stream(self._stream):
-            pixels = batch.pixels.to(plan.device, non_blocking=True)
-            moved = {name: tensor.to(plan.device) for name, tensor in extra.items()}
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        self._copies.append((event, batch.pixels))  # not to be written to again before it has been copied
-        return replace(batch, pixels=pixels, extra={**batch.extra, **moved}), event
+        if batch.pixels.device != device:
+            self._copies.append((event, batch.pixels))  # not to be written to again before it has been copied
+        return replace(batch, pixels=pixels, extra=extra), event
 
 
 def _column(values: list[Any]) -> list[Any] | Tensor:

@@ -357,7 +357,7 @@ def test_threads_that_cannot_be_started_are_told(monkeypatch):
 def test_workers_have_memory_of_their_own():
     """That of the first process may be page-locked, and be made by CUDA, which has no part in a fork."""
     loader = PairLoader(Tiny(20), 4, **TINY)
-    loader._device = torch.device("cuda")
+    loader._device = torch.device("cuda", 0)
     loader._plan(None)
     assert loader._buffers.pinned
     loader._plan(SimpleNamespace(id=0, num_workers=2))

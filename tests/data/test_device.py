@@ -1,0 +1,171 @@
+"""Batches that go to a device: on one that is late with everything, and on a real one."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from data import late_cuda
+from data.late_cuda import Late, OnDevice, on_device, read
+from data.pairs import Tiny
+from data.test_loader import TINY, expected, yielded
+
+from polydpo_fast import decode_pairs
+from polydpo_fast.data import PairLoader
+from polydpo_fast.data import loader as loader_module
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Of which the test's thread uses the second device."""
+    late_cuda.set_device(1)
+    yield Late(monkeypatch)
+    late_cuda.set_device(0)
+
+
+def seen(batch):
+    """The numbers of the pairs, as a kernel sees them."""
+    assert batch.pixels.device == torch.device("cuda", 1)
+    return yielded(replace(batch, pixels=read(batch.pixels)))
+
+
+class OnTheDevice:
+    """A decoder whose pixels come into being on the device, on the stream that is current where it is called."""
+
+    device = torch.device("cuda", 1)
+
+    @staticmethod
+    def decode_pairs(win, lose, out=None, **options):
+        assert out is None
+        result = decode_pairs(win, lose, **options)
+        pixels = torch.full_like(result.pixels, late_cuda.GARBAGE)
+        late_cuda.current_stream(1).ask(lambda: pixels.copy_(result.pixels))
+        return replace(result, pixels=on_device(pixels, 1))
+
+
+@pytest.fixture(params=["copied", "decoded there"])
+def decoder(request, monkeypatch):
+    if request.param == "decoded there":
+        monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: OnTheDevice)
+    return request.param
+
+
+@pytest.mark.parametrize("last", ["drop", "pad"])
+def test_batches_are_whole_however_late_the_device_is(machine, decoder, last):
+    bad = {3: "read", 5: "win", 11: "lose"}
+    loader = PairLoader(Tiny(38, bad=bad), 4, device="cuda", last=last, max_bad_rate=1, prefetch=3, **TINY)
+    for epoch in range(3):
+        got = [number if ok else -1 for batch in loader for number, ok in zip(seen(batch), batch.ok, strict=True)]
+        assert got == expected(38, 0, epoch, bad, last, group=4)
+    if decoder == "copied":
+        gc.collect()
+        assert 1 <= len(machine.page_locked) <= 8  # used again
+    else:
+        assert not machine.page_locked
+
+
+def test_batches_that_are_kept_while_the_loader_goes_on(machine, decoder):
+    """Nobody has waited for their copies yet, and the passes that they came from are over."""
+    loader = PairLoader(Tiny(40), 4, device="cuda:1", **TINY)
+    kept, numbers = [], []
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        some = iter(loader)
+        kept += [next(some), next(some)]
+        some._close()
+        del some
+    for batch in kept:
+        numbers += seen(batch)
+    assert numbers == [number for epoch in range(6) for number in expected(40, 0, epoch)[:8]]
+
+
+def test_a_consumer_with_a_stream_of_its_own(machine, decoder):
+    loader = PairLoader(Tiny(20), 4, device="cuda", **TINY)
+    own = late_cuda.Stream(1)
+    with late_cuda.stream(own):
+        got = [number for batch in loader for number in seen(batch)]
+    assert got == expected(20, 0, 0)
+    assert own.done
+
+
+def test_a_consumer_that_looks_at_another_device_meanwhile(machine, decoder):
+    batches = iter(PairLoader(Tiny(20), 4, device="cuda", **TINY))
+    late_cuda.set_device(0)
+    assert [number for batch in batches for number in seen(batch)] == expected(20, 0, 0)
+
+
+def test_nothing_waits_for_the_consumers_kernels(machine, decoder):
+    """The loader works beside them, on a stream of its own."""
+    batches = iter(PairLoader(Tiny(20), 4, device="cuda", **TINY))
+    first = next(batches)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(late_cuda._default[1], "run", lambda *_: pytest.fail("the loader waits for the model"))
+        rest = list(batches)
+    assert [number for batch in (first, *rest) for number in seen(batch)] == expected(20, 0, 0)
+
+
+def test_walks_are_whole_too(machine, decoder):
+    loader = PairLoader(Tiny(20, bad={6: "win"}), 4, device="cuda", max_bad_rate=1, **TINY)
+    got = [batch.index.tolist() for batch in loader.walk(torch.arange(4, 14).numpy()) if seen(batch)]
+    assert got == [[4, 5, -1, 7], [8, 9, 10, 11], [12, 13, -1, -1]]
+
+
+def test_tensors_of_the_source_go_along(machine, decoder):
+    class WithTensors(Tiny):
+        def __getitem__(self, index):
+            pair = super().__getitem__(index)
+            return replace(pair, extra={**pair.extra, "text": torch.full((3,), index)})
+
+    for batch in PairLoader(WithTensors(20), 4, device="cuda", **TINY):
+        assert isinstance(batch.extra["text"], OnDevice)
+        assert read(batch.extra["text"])[:, 0].tolist() == batch.index.tolist()
+
+
+def test_the_decoder_is_kept_between_epochs(machine, monkeypatch):
+    made = []
+    monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: made.append(OnTheDevice) or OnTheDevice)
+    loader = PairLoader(Tiny(8), 4, device="cuda", **TINY)
+    made.clear()
+    for _ in range(3):
+        assert len(list(loader)) == 2
+    assert len(made) == 1
+
+
+# ----------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_batches_on_a_gpu(own_stream):
+    """Beside kernels that keep the device busy: pixels are those of the CPU, epoch after epoch."""
+    there, here = (
+        PairLoader(Tiny(200, bad={7: "win"}), 8, device=device, decoder="cpp", last="pad", **TINY)
+        for device in ("cuda", None)
+    )
+    busy = torch.randn(2048, 2048, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            kept = []
+            for a, b in zip(there, here, strict=True):
+                for _ in range(5):
+                    busy = busy @ busy / 2048
+                kept.append((a.pixels.clone(), b.pixels.clone()))
+                assert a.pixels.device == torch.device("cuda", torch.cuda.current_device())
+            for a, b in kept:
+                assert torch.equal(a.cpu(), b)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_workers_of_a_dataloader_beside_a_gpu():
+    """They are forked after CUDA has been used, and use none."""
+    torch.ones(1, device="cuda")
+    loader = PairLoader(Tiny(40), 4, device="cuda", **TINY)
+    batches = torch.utils.data.DataLoader(loader, batch_size=None, num_workers=2, pin_memory=True)
+    got = []
+    for batch in batches:
+        assert batch.pixels.is_pinned()
+        got += yielded(batch.to("cuda", non_blocking=True).to("cpu"))
+    assert sorted(got) == list(range(40))
