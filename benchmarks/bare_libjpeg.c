@@ -1,4 +1,4 @@
-/* libjpeg-turbo and nothing else: decodes to RGB rows and forgets them. The bound of the decoder's benchmark. */
+/* libjpeg-turbo and nothing else: decodes to RGB rows and forgets them. What the decoder is held against. */
 #include <stddef.h>
 #include <stdio.h>
 

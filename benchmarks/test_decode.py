@@ -3,7 +3,7 @@
 CPU time of one thread per image, in interleaved rounds: the ways of a source take turns, so that a slow phase of the
 machine is everybody's. `make bench-peers` installs the peers beside the project and runs this with them.
 
-The bound is what bare libjpeg-turbo takes to decode the same file to RGB rows and do nothing with them.
+Bare libjpeg-turbo decodes the same file to RGB rows and does nothing with them.
 """
 
 import ctypes
