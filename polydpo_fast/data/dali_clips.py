@@ -113,13 +113,17 @@ def _graph(engine: Engine, interpolation: str | None) -> Any:
         fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         device="mixed" if engine.is_gpu else "cpu",
         frames=fn.external_source(name="frames", dtype=types.INT32, ndim=1),
+        affine=False,  # as in dali_images
     )
     return pixels if interpolation is None else resized(pixels, interpolation)
 
 
 def _recoloured(levels: Tensor) -> Tensor:
     """RGB that was taken for BT.601, (h, w, 3), as it is in BT.709."""
-    return levels.float() @ torch.tensor(_TO_709, dtype=torch.float32, device=levels.device).T
+    matrix = torch.tensor(_TO_709, dtype=torch.float32, device="cpu").to(levels.device, non_blocking=True)
+    # Not a matrix product: within autocast, or where TF32 is allowed, its numbers would be cut to 8 or 11 bits.
+    red, green, blue = (levels[..., k : k + 1].float() * matrix[:, k] for k in range(3))
+    return red + green + blue
 
 
 # ----------------------------------------------------------------------------------------------- the clips

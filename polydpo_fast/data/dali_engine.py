@@ -31,7 +31,7 @@ class Engine:
     def __init__(self, device: torch.device, threads: int, canary: int | None, hardware_load: float) -> None:
         self.device, self.threads, self.canary, self.hardware_load = device, threads, canary, hardware_load
         self.is_gpu = device.type == "cuda"
-        self._pipelines: dict[tuple[object, ...], Any] = {}
+        self._pipelines: dict[tuple[object, ...], tuple[int, Any]] = {}  # and how many samples each takes
         self._held: list[Any] = []  # what a GPU may still be reading
         self._pairs = itertools.count()  # that DALI decoded
         self._lock = threading.Lock()
@@ -56,12 +56,17 @@ class Engine:
     def run(
         self, key: tuple[object, ...], graph: Callable[[], Any], most: int, inputs: dict[str, list[np.ndarray]]
     ) -> list[Tensor]:
-        """One run of a pipeline, which is built when it is first needed."""
-        pipeline = self._pipelines.pop(key, None) or self._pipeline(graph, most)
+        """One run of a pipeline, for up to `most` samples. It is built when it is first needed, and again for more.
+
+        A smaller one beside it would hold buffers for each of its threads, too.
+        """
+        room, pipeline = self._pipelines.pop(key, (0, None))
+        if room < most:
+            room, pipeline = most, self._pipeline(graph, most)
         stream = torch.cuda.current_stream(self.device) if self.is_gpu else None
         (batch,) = pipeline.run(stream, **inputs)
         self._held.append(batch)
-        self._pipelines[key] = pipeline  # one that fails is of no use any more
+        self._pipelines[key] = room, pipeline  # one that fails is of no use any more
         return [torch.utils.dlpack.from_dlpack(sample) for sample in batch]
 
     def wait(self) -> None:
@@ -79,7 +84,8 @@ class Engine:
 
         pipeline = Pipeline(
             batch_size=most,
-            num_threads=self.threads,
+            # On a GPU a thread decodes a whole sample, and holds tens of megabytes on both sides.
+            num_threads=min(self.threads, most) if self.is_gpu else self.threads,
             device_id=self.device.index if self.is_gpu else None,
             prefetch_queue_depth=1,  # each batch is given and awaited
         )

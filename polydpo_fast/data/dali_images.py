@@ -118,14 +118,15 @@ def _run(
     for row in rows:
         for name, value in plans[row].inputs(interpolation).items():
             inputs.setdefault(name, []).append(value)
-    return engine.run(("images", most, interpolation), lambda: _graph(engine, interpolation), most, inputs)
+    return engine.run(("images", interpolation), lambda: _graph(engine, interpolation), most, inputs)
 
 
 def _graph(engine: Engine, interpolation: str | None) -> Any:
     """A crop of the image as stored, (h, w, 3) uint8; resized, float32."""
     from nvidia.dali import fn, types
 
-    on_gpu = dict(hw_decoder_load=engine.hardware_load) if engine.is_gpu else {}
+    # Not affine: its threads, and those of other ranks, would be bound to the same first processors.
+    on_gpu = dict(hw_decoder_load=engine.hardware_load, affine=False) if engine.is_gpu else {}
     pixels = fn.decoders.image_slice(
         fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         device="mixed" if on_gpu else "cpu",

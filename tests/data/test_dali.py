@@ -490,6 +490,16 @@ def test_paths_and_failures(decoder, clips, tmp_path):
         decoder.decode_clips([path], [path], frames=31, size=32)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_colours_are_exact_within_autocast(dtype):
+    levels = (255 * torch.rand(5, 7, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dali_clips._recoloured(levels)
+    exact = levels.double() @ torch.from_numpy(dali_clips._TO_709).T
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 1e-4  # float32 of some hundred levels, three products
+
+
 def test_h264_needs_a_gpu(decoder, clips):
     with pytest.raises(ValueError, match=r"codec is h264, and DALI's CPU build decodes VP8 and VP9 only; .*'cpp'"):
         decoder.decode_clips([clips["small"]], [clips["h264"]], frames=3, size=32)
@@ -507,6 +517,21 @@ def test_the_canary_lets_colours_pass_that_bt601_has_not(decoder, clips, monkeyp
 # ----------------------------------------------------------------------------------------------- on a GPU
 
 
+def test_one_pipeline_takes_batches_of_any_size(decoder, monkeypatch):
+    """The largest that was needed; its pixels are those of one for a single pair."""
+    built = []
+    build = Engine._pipeline
+    monkeypatch.setattr(Engine, "_pipeline", lambda self, graph, most: built.append(most) or build(self, graph, most))
+    monkeypatch.setattr(decoder._engine, "_pipelines", {})
+    images = [jpeg(picture(61 + i, 83, seed=i)) for i in range(5)]
+    singles = [decode_pairs([image], [image], size=32).pixels for image in images]
+    for pairs in (3, 1, 2, 3, 5, 4):
+        found = decoder.decode_pairs(images[:pairs], images[:pairs], size=32).pixels
+        alone = torch.cat([one[:1] for one in singles[:pairs]])
+        assert (found[:pairs].float() - alone.float()).abs().mean() < 0.004  # half a level
+    assert built == [8, 16]
+
+
 @needs_dali
 @pytest.mark.parametrize("interpolation", [None, "bilinear", "bicubic"])
 @pytest.mark.parametrize("way", [dali_images, dali_clips])
@@ -520,7 +545,15 @@ def test_the_gpu_pipelines_are_sound(way, interpolation):
         pipeline.set_outputs(way._graph(engine, interpolation))
     written = pipeline.serialize()
     assert b"mixed" in written
+    assert b"affine" in written
     assert (b"Resize" in written) == (interpolation is not None)
+
+
+@needs_dali
+def test_a_pipeline_on_a_gpu_has_no_more_threads_than_samples():
+    engine = Engine(torch.device("cuda", 0), 64, None, 0.65)
+    for most, threads in ((4, 4), (128, 64)):
+        assert engine._pipeline(lambda: dali_images._graph(engine, None), most).num_threads == threads
 
 
 @pytest.mark.gpu
