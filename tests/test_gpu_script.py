@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,6 +37,75 @@ def test_a_part_passes_or_says_why_not(run, tmp_path):
     log = (tmp_path / "log").read_text()
     assert "seen" in log
     assert "first" in log
+
+
+def test_parts_find_what_was_built_not_the_source(gpu, monkeypatch, tmp_path):
+    """Python looks into the folder it is started in before anywhere else; the source has neither kernels nor _C."""
+    monkeypatch.setattr(gpu, "PROBE", "import json; print(json.dumps({'gpu': 'X'}))")
+    where = "import polydpo_fast; print(polydpo_fast.__file__)"
+    found = []
+    monkeypatch.setattr(
+        gpu, "on_gpu", lambda run: found.append(run.part("where", [sys.executable, "-c", where], 60)) or {}
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert gpu.main() == 0
+    assert Path(found[0].strip()) == tmp_path / "work" / "polydpo_fast" / "__init__.py"
+
+
+def test_on_a_gpu_tests_and_checks_run_side_by_side_and_then_the_benchmark(gpu, run, monkeypatch):
+    began, ended = {}, {}
+
+    def part(name, command, limit_s, needs=(), folder=None):
+        began[name] = time.monotonic()
+        time.sleep(0.5)
+        ended[name] = time.monotonic()
+        for argument in command:
+            if argument.startswith("--junitxml="):
+                Path(argument.removeprefix("--junitxml=")).write_text(
+                    '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="1"/></testsuites>'
+                )
+
+    monkeypatch.setattr(run, "part", part)
+    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: range(8))
+    results = gpu.on_gpu(run)
+    assert results["tests of the losses"] == dict(tests=12, failures=0, errors=0, skipped=4, failed=[])
+    shares = [f"tests of the losses, {share} of 4" for share in (1, 2, 3, 4)]
+    benchmark = began.pop("benchmark of the losses")
+    assert set(began) >= {"gpu tests", "check", *shares}
+    assert max(began.values()) < min(ended.values())
+    assert benchmark >= max(ended[name] for name in began)
+
+
+def test_tests_run_without_hypothesis_and_plugins_each_in_one_share():
+    """As on a machine that has PyTorch, Triton and pytest."""
+    code = "import sys; sys.modules['hypothesis'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("loss", "options")]
+    options = ["-p", "no:cacheprovider", "-k", "log_two or any_mix", "-rA"]
+    passed, skipped = [], 0
+    for share in ("0/2", "1/2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *files, *options, f"--share={share}"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        passed.append({line for line in done.stdout.splitlines() if line.startswith("PASSED")})
+        skipped += "hypothesis is not installed" in done.stdout
+    assert skipped == 1
+    assert not passed[0] & passed[1]
+    assert abs(len(passed[0]) - len(passed[1])) <= 1 < len(passed[0])
+
+
+def test_the_checks_need_neither_typer_nor_rich(gpu, tmp_path):
+    there = gpu.CHECK.replace('device="cuda"', 'device="cpu", case=0')
+    code = f"import sys; sys.modules.update(rich=None, typer=None){there}"
+    written = tmp_path / "check.json"
+    done = subprocess.run([sys.executable, "-c", code, str(written)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(written.read_text())["groups"]
 
 
 def test_a_part_that_takes_too_long_is_ended_with_its_children(run):
@@ -86,7 +157,8 @@ def test_failures_are_taken_from_pytest(gpu, tmp_path):
         '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase classname="a" name="b">'
         '<failure message="1 is not 2">...</failure></testcase></testsuite></testsuites>'
     )
-    assert gpu.counted(xml) == dict(tests=3, failures=1, errors=0, skipped=1, failed=["a.b: 1 is not 2"])
+    expected = dict(tests=6, failures=2, errors=0, skipped=2, failed=["a.b: 1 is not 2"] * 2)
+    assert gpu.counted([xml, xml]) == expected
 
 
 def test_modules_that_lack_a_package_are_told_apart(gpu, tmp_path):
@@ -96,3 +168,8 @@ def test_modules_that_lack_a_package_are_told_apart(gpu, tmp_path):
     )
     assert gpu.missing_imports(test)[:2] == ["another_one", "no_such_package"]
     assert gpu.missing_imports(ROOT / "tests" / "test_gpu.py") == []
+
+
+def test_a_machine_without_git_has_no_commit(gpu, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert gpu.commit() is None

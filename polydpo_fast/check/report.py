@@ -6,14 +6,14 @@ import json
 import math
 import platform
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from .._version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Finding", "Report"]
 
@@ -106,6 +106,9 @@ class Report:
 
     def print(self, console: Console) -> None:
         """The table, what was left out and why, and what is broken."""
+        from rich import box  # here: a machine that was lent for its GPU may lack it, and take the JSON
+        from rich.table import Table
+
         table = Table(title=f"Worst errors, seed {self.seed}", title_justify="left", box=box.SIMPLE_HEAD)
         for column in ("what", "check", "gate"):
             table.add_column(column, overflow="fold")
