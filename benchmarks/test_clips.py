@@ -316,14 +316,14 @@ def test_sparse_frames(benchmark, way, kind):
 
 def cpp_and_a_copy(data):
     clips = [stored(data)] * 4
-    out = room(8, FRAMES, 3, HEIGHT, WIDTH)
+    out = room(8, FRAMES, 3, HEIGHT, WIDTH).pin_memory()
     options = dict(frames=FRAMES, layout="TCHW", out=out, cache=folder() / "indexes")
     return lambda: polydpo_fast.decode_clips(clips, clips, **options).pixels.cuda()
 
 
 def planes_and_a_kernel(data):
     clips = [stored(data)] * 4
-    out = room(8, FRAMES, HEIGHT * 3 // 2, WIDTH, dtype=torch.uint8)
+    out = room(8, FRAMES, HEIGHT * 3 // 2, WIDTH, dtype=torch.uint8).pin_memory()
     options = dict(frames=FRAMES, dtype="yuv420", out=out, cache=folder() / "indexes")
 
     def run():

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -162,8 +163,7 @@ class Pipeline:
         self._batches: queue.Queue[Any] = queue.Queue(maxsize=plan.prefetch)
         self._stop = threading.Event()
         self._run_of_bad, self._seen, self._bad = 0, 0, 0
-        # Of all that the thread asks of a device: its kernels wait for none of the consumer's, and the other way round.
-        self._stream = torch.cuda.Stream(plan.device) if plan.device and plan.device.type == "cuda" else None
+        self._stream = _stream_of(plan.device) if plan.device and plan.device.type == "cuda" else None
         self._process = os.getpid()
         self._copies: deque[tuple[Any, Tensor]] = deque()  # events, and the host memory that is being copied from
         self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
@@ -425,6 +425,13 @@ class Pipeline:
         if batch.pixels.device != device:
             self._copies.append((event, batch.pixels))  # not to be written to again before it has been copied
         return replace(batch, pixels=pixels, extra=extra), event
+
+
+@cache
+def _stream_of(device: torch.device) -> Any:
+    """Of all that loaders ask of a device: their work does not wait for the consumer's. One for all iterations, because
+    PyTorch keeps the memory of a stream for that stream."""
+    return torch.cuda.Stream(device)
 
 
 def _column(values: list[Any]) -> list[Any] | Tensor:

@@ -1,4 +1,4 @@
-"""Batches that go to a device: on one that is late with everything, and on a real one."""
+"""Batches that go to a device, on one that is late with everything. On a real one: tests/test_gpu_data.py."""
 
 import gc
 from dataclasses import replace
@@ -11,7 +11,7 @@ from data.pairs import Tiny
 from data.test_loader import TINY, expected, yielded
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import PairLoader
+from polydpo_fast.data import PairLoader, dali, pipeline
 from polydpo_fast.data import loader as loader_module
 
 
@@ -19,7 +19,10 @@ from polydpo_fast.data import loader as loader_module
 def machine(monkeypatch):
     """Of which the test's thread uses the second device."""
     late_cuda.set_device(1)
+    monkeypatch.setattr(dali, "_has_cuda", lambda: False)  # DALI would ask a real one
+    pipeline._stream_of.cache_clear()
     yield Late(monkeypatch)
+    pipeline._stream_of.cache_clear()
     late_cuda.set_device(0)
 
 
@@ -131,41 +134,9 @@ def test_the_decoder_is_kept_between_epochs(machine, monkeypatch):
     assert len(made) == 1
 
 
-# ----------------------------------------------------------------------------------------------- on a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("own_stream", [False, True])
-def test_batches_on_a_gpu(own_stream):
-    """Beside kernels that keep the device busy: pixels are those of the CPU, epoch after epoch."""
-    there, here = (
-        PairLoader(Tiny(200, bad={7: "win"}), 8, device=device, decoder="cpp", last="pad", **TINY)
-        for device in ("cuda", None)
-    )
-    busy = torch.randn(2048, 2048, device="cuda")
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            kept = []
-            for a, b in zip(there, here, strict=True):
-                for _ in range(5):
-                    busy = busy @ busy / 2048
-                kept.append((a.pixels.clone(), b.pixels.clone()))
-                assert a.pixels.device == torch.device("cuda", torch.cuda.current_device())
-            for a, b in kept:
-                assert torch.equal(a.cpu(), b)
-    torch.cuda.synchronize()
-
-
-@pytest.mark.gpu
-def test_workers_of_a_dataloader_beside_a_gpu():
-    """They are forked after CUDA has been used, and use none."""
-    torch.ones(1, device="cuda")
-    loader = PairLoader(Tiny(40), 4, device="cuda", **TINY)
-    batches = torch.utils.data.DataLoader(loader, batch_size=None, num_workers=2, pin_memory=True)
-    got = []
-    for batch in batches:
-        assert batch.pixels.is_pinned()
-        got += yielded(batch.to("cuda", non_blocking=True).to("cpu"))
-    assert sorted(got) == list(range(40))
+def test_memory_of_the_device_is_used_again_in_the_next_epoch(machine, decoder):
+    """PyTorch keeps what a stream has used for that stream alone."""
+    loader = PairLoader(Tiny(8), 4, device="cuda", **TINY)
+    batches = [batch for _ in range(3) for batch in loader]
+    assert len({id(batch.pixels.made_by) for batch in batches}) == 1
+    assert batches[0].pixels.made_by is not late_cuda.current_stream(1)

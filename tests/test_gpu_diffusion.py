@@ -1,0 +1,70 @@
+"""What only a GPU can show of the bridge: the same numbers as on a CPU, and no waiting."""
+
+import copy
+
+import pytest
+import torch
+
+from polydpo_fast.diffusion import PairObjective, draw_noise, ema_weights
+
+pytestmark = pytest.mark.gpu
+
+
+def test_noise_is_that_of_the_cpu():
+    """Its bits are; logarithm and cosine may differ in the last bit of float64, which a float32 hardly shows."""
+    here, there = (draw_noise(range(8), (16, 5, 60, 104), device=device) for device in ("cpu", "cuda"))
+    different = here != there.cpu()
+    assert different.sum() <= 4  # of four million
+    assert torch.allclose(here, there.cpu(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "wan"])
+def test_a_step_is_that_of_the_cpu_and_waits_for_nothing(family, monkeypatch):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from diffusion.tiny import PAIRS, build
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, latents, conditioning, scheduler = build(family)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter.mul_(1.01)
+    weights = torch.tensor([0.5, 2.0])
+    results = []
+    for device in ("cpu", "cuda"):
+        model, frozen = model.to(device), frozen.to(device)
+        name = "cosmap" if hasattr(scheduler, "sigmas") else "min_snr"
+        objective = PairObjective(scheduler, reference=frozen, timestep_weight=name, beta=500.0)
+        given = moved(conditioning, device), latents.to(device)
+        for attempt in range(2):  # the first compiles
+            model.zero_grad()
+            if device == "cuda" and attempt:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss, metrics = objective(model, given[1], given[0], seeds=range(PAIRS), pair_weight=weights)
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        results.append(torch.stack([loss.detach(), norm, *metrics.values()]).cpu())
+    assert torch.allclose(*results, rtol=1e-3, atol=1e-4)  # sums of float32 in another order, then differences of them
+
+
+def test_autocast_keeps_no_averages():
+    training = pytest.importorskip("diffusers.training_utils", reason="diffusers is not installed")
+    layer, x = torch.nn.Linear(64, 64, device="cuda"), torch.randn(8, 64, device="cuda")
+    ema = training.EMAModel(layer.parameters())
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    with torch.autocast("cuda", torch.bfloat16):
+        own = layer(x)
+        with torch.no_grad(), ema_weights(layer, ema):
+            averaged = layer(x)
+        again = layer(x)
+    assert torch.equal(own, again)
+    assert not torch.equal(own, averaged)
+
+
+def moved(x, device):
+    return {name: moved(value, device) for name, value in x.items()} if isinstance(x, dict) else x.to(device)
