@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "simd.hpp"
@@ -211,6 +212,36 @@ public:
 
     // Values are shifted left by `shift`.
     bool build(const JHUFF_TBL* table, bool progressive, int shift) {
+        if (table != nullptr && built_ && progressive == progressive_ && shift == shift_ && same(*table)) return true;
+        built_ = make(table, progressive, shift);
+        if (built_) {
+            std::memcpy(counts_, table->bits, sizeof counts_);
+            std::memcpy(symbols_, table->huffval, sizeof symbols_);
+            progressive_ = progressive;
+            shift_ = shift;
+        }
+        return built_;
+    }
+
+    // For bits of known coefficients the codes are enough.
+    bool build_codes(const JHUFF_TBL* table) {
+        built_ = false;
+        return codes.build(table);
+    }
+
+private:
+    struct One {
+        std::uint8_t bits = Pairs::bits + 1;  // more than there are: left to the long way
+        std::uint8_t advance = 0;
+        JCOEF value = 0;
+    };
+
+    bool same(const JHUFF_TBL& table) const {
+        return std::memcmp(counts_, table.bits, sizeof counts_) == 0 &&
+               std::memcmp(symbols_, table.huffval, sizeof symbols_) == 0;
+    }
+
+    bool make(const JHUFF_TBL* table, bool progressive, int shift) {
         One ones[1 << bits] = {};
         const bool right = for_each_code(table, [&](int length, int code, std::uint8_t symbol) {
             const int size = symbol & 15, run = symbol >> 4, rest = bits - length - size;
@@ -225,26 +256,25 @@ public:
         });
         if (!right || !codes.build(table)) return false;
         for (unsigned i = 0; i < 1u << bits; ++i) {
-            const One first = ones[i];
-            One second = first.advance == end_of_block ? One{} : ones[i << first.bits & ((1u << bits) - 1)];
-            if (first.bits + second.bits > bits) second = {0, 0, first.value};
-            entries[i] = static_cast<std::uint64_t>(first.bits + second.bits) |
-                         static_cast<std::uint64_t>(first.bits) << 8 |
-                         static_cast<std::uint64_t>(first.advance) << 16 |
-                         static_cast<std::uint64_t>(first.advance + second.advance) << 24 |
-                         static_cast<std::uint64_t>(static_cast<std::uint16_t>(first.value)) << 32 |
-                         static_cast<std::uint64_t>(static_cast<std::uint16_t>(second.value)) << 48;
-            if (first.bits > bits) entries[i] = 0;
+            const One first = ones[i], next = ones[i << first.bits & ((1u << bits) - 1)];
+            const bool both = first.bits + next.bits <= bits && first.advance != end_of_block;
+            const One second{static_cast<std::uint8_t>(both ? next.bits : 0),
+                             static_cast<std::uint8_t>(both ? next.advance : 0), both ? next.value : first.value};
+            const std::uint64_t entry = static_cast<std::uint64_t>(first.bits + second.bits) |
+                                        static_cast<std::uint64_t>(first.bits) << 8 |
+                                        static_cast<std::uint64_t>(first.advance) << 16 |
+                                        static_cast<std::uint64_t>(first.advance + second.advance) << 24 |
+                                        static_cast<std::uint64_t>(static_cast<std::uint16_t>(first.value)) << 32 |
+                                        static_cast<std::uint64_t>(static_cast<std::uint16_t>(second.value)) << 48;
+            entries[i] = first.bits <= bits ? entry : 0;
         }
         return true;
     }
 
-private:
-    struct One {
-        std::uint8_t bits = Pairs::bits + 1;  // more than there are: left to the long way
-        std::uint8_t advance = 0;
-        JCOEF value = 0;
-    };
+    // What it was built from: most images have the tables of the one before.
+    bool built_ = false, progressive_ = false;
+    int shift_ = 0;
+    UINT8 counts_[17], symbols_[256];
 };
 
 }  // namespace
@@ -580,7 +610,7 @@ void start(j_decompress_ptr info) {
         if (dc && first) built = state.first[of_first].build(info->dc_huff_tbl_ptrs[of_first]);
         if (dc && !progressive) built = built && rest.build(table, progressive, 0);
         if (!dc) {
-            built = first ? rest.build(table, progressive, state.shift) : rest.codes.build(table);
+            built = first ? rest.build(table, progressive, state.shift) : rest.build_codes(table);
             if (info->comps_in_scan != 1 || state.blocks != 1 || state.mcus_left != blocks_of(part)) give_up(info);
             state.known_next = state.known.data() + state.known_of[part.component_index];
         }
@@ -606,8 +636,16 @@ void start_pass(j_decompress_ptr info) {
 
 }  // namespace
 
-EntropyDecoder::EntropyDecoder() : state_(new EntropyState) {}  // without zeroing its tables
-EntropyDecoder::~EntropyDecoder() = default;
+// Of the thread's last image, with its tables.
+thread_local std::unique_ptr<EntropyState> spare;
+
+EntropyDecoder::EntropyDecoder() : state_(spare != nullptr ? std::move(spare) : std::make_unique<EntropyState>()) {
+    state_->given_up = false;
+}
+EntropyDecoder::~EntropyDecoder() {
+    std::vector<std::uint64_t>().swap(state_->known);
+    spare = std::move(state_);
+}
 bool EntropyDecoder::given_up() const { return state_->given_up; }
 
 bool EntropyDecoder::knows(j_decompress_ptr info) {
