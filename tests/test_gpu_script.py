@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -173,3 +174,54 @@ def test_modules_that_lack_a_package_are_told_apart(gpu, tmp_path):
 def test_a_machine_without_git_has_no_commit(gpu, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert gpu.commit() is None
+
+
+class Clock:
+    """A CUDA event: when it was recorded, in calls of the work."""
+
+    work = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Clock.work
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def test_the_benchmark_on_a_gpu_times_what_is_queued_and_survives_a_compiler_that_fails(monkeypatch, capsys):
+    """Its path for a GPU, on a CPU of another name: cold and warm are of one replay each, ours is always there."""
+    import loss
+
+    def fails(*tensors):
+        raise ValueError("no such instruction")
+
+    def replayed(step):
+        def replay():
+            Clock.work += 2.0
+            step()
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(loss, "COPIED", 2**10)
+    monkeypatch.setattr(loss, "captured", replayed)
+    monkeypatch.setattr(loss, "peak_bytes", lambda *_: 7)
+    monkeypatch.setitem(loss.COMPILED, "torch.compile", lambda: fails)
+    job = loss.Job("tiny", (2, 3), torch.float32)
+    rows = {found.way: loss.row(found) for found in loss.measure(job, "cpu:0", rounds=2)}
+    assert set(rows) == {"ours", "eager", "Salesforce's formula", "copy"}
+    assert rows["ours"]["median"] == rows["ours"]["gpu, warm L2"] == 2.0
+    assert rows["ours"]["clock"] == "gpu"
+    loss.printed([*rows.values(), {**rows["copy"], "median": 1.0}], "cuda")
+    printed = capsys.readouterr().out
+    assert "torch.compile failed: ValueError: no such instruction" in printed
+    assert "tiny, float32, forward and backward" in printed
+    monkeypatch.setattr(loss.polydpo_fast, "loss", fails)
+    with pytest.raises(ValueError, match="no such instruction"):
+        loss.measure(job, "cpu:0", rounds=2)
