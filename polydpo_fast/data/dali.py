@@ -85,7 +85,8 @@ class DaliDecoder:
 
     Args:
         device: "cpu", "cuda", "cuda:1", ...; None for the current CUDA device if there is one, else the CPU.
-        threads: of DALI's, and of C++ for the rest; None for as many as processors this process may use.
+        threads: of DALI's, on a GPU no more than a batch has images, and of C++ for the rest; None for as many as
+            processors this process may use.
         canary: one pair in so many is decoded again; None for never.
         hardware_load: the share, 0 to 1, of the images that nvJPEG gives to its hardware decoder, where there is one.
 
