@@ -232,8 +232,9 @@ class Pipeline:
             with contextlib.suppress(_Stopped):
                 self._put(error)
         finally:
-            for event, _ in self._copies:
-                event.synchronize()
+            with contextlib.suppress(RuntimeError):  # of a device that has failed the consumer hears anyway
+                for event, _ in self._copies:
+                    event.synchronize()
             if readers is not None:
                 readers.close()
 

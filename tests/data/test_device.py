@@ -8,7 +8,7 @@ import torch
 from data import late_cuda
 from data.late_cuda import Late, OnDevice, on_device, read
 from data.pairs import Tiny
-from data.test_loader import TINY, expected, yielded
+from data.test_loader import TINY, expected, threads, yielded
 
 from polydpo_fast import decode_pairs
 from polydpo_fast.data import PairLoader, dali, pipeline
@@ -105,6 +105,22 @@ def test_nothing_waits_for_the_consumers_kernels(machine, decoder):
         patch.setattr(late_cuda._default[1], "run", lambda *_: pytest.fail("the loader waits for the model"))
         rest = list(batches)
     assert [number for batch in (first, *rest) for number in seen(batch)] == expected(20, 0, 0)
+
+
+def test_a_device_that_fails(machine, monkeypatch):
+    """The consumer is told, and no thread is left."""
+
+    def fails(event):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    before = threads()
+    batches = iter(PairLoader(Tiny(400), 4, device="cuda", **TINY))
+    next(batches)
+    for name in ("query", "synchronize"):
+        monkeypatch.setattr(late_cuda.Event, name, fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(batches)
+    assert threads() == before
 
 
 def test_walks_are_whole_too(machine, decoder):
