@@ -16,6 +16,7 @@ operations per thousand elements, so it is affordable also where float64 runs at
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -37,8 +38,10 @@ PAIR_BLOCK = 64
 # Partial sums of a split: m D and (m - r) D, of the winner and of the loser; and with a mask the elements.
 SUMS = tl.constexpr(4)
 
-# Triton's interpreter runs plain functions, and refuses jitted ones that do not see triton.language.
-_jit_head = (lambda head: head) if triton.knobs.runtime.interpret else triton.jit
+# Triton's interpreter runs plain functions, and refuses jitted ones that do not see triton.language. PyTorch before 2.8
+# comes with a Triton that has no `knobs` to ask.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+_jit_head = (lambda head: head) if _INTERPRETING else triton.jit
 HEADS = {name: _jit_head(objective.head) for name, objective in OBJECTIVES.items()}
 
 COLUMNS = tl.constexpr(PAIR_COLUMNS)

@@ -118,3 +118,15 @@ print(json.dumps([{p.name: [p.annotation_type, p.do_not_specialize] for p in k.p
     for name in ("n_pairs", "n_splits", "n_blocks"):
         assert errors[name][1], name
     assert gradient["n_splits"][1]
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_a_triton_without_knobs_will_do(interpret):
+    """PyTorch 2.6 and 2.7 come with Triton 3.2 and 3.3."""
+    code = (
+        "import triton; del triton.knobs; from polydpo_fast.kernels import pair_loss as p; print(type(p.HEADS['ipo']))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("JITFunction" in done.stdout) == (interpret == "0")
