@@ -120,6 +120,7 @@ class Late:
 
     def __init__(self, monkeypatch):
         self.page_locked = {}
+        _default[:] = Stream(0), Stream(1)
         self._empty, self._to = torch.empty, torch.Tensor.to
         for name, value in (
             *dict(Stream=Stream, Event=Event, stream=stream, current_stream=current_stream).items(),
