@@ -17,9 +17,9 @@ operations per thousand elements, so it is affordable also where float64 runs at
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import torch
 import triton
@@ -35,6 +35,8 @@ BLOCK = 1024
 NUM_WARPS = 2 if torch.version.hip else 4
 SLOT_BLOCK = 256
 PAIR_BLOCK = 64
+# Programs for a large sample. Of 132 SMs with room for eight programs each, they fill three quarters.
+LARGE_SPLITS = 768
 # Partial sums of a split: m D and (m - r) D, of the winner and of the loser; and with a mask the elements.
 SUMS = tl.constexpr(4)
 
@@ -310,9 +312,10 @@ def gradient_kernel(
 def blocks_per_split(numel: int) -> int:
     """How many blocks of a sample one program reads: one until the machine is full, more for large samples.
 
-    A function of the sample's size only, never of B, so that a pair's sums do not depend on its batch.
+    A function of the sample's size only, never of B, so that a pair's sums do not depend on its batch. The last program
+    adds the slots of all, SLOT_BLOCK at a time, each time for as long as memory takes to answer, and nothing else runs.
     """
-    return min(64, max(1, numel >> 20))
+    return min(64, max(1, round(numel / (LARGE_SPLITS * BLOCK))))
 
 
 def launch_errors(
@@ -405,31 +408,54 @@ def launch_gradient(
 
 
 def _counters(n_pairs: int, device: torch.device) -> Tensor:
-    """1 + B zeros. The kernel leaves them zero, so one buffer per stream serves all launches on it.
+    """1 + B zeros, and some more. The kernel leaves them zero, so one buffer per stream serves all launches on it.
 
     A CUDA graph gets a buffer of its own: graphs captured on one stream may be replayed side by side.
     """
-    size = triton.next_power_of_2(1 + n_pairs)
+    # 16 bytes at least: kernels are compiled for addresses that are multiples of that, and no other during a capture.
+    size = max(4, triton.next_power_of_2(1 + n_pairs))
     if device.type != "cuda":
         return torch.zeros(size, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
+        return _graph_counters(size, device)
     return _stream_counters(size, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-@cache
+_lock = threading.Lock()
+_of_streams: dict[tuple[int, torch.device, int], Tensor] = {}
+_spare: dict[torch.device, Tensor] = {}
+SPARE = 2**16
+
+
+def _graph_counters(size: int, device: torch.device) -> Tensor:
+    """Taken from what is spare, for good. Zeros made within a capture would be one more launch at every replay."""
+    with _lock:
+        spare = _spare.get(device)
+        if spare is None or len(spare) < size:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+        _spare[device] = spare[size:]
+        return spare[:size]
+
+
 def _stream_counters(size: int, device: torch.device, stream: int) -> Tensor:
     """Made by a thread of its own, on that thread's default stream: where torch.compile warms up for CUDA graphs,
     what the calling thread allocates comes from a pool that does not outlive the graph."""
 
-    def make() -> tuple[Tensor, torch.cuda.Event]:
+    def make(size: int) -> Tensor:
         counters = torch.zeros(size, dtype=torch.int32, device=device)
         with torch.cuda.device(device):
             made = torch.cuda.Event()
             made.record()
-        return counters, made
+            made.synchronize()  # once: whoever reads them, on whatever stream, finds zeros
+        return counters
 
-    with ThreadPoolExecutor(1) as thread:
-        counters, made = thread.submit(make).result()
-    torch.cuda.current_stream(device).wait_event(made)
+    key = size, device, stream
+    counters = _of_streams.get(key)
+    if counters is None:
+        with _lock, ThreadPoolExecutor(1) as thread:
+            if device not in _spare:
+                _spare[device] = thread.submit(make, SPARE).result()
+            if key not in _of_streams:
+                _of_streams[key] = thread.submit(make, size).result()
+            counters = _of_streams[key]
     return counters

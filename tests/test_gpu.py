@@ -6,7 +6,8 @@ import torch
 
 import polydpo_fast
 
-pytestmark = pytest.mark.gpu
+# PyTorch warns of TF32 and of streams as it likes.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning:torch.*")]
 
 
 def batch(shape, dtype=torch.bfloat16, seed=0):
@@ -34,6 +35,7 @@ def test_cuda_graph_replay_and_self_resetting_counters():
     tensors = batch((8, 4, 64, 64))
     pred = tensors[0].requires_grad_()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             polydpo_fast.loss(*tensors).backward()
@@ -96,6 +98,42 @@ def test_two_launches():
     assert sorted(kernels) == ["errors_kernel", "gradient_kernel"]
 
 
+def test_two_launches_in_a_graph():
+    tensors = batch((4, 4, 32, 32))
+    pred = tensors[0].requires_grad_()
+    grad_loss = torch.ones((), device="cuda")
+    torch.autograd.grad(polydpo_fast.loss(*tensors), pred, grad_loss)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.autograd.grad(polydpo_fast.loss(*tensors), pred, grad_loss)
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sorted(kernels) == ["errors_kernel", "gradient_kernel"]
+
+
+def test_graphs_of_one_stream_are_replayed_side_by_side():
+    tensors = [batch((4, 16, 21, 60, 104), seed=seed) for seed in range(3)]
+    expected = [polydpo_fast.loss(*t, reduction="none") for t in tensors]
+    graphs, results = [torch.cuda.CUDAGraph() for _ in tensors], []
+    for graph, t in zip(graphs, tensors, strict=True):
+        with torch.cuda.graph(graph):
+            results.append(polydpo_fast.loss(*t, reduction="none"))
+    streams = [torch.cuda.Stream() for _ in tensors]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        eager = polydpo_fast.loss(*tensors[0], reduction="none")
+        torch.cuda.synchronize()
+        for result, reference in zip((*results, eager), (*expected, expected[0]), strict=True):
+            assert torch.equal(result, reference)
+
+
 def test_runs_agree_bit_for_bit():
     tensors = batch((6, 16, 21, 60, 104))
     pred = tensors[0].requires_grad_()
@@ -156,6 +194,26 @@ def test_parameters_reach_the_kernel_in_float64(change):
     ours = polydpo_fast.loss(pred, ref, target, **{"beta": 10.0, **change})
     reference = polydpo_fast.loss(pred, ref, target, **{"beta": 10.0, **change}, backend="reference")
     torch.testing.assert_close(ours, reference, rtol=1e-13, atol=0)
+
+
+def test_offsets_beyond_two_to_the_31():
+    """The second pair begins 2^31 elements after the first, and more: 8 GiB a tensor, 28 GiB in all."""
+    sample = (2**15, 2**15 + 1)
+    pred = torch.zeros((4, *sample), dtype=torch.bfloat16, device="cuda")
+    ref = torch.zeros_like(pred)
+    pred[2], pred[3] = 1.0, 0.5
+    target = torch.zeros((2, *sample), dtype=torch.bfloat16, device="cuda")  # shared by the arms
+    pred.requires_grad_()
+    loss = polydpo_fast.loss(pred, ref, target, beta=2.0, layout="interleaved", reduction="none")
+    loss.sum().backward()
+    z = torch.tensor([0.0, -0.75], dtype=torch.float64)
+    expected = torch.nn.functional.softplus(-z).float()
+    torch.testing.assert_close(loss.detach().cpu(), expected, rtol=1e-6, atol=0)
+    slope = -torch.sigmoid(-z[1]).item()
+    scale = slope * 2.0 / (sample[0] * sample[1])
+    for row, gradient in enumerate((0.0, 0.0, -scale, 0.5 * scale)):
+        for place in ((0, 0), (-1, -1)):
+            assert pred.grad[row][place].item() == pytest.approx(gradient, rel=2**-8)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
