@@ -44,9 +44,9 @@ def skipping_hypothesis() -> dict[str, ModuleType]:
     return {"hypothesis": absent, "hypothesis.strategies": strategies}
 
 
-if importlib.util.find_spec("hypothesis") is None:
-    sys.modules.update(skipping_hypothesis())
-else:
+STANDING_IN = skipping_hypothesis() if importlib.util.find_spec("hypothesis") is None else {}
+sys.modules.update(STANDING_IN)  # until all tests are imported: PyTorch has uses of its own for Hypothesis
+if not STANDING_IN:
     import hypothesis
 
     # The interpreter's and the compiler's first calls are slow; what is found is printed so that it can be repeated.
@@ -74,6 +74,8 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for name in STANDING_IN:
+        sys.modules.pop(name, None)
     share, shares = map(int, config.getoption("--share").split("/"))
     items[:] = items[share::shares]
     if HAS_GPU:

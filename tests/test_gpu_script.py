@@ -82,7 +82,7 @@ def test_tests_run_without_hypothesis_and_plugins_each_in_one_share():
     """As on a machine that has PyTorch, Triton and pytest."""
     code = "import sys; sys.modules['hypothesis'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("loss", "options")]
-    options = ["-p", "no:cacheprovider", "-k", "log_two or any_mix", "-rA"]
+    options = ["-p", "no:cacheprovider", "-k", "log_two or any_mix or compiles", "-rA"]
     passed, skipped = [], 0
     for share in ("0/2", "1/2"):
         done = subprocess.run(
