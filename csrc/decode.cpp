@@ -34,7 +34,7 @@ std::string not_an_image(const Image& image) {
     return text;
 }
 
-std::unique_ptr<Reader> open(const Image& image, const Options& options, bool own_entropy) {
+std::unique_ptr<Reader> open(const Image& image, const Options& options, Entropy entropy) {
     const Limits& limits = options.limits;
     if (image.raw.height > 0) {
         check("pixels", static_cast<std::int64_t>(image.raw.height) * image.raw.width, limits.pixels, "pixels");
@@ -42,7 +42,7 @@ std::unique_ptr<Reader> open(const Image& image, const Options& options, bool ow
     }
     check("bytes", static_cast<std::int64_t>(image.bytes), limits.bytes, "bytes");
     if (is_jpeg(image.data, image.bytes)) {
-        return std::make_unique<JpegReader>(image.data, image.bytes, limits, options.strict, own_entropy);
+        return std::make_unique<JpegReader>(image.data, image.bytes, limits, options.strict, entropy);
     }
     if (is_png(image.data, image.bytes)) {
         return std::make_unique<PngReader>(image.data, image.bytes, limits, options.strict, options.background);
@@ -124,15 +124,15 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
     const auto decode = [&](std::size_t i) {
         char* sample = static_cast<char*>(out) + i * bytes;
         try {
-            const auto whole = [&](bool own_entropy) {
-                const auto reader = open(images[i], options, own_entropy);
+            const auto whole = [&](Entropy entropy) {
+                const auto reader = open(images[i], options, entropy);
                 render(*reader, draws[i % draws.size()], options, finish, sample, plane, results[i]);
             };
             try {
-                whole(options.entropy != Entropy::libjpeg);
+                whole(options.entropy);
             } catch (const LibjpegNeeded&) {
                 if (options.entropy == Entropy::own) throw DecodeError("only libjpeg can decode it");
-                whole(false);
+                whole(Entropy::libjpeg);
             }
         } catch (const std::bad_alloc&) {
             results[i].error = "there is not enough memory to decode it";

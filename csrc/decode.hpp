@@ -22,10 +22,6 @@ struct Image {
     int orientation = 1;
 };
 
-// Who decodes the Huffman codes of JPEGs: our own decoder, and libjpeg whatever it does not know; or, to compare them,
-// one alone. The pixels and the errors are the same.
-enum class Entropy { either, libjpeg, own };
-
 struct Options {
     Size output;
     Resize resize;

@@ -7,12 +7,12 @@
 
 #include "simd.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(POLYDPO_NO_CLONES)
-#define POLYDPO_PDEP __attribute__((target("arch=x86-64-v3")))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(POLYDPO_NO_PDEP)
+#define POLYDPO_PDEP __attribute__((target("bmi,bmi2,popcnt")))
 #endif
 
 // What a decompressor's `entropy` points at begins so in every libjpeg since its version 6b of 1998; which is why
-// only these two are touched, and only in libjpeg-turbo, whose source up to version 3.1 was read.
+// only these two are touched, and only in libjpeg-turbo, of which versions 2.0 to 3.2 were tried.
 struct jpeg_entropy_decoder {
     void (*start_pass)(j_decompress_ptr info);
     boolean (*decode_mcu)(j_decompress_ptr info, JBLOCKROW* blocks);
@@ -406,9 +406,10 @@ struct SelectByPdep {
     }
 };
 
-// Before AMD's Zen 3, PDEP takes longer than a loop.
+// On AMD's processors before Zen 3 it takes longer than a loop.
 bool pdep_is_quick() {
-    return __builtin_cpu_supports("bmi2") && (__builtin_cpu_supports("avx512f") || __builtin_cpu_is("intel"));
+    if (!__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("popcnt")) return false;
+    return __builtin_cpu_is("intel") || __builtin_cpu_is("znver3") || __builtin_cpu_supports("avx512f");
 }
 #endif
 
@@ -534,6 +535,7 @@ POLYDPO_CLONES boolean first_of_dc(j_decompress_ptr info, JBLOCKROW* blocks) {
 }
 
 POLYDPO_CLONES boolean more_of_dc(j_decompress_ptr info, JBLOCKROW* blocks) {
+    static_assert(D_MAX_BLOCKS_IN_MCU <= 56, "one refill is enough for a bit of each");
     return decode_mcu(info, [blocks](EntropyState& state, Bits& in) POLYDPO_INLINE_LAMBDA {
         in.refill();
         for (int i = 0; i < state.blocks; ++i) (*blocks[i])[0] |= static_cast<JCOEF>(in.take(1) << state.shift);
@@ -637,7 +639,7 @@ void start_pass(j_decompress_ptr info) {
 }  // namespace
 
 // Of the thread's last image, with its tables.
-thread_local std::unique_ptr<EntropyState> spare;
+static thread_local std::unique_ptr<EntropyState> spare;
 
 EntropyDecoder::EntropyDecoder() : state_(spare != nullptr ? std::move(spare) : std::make_unique<EntropyState>()) {
     state_->given_up = false;

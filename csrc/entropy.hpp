@@ -30,7 +30,7 @@ public:
     static bool knows(j_decompress_ptr info);
 
     // Takes the place of libjpeg's. After jpeg_start_decompress(), before anything is decoded: so progressive images
-    // are to be started in buffered-image mode. The source must hold all bytes; client_data becomes this.
+    // are to be started in buffered-image mode. The source must hold all bytes; client_data is taken.
     void install(j_decompress_ptr info);
 
     // What installing allocates.

@@ -18,6 +18,17 @@ void to_rgb(std::uint8_t* pixels, int width) {
     }
 }
 
+// Whether the image is sampled as nearly all are: colour as finely as brightness, or at half of it. With other
+// samplings libjpeg-turbo 2.1.5, asked to skip rows, gives wrong ones afterwards or does not come back.
+bool usual(const jpeg_decompress_struct& info) {
+    for (int i = 0; i < info.num_components; ++i) {
+        const jpeg_component_info& part = info.comp_info[i];
+        const bool whole = part.h_samp_factor == info.max_h_samp_factor && part.v_samp_factor == info.max_v_samp_factor;
+        if (!(whole && (i == 0 || i == 3)) && (part.h_samp_factor != 1 || part.v_samp_factor != 1)) return false;
+    }
+    return info.max_h_samp_factor <= 2 && info.max_v_samp_factor <= 2;
+}
+
 }  // namespace
 
 bool is_jpeg(const std::uint8_t* data, std::size_t size) {
@@ -57,7 +68,7 @@ void JpegReader::on_progress(j_common_ptr info) {
 }
 
 JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict,
-                       bool own_entropy) {
+                       Entropy entropy) {
     info_.err = jpeg_std_error(&error_);
     error_.error_exit = on_error;
     error_.emit_message = on_message;
@@ -74,8 +85,7 @@ JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits&
             throw DecodeError("it has " + std::to_string(pixels) + " pixels, more than " +
                               std::to_string(limits.pixels) + " (limits.pixels)");
         }
-        if (own_entropy && EntropyDecoder::knows(&info_)) entropy_ = std::make_unique<EntropyDecoder>();
-        check_memory(limits);
+        choose_entropy(entropy, limits);
         orientation_ = orientation_in_markers();
     } catch (...) {
         jpeg_destroy_decompress(&info_);  // the destructor will not run
@@ -85,16 +95,17 @@ JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits&
     progress_.scans = limits.scans;
     info_.progress = &progress_;
     cmyk_ = info_.jpeg_color_space == JCS_CMYK || info_.jpeg_color_space == JCS_YCCK;
+    partly_ = usual(info_);
     info_.out_color_space = cmyk_ ? JCS_CMYK : JCS_EXT_RGBX;
 }
 
 JpegReader::~JpegReader() { jpeg_destroy_decompress(&info_); }
 
-// Where there are several scans, the coefficients of the whole image are kept, and what our own decoder knows of them.
-void JpegReader::check_memory(const Limits& limits) {
-    if (!jpeg_has_multiple_scans(&info_)) return;
-    std::int64_t bytes = entropy_ != nullptr ? EntropyDecoder::memory(&info_) : 0;
-    for (int i = 0; i < info_.num_components; ++i) {
+// Where there are several scans, the coefficients of the whole image are kept, and what our own decoder knows of them
+// if there is room for that too.
+void JpegReader::choose_entropy(Entropy entropy, const Limits& limits) {
+    std::int64_t bytes = 0;
+    for (int i = 0; i < info_.num_components && jpeg_has_multiple_scans(&info_); ++i) {
         const jpeg_component_info& part = info_.comp_info[i];
         bytes += static_cast<std::int64_t>(part.width_in_blocks) * part.height_in_blocks *
                  static_cast<std::int64_t>(sizeof(JBLOCK));
@@ -102,6 +113,13 @@ void JpegReader::check_memory(const Limits& limits) {
     if (bytes > limits.decoded) {
         throw DecodeError("it takes " + std::to_string(bytes) + " bytes to decode, more than " +
                           std::to_string(limits.decoded) + " (limits.decoded)");
+    }
+    const bool known = EntropyDecoder::knows(&info_) && bytes + EntropyDecoder::memory(&info_) <= limits.decoded;
+    if (entropy == Entropy::own && !known) throw LibjpegNeeded();
+    // Every scan of a progressive image has tables of its own: a small one is done before ours are made.
+    const bool small = info_.progressive_mode && info_.src->bytes_in_buffer < 2048;
+    if (known && (entropy == Entropy::own || (entropy == Entropy::either && !small))) {
+        entropy_ = std::make_unique<EntropyDecoder>();
     }
 }
 
@@ -136,6 +154,7 @@ void JpegReader::end() {
 
 Region JpegReader::start(const Region& wanted) {
     Region given{wanted.top, 0, wanted.height, static_cast<int>(info_.image_width)};
+    dropped_.resize(4 * static_cast<std::size_t>(info_.image_width));
     guarded([&] {
         begin();
         // The upsampling of chroma looks at its neighbours: a block more on each side gives it the ones it has in the
@@ -143,7 +162,7 @@ Region JpegReader::start(const Region& wanted) {
         const int margin = info_.max_h_samp_factor * DCTSIZE;
         const int left = std::max(0, wanted.left - margin);
         const int right = std::min(given.width, wanted.left + wanted.width + margin);
-        if (right - left < given.width) {
+        if (partly_ && right - left < given.width) {
             auto x = static_cast<JDIMENSION>(left), width = static_cast<JDIMENSION>(right - left);
             jpeg_crop_scanline(&info_, &x, &width);
             given.left = static_cast<int>(x);
@@ -156,7 +175,13 @@ Region JpegReader::start(const Region& wanted) {
 
 // Only inside guarded().
 void JpegReader::skip(int rows) {
-    if (rows > 0) jpeg_skip_scanlines(&info_, static_cast<JDIMENSION>(rows));
+    if (rows <= 0) return;
+    if (partly_) {
+        jpeg_skip_scanlines(&info_, static_cast<JDIMENSION>(rows));
+        return;
+    }
+    JSAMPROW row = dropped_.data();
+    for (; rows > 0; --rows) jpeg_read_scanlines(&info_, &row, 1);
 }
 
 void JpegReader::read_row(std::uint8_t* rgbx) {
@@ -168,8 +193,7 @@ void JpegReader::read_row(std::uint8_t* rgbx) {
 void JpegReader::finish() {
     const int rest = static_cast<int>(info_.output_height - info_.output_scanline);
     if (rest > 0 && !error_.strict) return;
-    std::vector<std::uint8_t> row(rest > 0 ? 4 * static_cast<std::size_t>(info_.output_width) : 0);
-    JSAMPROW to = row.data();
+    JSAMPROW to = dropped_.data();
     guarded([&] {
         // To skip to the very end would not look at what is there; to read the last row takes all before it.
         skip(rest - 1);

@@ -7,6 +7,7 @@
 #include <cstdio>  // jpeglib.h needs FILE
 #include <memory>
 #include <string>
+#include <vector>
 
 #include <jpeglib.h>
 
@@ -17,15 +18,15 @@ namespace polydpo {
 
 bool is_jpeg(const std::uint8_t* data, std::size_t size);
 
-// Thrown where an image is to be decoded again, from its beginning, without our own entropy decoder.
+// Thrown where an image is to be decoded again, from its beginning, by libjpeg alone.
 struct LibjpegNeeded {};
 
 // libjpeg leaves through longjmp where something is wrong. Every call into it is made by guarded(), which holds the
 // setjmp and turns the jump into a DecodeError, so that no C++ frame with a destructor is ever jumped over.
 class JpegReader : public PlanesReader {
 public:
-    // Throws LibjpegNeeded, here or later, only if `own_entropy`.
-    JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict, bool own_entropy);
+    // Throws LibjpegNeeded later if `entropy` is either, and already here if it is own; never if it is libjpeg.
+    JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict, Entropy entropy);
     ~JpegReader() override;
     JpegReader(const JpegReader&) = delete;
     JpegReader& operator=(const JpegReader&) = delete;
@@ -49,7 +50,7 @@ private:
 
     template <class Call>
     void guarded(Call call);
-    void check_memory(const Limits& limits);
+    void choose_entropy(Entropy entropy, const Limits& limits);
     int orientation_in_markers() const;
     void begin();
     void skip(int rows);
@@ -64,6 +65,8 @@ private:
     std::unique_ptr<EntropyDecoder> entropy_;  // none: libjpeg's
     int orientation_ = 1;
     bool cmyk_ = false;
+    bool partly_ = false;  // whether libjpeg may be asked for a part of the image
+    std::vector<std::uint8_t> dropped_;  // a row that nobody wants
 };
 
 }  // namespace polydpo

@@ -17,6 +17,10 @@ struct Limits {
     int scans;             // of a progressive JPEG: each costs a pass over all coefficients
 };
 
+// Who decodes the Huffman codes of JPEGs: our own decoder, and libjpeg whatever it does not know; or, to compare them,
+// one alone. The pixels and the errors are the same.
+enum class Entropy { either, libjpeg, own };
+
 struct Colour {
     std::uint8_t r, g, b;
 };

@@ -1,6 +1,10 @@
 """Our decoder of JPEG's Huffman codes against libjpeg's, whose pixels and errors are to be the same."""
 
+import ctypes
 import io
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,10 +126,103 @@ def test_what_is_not_as_it_should_be_is_left_to_libjpeg():
 
 
 def test_what_it_remembers_of_a_progressive_image_is_limited():
-    """128 bytes of coefficients and 8 of ours for each block."""
-    data = jpeg(picture("flat", 64, 64), quality=50, subsampling=0, progressive=True)
+    """128 bytes of coefficients and 8 of ours for each block; if those are too much, libjpeg does without."""
+    data = jpeg(picture("noise", 64, 64), quality=50, subsampling=0, progressive=True)
     blocks = 3 * 64
-    for decoder, bytes_of_block in ((OWN, 136), (LIBJPEG, 128)):
+    for decoder, bytes_of_block in ((OWN, 136), (LIBJPEG, 128), (EITHER, 128)):
         for room, expected in ((0, 0), (-1, 2)):
             limits = polydpo_fast.DecodeLimits(decoded=bytes_of_block * blocks + room)
             assert len(decoded(data, decoder, size=(64, 64), limits=limits)[1]) == expected
+
+
+# ------------------------------------------------------------------------------------------ what Pillow does not write
+
+
+@pytest.fixture(scope="session")
+def encode(tmp_path_factory):
+    """A function of image, sampling and scans; see jpeg_scans.c."""
+    if shutil.which("gcc") is None or shutil.which("pkg-config") is None:
+        pytest.skip("gcc and pkg-config, which build the encoder, are not installed")
+    library = tmp_path_factory.mktemp("jpeg") / "jpeg_scans.so"
+    source = Path(__file__).with_name("jpeg_scans.c")
+    flags = subprocess.run(["pkg-config", "--cflags", "--libs", "libjpeg"], capture_output=True, text=True, check=True)
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", source, "-o", library, *flags.stdout.split()], check=True)
+    native = ctypes.CDLL(str(library)).encode
+    native.restype = ctypes.c_ulong
+
+    def encode(image, sampling, scans=(), quality=90, interval=0):
+        numbers = [number for scan in scans for number in scan]
+        room = ctypes.create_string_buffer(1 << 20)
+        size = native(
+            image.tobytes(), *image.size, (ctypes.c_int * 6)(*sampling), (ctypes.c_int * len(numbers))(*numbers),
+            len(scans), quality, interval, room, ctypes.c_ulong(len(room)),
+        )  # fmt: skip
+        assert size > 0
+        return room.raw[:size]
+
+    return encode
+
+
+def dc(components, high, low):
+    return (len(components), *components, *[0] * (3 - len(components)), 0, 0, high, low)
+
+
+def ac(component, start, end, high, low):
+    return (1, component, 0, 0, start, end, high, low)
+
+
+SCANS = {
+    "one": (),
+    "each component's first alone": [dc([c], 0, 0) for c in range(3)] + [ac(c, 1, 63, 0, 0) for c in range(3)],
+    "upper coefficients first": [dc([0, 1, 2], 0, 1), *(ac(c, 6, 63, 0, 0) for c in range(3))]
+    + [ac(c, 1, 5, 0, 0) for c in range(3)]
+    + [dc([0, 1, 2], 1, 0)],
+    "a bit at a time": [dc([0, 1, 2], 0, 3), *(ac(c, 1, 63, 0, 3) for c in range(3))]
+    + [dc([0, 1, 2], b + 1, b) for b in (2, 1, 0)]
+    + [ac(c, 1, 63, b + 1, b) for b in (2, 1, 0) for c in (2, 0, 1)],
+    "a bit of some at a time": [
+        dc([0, 1, 2], 0, 0),
+        *(ac(c, *band, 0, 2) for c in range(3) for band in ((1, 2), (3, 63))),
+    ]
+    + [ac(c, *band, b + 1, b) for b in (1, 0) for c in range(3) for band in ((1, 10), (11, 63))],
+    "first coefficients only": [dc([0, 1, 2], 0, 2)],
+    "not the last bit": [dc([0, 1, 2], 0, 0), *(ac(c, 1, 63, 0, 1) for c in range(3))],
+}
+SAMPLINGS = {
+    "4:4:4": (1, 1, 1, 1, 1, 1),
+    "4:2:0": (2, 2, 1, 1, 1, 1),
+    "4:1:1": (4, 1, 1, 1, 1, 1),
+    "4:4:0": (1, 2, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("scans", SCANS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("kind", ["noise", "photograph"])
+def test_any_order_of_scans(encode, scans, sampling, kind):
+    """Also those that leave an image unfinished, which libjpeg smooths."""
+    image = picture(kind, 83, 101)
+    for quality, interval in ((100, 0), (60, 0), (90, 5)):
+        data = encode(image, SAMPLINGS[sampling], SCANS[scans], quality, interval)
+        for options in ({"size": (83, 101)}, {"size": (40, 33), "crop": "random", "seeds": [5]}):
+            ours, failed = decoded(data, OWN, **options)
+            assert not failed
+            assert torch.equal(ours, decoded(data, LIBJPEG, **options)[0])
+
+
+@pytest.mark.parametrize(
+    "sampling", [*SAMPLINGS.values(), (2, 1, 1, 1, 1, 1), (2, 1, 1, 4, 1, 2), (2, 3, 1, 1, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("scans", ["one", "a bit at a time"])
+def test_a_crop_is_the_crop_of_the_whole(encode, sampling, scans):
+    """Where the sampling is odd, libjpeg-turbo 2.1.5 gives wrong rows after skipping some, or does not come back."""
+    data = encode(picture("noise", 119, 67), sampling, SCANS[scans])
+    whole = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+    for height, width in ((1, 67), (37, 67), (80, 20), (119, 9)):
+        for seed in range(12):
+            options = {"size": (height, width), "resize": None, "crop": "random", "seeds": [seed]}
+            top, left = polydpo_fast.decode_pairs([data], [data], **options).crop_top_left[0].tolist()
+            for decoder in (OWN, LIBJPEG):
+                pixels, failed = decoded(data, decoder, **options)
+                assert not failed
+                assert torch.equal(pixels[0], whole[:, top : top + height, left : left + width])
