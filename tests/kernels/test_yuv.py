@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from polydpo_fast.colour import fixed_point
 from polydpo_fast.yuv import yuv420_to_rgb
@@ -90,6 +89,7 @@ def oracles(planes):
 def test_a_jpeg_becomes_what_libjpeg_makes_of_it(backend, quality, size, device):
     height, width = size
     pixels = np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image = pytest.importorskip("PIL.Image")
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling="4:2:0")
 
