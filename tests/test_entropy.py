@@ -113,10 +113,14 @@ def test_damage_is_what_libjpeg_makes_of_it(data):
         if len(damaged) <= scans:
             break
     strict = data.draw(st.booleans())
-    ours = decoded(bytes(damaged), EITHER, size=(48, 56), strict=strict)
     libjpegs = decoded(bytes(damaged), LIBJPEG, size=(48, 56), strict=strict)
-    assert ours[1] == libjpegs[1]
-    assert torch.equal(ours[0], libjpegs[0])
+    # A small progressive image is not given to ours, unless it is the only one.
+    for decoder in (EITHER, OWN):
+        ours = decoded(bytes(damaged), decoder, size=(48, 56), strict=strict)
+        if decoder == OWN and ours[1] == ["only libjpeg can decode it"] * 2:
+            continue
+        assert ours[1] == libjpegs[1]
+        assert torch.equal(ours[0], libjpegs[0])
 
 
 def test_what_is_not_as_it_should_be_is_left_to_libjpeg():

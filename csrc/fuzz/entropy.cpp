@@ -1,5 +1,5 @@
-// libFuzzer target: any bytes as a JPEG, decoded with our own entropy decoder and with libjpeg's. Pixels and errors are
-// the same, whatever the damage. The first eight bytes choose the options, as those of decode.cpp.
+// libFuzzer target: any bytes as a JPEG, decoded with our own entropy decoder and with libjpeg's. Unless ours gives
+// it up, pixels and errors are the same, whatever the damage. The first eight bytes choose the options, as those of decode.cpp.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -28,10 +28,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::vector<char> out[2];
     std::vector<Decoded> results[2];
     for (int own = 0; own < 2; ++own) {
-        options.entropy = own ? Entropy::either : Entropy::libjpeg;
+        options.entropy = own ? Entropy::own : Entropy::libjpeg;
         out[own].resize(3 * static_cast<std::size_t>(options.output.height) * options.output.width);
         results[own] = decode_batch({{data, size}}, {draw}, options, out[own].data(), nullptr);
     }
+    if (results[1][0].error == "only libjpeg can decode it") return 0;
     if (out[0] != out[1] || results[0][0].error != results[1][0].error) {
         std::fprintf(stderr, "libjpeg: %s\nours: %s\n", results[0][0].error.c_str(), results[1][0].error.c_str());
         std::abort();
