@@ -88,7 +88,7 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
                        const std::vector<DrawRow>& draws, std::uintptr_t out, int dtype,
                        const std::array<float, 6>& normal, const std::array<std::uint8_t, 3>& background,
                        const std::array<int, 2>& size, int resize, int interpolation, bool apply_orientation,
-                       bool strict, const std::array<std::int64_t, 4>& limits, int threads, int entropy) {
+                       bool strict, const std::array<std::int64_t, 4>& limits, int threads, int jpeg) {
     Buffers buffers;
     buffers.add(win, "win");
     buffers.add(lose, "lose");
@@ -113,7 +113,7 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
                                    strict,
                                    {limits[0], limits[1], limits[2], static_cast<int>(limits[3])},
                                    threads,
-                                   static_cast<polydpo::Entropy>(entropy)};
+                                   static_cast<polydpo::JpegDecoder>(jpeg)};
     bool interrupted = false;
     // Only the main thread hears of signals; and whoever asks for the lock while Python ends does not come back, though
     // other threads are still at work on what lies on this one's stack.
@@ -402,7 +402,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("decode_pairs", &decode_pairs, py::arg("win"), py::arg("lose"), py::kw_only(), py::arg("raw"),
                py::arg("draws"), py::arg("out"), py::arg("dtype"), py::arg("normal"), py::arg("background"),
                py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
-               py::arg("strict"), py::arg("limits"), py::arg("threads"), py::arg("entropy") = 0);
+               py::arg("strict"), py::arg("limits"), py::arg("threads"), py::arg("jpeg") = 0);
     module.def("foreign_plans", &foreign_plans, py::arg("images"), py::kw_only(), py::arg("draws"), py::arg("size"),
                py::arg("resize"), py::arg("apply_orientation"), py::arg("limits"));
     module.def("plan", &plan, py::arg("source"), py::kw_only(), py::arg("draw"), py::arg("size"), py::arg("resize"));

@@ -4,13 +4,14 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <utility>
 
 #include "canvas.hpp"
 #include "error.hpp"
-#include "frame.hpp"
 #include "jpeg.hpp"
 #include "png.hpp"
 #include "pool.hpp"
+#include "quick_jpeg.hpp"
 #include "raw.hpp"
 
 namespace polydpo {
@@ -34,7 +35,7 @@ std::string not_an_image(const Image& image) {
     return text;
 }
 
-std::unique_ptr<Reader> open(const Image& image, const Options& options, Entropy entropy) {
+std::unique_ptr<Reader> open(const Image& image, const Options& options, JpegDecoder jpeg) {
     const Limits& limits = options.limits;
     if (image.raw.height > 0) {
         check("pixels", static_cast<std::int64_t>(image.raw.height) * image.raw.width, limits.pixels, "pixels");
@@ -42,7 +43,12 @@ std::unique_ptr<Reader> open(const Image& image, const Options& options, Entropy
     }
     check("bytes", static_cast<std::int64_t>(image.bytes), limits.bytes, "bytes");
     if (is_jpeg(image.data, image.bytes)) {
-        return std::make_unique<JpegReader>(image.data, image.bytes, limits, options.strict, entropy);
+        auto header = std::make_unique<JpegHeader>(image.data, image.bytes, limits, options.strict);
+        if (jpeg != JpegDecoder::libjpeg && is_quick_jpeg(*header, limits)) {
+            return quick_jpeg_reader(std::move(header), limits);
+        }
+        if (jpeg == JpegDecoder::own) throw LibjpegNeeded();
+        return std::make_unique<JpegReader>(std::move(header));
     }
     if (is_png(image.data, image.bytes)) {
         return std::make_unique<PngReader>(image.data, image.bytes, limits, options.strict, options.background);
@@ -89,8 +95,8 @@ void render(Reader& reader, const Draw& draw, const Options& options, const Fini
     if (geometry.stored.height == source.height && geometry.stored.width == source.width) {
         const Region given = reader.start(geometry.crop);
         const int left = geometry.crop.left - given.left;
-        if (auto* frame = dynamic_cast<FrameReader*>(&reader)) {
-            for (int y = 0; y < given.height; ++y) canvas.put(y, frame->read_levels() + left);
+        if (auto* with_levels = dynamic_cast<LevelsReader*>(&reader)) {
+            for (int y = 0; y < given.height; ++y) canvas.put(y, with_levels->read_levels() + left);
         } else {
             Row row(given.width);
             const std::uint8_t* from = row.data() + 4 * static_cast<std::size_t>(left);
@@ -124,15 +130,15 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
     const auto decode = [&](std::size_t i) {
         char* sample = static_cast<char*>(out) + i * bytes;
         try {
-            const auto whole = [&](Entropy entropy) {
-                const auto reader = open(images[i], options, entropy);
+            const auto whole = [&](JpegDecoder jpeg) {
+                const auto reader = open(images[i], options, jpeg);
                 render(*reader, draws[i % draws.size()], options, finish, sample, plane, results[i]);
             };
             try {
-                whole(options.entropy);
+                whole(options.jpeg);
             } catch (const LibjpegNeeded&) {
-                if (options.entropy == Entropy::own) throw DecodeError("only libjpeg can decode it");
-                whole(Entropy::libjpeg);
+                if (options.jpeg == JpegDecoder::own) throw DecodeError("only libjpeg can decode it");
+                whole(JpegDecoder::libjpeg);
             }
         } catch (const std::bad_alloc&) {
             results[i].error = "there is not enough memory to decode it";

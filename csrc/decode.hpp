@@ -33,7 +33,7 @@ struct Options {
     bool apply_orientation, strict;
     Limits limits;
     int threads;
-    Entropy entropy = Entropy::either;
+    JpegDecoder jpeg = JpegDecoder::either;
 };
 
 struct Decoded {

@@ -1,4 +1,4 @@
-// The Huffman codes of JPEG, decoded in place of libjpeg-turbo's own decoder, which takes most of its time.
+// The scans of a JPEG: its Huffman codes to the coefficients of its blocks.
 #pragma once
 
 #include <cstddef>
@@ -8,38 +8,51 @@
 
 #include <jpeglib.h>
 
+#include "simd.hpp"
+
 namespace polydpo {
 
+// Thrown where an image is to be decoded from its beginning by libjpeg alone.
+struct LibjpegNeeded {};
+
+#ifdef POLYDPO_V3
 struct EntropyState;
 
-// Two coefficients are had from one look into a table, and in the later passes of a progressive image all the bits of a
-// block's known coefficients at once. Everything else stays libjpeg's: headers, coefficients to pixels, cropping,
-// markers between scans.
+// Baseline and progressive images, of which a header has been read by libjpeg: grey, or of three components, the first
+// with as many samples as there are pixels and the others with as many or half of them in either direction or only across.
 //
-// Only what is as it should be is decoded here. At anything else (a code that there is not, bytes missing or left
-// over, a marker out of its turn) this gives up: it calls the error exit, with given_up() true, and the image is to
-// be decoded again by libjpeg alone, whose warnings, errors and repairs are thereby the only ones.
-//
-// The samples are those of libjpeg, bit for bit.
+// Only what is as it should be is decoded here. At anything else (a code that there is not, bytes missing or left over, a
+// marker out of its turn, an image without its last bits) LibjpegNeeded is thrown, so that the warnings, errors and
+// repairs are always libjpeg's.
 class EntropyDecoder {
 public:
-    EntropyDecoder();
+    static bool knows(const jpeg_decompress_struct& info);
+    // Bytes that are kept of the whole image.
+    static std::int64_t memory(const jpeg_decompress_struct& info);
+
+    // The source must hold all bytes and outlive this.
+    EntropyDecoder(const jpeg_decompress_struct& info, int most_scans);
     ~EntropyDecoder();
 
-    // Whether it knows the scans of an image whose header has been read.
-    static bool knows(j_decompress_ptr info);
+    // In MCUs.
+    int rows() const;
+    // Reads the next row of MCUs: of a progressive image, the first time, everything.
+    void read_row();
+    // After the last row: everything up to the end of the image.
+    void finish();
 
-    // Takes the place of libjpeg's. After jpeg_start_decompress(), before anything is decoded: so progressive images
-    // are to be started in buffered-image mode. The source must hold all bytes; client_data is taken.
-    void install(j_decompress_ptr info);
-
-    // What installing allocates.
-    static std::int64_t memory(j_decompress_ptr info);
-
-    bool given_up() const;
+    // A row of blocks in the row of MCUs that has been read.
+    struct Row {
+        const JCOEF* coefficients;  // of a block in the order of rows, block after block
+        const std::uint8_t* last;   // of each block: no coefficient that comes later, in the order of storage, is not zero
+    };
+    Row row(int component, int y) const;
+    // Blocks in it, some of which may lie outside the image. What follows them may be read.
+    int blocks_across(int component) const;
 
 private:
     std::unique_ptr<EntropyState> state_;
 };
+#endif
 
 }  // namespace polydpo

@@ -57,10 +57,10 @@ std::optional<ForeignPlan> foreign_plan(const Image& image, const Draw& draw, Si
                                         bool apply_orientation, const Limits& limits) {
     try {
         if (image.bytes > static_cast<std::size_t>(limits.bytes) || !is_jpeg(image.data, image.bytes)) return {};
-        const JpegReader reader(image.data, image.bytes, limits, true, Entropy::libjpeg);
+        const JpegHeader header(image.data, image.bytes, limits, true);
         if (!is_common_and_whole(image.data, image.bytes, limits.scans)) return {};
-        return ForeignPlan{reader.size(),
-                           plan(reader.size(), apply_orientation ? reader.orientation() : 1, output, resize, draw)};
+        return ForeignPlan{header.size(),
+                           plan(header.size(), apply_orientation ? header.orientation() : 1, output, resize, draw)};
     } catch (const std::exception&) {
         return {};  // our decoder says what is wrong
     }

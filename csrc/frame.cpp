@@ -159,14 +159,6 @@ POLYDPO_CLONES void rescale_row(const std::uint8_t* from, bool wide, const Coeff
     wide ? rescale<std::uint16_t>(from, k, width, to) : rescale<std::uint8_t>(from, k, width, to);
 }
 
-POLYDPO_CLONES void interleave(const std::uint8_t* red, const std::uint8_t* green, const std::uint8_t* blue, int width, std::uint8_t* rgbx) {
-    for (int x = 0; x < width; ++x) {
-        const std::uint32_t pixel = static_cast<std::uint32_t>(red[x]) | static_cast<std::uint32_t>(green[x]) << 8 |
-                                    static_cast<std::uint32_t>(blue[x]) << 16;
-        std::memcpy(rgbx + 4 * static_cast<std::size_t>(x), &pixel, 4);
-    }
-}
-
 constexpr std::int64_t large_crop = 1 << 18;  // pixels; of smaller ones a clip may stay in the caches
 
 // Past the caches, which the decoder needs for the frames that others are made from. Nobody may be told of what was copied
@@ -342,11 +334,6 @@ Levels FrameReader::read_levels() {
         colour_each(luma, cb, cr, wide, columns, coefficients_, region_.width, red, green, blue);
     }
     return {{red, green, blue}};
-}
-
-void FrameReader::read_row(std::uint8_t* rgbx) {
-    const Levels row = read_levels();
-    interleave(row.channels[0], row.channels[1], row.channels[2], region_.width, rgbx);
 }
 
 void FrameReader::read_planes(const Region& crop, std::uint8_t* planes) {

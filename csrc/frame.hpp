@@ -35,20 +35,19 @@ struct Coefficients {
 
 // Converts row by row, in integers: each level is within 0.53 of its exact value, and within 0.51 where chroma has all
 // columns or samples have more than 8 bits. Chroma is interpolated linearly.
-class FrameReader : public PlanesReader {
+class FrameReader : public LevelsReader {
 public:
     explicit FrameReader(const Frame& frame);
     Size size() const override { return frame_.size; }
     Size shown() const override { return frame_.shown; }
     int orientation() const override { return frame_.orientation; }
     Region start(const Region& wanted) override;
-    void read_row(std::uint8_t* rgbx) override;
-    // Instead of read_row: the next row with its channels apart, until the next call.
-    Levels read_levels();
+    Levels read_levels() override;
     void finish() override {}
     void read_planes(const Region& crop, std::uint8_t* planes) override;
 
 private:
+    int width() const override { return region_.width; }
     Levels read_rgb(int row);
     void read_chroma(int row);
 

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
+#include <string>
+#include <utility>
 
 #include "error.hpp"
 #include "exif.hpp"
@@ -36,28 +37,25 @@ bool is_jpeg(const std::uint8_t* data, std::size_t size) {
 }
 
 template <class Call>
-void JpegReader::guarded(Call call) {
-    if (setjmp(error_.escape)) {
-        if (entropy_ != nullptr && entropy_->given_up()) throw LibjpegNeeded();
-        throw DecodeError(error_.message);
-    }
+void JpegHeader::guarded(Call call) {
+    if (setjmp(error_.escape)) throw DecodeError(error_.message);
     call();
 }
 
-void JpegReader::on_error(j_common_ptr info) {
+void JpegHeader::on_error(j_common_ptr info) {
     auto* error = static_cast<ErrorManager*>(info->err);
     error->format_message(info, error->message);
     std::longjmp(error->escape, 1);
 }
 
-void JpegReader::on_message(j_common_ptr info, int level) {
+void JpegHeader::on_message(j_common_ptr info, int level) {
     auto* error = static_cast<ErrorManager*>(info->err);
     if (level >= 0) return;  // a trace, not a warning
     ++error->num_warnings;
     if (error->strict) on_error(info);
 }
 
-void JpegReader::on_progress(j_common_ptr info) {
+void JpegHeader::on_progress(j_common_ptr info) {
     auto* decoder = reinterpret_cast<j_decompress_ptr>(info);
     auto* error = static_cast<ErrorManager*>(info->err);
     const int limit = static_cast<Progress*>(info->progress)->scans;
@@ -67,46 +65,40 @@ void JpegReader::on_progress(j_common_ptr info) {
     }
 }
 
-JpegReader::JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict,
-                       Entropy entropy) {
-    info_.err = jpeg_std_error(&error_);
+JpegHeader::JpegHeader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict) {
+    info.err = jpeg_std_error(&error_);
     error_.error_exit = on_error;
     error_.emit_message = on_message;
     error_.strict = strict;
     try {
         guarded([&] {
-            jpeg_create_decompress(&info_);
-            jpeg_save_markers(&info_, JPEG_APP0 + 1, 0xffff);  // EXIF
-            jpeg_mem_src(&info_, data, static_cast<unsigned long>(size));
-            jpeg_read_header(&info_, TRUE);
+            jpeg_create_decompress(&info);
+            jpeg_save_markers(&info, JPEG_APP0 + 1, 0xffff);  // EXIF
+            jpeg_mem_src(&info, data, static_cast<unsigned long>(size));
+            jpeg_read_header(&info, TRUE);
         });
-        const std::int64_t pixels = static_cast<std::int64_t>(info_.image_height) * info_.image_width;
-        if (pixels > limits.pixels) {
-            throw DecodeError("it has " + std::to_string(pixels) + " pixels, more than " +
-                              std::to_string(limits.pixels) + " (limits.pixels)");
-        }
-        choose_entropy(entropy, limits);
-        orientation_ = orientation_in_markers();
+        check(limits);
     } catch (...) {
-        jpeg_destroy_decompress(&info_);  // the destructor will not run
+        jpeg_destroy_decompress(&info);  // the destructor will not run
         throw;
     }
     progress_.progress_monitor = on_progress;
     progress_.scans = limits.scans;
-    info_.progress = &progress_;
-    cmyk_ = info_.jpeg_color_space == JCS_CMYK || info_.jpeg_color_space == JCS_YCCK;
-    partly_ = usual(info_);
-    info_.out_color_space = cmyk_ ? JCS_CMYK : JCS_EXT_RGBX;
+    info.progress = &progress_;
 }
 
-JpegReader::~JpegReader() { jpeg_destroy_decompress(&info_); }
+JpegHeader::~JpegHeader() { jpeg_destroy_decompress(&info); }
 
-// Where there are several scans, the coefficients of the whole image are kept, and what our own decoder knows of them
-// if there is room for that too.
-void JpegReader::choose_entropy(Entropy entropy, const Limits& limits) {
+// Where there are several scans, the coefficients of the whole image are kept.
+void JpegHeader::check(const Limits& limits) {
+    const std::int64_t pixels = static_cast<std::int64_t>(info.image_height) * info.image_width;
+    if (pixels > limits.pixels) {
+        throw DecodeError("it has " + std::to_string(pixels) + " pixels, more than " + std::to_string(limits.pixels) +
+                          " (limits.pixels)");
+    }
     std::int64_t bytes = 0;
-    for (int i = 0; i < info_.num_components && jpeg_has_multiple_scans(&info_); ++i) {
-        const jpeg_component_info& part = info_.comp_info[i];
+    for (int i = 0; i < info.num_components && jpeg_has_multiple_scans(&info); ++i) {
+        const jpeg_component_info& part = info.comp_info[i];
         bytes += static_cast<std::int64_t>(part.width_in_blocks) * part.height_in_blocks *
                  static_cast<std::int64_t>(sizeof(JBLOCK));
     }
@@ -114,18 +106,11 @@ void JpegReader::choose_entropy(Entropy entropy, const Limits& limits) {
         throw DecodeError("it takes " + std::to_string(bytes) + " bytes to decode, more than " +
                           std::to_string(limits.decoded) + " (limits.decoded)");
     }
-    const bool known = EntropyDecoder::knows(&info_) && bytes + EntropyDecoder::memory(&info_) <= limits.decoded;
-    if (entropy == Entropy::own && !known) throw LibjpegNeeded();
-    // Every scan of a progressive image has tables of its own: a small one is done before ours are made.
-    const bool small = info_.progressive_mode && info_.src->bytes_in_buffer < 2048;
-    if (known && (entropy == Entropy::own || (entropy == Entropy::either && !small))) {
-        entropy_ = std::make_unique<EntropyDecoder>();
-    }
 }
 
-int JpegReader::orientation_in_markers() const {
+int JpegHeader::orientation() const {
     static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};
-    for (auto* marker = info_.marker_list; marker != nullptr; marker = marker->next) {
+    for (auto* marker = info.marker_list; marker != nullptr; marker = marker->next) {
         if (marker->data_length > sizeof name && std::memcmp(marker->data, name, sizeof name) == 0) {
             return exif_orientation(marker->data + sizeof name, marker->data_length - sizeof name);
         }
@@ -133,30 +118,26 @@ int JpegReader::orientation_in_markers() const {
     return 1;
 }
 
-// Only inside guarded().
-void JpegReader::begin() {
-    info_.buffered_image = entropy_ != nullptr && info_.progressive_mode;
-    jpeg_start_decompress(&info_);
-    if (entropy_ != nullptr) entropy_->install(&info_);
-    if (!info_.buffered_image) return;
-    while (!jpeg_input_complete(&info_)) {
-        jpeg_consume_input(&info_);
-        on_progress(reinterpret_cast<j_common_ptr>(&info_));
-    }
-    jpeg_start_output(&info_, info_.input_scan_number);
+bool JpegHeader::is_yuv420() const {
+    const auto samples = [this](int part, int count) {
+        return info.comp_info[part].h_samp_factor == count && info.comp_info[part].v_samp_factor == count;
+    };
+    return info.jpeg_color_space == JCS_YCbCr && samples(0, 2) && samples(1, 1) && samples(2, 1);
 }
 
-// Only inside guarded().
-void JpegReader::end() {
-    if (info_.buffered_image) jpeg_finish_output(&info_);
-    jpeg_finish_decompress(&info_);
+JpegReader::JpegReader(std::unique_ptr<JpegHeader> header)
+    : header_(std::move(header)),
+      info_(header_->info),
+      cmyk_(info_.jpeg_color_space == JCS_CMYK || info_.jpeg_color_space == JCS_YCCK),
+      partly_(usual(info_)) {
+    info_.out_color_space = cmyk_ ? JCS_CMYK : JCS_EXT_RGBX;
 }
 
 Region JpegReader::start(const Region& wanted) {
     Region given{wanted.top, 0, wanted.height, static_cast<int>(info_.image_width)};
     dropped_.resize(4 * static_cast<std::size_t>(info_.image_width));
-    guarded([&] {
-        begin();
+    header_->guarded([&] {
+        jpeg_start_decompress(&info_);
         // The upsampling of chroma looks at its neighbours: a block more on each side gives it the ones it has in the
         // whole image.
         const int margin = info_.max_h_samp_factor * DCTSIZE;
@@ -186,29 +167,24 @@ void JpegReader::skip(int rows) {
 
 void JpegReader::read_row(std::uint8_t* rgbx) {
     JSAMPROW row = rgbx;
-    guarded([this, &row] { jpeg_read_scanlines(&info_, &row, 1); });
+    header_->guarded([this, &row] { jpeg_read_scanlines(&info_, &row, 1); });
     if (cmyk_) to_rgb(rgbx, static_cast<int>(info_.output_width));
 }
 
 void JpegReader::finish() {
     const int rest = static_cast<int>(info_.output_height - info_.output_scanline);
-    if (rest > 0 && !error_.strict) return;
+    if (rest > 0 && !header_->strict()) return;
     JSAMPROW to = dropped_.data();
-    guarded([&] {
+    header_->guarded([&] {
         // To skip to the very end would not look at what is there; to read the last row takes all before it.
         skip(rest - 1);
         if (rest > 0) jpeg_read_scanlines(&info_, &to, 1);
-        end();
+        jpeg_finish_decompress(&info_);
     });
 }
 
 void JpegReader::read_planes(const Region& crop, std::uint8_t* planes) {
-    const auto samples = [this](int part, int h, int v) {
-        return info_.comp_info[part].h_samp_factor == h && info_.comp_info[part].v_samp_factor == v;
-    };
-    if (info_.jpeg_color_space != JCS_YCbCr || !samples(0, 2, 2) || !samples(1, 1, 1) || !samples(2, 1, 1)) {
-        throw DecodeError("it is not stored as YCbCr 4:2:0");
-    }
+    if (!header_->is_yuv420()) throw DecodeError("it is not stored as YCbCr 4:2:0");
     constexpr int rows = 2 * DCTSIZE;  // of Y that libjpeg gives at a time
     std::vector<std::uint8_t> buffers[3];
     std::vector<JSAMPROW> pointers[3];
@@ -225,10 +201,10 @@ void JpegReader::read_planes(const Region& crop, std::uint8_t* planes) {
     }
     info_.raw_data_out = TRUE;
     info_.out_color_space = JCS_YCbCr;
-    guarded([this] { begin(); });
+    header_->guarded([this] { jpeg_start_decompress(&info_); });
     while (info_.output_scanline < info_.output_height) {
         const int first = static_cast<int>(info_.output_scanline);
-        guarded([&] { jpeg_read_raw_data(&info_, arrays, rows); });
+        header_->guarded([&] { jpeg_read_raw_data(&info_, arrays, rows); });
         for (int part = 0; part < 3; ++part) {
             const int half = part > 0 ? 2 : 1;
             const int width = crop.width / half, top = crop.top / half, end = (crop.top + crop.height) / half;
@@ -240,7 +216,7 @@ void JpegReader::read_planes(const Region& crop, std::uint8_t* planes) {
             }
         }
     }
-    guarded([this] { end(); });
+    header_->guarded([this] { jpeg_finish_decompress(&info_); });
 }
 
 }  // namespace polydpo

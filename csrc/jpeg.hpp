@@ -6,37 +6,37 @@
 #include <cstdint>
 #include <cstdio>  // jpeglib.h needs FILE
 #include <memory>
-#include <string>
 #include <vector>
 
 #include <jpeglib.h>
 
-#include "entropy.hpp"
 #include "reader.hpp"
 
 namespace polydpo {
 
 bool is_jpeg(const std::uint8_t* data, std::size_t size);
 
-// Thrown where an image is to be decoded again, from its beginning, by libjpeg alone.
-struct LibjpegNeeded {};
-
+// A JPEG whose header has been read and which is within the limits.
+//
 // libjpeg leaves through longjmp where something is wrong. Every call into it is made by guarded(), which holds the
 // setjmp and turns the jump into a DecodeError, so that no C++ frame with a destructor is ever jumped over.
-class JpegReader : public PlanesReader {
+class JpegHeader {
 public:
-    // Throws LibjpegNeeded later if `entropy` is either, and already here if it is own; never if it is libjpeg.
-    JpegReader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict, Entropy entropy);
-    ~JpegReader() override;
-    JpegReader(const JpegReader&) = delete;
-    JpegReader& operator=(const JpegReader&) = delete;
+    JpegHeader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict);
+    ~JpegHeader();
+    JpegHeader(const JpegHeader&) = delete;
+    JpegHeader& operator=(const JpegHeader&) = delete;
 
-    Size size() const override { return {static_cast<int>(info_.image_height), static_cast<int>(info_.image_width)}; }
-    int orientation() const override { return orientation_; }
-    Region start(const Region& wanted) override;
-    void read_row(std::uint8_t* rgbx) override;
-    void finish() override;
-    void read_planes(const Region& crop, std::uint8_t* planes) override;
+    Size size() const { return {static_cast<int>(info.image_height), static_cast<int>(info.image_width)}; }
+    // EXIF: 1 to 8.
+    int orientation() const;
+    bool is_yuv420() const;
+    bool strict() const { return error_.strict; }
+
+    template <class Call>
+    void guarded(Call call);
+
+    jpeg_decompress_struct info{};
 
 private:
     struct ErrorManager : jpeg_error_mgr {
@@ -48,24 +48,34 @@ private:
         int scans;
     };
 
-    template <class Call>
-    void guarded(Call call);
-    void choose_entropy(Entropy entropy, const Limits& limits);
-    int orientation_in_markers() const;
-    void begin();
-    void skip(int rows);
-    void end();
+    void check(const Limits& limits);
     [[noreturn]] static void on_error(j_common_ptr info);
     static void on_message(j_common_ptr info, int level);
     static void on_progress(j_common_ptr info);
 
-    jpeg_decompress_struct info_{};
     ErrorManager error_{};
     Progress progress_{};
-    std::unique_ptr<EntropyDecoder> entropy_;  // none: libjpeg's
-    int orientation_ = 1;
-    bool cmyk_ = false;
-    bool partly_ = false;  // whether libjpeg may be asked for a part of the image
+};
+
+// Decodes whatever libjpeg can.
+class JpegReader : public PlanesReader {
+public:
+    explicit JpegReader(std::unique_ptr<JpegHeader> header);
+
+    Size size() const override { return header_->size(); }
+    int orientation() const override { return header_->orientation(); }
+    Region start(const Region& wanted) override;
+    void read_row(std::uint8_t* rgbx) override;
+    void finish() override;
+    void read_planes(const Region& crop, std::uint8_t* planes) override;
+
+private:
+    void skip(int rows);
+
+    std::unique_ptr<JpegHeader> header_;
+    jpeg_decompress_struct& info_;
+    bool cmyk_;
+    bool partly_;  // whether libjpeg may be asked for a part of the image
     std::vector<std::uint8_t> dropped_;  // a row that nobody wants
 };
 

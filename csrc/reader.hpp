@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "geometry.hpp"
+#include "pixels.hpp"
 
 namespace polydpo {
 
@@ -17,9 +18,9 @@ struct Limits {
     int scans;             // of a progressive JPEG: each costs a pass over all coefficients
 };
 
-// Who decodes the Huffman codes of JPEGs: our own decoder, and libjpeg whatever it does not know; or, to compare them,
-// one alone. The pixels and the errors are the same.
-enum class Entropy { either, libjpeg, own };
+// Who decodes JPEGs: our own decoder, and libjpeg whatever it does not know; or, to compare them, one alone. The pixels
+// and the errors are the same.
+enum class JpegDecoder { either, libjpeg, own };
 
 struct Colour {
     std::uint8_t r, g, b;
@@ -53,6 +54,18 @@ public:
     // Instead of start to finish: the planes as they are stored, for 4:2:0 of 8 bits only. The part `crop`, all even, as
     // Y, then Cb and Cr of half the sides.
     virtual void read_planes(const Region& crop, std::uint8_t* planes) = 0;
+};
+
+// A reader whose rows can be had with their channels apart.
+class LevelsReader : public PlanesReader {
+public:
+    void read_row(std::uint8_t* rgbx) final;
+    // Instead of read_row: the next row, until the next call.
+    virtual Levels read_levels() = 0;
+
+protected:
+    // Of the rows.
+    virtual int width() const = 0;
 };
 
 // Room for a row of RGBX bytes. Off the 32-byte boundaries on purpose: libjpeg-turbo writes rows that lie on them past

@@ -21,7 +21,7 @@ def decode_pairs(
     strict: bool,
     limits: tuple[int, int, int, int],
     threads: int,
-    entropy: int = 0,
+    jpeg: int = 0,
 ) -> tuple[NDArray[np.int64], list[tuple[int, str]]]: ...
 def foreign_plans(
     images: Sequence[Any],

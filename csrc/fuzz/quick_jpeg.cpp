@@ -1,4 +1,4 @@
-// libFuzzer target: any bytes as a JPEG, decoded with our own entropy decoder and with libjpeg's. Unless ours gives
+// libFuzzer target: any bytes as a JPEG, decoded with our own decoder and with libjpeg. Unless ours gives
 // it up, pixels and errors are the same, whatever the damage. The first eight bytes choose the options, as those of decode.cpp.
 #include <cstddef>
 #include <cstdint>
@@ -28,7 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::vector<char> out[2];
     std::vector<Decoded> results[2];
     for (int own = 0; own < 2; ++own) {
-        options.entropy = own ? Entropy::own : Entropy::libjpeg;
+        options.jpeg = own ? JpegDecoder::own : JpegDecoder::libjpeg;
         out[own].resize(3 * static_cast<std::size_t>(options.output.height) * options.output.width);
         results[own] = decode_batch({{data, size}}, {draw}, options, out[own].data(), nullptr);
     }

@@ -1,4 +1,4 @@
-"""Our decoder of JPEG's Huffman codes against libjpeg's, whose pixels and errors are to be the same."""
+"""Our decoder of JPEGs against libjpeg, whose pixels and errors are to be the same."""
 
 import ctypes
 import io
@@ -16,18 +16,33 @@ from PIL import Image, ImageFile
 import polydpo_fast
 from polydpo_fast import _C
 
-EITHER, LIBJPEG, OWN = range(3)  # csrc/decode.hpp
+EITHER, LIBJPEG, OWN = range(3)  # csrc/reader.hpp
 
 
-def decoded(data, entropy, **options):
+def decoded(data, decoder, **options):
     """Pixels and errors of one image, twice, with that decoder."""
     with pytest.MonkeyPatch.context() as patch:
         plain = _C.decode_pairs
-        patch.setattr(_C, "decode_pairs", lambda *images, **given: plain(*images, **given, entropy=entropy))
+        patch.setattr(_C, "decode_pairs", lambda *images, **given: plain(*images, **given, jpeg=decoder))
         pair = polydpo_fast.decode_pairs(
             [data], [data], **{"resize": None, "dtype": torch.uint8, "on_error": "mask", "threads": 1, **options}
         )
     return pair.pixels, [error.reason for error in pair.errors]
+
+
+LEFT = ["only libjpeg can decode it"] * 2
+
+
+def check(data, *, left=False, **options):
+    """Ours gives libjpeg's pixels; or, where an image is left to libjpeg, says so."""
+    expected, failed = decoded(data, LIBJPEG, **options)
+    assert not failed
+    ours, failed = decoded(data, OWN, **options)
+    assert failed == (LEFT if left else [])
+    assert left or torch.equal(ours, expected)
+    ours, failed = decoded(data, EITHER, **options)
+    assert not failed
+    assert torch.equal(ours, expected)
 
 
 def picture(kind, height, width):
@@ -53,15 +68,22 @@ def jpeg(image, **options):
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("kind", ["noise", "photograph", "flat"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (33, 70), (121, 57)])
-def test_it_decodes_all_there_is_as_libjpeg_does(progressive, kind, mode, shape):
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (8, 8), (33, 70), (121, 57)])
+def test_its_pixels_are_those_of_libjpeg(progressive, kind, mode, shape):
     image = picture(kind, *shape).convert(mode)
     for quality, subsampling in [(20, 2), (75, 1), (92, 2), (100, 0)]:
         for options in ({}, {"optimize": True}, {"restart_marker_blocks": 3}):
             data = jpeg(image, quality=quality, subsampling=subsampling, progressive=progressive, **options)
-            ours, failed = decoded(data, OWN, size=shape)
-            assert not failed
-            assert torch.equal(ours, decoded(data, LIBJPEG, size=shape)[0])
+            narrow = mode == "RGB" and subsampling > 0 and shape[1] <= 4
+            check(data, left=mode == "CMYK" or narrow, size=shape)
+
+
+@pytest.mark.parametrize("kind", ["noise", "photograph"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_rgb_is_stored_as_it_is(kind, progressive):
+    data = jpeg(picture(kind, 45, 62), quality=90, keep_rgb=True, progressive=progressive)
+    check(data, size=(45, 62))
+    check(data, size=(20, 31), crop="random", seeds=[3])
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -70,9 +92,7 @@ def test_long_scans_pass_through_its_window(progressive, monkeypatch):
     monkeypatch.setattr(ImageFile, "MAXBLOCK", 1 << 20)  # of Pillow's encoder, which does without suspension
     data = jpeg(picture("noise", 400, 496), quality=100, subsampling=0, progressive=progressive)
     assert len(data) > 20 * 16384
-    ours, failed = decoded(data, OWN, size=(400, 496))
-    assert not failed
-    assert torch.equal(ours, decoded(data, LIBJPEG, size=(400, 496))[0])
+    check(data, size=(400, 496))
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -80,10 +100,7 @@ def test_long_scans_pass_through_its_window(progressive, monkeypatch):
 def test_crops_and_planes(progressive, dtype):
     data = jpeg(picture("photograph", 200, 304), quality=90, subsampling=2, progressive=progressive)
     for seed in range(8):
-        options = {"size": (64, 96), "crop": "random", "seeds": [seed], "dtype": dtype}
-        ours, failed = decoded(data, OWN, **options)
-        assert not failed
-        assert torch.equal(ours, decoded(data, LIBJPEG, **options)[0])
+        check(data, size=(64, 96), crop="random", seeds=[seed], dtype=dtype)
 
 
 DAMAGED = [
@@ -114,10 +131,9 @@ def test_damage_is_what_libjpeg_makes_of_it(data):
             break
     strict = data.draw(st.booleans())
     libjpegs = decoded(bytes(damaged), LIBJPEG, size=(48, 56), strict=strict)
-    # A small progressive image is not given to ours, unless it is the only one.
     for decoder in (EITHER, OWN):
         ours = decoded(bytes(damaged), decoder, size=(48, 56), strict=strict)
-        if decoder == OWN and ours[1] == ["only libjpeg can decode it"] * 2:
+        if decoder == OWN and ours[1] == LEFT:
             continue
         assert ours[1] == libjpegs[1]
         assert torch.equal(ours[0], libjpegs[0])
@@ -125,15 +141,15 @@ def test_damage_is_what_libjpeg_makes_of_it(data):
 
 def test_what_is_not_as_it_should_be_is_left_to_libjpeg():
     cut = DAMAGED[0][:-20]
-    assert decoded(cut, OWN, size=(48, 56), strict=False)[1] == ["only libjpeg can decode it"] * 2
+    assert decoded(cut, OWN, size=(48, 56), strict=False)[1] == LEFT
     assert decoded(cut, EITHER, size=(48, 56), strict=False)[1] == []
 
 
 def test_what_it_remembers_of_a_progressive_image_is_limited():
-    """128 bytes of coefficients and 8 of ours for each block; if those are too much, libjpeg does without."""
+    """128 bytes of coefficients and 9 of ours for each block; if those are too much, libjpeg does without."""
     data = jpeg(picture("noise", 64, 64), quality=50, subsampling=0, progressive=True)
     blocks = 3 * 64
-    for decoder, bytes_of_block in ((OWN, 136), (LIBJPEG, 128), (EITHER, 128)):
+    for decoder, bytes_of_block in ((OWN, 137), (LIBJPEG, 128), (EITHER, 128)):
         for room, expected in ((0, 0), (-1, 2)):
             limits = polydpo_fast.DecodeLimits(decoded=bytes_of_block * blocks + room)
             assert len(decoded(data, decoder, size=(64, 64), limits=limits)[1]) == expected
@@ -189,14 +205,21 @@ SCANS = {
         *(ac(c, *band, 0, 2) for c in range(3) for band in ((1, 2), (3, 63))),
     ]
     + [ac(c, *band, b + 1, b) for b in (1, 0) for c in range(3) for band in ((1, 10), (11, 63))],
+}
+UNFINISHED = {
     "first coefficients only": [dc([0, 1, 2], 0, 2)],
     "not the last bit": [dc([0, 1, 2], 0, 0), *(ac(c, 1, 63, 0, 1) for c in range(3))],
 }
 SAMPLINGS = {
     "4:4:4": (1, 1, 1, 1, 1, 1),
+    "4:2:2": (2, 1, 1, 1, 1, 1),
     "4:2:0": (2, 2, 1, 1, 1, 1),
+}
+ODD_SAMPLINGS = {
     "4:1:1": (4, 1, 1, 1, 1, 1),
     "4:4:0": (1, 2, 1, 1, 1, 1),
+    "one chroma finer": (2, 1, 1, 4, 1, 2),
+    "a third": (2, 3, 1, 1, 1, 1),
 }
 
 
@@ -204,29 +227,33 @@ SAMPLINGS = {
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("kind", ["noise", "photograph"])
 def test_any_order_of_scans(encode, scans, sampling, kind):
-    """Also those that leave an image unfinished, which libjpeg smooths."""
     image = picture(kind, 83, 101)
     for quality, interval in ((100, 0), (60, 0), (90, 5)):
         data = encode(image, SAMPLINGS[sampling], SCANS[scans], quality, interval)
-        for options in ({"size": (83, 101)}, {"size": (40, 33), "crop": "random", "seeds": [5]}):
-            ours, failed = decoded(data, OWN, **options)
-            assert not failed
-            assert torch.equal(ours, decoded(data, LIBJPEG, **options)[0])
+        check(data, size=(83, 101))
+        check(data, size=(40, 33), crop="random", seeds=[5])
 
 
-@pytest.mark.parametrize(
-    "sampling", [*SAMPLINGS.values(), (2, 1, 1, 1, 1, 1), (2, 1, 1, 4, 1, 2), (2, 3, 1, 1, 1, 1)], ids=str
-)
+@pytest.mark.parametrize("scans", UNFINISHED)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_unfinished_images_are_smoothed_by_libjpeg(encode, scans, sampling):
+    data = encode(picture("noise", 83, 101), SAMPLINGS[sampling], UNFINISHED[scans])
+    check(data, left=True, size=(83, 101))
+    check(data, left=True, size=(40, 33), crop="random", seeds=[5])
+
+
+@pytest.mark.parametrize("sampling", {**SAMPLINGS, **ODD_SAMPLINGS})
 @pytest.mark.parametrize("scans", ["one", "a bit at a time"])
 def test_a_crop_is_the_crop_of_the_whole(encode, sampling, scans):
     """Where the sampling is odd, libjpeg-turbo 2.1.5 gives wrong rows after skipping some, or does not come back."""
-    data = encode(picture("noise", 119, 67), sampling, SCANS[scans])
+    data = encode(picture("noise", 119, 67), {**SAMPLINGS, **ODD_SAMPLINGS}[sampling], SCANS[scans])
     whole = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
-    for height, width in ((1, 67), (37, 67), (80, 20), (119, 9)):
+    for height, width in ((1, 67), (37, 67), (80, 20), (119, 9), (3, 1)):
         for seed in range(12):
             options = {"size": (height, width), "resize": None, "crop": "random", "seeds": [seed]}
             top, left = polydpo_fast.decode_pairs([data], [data], **options).crop_top_left[0].tolist()
-            for decoder in (OWN, LIBJPEG):
+            for decoder in (EITHER, LIBJPEG):
                 pixels, failed = decoded(data, decoder, **options)
                 assert not failed
                 assert torch.equal(pixels[0], whole[:, top : top + height, left : left + width])
+    check(data, left=sampling in ODD_SAMPLINGS, size=(119, 67))
