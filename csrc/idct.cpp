@@ -23,7 +23,7 @@ POLYDPO_V3_INLINE Wide operator-(Wide a, Wide b) {
 
 // a * of_a + b * of_b
 POLYDPO_V3_INLINE Wide products(Row a, Row b, int of_a, int of_b) {
-    const Row factors = _mm256_set1_epi32((of_a & 0xffff) | of_b << 16);
+    const Row factors = _mm256_set1_epi32((of_a & 0xffff) | of_b * 65536);
     return {_mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), factors),
             _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), factors)};
 }

@@ -15,7 +15,11 @@ image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (19, 23, 3), d
 kinds = [
     ("JPEG", "RGB", {"subsampling": 2}),
     ("JPEG", "RGB", {"subsampling": 1, "restart_marker_blocks": 1}),
+    ("JPEG", "RGB", {"subsampling": 0, "optimize": True}),
+    ("JPEG", "RGB", {"keep_rgb": True}),
     ("JPEG", "RGB", {"progressive": True}),
+    ("JPEG", "RGB", {"progressive": True, "subsampling": 1, "restart_marker_blocks": 2}),
+    ("JPEG", "L", {"progressive": True}),
     ("JPEG", "L", {}),
     ("JPEG", "CMYK", {}),
     ("JPEG", "RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"}),
