@@ -35,6 +35,8 @@ std::string not_an_image(const Image& image) {
     return text;
 }
 
+constexpr std::size_t large_batch = 1 << 23;  // bytes; a smaller one may stay in the caches
+
 std::unique_ptr<Reader> open(const Image& image, const Options& options, JpegDecoder jpeg) {
     const Limits& limits = options.limits;
     if (image.raw.height > 0) {
@@ -124,15 +126,16 @@ void render(Reader& reader, const Draw& draw, const Options& options, const Fini
 std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,
                                   const Options& options, void* out, const std::function<bool()>& stop) {
     std::vector<Decoded> results(images.size());
-    const Finish finish(options.dtype, options.normal);
     const std::size_t plane = static_cast<std::size_t>(options.output.height) * options.output.width;
     const std::size_t bytes = options.planes ? plane * 3 / 2 : plane * 3 * size_of(options.dtype);
+    const Finish finish(options.dtype, options.normal, images.size() * bytes >= large_batch);
     const auto decode = [&](std::size_t i) {
         char* sample = static_cast<char*>(out) + i * bytes;
         try {
             const auto whole = [&](JpegDecoder jpeg) {
                 const auto reader = open(images[i], options, jpeg);
                 render(*reader, draws[i % draws.size()], options, finish, sample, plane, results[i]);
+                finish.settle();
             };
             try {
                 whole(options.jpeg);

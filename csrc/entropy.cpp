@@ -118,9 +118,11 @@ struct Bits {
     }
 };
 
-// A number of `size` bits as JPEG writes it: those that begin with 0 are negative.
+// A number of `size` bits as JPEG writes it: those that begin with 0 are negative. Without a branch, as nobody could foresee
+// it.
 POLYDPO_INLINE int extended(int bits, int size) {
-    return size > 0 && bits >> (size - 1) == 0 ? bits - (1 << size) + 1 : bits;
+    const int least = 1 << size >> 1;  // of the positive ones
+    return bits + ((bits - least) >> 31 & (1 - (1 << size)));
 }
 
 // ------------------------------------------------------------------------------------------------- tables
@@ -139,13 +141,13 @@ struct Symbol {
     std::uint8_t value;
 };
 
-// Calls visit(length, code, symbol) for each code of a table, in its order. False: it is none.
+// Calls visit(length, code, symbol) for each code of a table, in its order. False: it is none. No code is all ones.
 template <class Visit>
 bool for_each_code(const Table& table, Visit visit) {
     if (!table.given) return false;
     for (int length = 1, code = 0, count = 0; length <= 16; ++length, code <<= 1) {
         const int codes = table.counts[length];
-        if (count + codes > 256 || code + codes > 1 << length) return false;
+        if (count + codes > 256 || (codes > 0 && code + codes >= 1 << length)) return false;
         for (int i = 0; i < codes; ++i) visit(length, code++, table.symbols[count++]);
     }
     return true;
@@ -190,6 +192,37 @@ private:
     int end_[17] = {};    // of each length: past the last code
     int index_[17] = {};  // and what leads from a code to its symbol
     std::uint8_t symbols_[256];
+};
+
+// What the next bits say of the first coefficient of a block: by how much it differs from that of the block before.
+class Differences {
+public:
+    static constexpr int bits = 10;
+
+    // From the least significant bit: bits (16), the difference (16). 0: it is not complete.
+    std::uint32_t entries[1 << bits];
+    Codes codes;
+
+    bool build(const Table& table) {
+        if (built_ && table == table_) return true;
+        table_ = table;
+        std::fill(std::begin(entries), std::end(entries), 0);
+        bool within = true;
+        built_ = for_each_code(table, [&](int length, int code, std::uint8_t size) {
+            within = within && size < 16;
+            const int rest = bits - length - size;
+            for (int i = 0; rest >= 0 && i < 1 << size; ++i) {
+                const auto value = static_cast<std::uint32_t>(extended(i, size));
+                std::fill_n(entries + (((code << size) + i) << rest), 1 << rest,
+                            value << 16 | static_cast<std::uint32_t>(length + size));
+            }
+        }) && within && codes.build(table);
+        return built_;
+    }
+
+private:
+    bool built_ = false;
+    Table table_;
 };
 
 // What the next bits say of the coefficients of a block but its first: two of them at most, complete with their values.
@@ -259,34 +292,78 @@ private:
     Table table_;
 };
 
-// What the next bits say where a further bit of known coefficients is read.
+// What the next bits say where a further bit of known coefficients is read: two symbols at most.
 class Refinements {
 public:
     static constexpr int bits = 10;
-    static constexpr unsigned found = 1 << 14, negative = 1 << 15;
+    static constexpr std::uint32_t ends = 1u << 31, then_ends = 1 << 17;
 
-    // From the least significant bit: how many bits (8), unknown coefficients that are passed over (6), whether the next
-    // of them becomes known, and whether it is negative. Or, above those 16, how many blocks end, this one among them.
-    // 0: it is not complete.
-    std::uint32_t entries[1 << bits];
+    struct Entry {
+        // Of a symbol that ends blocks: from the least significant bit, its bits (8); how many blocks end, this one among
+        // them (16); and `ends`. Of one or two unknown coefficients that become known: bits of both and of the first (4
+        // each); how many unknown ones come before the first (4); how many in all, with these (5); and whether a block
+        // ends after the first, in which case there is none other. 0: left to the long way, as are runs of sixteen that
+        // end at none.
+        std::uint32_t what = 0;
+        std::uint32_t found = 0, negative = 0;  // which they are, the uppermost bit being the next unknown one
+    };
+    Entry entries[1 << bits];
     Codes codes;
 
     bool build(const Table& table) {
-        std::fill(std::begin(entries), std::end(entries), 0);
-        for_each_code(table, [&](int length, int code, std::uint8_t symbol) {
-            const int size = symbol & 15, run = symbol >> 4;
-            const int extra = size == 0 && run < 15 ? run : size, rest = bits - length - extra;
-            if (size > 1 || rest < 0) return;
+        if (built_ && table == table_) return true;
+        built_ = make(table);
+        table_ = table;
+        return built_;
+    }
+
+private:
+    bool make(const Table& table) {
+        Entry ones[1 << bits];
+        const bool right = for_each_code(table, [&](int length, int code, std::uint8_t symbol) {
+            const unsigned size = symbol & 15, run = symbol >> 4, extra = size == 0 ? run : size;
+            const int all = length + static_cast<int>(extra), rest = bits - all;
+            if (size > 1 || (size == 0 && run == 15) || rest < 0) return;
             for (unsigned i = 0; i < 1u << extra; ++i) {
-                unsigned entry = static_cast<unsigned>(length + extra);
-                if (size == 1) entry |= static_cast<unsigned>(run) << 8 | found | (i == 0 ? negative : 0);
-                if (size == 0 && run == 15) entry |= 15 << 8;
-                if (size == 0 && run < 15) entry |= ((1u << run) + i) << 16;
-                std::fill_n(entries + (((static_cast<unsigned>(code) << extra) + i) << rest), 1 << rest, entry);
+                Entry one{static_cast<std::uint32_t>(all)};
+                if (size == 0) {
+                    one.what |= ends | ((1u << run) + i) << 8;
+                } else {
+                    one.what |= one.what << 4 | run << 8 | (run + 1) << 12;
+                    one.found = 1u << 31 >> run;
+                    one.negative = i == 0 ? one.found : 0;
+                }
+                std::fill_n(ones + (((static_cast<unsigned>(code) << extra) + i) << rest), 1 << rest, one);
             }
         });
-        return codes.build(table);
+        if (!right || !codes.build(table)) return false;
+        for (unsigned i = 0; i < 1u << bits; ++i) {
+            Entry entry = ones[i];
+            const Entry next = ones[i << (entry.what & 15) & ((1u << bits) - 1)];
+            const std::uint32_t all = (entry.what & 15) + (next.what & 15);
+            if (entry.what != 0 && !(entry.what & ends) && next.what != 0 && all <= bits) {
+                if (!(next.what & ends)) {
+                    const std::uint32_t advance = entry.what >> 12;
+                    entry.what = (entry.what & 0xff0u) | all | (advance + (next.what >> 12)) << 12;
+                    entry.found |= next.found >> advance;
+                    entry.negative |= next.negative >> advance;
+                } else if ((next.what >> 8 & 0xffff) == 1) {
+                    entry.what = (entry.what & ~15u) | all | then_ends;
+                }
+            }
+            entries[i] = entry;
+        }
+        return true;
     }
+
+    bool built_ = false;
+    Table table_;
+};
+
+// What a scan of further bits changes in a block.
+struct Changes {
+    std::uint64_t which;     // coefficients whose absolute values grow, those that become known among them
+    std::uint64_t negative;  // those that become known as negative ones
 };
 
 }  // namespace
@@ -327,7 +404,7 @@ struct EntropyState {
     unsigned ended;  // blocks that have nothing more in it
 
     Table tables[2][NUM_HUFF_TBLS];  // DC and AC
-    Codes first[NUM_HUFF_TBLS];
+    Differences first[NUM_HUFF_TBLS];
     Pairs rest[NUM_HUFF_TBLS];
     Refinements refinements;
 
@@ -336,7 +413,7 @@ struct EntropyState {
     std::vector<JCOEF> coefficients;
     std::vector<std::uint8_t> last;
     std::vector<std::uint64_t> known;
-    std::vector<std::uint64_t> grown;  // of each block of a row: the coefficients whose further bit is 1
+    std::vector<Changes> changes;  // of each block of a row
 };
 
 namespace {
@@ -361,32 +438,43 @@ void go_on_after_restart(EntropyState& state, Bits& in) {
     for (Part& part : state.parts) part.last_dc = 0;
 }
 
-// Before an MCU.
-POLYDPO_INLINE void prepare(EntropyState& state, Bits& in) {
+// Before `mcus`, all of which are no more than the largest MCU. Returns how many of them come before a restart.
+POLYDPO_INLINE int prepare(EntropyState& state, Bits& in, int mcus) {
     if (__builtin_expect(state.interval > 0, 0)) {
         if (state.interval_left == 0) go_on_after_restart(state, in);
-        --state.interval_left;
+        mcus = static_cast<int>(std::min(static_cast<unsigned>(mcus), state.interval_left));
+        state.interval_left -= static_cast<unsigned>(mcus);
     }
     state.window.ensure_mcu(in.next);
+    return mcus;
 }
 
-// After it, if all was `right`.
+// After them, if all was `right`.
 POLYDPO_INLINE void check(const EntropyState& state, const Bits& in, bool right) {
     if (__builtin_expect(!right || state.window.overrun(in.next, in.count), 0)) throw LibjpegNeeded();
 }
 
-// The difference of a block's first coefficient to that of the block before. False: there is no such code.
-POLYDPO_INLINE bool read_difference(Bits& in, const Codes& codes, int* last) {
+// A block's first coefficient, which was `last` in the block before. False: there is no such code. Afterwards there are 46
+// bits.
+POLYDPO_INLINE bool read_first(Bits& in, const Differences& differences, int* last) {
     in.refill();
-    const Symbol symbol = codes.look(in.bits);
-    if (symbol.length == 0 || symbol.value > 15) return false;
-    in.drop(symbol.length);
-    *last += extended(in.take(symbol.value), symbol.value);
+    if (const std::uint32_t entry = differences.entries[in.bits >> (64 - Differences::bits)];
+        __builtin_expect(entry != 0, 1)) {
+        in.drop(entry & 255);
+        *last += static_cast<int>(entry) >> 16;
+    } else {
+        const Symbol symbol = differences.codes.look(in.bits);
+        if (symbol.length == 0) return false;
+        in.drop(symbol.length);
+        *last += extended(in.take(symbol.value), symbol.value);
+        in.refill();
+    }
     return *last == static_cast<JCOEF>(*last);
 }
 
 // A block's coefficients after the one at `at`, up to that at `last`; `at` becomes the position of the last one there
-// is, or one later. Of progressive images, `known` gets their bits, and `ended` how many further blocks have none.
+// is, or one later. Of progressive images, `known` gets their bits, and `ended` how many further blocks have none. There
+// must be 44 bits.
 template <bool progressive>
 POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsigned& at, const unsigned last, int shift,
                               std::uint64_t& known, unsigned& ended) {
@@ -395,32 +483,36 @@ POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsi
         if (progressive) known |= bit_of(position);
     };
     for (;;) {
-        in.refill();
-#pragma GCC unroll 5
-        for (int look = 0; look < 56 / Pairs::bits; ++look) {
-            const std::uint64_t entry = pairs.entries[in.bits >> (64 - Pairs::bits)];
+        std::uint64_t entry;
+#pragma GCC unroll 4
+        for (int look = 0; look < 44 / Pairs::bits; ++look) {
+            entry = pairs.entries[in.bits >> (64 - Pairs::bits)];
             if (__builtin_expect(entry == 0, 0)) goto long_way;
-            const unsigned first = at + (entry >> 16 & 255);
-            if (first >= last) {
-                in.drop(entry >> 8 & 255);
-                if (first != last) return first >= Pairs::end_of_block;
-                put(first, entry >> 32);
-                at = first;
-                return true;
-            }
-            put(first, entry >> 32);
-            at += entry >> 24 & 255;
-            if (at >= last) {
-                in.drop(entry & 255);
-                if (at == last) return put(at, entry >> 48), true;
-                const bool end = at >= Pairs::end_of_block;
-                at = first;
-                return end;
-            }
-            put(at, entry >> 48);
+            const unsigned second = at + (entry >> 24 & 255);
+            if (second >= last) goto closing;
+            put(at + (entry >> 16 & 255), entry >> 32);
+            put(second, entry >> 48);
+            at = second;
             in.drop(entry & 255);
         }
+        in.refill();
         continue;
+
+    closing: {
+        const unsigned first = at + (entry >> 16 & 255), second = at + (entry >> 24 & 255);
+        if (first >= last) {
+            in.drop(entry >> 8 & 255);
+            if (first != last) return first >= Pairs::end_of_block;
+            put(first, entry >> 32);
+            at = first;
+            return true;
+        }
+        put(first, entry >> 32);
+        in.drop(entry & 255);
+        at = second == last ? second : first;
+        if (second == last) put(second, entry >> 48);
+        return second == last || second >= Pairs::end_of_block;
+    }
 
     long_way:
         in.refill();
@@ -441,6 +533,7 @@ POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsi
         } else if (at >= last) {
             return false;
         }
+        in.refill();
     }
 }
 
@@ -465,14 +558,31 @@ int places_of(const EntropyState& state, int row, EntropyState::Place* places) {
     return count;
 }
 
+// Calls read(in, block) for each block of a row, in a scan of one component.
+template <class Read>
+POLYDPO_V3_INLINE void for_each_block(EntropyState& state, int row, int blocks, Read read) {
+    const Part& part = state.parts[state.in_scan[0]];
+    std::size_t number = part.first + static_cast<std::size_t>(row) * part.stored_across;
+    Bits in = state.unread;
+    for (int rest = blocks; rest > 0;) {
+        // As many at a time as the window surely holds.
+        int count = prepare(state, in, std::min(rest, D_MAX_BLOCKS_IN_MCU));
+        rest -= count;
+        bool right = true;
+        for (; right && count > 0; --count) right = read(in, number++);
+        check(state, in, right);
+    }
+    state.unread = in;
+}
+
 // Calls read(in, place, block) for each block of a row of MCUs.
 template <class Read>
-POLYDPO_V3_INLINE void for_each_block(EntropyState& state, int row, int mcus, Read read) {
+POLYDPO_V3_INLINE void for_each_block_of_mcus(EntropyState& state, int row, int mcus, Read read) {
     EntropyState::Place places[D_MAX_BLOCKS_IN_MCU];
     const int count = places_of(state, row, places);
     Bits in = state.unread;
     for (int mcu = 0; mcu < mcus; ++mcu) {
-        prepare(state, in);
+        prepare(state, in, 1);
         bool right = true;
         for (int i = 0; right && i < count; ++i) {
             right = read(in, places[i], places[i].first + static_cast<std::size_t>(mcu) * places[i].step);
@@ -486,13 +596,13 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
     std::fill(state.coefficients.begin(), state.coefficients.end(), JCOEF{0});
     JCOEF* const coefficients = state.coefficients.data();
     std::uint8_t* const lasts = state.last.data();
-    for_each_block(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
+    for_each_block_of_mcus(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
                                                     POLYDPO_V3_LAMBDA {
         Part& part = state.parts[at.part];
         JCOEF* const block = coefficients + number * DCTSIZE2;
         std::uint64_t known = 0;
         unsigned ended = 0, last = 0;
-        if (!read_difference(in, state.first[part.dc_table], &part.last_dc)) return false;
+        if (!read_first(in, state.first[part.dc_table], &part.last_dc)) return false;
         block[0] = static_cast<JCOEF>(part.last_dc);
         const bool right =
             read_rest<false>(in, state.rest[part.ac_table], block, last, DCTSIZE2 - 1, 0, known, ended);
@@ -502,84 +612,75 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
 }
 
 POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
-    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
-                                         POLYDPO_V3_LAMBDA {
+    JCOEF* const coefficients = state.coefficients.data();
+    const int low = state.low;
+    for_each_block_of_mcus(state, row, mcus, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
+                                                 POLYDPO_V3_LAMBDA {
         Part& part = state.parts[at.part];
-        if (!read_difference(in, state.first[part.dc_table], &part.last_dc)) return false;
-        const int value = part.last_dc * (1 << state.low);
-        state.coefficients[number * DCTSIZE2] = static_cast<JCOEF>(value);
+        if (!read_first(in, state.first[part.dc_table], &part.last_dc)) return false;
+        const int value = part.last_dc * (1 << low);
+        coefficients[number * DCTSIZE2] = static_cast<JCOEF>(value);
         return value == static_cast<JCOEF>(value);
     });
 }
 
 POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
-    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place&, std::size_t number) POLYDPO_V3_LAMBDA {
+    JCOEF* const coefficients = state.coefficients.data();
+    const int low = state.low;
+    for_each_block_of_mcus(state, row, mcus, [&](Bits& in, const EntropyState::Place&, std::size_t number)
+                                                 POLYDPO_V3_LAMBDA {
         in.refill();
-        state.coefficients[number * DCTSIZE2] |= static_cast<JCOEF>(in.take(1) << state.low);
+        coefficients[number * DCTSIZE2] |= static_cast<JCOEF>(in.take(1) << low);
         return true;
     });
 }
 
-POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int mcus) {
+POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
     const Pairs& pairs = state.rest[state.parts[state.in_scan[0]].ac_table];
     const unsigned before = static_cast<unsigned>(state.from) - 1, to = static_cast<unsigned>(state.to);
-    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place&, std::size_t number) POLYDPO_V3_LAMBDA {
+    JCOEF* const coefficients = state.coefficients.data();
+    std::uint64_t* const all_known = state.known.data();
+    const int low = state.low;
+    for_each_block(state, row, blocks, [&](Bits& in, std::size_t number) POLYDPO_V3_LAMBDA {
         if (state.ended > 0) return --state.ended, true;
-        std::uint64_t known = state.known[number];
+        std::uint64_t known = all_known[number];
         unsigned at = before;
-        const bool right = read_rest<true>(in, pairs, state.coefficients.data() + number * DCTSIZE2, at, to, state.low,
-                                           known, state.ended);
-        state.known[number] = known;
+        in.refill();
+        const bool right =
+            read_rest<true>(in, pairs, coefficients + number * DCTSIZE2, at, to, low, known, state.ended);
+        all_known[number] = known;
         return right;
     });
 }
 
 // ------------------------------------------------------------------------------------------------- further bits
 
-// The unknown coefficients of a block, passed over one after the other.
-class UnknownByPdep {
-public:
-    POLYDPO_V3_INLINE explicit UnknownByPdep(std::uint64_t bits) : bits_(bits), left_(__builtin_popcountll(bits)) {}
-    // The bit of the one after `run` others; 0 if there are none so many.
-    POLYDPO_V3_INLINE std::uint64_t find(int run) {
-        left_ -= run + 1;
-        return left_ < 0 ? 0 : _pdep_u64(std::uint64_t{1} << left_, bits_);
-    }
-
-private:
-    std::uint64_t bits_;
-    int left_;
-};
-
-class UnknownByLoop {
-public:
-    POLYDPO_V3_INLINE explicit UnknownByLoop(std::uint64_t bits) : bits_(bits) {}
-    POLYDPO_V3_INLINE std::uint64_t find(int run) {
-        for (; run > 0 && bits_ != 0; --run) bits_ ^= top();
-        const std::uint64_t found = bits_ != 0 ? top() : 0;
-        bits_ ^= found;
-        return found;
-    }
-
-private:
-    POLYDPO_V3_INLINE std::uint64_t top() const { return bit_of(static_cast<unsigned>(__builtin_clzll(bits_))); }
-    std::uint64_t bits_;
-};
-
 struct ByPdep {
-    using Unknown = UnknownByPdep;
     // The lowest bits of `bits`, each to a place of `places`.
     static POLYDPO_V3_INLINE std::uint64_t spread(std::uint64_t bits, std::uint64_t places) {
         return _pdep_u64(bits, places);
     }
+    // The uppermost of them but `count`; 0 if there are none so many.
+    static POLYDPO_V3_INLINE std::uint64_t find(std::uint64_t places, int count) {
+        const int below = __builtin_popcountll(places) - count - 1;
+        return below < 0 ? 0 : _pdep_u64(std::uint64_t{1} << below, places);
+    }
 };
 
 struct ByLoop {
-    using Unknown = UnknownByLoop;
     static POLYDPO_V3_INLINE std::uint64_t spread(std::uint64_t bits, std::uint64_t places) {
         std::uint64_t result = 0;
         for (; places != 0; places &= places - 1, bits >>= 1) result |= bits & 1 ? places & -places : 0;
         return result;
+    }
+    static POLYDPO_V3_INLINE std::uint64_t find(std::uint64_t places, int count) {
+        for (; count > 0 && places != 0; --count) places ^= top(places);
+        return places != 0 ? top(places) : 0;
+    }
+
+private:
+    static POLYDPO_V3_INLINE std::uint64_t top(std::uint64_t places) {
+        return bit_of(static_cast<unsigned>(__builtin_clzll(places)));
     }
 };
 
@@ -592,14 +693,36 @@ bool pdep_is_quick() {
 #endif
 }
 
+// What comes next in a block: `free` unknown coefficients, then `known` ones, then unknown ones again, up to `reach` unknown
+// ones in all.
+struct Ahead {
+    int free, known, reach;
+
+    POLYDPO_V3_INLINE Ahead(std::uint64_t unknown, int at) {
+        // Where a count is 64 there is nothing left, whatever the shift by it gives.
+        const std::uint64_t here = unknown << (at & 63);
+        free = leading_ones(here);
+        const std::uint64_t then = here << (free & 63);
+        known = leading_ones(~then);
+        reach = free + leading_ones(then << (known & 63));
+    }
+
+private:
+    static POLYDPO_V3_INLINE int leading_ones(std::uint64_t bits) { return static_cast<int>(_lzcnt_u64(~bits)); }
+};
+
+// Without a branch, as nobody could foresee it.
+POLYDPO_INLINE int select(int mask, std::uint32_t where, std::uint32_t elsewhere) {
+    return static_cast<int>(elsewhere ^ ((where ^ elsewhere) & static_cast<std::uint32_t>(mask)));
+}
+
 // A further bit of the coefficients of a block. Where one becomes known, a symbol says how many unknown ones are passed
-// over; the bits of the known ones among them follow it, and are kept until the end of the block. `grown` gets those that
-// are 1.
+// over; the bits of the known ones among them follow it, and are kept until the end of the block.
 template <class By>
-POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, JCOEFPTR block, int at, const int last, int shift,
-                              std::uint64_t& known, std::uint64_t& grown, unsigned& ended) {
-    const std::uint64_t band = bits_of(at, last), before = known & band;
-    std::uint64_t added = 0;
+POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, const int last, std::uint64_t& known,
+                              Changes& changes, unsigned& ended) {
+    const std::uint64_t band = bits_of(at, last), before = known & band, unknown = band & ~before;
+    std::uint64_t added = 0, found = 0, negative = 0;
     const auto read_added = [&](int count) POLYDPO_INLINE_LAMBDA {
         if (__builtin_expect(count > in.count, 0)) {
             const int now = in.count;
@@ -612,92 +735,178 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, JCOEFPTR blo
         in.drop(count);
     };
     if (ended == 0) {
-        typename By::Unknown unknown(~before & band);
+        Ahead ahead(unknown, at);
+        // To the unknown one that follows `run` others, and past it. 0: there is none.
+        const auto pass = [&](int run) POLYDPO_V3_LAMBDA {
+            const std::uint64_t next = By::find(unknown & ~std::uint64_t{0} >> at, run);
+            if (next == 0) return next;
+            const int position = __builtin_clzll(next);
+            read_added(position - at - run);
+            at = position + 1;
+            ahead = Ahead(unknown, at);
+            return next;
+        };
         while (at <= last) {
             in.refill();
-            unsigned entry = symbols.entries[in.bits >> (64 - Refinements::bits)];
-            if (__builtin_expect(entry == 0, 0)) {
-                const Symbol symbol = symbols.codes.look(in.bits);
-                const int size = symbol.value & 15, run = symbol.value >> 4;
-                if (symbol.length == 0 || size > 1) return false;
-                in.drop(symbol.length);
-                if (size == 0 && run < 15) {
-                    ended = (1u << run) + static_cast<unsigned>(in.take(run));
-                    break;
-                }
-                entry = static_cast<unsigned>(run) << 8;
-                if (size == 1) entry |= Refinements::found | (in.take(1) == 0 ? Refinements::negative : 0);
+            std::uint32_t what = 0;
+            std::uint64_t these = 0, signs = 0;
+#pragma GCC unroll 5
+            for (int look = 0; look < 56 / Refinements::bits; ++look) {
+                const Refinements::Entry& entry = symbols.entries[in.bits >> (64 - Refinements::bits)];
+                what = entry.what;
+                these = std::uint64_t{entry.found} << 32;
+                signs = std::uint64_t{entry.negative} << 32;
+                if (__builtin_expect(what == 0, 0)) goto long_way;
+                if (what & (Refinements::ends | Refinements::then_ends)) goto ending;
+                const int advance = what >> 12 & 31;
+                // Where nothing known lies between, it is clear at once where they belong; and mostly nothing does.
+                if (__builtin_expect(advance > ahead.free, 0)) goto passing;
+                in.drop(what & 15);
+                found |= these >> at;
+                negative |= signs >> at;
+                at += advance;
+                ahead.free -= advance;
+                ahead.reach -= advance;
+                if (at > last) goto end;
+            }
+            continue;
+
+        passing: {
+            // The first or the second passes over what is known: mostly over all there is before the next unknown one.
+            const int first = what >> 8 & 15, second = -(first < ahead.free);
+            const int run = select(second, (what >> 12 & 31) - 1, static_cast<std::uint32_t>(first));
+            const int length = select(second, what, what >> 4) & 15;
+            const std::uint64_t before_it = these & ~(~std::uint64_t{0} >> ahead.free);
+            found |= before_it >> at;
+            negative |= (before_it & signs) >> at;
+            const std::uint64_t sign = signs << run;
+            std::uint64_t next;
+            if (__builtin_expect(run < ahead.reach, 1)) {
+                in.drop(length);
+                read_added(ahead.known);
+                at += run + ahead.known;
+                next = bit_of(static_cast<unsigned>(at++));
+                ahead = Ahead(unknown, at);
             } else {
-                in.drop(entry & 255);
-                if (entry >> 16 > 0) {
-                    ended = entry >> 16;
-                    break;
+                if (second) at += first + 1;
+                if (at > last) {
+                    in.drop(what >> 4 & 15);
+                    goto end;
                 }
+                in.drop(length);
+                next = pass(second ? run - first - 1 : run);
+                if (next == 0) return false;
             }
-            const int run = static_cast<int>(entry >> 8 & 63);
-            const std::uint64_t found = unknown.find(run);
-            if (__builtin_expect(found == 0, 0)) return false;
-            const int position = __builtin_clzll(found);
-            // Mostly none: a branch lets the next symbol be looked up before it is known where this one belongs.
-            if (const int passed = position - at - run; __builtin_expect(passed > 0, 0)) read_added(passed);
-            if (__builtin_expect(entry & Refinements::found, 1)) {
-                block[place[position]] = static_cast<JCOEF>((entry & Refinements::negative ? -1 : 1) * (1 << shift));
-                known |= found;
+            found |= next;
+            negative |= sign >> 63 ? next : 0;
+            continue;
+        }
+
+        ending: {
+            if (what & Refinements::ends) {
+                in.drop(what & 255);
+                ended = what >> 8 & 0xffff;
+                goto end;
             }
-            at = position + 1;
+            const int run = what >> 8 & 15;
+            if (run >= ahead.free) {
+                what &= ~Refinements::then_ends;
+                goto passing;
+            }
+            found |= these >> at;
+            negative |= signs >> at;
+            at += run + 1;
+            if (at > last) {
+                in.drop(what >> 4 & 15);
+            } else {
+                in.drop(what & 15);
+                ended = 1;
+            }
+            goto end;
+        }
+
+        long_way:
+            in.refill();
+            const Symbol symbol = symbols.codes.look(in.bits);
+            const int size = symbol.value & 15, skipped = symbol.value >> 4;
+            if (symbol.length == 0 || size > 1) return false;
+            in.drop(symbol.length);
+            if (size == 0 && skipped < 15) {
+                ended = (1u << skipped) + static_cast<unsigned>(in.take(skipped));
+                goto end;
+            }
+            const bool is_negative = size == 1 && in.take(1) == 0;
+            const std::uint64_t next = pass(skipped);
+            if (next == 0) return false;
+            if (size == 1) found |= next;
+            if (is_negative) negative |= next;
         }
     }
+end:
     if (ended > 0) {
         in.refill();
         read_added(__builtin_popcountll(before & bits_of(at, last)));
         --ended;
     }
-    grown = By::spread(added, before);
+    known |= found;
+    changes = {found | By::spread(added, before), negative};
     return true;
 }
 
-// What each byte of `grown` says of the coefficients in the order of rows.
-constexpr std::array<std::array<std::uint64_t, 256>, 8> make_in_rows() {
-    std::array<std::array<std::uint64_t, 256>, 8> result{};
-    for (unsigned byte = 0; byte < 8; ++byte) {
-        for (unsigned value = 0; value < 256; ++value) {
-            for (unsigned bit = 0; bit < 8; ++bit) {
-                if (value >> bit & 1) result[byte][value] |= std::uint64_t{1} << place[63 - 8 * byte - bit];
-            }
-        }
+// From a mask in the order of storage to words of ones in the order of rows.
+struct InRows {
+    alignas(32) std::uint8_t byte[DCTSIZE2], bit[DCTSIZE2];  // where to look for each coefficient
+};
+constexpr InRows make_in_rows() {
+    InRows result{};
+    for (unsigned position = 0; position < DCTSIZE2; ++position) {
+        result.byte[place[position]] = static_cast<std::uint8_t>((63 - position) / 8);
+        result.bit[place[position]] = static_cast<std::uint8_t>(1u << (63 - position) % 8);
     }
     return result;
 }
-constexpr auto in_rows = make_in_rows();
+constexpr InRows in_rows = make_in_rows();
 
 // Adds 1 << shift to the absolute values.
-POLYDPO_V3_INLINE void grow(JCOEFPTR block, std::uint64_t grown, int shift) {
-    std::uint64_t which = 0;
-    for (unsigned byte = 0; byte < 8; ++byte) which |= in_rows[byte][grown >> 8 * byte & 255];
-    const __m256i bits = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
-    const __m128i count = _mm_cvtsi32_si128(shift);
-    for (int i = 0; i < DCTSIZE2; i += 16) {
-        auto* at = reinterpret_cast<__m256i*>(block + i);
-        const __m256i values = _mm256_loadu_si256(at);
-        const __m256i mine = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(which >> i)), bits);
-        const __m256i less = _mm256_sign_epi16(_mm256_cmpeq_epi16(mine, bits), values);
-        _mm256_storeu_si256(at, _mm256_sub_epi16(values, _mm256_sll_epi16(less, count)));
+POLYDPO_V3_INLINE void grow(JCOEFPTR block, const Changes& changes, int shift) {
+    const auto load = [](const void* from) POLYDPO_V3_LAMBDA {
+        return _mm256_load_si256(static_cast<const __m256i*>(from));
+    };
+    const __m256i which = _mm256_set1_epi64x(static_cast<std::int64_t>(changes.which));
+    const __m256i negative = _mm256_set1_epi64x(static_cast<std::int64_t>(changes.negative));
+    const __m256i by = _mm256_set1_epi16(static_cast<short>(1 << shift));
+    for (int i = 0; i < DCTSIZE2; i += 32) {
+        const __m256i byte = load(in_rows.byte + i), bit = load(in_rows.bit + i);
+        const auto bytes = [byte, bit](__m256i mask) POLYDPO_V3_LAMBDA {
+            return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(mask, byte), bit), bit);
+        };
+        const __m256i these = bytes(which), new_ones = bytes(negative);
+        const auto half = [block, by](int at, __m128i these, __m128i new_ones) POLYDPO_V3_LAMBDA {
+            auto* words = reinterpret_cast<__m256i*>(block + at);
+            const __m256i values = _mm256_loadu_si256(words);
+            const __m256i below = _mm256_or_si256(_mm256_srai_epi16(values, 15), _mm256_cvtepi8_epi16(new_ones));
+            const __m256i more = _mm256_and_si256(_mm256_cvtepi8_epi16(these), by);
+            _mm256_storeu_si256(words, _mm256_add_epi16(values, _mm256_sub_epi16(_mm256_xor_si256(more, below), below)));
+        };
+        half(i, _mm256_castsi256_si128(these), _mm256_castsi256_si128(new_ones));
+        half(i + 16, _mm256_extracti128_si256(these, 1), _mm256_extracti128_si256(new_ones, 1));
     }
 }
 
 template <class By>
 POLYDPO_V3_INLINE void refine_row(EntropyState& state, int row, int blocks) {
-    std::size_t first = 0;
-    for_each_block(state, row, blocks, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
-                                           POLYDPO_V3_LAMBDA {
-        first = at.first;
-        return refine<By>(in, state.refinements, state.coefficients.data() + number * DCTSIZE2, state.from, state.to,
-                          state.low, state.known[number], state.grown[number - first], state.ended);
+    const Refinements& refinements = state.refinements;
+    std::uint64_t* const known = state.known.data();
+    Changes* const changes = state.changes.data();
+    const int from = state.from, to = state.to;
+    const Part& part = state.parts[state.in_scan[0]];
+    const std::size_t first = part.first + static_cast<std::size_t>(row) * part.stored_across;
+    for_each_block(state, row, blocks, [&](Bits& in, std::size_t number) POLYDPO_V3_LAMBDA {
+        return refine<By>(in, refinements, from, to, known[number], changes[number - first], state.ended);
     });
-    // Afterwards, as what has just been written in words is slow to read in vectors.
     JCOEFPTR block = state.coefficients.data() + first * DCTSIZE2;
     for (int i = 0; i < blocks; ++i, block += DCTSIZE2) {
-        if (state.grown[i] != 0) grow(block, state.grown[i], state.low);
+        if (changes[i].which != 0) grow(block, changes[i], state.low);
     }
 }
 
@@ -885,7 +1094,7 @@ EntropyDecoder::EntropyDecoder(const jpeg_decompress_struct& info, int most_scan
     state.coefficients.assign((blocks + 1) * DCTSIZE2, 0);
     state.last.assign(blocks + 1, 0);
     state.known.assign(state.progressive ? blocks : 0, 0);
-    state.grown.resize(static_cast<std::size_t>(state.parts[0].stored_across));
+    state.changes.resize(static_cast<std::size_t>(state.parts[0].stored_across));
     for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
         for (int ac = 0; ac < 2; ++ac) {
             const JHUFF_TBL* given = ac ? info.ac_huff_tbl_ptrs[i] : info.dc_huff_tbl_ptrs[i];
