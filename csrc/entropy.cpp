@@ -844,9 +844,12 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
     }
 end:
     if (ended > 0) {
-        in.refill();
-        read_added(__builtin_popcountll(before & bits_of(at, last)));
         --ended;
+        const std::uint64_t rest = before & bits_of(at, last);
+        if (rest != 0) {
+            in.refill();
+            read_added(__builtin_popcountll(rest));
+        }
     }
     known |= found;
     changes = {found | By::spread(added, before), negative};
