@@ -1,0 +1,270 @@
+// A progressive JPEG's scans of further bits: what they say of a block, and what that makes of it.
+#pragma once
+
+#include "simd.hpp"
+
+#ifdef POLYDPO_V3
+
+#include <cstdint>
+
+#include <immintrin.h>
+
+#include "bits.hpp"
+#include "coefficients.hpp"
+#include "huffman.hpp"
+
+namespace polydpo::jpeg {
+
+// What a scan of further bits changes in a block.
+struct Changes {
+    std::uint64_t which;     // coefficients whose absolute values grow, those that become known among them
+    std::uint64_t negative;  // those that become known as negative ones
+};
+
+// Two ways to the same: with the instruction PDEP and without it.
+struct ByPdep {
+    // The lowest bits of `bits`, each to a place of `places`.
+    static POLYDPO_V3_INLINE std::uint64_t spread(std::uint64_t bits, std::uint64_t places) {
+        return _pdep_u64(bits, places);
+    }
+    // The uppermost of them but `count`; 0 if there are none so many.
+    static POLYDPO_V3_INLINE std::uint64_t find(std::uint64_t places, int count) {
+        const int below = __builtin_popcountll(places) - count - 1;
+        return below < 0 ? 0 : _pdep_u64(std::uint64_t{1} << below, places);
+    }
+};
+
+struct ByLoop {
+    static POLYDPO_V3_INLINE std::uint64_t spread(std::uint64_t bits, std::uint64_t places) {
+        std::uint64_t result = 0;
+        for (; places != 0; places &= places - 1, bits >>= 1) result |= bits & 1 ? places & -places : 0;
+        return result;
+    }
+    static POLYDPO_V3_INLINE std::uint64_t find(std::uint64_t places, int count) {
+        for (; count > 0 && places != 0; --count) places ^= top(places);
+        return places != 0 ? top(places) : 0;
+    }
+
+private:
+    static POLYDPO_V3_INLINE std::uint64_t top(std::uint64_t places) {
+        return bit_of(static_cast<unsigned>(__builtin_clzll(places)));
+    }
+};
+
+// On AMD's processors before Zen 3 the instruction PDEP takes longer than a loop.
+inline bool pdep_is_quick() {
+#ifdef POLYDPO_NO_PDEP
+    return false;
+#else
+    return __builtin_cpu_is("intel") || __builtin_cpu_is("znver3") || __builtin_cpu_supports("avx512f");
+#endif
+}
+
+// What comes next in a block: `free` unknown coefficients, then `known` ones, then unknown ones again, up to `reach` unknown
+// ones in all.
+struct Ahead {
+    int free, known, reach;
+
+    POLYDPO_V3_INLINE Ahead(std::uint64_t unknown, int at) {
+        // Where a count is 64 there is nothing left, whatever the shift by it gives.
+        const std::uint64_t here = unknown << (at & 63);
+        free = leading_ones(here);
+        const std::uint64_t then = here << (free & 63);
+        known = leading_ones(~then);
+        reach = free + leading_ones(then << (known & 63));
+    }
+
+private:
+    static POLYDPO_V3_INLINE int leading_ones(std::uint64_t bits) { return static_cast<int>(_lzcnt_u64(~bits)); }
+};
+
+// Without a branch, as nobody could foresee it.
+POLYDPO_INLINE int select(int mask, std::uint32_t where, std::uint32_t elsewhere) {
+    return static_cast<int>(elsewhere ^ ((where ^ elsewhere) & static_cast<std::uint32_t>(mask)));
+}
+
+// A further bit of the coefficients of a block. Where one becomes known, a symbol says how many unknown ones are passed
+// over; the bits of the known ones among them follow it, and are kept until the end of the block. `at` and `last`: the first
+// and the last position of the scan; `known`: the block's coefficients that are not zero; `ended`: blocks, from this one on,
+// of which only known coefficients get bits. False: there is no such code, or there are too few unknown coefficients.
+template <class By>
+POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, const int last, std::uint64_t& known,
+                              Changes& changes, unsigned& ended) {
+    const std::uint64_t band = bits_of(at, last), before = known & band, unknown = band & ~before;
+    std::uint64_t added = 0, found = 0, negative = 0;
+    const auto read_added = [&](int count) POLYDPO_INLINE_LAMBDA {
+        if (__builtin_expect(count > in.count, 0)) {
+            const int now = in.count;
+            added = added << now | in.bits >> 1 >> (63 - now);
+            in.drop(now);
+            in.refill();
+            count -= now;
+        }
+        added = added << count | in.bits >> 1 >> (63 - count);
+        in.drop(count);
+    };
+    if (ended == 0) {
+        Ahead ahead(unknown, at);
+        // To the unknown one that follows `run` others, and past it. 0: there is none.
+        const auto pass = [&](int run) POLYDPO_V3_LAMBDA {
+            const std::uint64_t next = By::find(unknown & ~std::uint64_t{0} >> at, run);
+            if (next == 0) return next;
+            const int position = __builtin_clzll(next);
+            read_added(position - at - run);
+            at = position + 1;
+            ahead = Ahead(unknown, at);
+            return next;
+        };
+        while (at <= last) {
+            in.refill();
+            std::uint32_t what = 0;
+            std::uint64_t these = 0, signs = 0;
+#pragma GCC unroll 5
+            for (int look = 0; look < 56 / Refinements::bits; ++look) {
+                const Refinements::Entry& entry = symbols.entries[in.bits >> (64 - Refinements::bits)];
+                what = entry.what;
+                these = std::uint64_t{entry.found} << 32;
+                signs = std::uint64_t{entry.negative} << 32;
+                if (__builtin_expect(what == 0, 0)) goto long_way;
+                if (what & (Refinements::ends | Refinements::then_ends)) goto ending;
+                const int advance = what >> 12 & 31;
+                // Where nothing known lies between, it is clear at once where they belong; and mostly nothing does.
+                if (__builtin_expect(advance > ahead.free, 0)) goto passing;
+                in.drop(what & 15);
+                found |= these >> at;
+                negative |= signs >> at;
+                at += advance;
+                ahead.free -= advance;
+                ahead.reach -= advance;
+                if (at > last) goto end;
+            }
+            continue;
+
+        passing: {
+            // The first or the second passes over what is known: mostly over all there is before the next unknown one.
+            const int first = what >> 8 & 15, second = -(first < ahead.free);
+            const int run = select(second, (what >> 12 & 31) - 1, static_cast<std::uint32_t>(first));
+            const int length = select(second, what, what >> 4) & 15;
+            const std::uint64_t before_it = these & ~(~std::uint64_t{0} >> ahead.free);
+            found |= before_it >> at;
+            negative |= (before_it & signs) >> at;
+            const std::uint64_t sign = signs << run;
+            std::uint64_t next;
+            if (__builtin_expect(run < ahead.reach, 1)) {
+                in.drop(length);
+                read_added(ahead.known);
+                at += run + ahead.known;
+                next = bit_of(static_cast<unsigned>(at++));
+                ahead = Ahead(unknown, at);
+            } else {
+                if (second) at += first + 1;
+                if (at > last) {
+                    in.drop(what >> 4 & 15);
+                    goto end;
+                }
+                in.drop(length);
+                next = pass(second ? run - first - 1 : run);
+                if (next == 0) return false;
+            }
+            found |= next;
+            negative |= sign >> 63 ? next : 0;
+            continue;
+        }
+
+        ending: {
+            if (what & Refinements::ends) {
+                in.drop(what & 255);
+                ended = what >> 8 & 0xffff;
+                goto end;
+            }
+            const int run = what >> 8 & 15;
+            if (run >= ahead.free) {
+                what &= ~Refinements::then_ends;
+                goto passing;
+            }
+            found |= these >> at;
+            negative |= signs >> at;
+            at += run + 1;
+            if (at > last) {
+                in.drop(what >> 4 & 15);
+            } else {
+                in.drop(what & 15);
+                ended = 1;
+            }
+            goto end;
+        }
+
+        long_way:
+            in.refill();
+            const Symbol symbol = symbols.codes.look(in.bits);
+            const int size = symbol.value & 15, skipped = symbol.value >> 4;
+            if (symbol.length == 0 || size > 1) return false;
+            in.drop(symbol.length);
+            if (size == 0 && skipped < 15) {
+                ended = (1u << skipped) + static_cast<unsigned>(in.take(skipped));
+                goto end;
+            }
+            const bool is_negative = size == 1 && in.take(1) == 0;
+            const std::uint64_t next = pass(skipped);
+            if (next == 0) return false;
+            if (size == 1) found |= next;
+            if (is_negative) negative |= next;
+        }
+    }
+end:
+    if (ended > 0) {
+        --ended;
+        const std::uint64_t rest = before & bits_of(at, last);
+        if (rest != 0) {
+            in.refill();
+            read_added(__builtin_popcountll(rest));
+        }
+    }
+    known |= found;
+    changes = {found | By::spread(added, before), negative};
+    return true;
+}
+
+// From a mask in the order of storage to words of ones in the order of rows.
+struct InRows {
+    alignas(32) std::uint8_t byte[block_size], bit[block_size];  // where to look for each coefficient
+};
+constexpr InRows make_in_rows() {
+    InRows result{};
+    for (unsigned position = 0; position < block_size; ++position) {
+        result.byte[place[position]] = static_cast<std::uint8_t>((63 - position) / 8);
+        result.bit[place[position]] = static_cast<std::uint8_t>(1u << (63 - position) % 8);
+    }
+    return result;
+}
+constexpr InRows in_rows = make_in_rows();
+
+// Adds 1 << shift to the absolute values.
+POLYDPO_V3_INLINE void grow(std::int16_t* block, const Changes& changes, int shift) {
+    const auto load = [](const void* from) POLYDPO_V3_LAMBDA {
+        return _mm256_load_si256(static_cast<const __m256i*>(from));
+    };
+    const __m256i which = _mm256_set1_epi64x(static_cast<std::int64_t>(changes.which));
+    const __m256i negative = _mm256_set1_epi64x(static_cast<std::int64_t>(changes.negative));
+    const __m256i by = _mm256_set1_epi16(static_cast<short>(1 << shift));
+    for (int i = 0; i < block_size; i += 32) {
+        const __m256i byte = load(in_rows.byte + i), bit = load(in_rows.bit + i);
+        const auto bytes = [byte, bit](__m256i mask) POLYDPO_V3_LAMBDA {
+            return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(mask, byte), bit), bit);
+        };
+        const __m256i these = bytes(which), new_ones = bytes(negative);
+        const auto half = [block, by](int at, __m128i these, __m128i new_ones) POLYDPO_V3_LAMBDA {
+            auto* words = reinterpret_cast<__m256i*>(block + at);
+            const __m256i values = _mm256_loadu_si256(words);
+            const __m256i below = _mm256_or_si256(_mm256_srai_epi16(values, 15), _mm256_cvtepi8_epi16(new_ones));
+            const __m256i more = _mm256_and_si256(_mm256_cvtepi8_epi16(these), by);
+            _mm256_storeu_si256(words, _mm256_add_epi16(values, _mm256_sub_epi16(_mm256_xor_si256(more, below), below)));
+        };
+        half(i, _mm256_castsi256_si128(these), _mm256_castsi256_si128(new_ones));
+        half(i + 16, _mm256_extracti128_si256(these, 1), _mm256_extracti128_si256(new_ones, 1));
+    }
+}
+
+}  // namespace polydpo::jpeg
+
+#endif
