@@ -3,50 +3,78 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "simd.hpp"
+
+#ifdef POLYDPO_V3
+#include <immintrin.h>
+#endif
 
 namespace polydpo {
 namespace {
 
-typedef float Floats4 __attribute__((vector_size(16)));
-typedef float Floats8 __attribute__((vector_size(32)));  // two pixels
 typedef float Floats16 __attribute__((vector_size(64)));
 
-// One row across: four taps, that is four neighbouring pixels, at a time; so many times if `known`. `weights` has
-// 4 * quads for each output, those beyond its taps 0.
-template <int known>
-POLYDPO_INLINE void resample_row(const std::uint8_t* in, const int* first, const float* weights, int quads, int width,
-                                 float* out) {
-    if (known > 0) quads = known;
-    for (int x = 0; x < width; ++x) {
+// One row across: four taps, that is four neighbouring pixels, at a time. `weights` has 4 * quads for each output, those
+// beyond its taps 0, in units of `unit`. Sums are of integers, and so the same on every processor.
+void resample_plainly(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads, int width,
+                      float unit, float* out) {
+    for (int x = 0; x < width; ++x, out += 4) {
         const std::uint8_t* from = in + 4 * static_cast<std::ptrdiff_t>(first[x]);
-        Floats8 sums[2] = {};
-        for (int k = 0; k < quads; ++k, from += 16, weights += 4) {
-            float values[16];
-            for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(static_cast<int>(from[i]));
-            Floats8 pixels[2];
-            std::memcpy(pixels, values, sizeof pixels);
-            const float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
-            sums[0] += Floats8{a, a, a, a, b, b, b, b} * pixels[0];
-            sums[1] += Floats8{c, c, c, c, d, d, d, d} * pixels[1];
+        std::int32_t sums[4] = {};
+        for (int k = 0; k < 4 * quads; ++k, from += 4) {
+            const int weight = *weights++;
+            for (int c = 0; c < 4; ++c) sums[c] += weight * from[c];
         }
-        const Floats8 both = sums[0] + sums[1];
-        Floats4 halves[2];
-        std::memcpy(halves, &both, sizeof both);
-        const Floats4 pixel = halves[0] + halves[1];
-        std::memcpy(out + 4 * static_cast<std::size_t>(x), &pixel, sizeof pixel);
+        for (int c = 0; c < 4; ++c) out[c] = std::min(std::max(static_cast<float>(sums[c]) * unit, 0.0f), 255.0f);
     }
-    for (int i = 0; i < 4 * width; ++i) out[i] = std::min(std::max(out[i], 0.0f), 255.0f);
 }
 
-POLYDPO_CLONES void resample_row(const std::uint8_t* in, const int* first, const float* weights, int quads, int width,
-                                 float* out) {
-    switch (quads) {
-        case 1: return resample_row<1>(in, first, weights, 1, width, out);
-        case 2: return resample_row<2>(in, first, weights, 2, width, out);
-        default: return resample_row<0>(in, first, weights, quads, width, out);
+#ifdef POLYDPO_V3
+// `known`: quads, if not 0.
+template <int known>
+POLYDPO_V3_INLINE void resample_row(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads,
+                                    int width, float unit, float* out) {
+    if (known > 0) quads = known;
+    // Of two pairs of pixels the channels side by side, as pairs are summed.
+    const __m128i pairs = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const __m256i of_pairs = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m128 units = _mm_set1_ps(unit), most = _mm_set1_ps(255);
+    for (int x = 0; x < width; ++x, out += 4) {
+        const std::uint8_t* from = in + 4 * static_cast<std::ptrdiff_t>(first[x]);
+        __m256i sums = _mm256_setzero_si256();
+        for (int k = 0; k < quads; ++k, from += 16, weights += 4) {
+            std::int64_t four;
+            std::memcpy(&four, weights, sizeof four);
+            const __m256i these =
+                _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castsi256_ps(_mm256_set1_epi64x(four)), of_pairs));
+            const __m128i pixels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+            const __m256i words = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(pixels, pairs));
+            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(words, these));
+        }
+        const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        const __m128 levels = _mm_mul_ps(_mm_cvtepi32_ps(sum), units);
+        _mm_storeu_ps(out, _mm_min_ps(_mm_max_ps(levels, _mm_setzero_ps()), most));
     }
+}
+
+POLYDPO_V3 void resample_by_v3(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads, int width,
+                               float unit, float* out) {
+    switch (quads) {
+        case 1: return resample_row<1>(in, first, weights, 1, width, unit, out);
+        case 2: return resample_row<2>(in, first, weights, 2, width, unit, out);
+        default: return resample_row<0>(in, first, weights, quads, width, unit, out);
+    }
+}
+#endif
+
+void resample_row(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads, int width, float unit,
+                  float* out) {
+#ifdef POLYDPO_V3
+    if (is_x86_64_v3()) return resample_by_v3(in, first, weights, quads, width, unit, out);
+#endif
+    resample_plainly(in, first, weights, quads, width, unit, out);
 }
 
 // out[i] = sum over k of weights[k] * rows[k][i]: down. `length` is a multiple of 64, whose sums stay in registers.
@@ -133,9 +161,22 @@ Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolatio
       taps_(down_.taps) {
     quads_ = (*std::max_element(across_.count.begin(), across_.count.end()) + 3) / 4;
     quad_weights_.resize(4 * static_cast<std::size_t>(quads_) * width_);
+    // The finest unit in which the largest weight has 16 bits, and sums, of negative weights too, have 32.
+    const float largest = *std::max_element(across_.weights.begin(), across_.weights.end());
+    const int bits = std::min(22, static_cast<int>(std::floor(std::log2(32766 / static_cast<double>(largest)))));
+    unit_ = static_cast<float>(std::ldexp(1.0, -bits));
     for (int x = 0; x < width_; ++x) {
-        std::copy_n(across_.weights.data() + static_cast<std::size_t>(x) * across_.taps, across_.count[x],
-                    quad_weights_.data() + 4 * static_cast<std::size_t>(quads_) * x);
+        const float* weights = across_.weights.data() + static_cast<std::size_t>(x) * across_.taps;
+        std::int16_t* to = quad_weights_.data() + 4 * static_cast<std::size_t>(quads_) * x;
+        // What rounding leaves of one goes to the next, so that even colours stay as they are.
+        const double total = std::accumulate(weights, weights + across_.count[x], 0.0);
+        double sum = 0;
+        for (int k = 0, before = 0; k < across_.count[x]; ++k) {
+            sum += weights[k];
+            const int rounded = static_cast<int>(std::lround(std::ldexp(sum / total, bits)));
+            to[k] = static_cast<std::int16_t>(rounded - before);
+            before = rounded;
+        }
     }
 }
 
@@ -158,7 +199,7 @@ void Resampler::begin(const Region& given) {
 }
 
 void Resampler::commit() {
-    resample_row(row_.data(), across_.first.data(), quad_weights_.data(), quads_, width_, ring_row(rows_in_));
+    resample_row(row_.data(), across_.first.data(), quad_weights_.data(), quads_, width_, unit_, ring_row(rows_in_));
     ++rows_in_;
 }
 

@@ -23,7 +23,8 @@ struct Filter {
 Filter make_filter(Interpolation kind, int source, int resized, int offset, int length);
 
 // Takes the rows of an RGBX image from top to bottom and gives the rows of a crop of the resized image. Across first,
-// then down, like Pillow; both in float32, the first clamped to 0..255 as Pillow's bytes are.
+// then down, like Pillow: the first in integers, clamped to 0..255 as Pillow's bytes are, to 1/32 of a level; the second in
+// float32.
 class Resampler {
 public:
     // All as stored: the whole image's size before and after, and the crop in the latter.
@@ -53,7 +54,8 @@ private:
     Filter across_, down_;
     int width_, ring_rows_, rows_in_ = 0, rows_out_ = 0;
     int quads_;                        // of taps across
-    std::vector<float> quad_weights_;  // across_.weights, four taps at a time
+    std::vector<std::int16_t> quad_weights_;  // across_.weights, four taps at a time
+    float unit_;                              // of which they are multiples, a power of two
     std::size_t length_;               // of a row in the ring
     Row row_;
     std::vector<float> ring_, resized_;
