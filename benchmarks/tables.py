@@ -24,6 +24,7 @@ NAMES = {
     "photograph": "JPEG photograph",
     "photograph, progressive": "the same, progressive",
     "dense": "JPEG, dense",
+    "dense, progressive": "the same, progressive",
     "2048 x 2048 resized": "JPEG, 2048 x 2048, resized",
     "photograph, PNG": "PNG photograph",
     "dense, PNG": "PNG, dense",

@@ -54,6 +54,7 @@ SOURCES = {
     "photograph": lambda: encoded(photograph(SIDE)),
     "photograph, progressive": lambda: encoded(photograph(SIDE), progressive=True),
     "dense": lambda: encoded(dense(SIDE)),
+    "dense, progressive": lambda: encoded(dense(SIDE), progressive=True),
     "2048 x 2048 resized": lambda: encoded(photograph(2 * SIDE)),
     "photograph, PNG": lambda: encoded(photograph(SIDE), "PNG"),
     "dense, PNG": lambda: encoded(dense(SIDE), "PNG"),

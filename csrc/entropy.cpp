@@ -142,18 +142,29 @@ POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsi
 
     closing: {
         const unsigned first = at + (entry >> 16 & 255), second = at + (entry >> 24 & 255);
+        if (__builtin_expect(second >= Pairs::end_of_block && (first < last || first >= Pairs::end_of_block), 1)) {
+            // The first or the second says that the block ends. Without a branch, as nobody could foresee which.
+            JCOEF nowhere;
+            const bool none = first >= Pairs::end_of_block;
+            JCOEF* const places[2] = {block + place[first % DCTSIZE2], &nowhere};
+            *places[none] = static_cast<JCOEF>(entry >> 32);
+            if (progressive) known |= bit_of(first % DCTSIZE2) & (std::uint64_t{none} - 1);
+            at = none ? at : first;
+            in.drop(entry & 255);
+            return true;
+        }
         if (first >= last) {
             in.drop(entry >> 8 & 255);
-            if (first != last) return first >= Pairs::end_of_block;
+            if (first != last) return false;
             put(first, entry >> 32);
             at = first;
             return true;
         }
         put(first, entry >> 32);
         in.drop(entry & 255);
-        at = second == last ? second : first;
+        at = second;
         if (second == last) put(second, entry >> 48);
-        return second == last || second >= Pairs::end_of_block;
+        return second == last;
     }
 
     long_way:
@@ -200,26 +211,24 @@ int places_of(const EntropyState& state, int row, EntropyState::Place* places) {
     return count;
 }
 
-// Calls read(in, block) for each block of a row, in a scan of one component.
+// Calls read(in, first, count) for the blocks of a row, in a scan of one component, some of them at a time.
 template <class Read>
-POLYDPO_V3_INLINE void for_each_block(EntropyState& state, int row, int blocks, Read read) {
+POLYDPO_V3_INLINE void for_each_stretch(EntropyState& state, int row, int blocks, Read read) {
     const Part& part = state.parts[state.in_scan[0]];
     std::size_t number = part.first + static_cast<std::size_t>(row) * part.stored_across;
     Bits in = state.unread;
     for (int rest = blocks; rest > 0;) {
-        // As many at a time as the window surely holds.
-        int count = prepare(state, in, std::min(rest, most_blocks_of_mcu));
+        const int count = prepare(state, in, std::min(rest, most_blocks_of_mcu));
+        check(state, in, read(in, number, count));
+        number += static_cast<std::size_t>(count);
         rest -= count;
-        bool right = true;
-        for (; right && count > 0; --count) right = read(in, number++);
-        check(state, in, right);
     }
     state.unread = in;
 }
 
 // Calls read(in, place, block) for each block of a row of MCUs.
 template <class Read>
-POLYDPO_V3_INLINE void for_each_block_of_mcus(EntropyState& state, int row, int mcus, Read read) {
+POLYDPO_V3_INLINE void for_each_block(EntropyState& state, int row, int mcus, Read read) {
     EntropyState::Place places[most_blocks_of_mcu];
     const int count = places_of(state, row, places);
     Bits in = state.unread;
@@ -238,7 +247,7 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
     std::fill(state.coefficients.begin(), state.coefficients.end(), JCOEF{0});
     JCOEF* const coefficients = state.coefficients.data();
     std::uint8_t* const lasts = state.last.data();
-    for_each_block_of_mcus(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
+    for_each_block(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
                                                     POLYDPO_V3_LAMBDA {
         Part& part = state.parts[at.part];
         JCOEF* const block = coefficients + number * DCTSIZE2;
@@ -256,7 +265,7 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
 POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
     JCOEF* const coefficients = state.coefficients.data();
     const int low = state.low;
-    for_each_block_of_mcus(state, row, mcus, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
+    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
                                                  POLYDPO_V3_LAMBDA {
         Part& part = state.parts[at.part];
         if (!read_first(in, state.first[part.dc_table], &part.last_dc)) return false;
@@ -269,7 +278,7 @@ POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
 POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
     JCOEF* const coefficients = state.coefficients.data();
     const int low = state.low;
-    for_each_block_of_mcus(state, row, mcus, [&](Bits& in, const EntropyState::Place&, std::size_t number)
+    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place&, std::size_t number)
                                                  POLYDPO_V3_LAMBDA {
         in.refill();
         coefficients[number * DCTSIZE2] |= static_cast<JCOEF>(in.take(1) << low);
@@ -283,15 +292,23 @@ POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
     JCOEF* const coefficients = state.coefficients.data();
     std::uint64_t* const all_known = state.known.data();
     const int low = state.low;
-    for_each_block(state, row, blocks, [&](Bits& in, std::size_t number) POLYDPO_V3_LAMBDA {
-        if (state.ended > 0) return --state.ended, true;
-        std::uint64_t known = all_known[number];
-        unsigned at = before;
-        in.refill();
-        const bool right =
-            read_rest<true>(in, pairs, coefficients + number * DCTSIZE2, at, to, low, known, state.ended);
-        all_known[number] = known;
-        return right;
+    for_each_stretch(state, row, blocks, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
+        for (const std::size_t end = number + static_cast<std::size_t>(count); number < end;) {
+            if (state.ended > 0) {
+                const std::size_t empty = std::min(end - number, std::size_t{state.ended});
+                state.ended -= static_cast<unsigned>(empty);
+                number += empty;
+                continue;
+            }
+            std::uint64_t known = all_known[number];
+            unsigned at = before;
+            in.refill();
+            if (!read_rest<true>(in, pairs, coefficients + number * DCTSIZE2, at, to, low, known, state.ended)) {
+                return false;
+            }
+            all_known[number++] = known;
+        }
+        return true;
     });
 }
 
@@ -303,8 +320,12 @@ POLYDPO_V3_INLINE void refine_row(EntropyState& state, int row, int blocks) {
     const int from = state.from, to = state.to;
     const Part& part = state.parts[state.in_scan[0]];
     const std::size_t first = part.first + static_cast<std::size_t>(row) * part.stored_across;
-    for_each_block(state, row, blocks, [&](Bits& in, std::size_t number) POLYDPO_V3_LAMBDA {
-        return refine<By>(in, refinements, from, to, known[number], changes[number - first], state.ended);
+    for_each_stretch(state, row, blocks, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
+        bool right = true;
+        for (; right && count > 0; --count, ++number) {
+            right = refine<By>(in, refinements, from, to, known[number], changes[number - first], state.ended);
+        }
+        return right;
     });
     JCOEFPTR block = state.coefficients.data() + first * DCTSIZE2;
     for (int i = 0; i < blocks; ++i, block += DCTSIZE2) {

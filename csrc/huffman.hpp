@@ -180,14 +180,13 @@ private:
 class Refinements {
 public:
     static constexpr int bits = 10;
-    static constexpr std::uint32_t ends = 1u << 31, then_ends = 1 << 17;
+    static constexpr std::uint32_t special = 1u << 31;
 
     struct Entry {
-        // Of a symbol that ends blocks: from the least significant bit, its bits (8); how many blocks end, this one among
-        // them (16); and `ends`. Of one or two unknown coefficients that become known: bits of both and of the first (4
-        // each); how many unknown ones come before the first (4); how many in all, with these (5); and whether a block
-        // ends after the first, in which case there is none other. 0: left to the long way, as are runs of sixteen that
-        // end at none.
+        // From the least significant bit: bits of both symbols and of the first (4 each); how many unknown coefficients come
+        // before the first that becomes known (4); how many in all, with these (6); how many blocks end then, this one
+        // among them (12). `special`: some end; or, if there is nothing else, it is left to the long way, as are runs of
+        // sixteen that end at none.
         std::uint32_t what = 0;
         std::uint32_t found = 0, negative = 0;  // which they are, the uppermost bit being the next unknown one
     };
@@ -211,7 +210,7 @@ private:
             for (unsigned i = 0; i < 1u << extra; ++i) {
                 Entry one{static_cast<std::uint32_t>(all)};
                 if (size == 0) {
-                    one.what |= ends | ((1u << run) + i) << 8;
+                    one.what |= special | ((1u << run) + i) << 18;
                 } else {
                     one.what |= one.what << 4 | run << 8 | (run + 1) << 12;
                     one.found = 1u << 31 >> run;
@@ -224,18 +223,13 @@ private:
         for (unsigned i = 0; i < 1u << bits; ++i) {
             Entry entry = ones[i];
             const Entry next = ones[i << (entry.what & 15) & ((1u << bits) - 1)];
-            const std::uint32_t all = (entry.what & 15) + (next.what & 15);
-            if (entry.what != 0 && !(entry.what & ends) && next.what != 0 && all <= bits) {
-                if (!(next.what & ends)) {
-                    const std::uint32_t advance = entry.what >> 12;
-                    entry.what = (entry.what & 0xff0u) | all | (advance + (next.what >> 12)) << 12;
-                    entry.found |= next.found >> advance;
-                    entry.negative |= next.negative >> advance;
-                } else if ((next.what >> 8 & 0xffff) == 1) {
-                    entry.what = (entry.what & ~15u) | all | then_ends;
-                }
+            const std::uint32_t all = (entry.what & 15) + (next.what & 15), advance = entry.what >> 12 & 63;
+            if (entry.what != 0 && !(entry.what & special) && next.what != 0 && all <= bits) {
+                entry.what = (entry.what & ~15u) + all + (next.what & (special | 0xfff << 18 | 63 << 12));
+                entry.found |= next.found >> advance;
+                entry.negative |= next.negative >> advance;
             }
-            entries[i] = entry;
+            entries[i] = entry.what != 0 ? entry : Entry{special};
         }
         return true;
     }

@@ -60,18 +60,18 @@ inline bool pdep_is_quick() {
 #endif
 }
 
-// What comes next in a block: `free` unknown coefficients, then `known` ones, then unknown ones again, up to `reach` unknown
-// ones in all.
+// What comes next in a block: unknown coefficients up to the position `stop`, then `known` ones, then `further` unknown ones.
 struct Ahead {
-    int free, known, reach;
+    int stop, known, further;
 
     POLYDPO_V3_INLINE Ahead(std::uint64_t unknown, int at) {
         // Where a count is 64 there is nothing left, whatever the shift by it gives.
         const std::uint64_t here = unknown << (at & 63);
-        free = leading_ones(here);
+        const int free = leading_ones(here);
         const std::uint64_t then = here << (free & 63);
+        stop = at + free;
         known = leading_ones(~then);
-        reach = free + leading_ones(then << (known & 63));
+        further = leading_ones(then << (known & 63));
     }
 
 private:
@@ -115,7 +115,7 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
             ahead = Ahead(unknown, at);
             return next;
         };
-        while (at <= last) {
+        for (;;) {
             in.refill();
             std::uint32_t what = 0;
             std::uint64_t these = 0, signs = 0;
@@ -125,32 +125,48 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
                 what = entry.what;
                 these = std::uint64_t{entry.found} << 32;
                 signs = std::uint64_t{entry.negative} << 32;
-                if (__builtin_expect(what == 0, 0)) goto long_way;
-                if (what & (Refinements::ends | Refinements::then_ends)) goto ending;
-                const int advance = what >> 12 & 31;
+                if (what & Refinements::special) goto special;
                 // Where nothing known lies between, it is clear at once where they belong; and mostly nothing does.
-                if (__builtin_expect(advance > ahead.free, 0)) goto passing;
+                const int next = at + static_cast<int>(what >> 12 & 63);
+                if (__builtin_expect(next > ahead.stop, 0)) goto passing;
                 in.drop(what & 15);
                 found |= these >> at;
                 negative |= signs >> at;
-                at += advance;
-                ahead.free -= advance;
-                ahead.reach -= advance;
-                if (at > last) goto end;
+                at = next;
             }
+            // As long as the last one is not reached: if it is, nothing more fits before `stop`.
             continue;
 
+        special: {
+            if (at > last) goto end;
+            if (what == Refinements::special) goto long_way;
+            // One or none becomes known, and the block ends.
+            const int next = at + static_cast<int>(what >> 12 & 63);
+            if (__builtin_expect(next > ahead.stop, 0)) goto passing;
+            found |= these >> at;
+            negative |= signs >> at;
+            at = next;
+            if (__builtin_expect(at > last, 0)) {
+                in.drop(what >> 4 & 15);
+            } else {
+                in.drop(what & 15);
+                ended = what >> 18 & 0xfff;
+            }
+            goto end;
+        }
+
         passing: {
+            if (at > last) goto end;
             // The first or the second passes over what is known: mostly over all there is before the next unknown one.
-            const int first = what >> 8 & 15, second = -(first < ahead.free);
-            const int run = select(second, (what >> 12 & 31) - 1, static_cast<std::uint32_t>(first));
+            const int free = ahead.stop - at, first = what >> 8 & 15, second = -(first < free);
+            const int run = select(second, (what >> 12 & 63) - 1, static_cast<std::uint32_t>(first));
             const int length = select(second, what, what >> 4) & 15;
-            const std::uint64_t before_it = these & ~(~std::uint64_t{0} >> ahead.free);
+            const std::uint64_t before_it = these & ~(~std::uint64_t{0} >> free);
             found |= before_it >> at;
             negative |= (before_it & signs) >> at;
             const std::uint64_t sign = signs << run;
             std::uint64_t next;
-            if (__builtin_expect(run < ahead.reach, 1)) {
+            if (__builtin_expect(run < free + ahead.further, 1)) {
                 in.drop(length);
                 read_added(ahead.known);
                 at += run + ahead.known;
@@ -169,29 +185,6 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
             found |= next;
             negative |= sign >> 63 ? next : 0;
             continue;
-        }
-
-        ending: {
-            if (what & Refinements::ends) {
-                in.drop(what & 255);
-                ended = what >> 8 & 0xffff;
-                goto end;
-            }
-            const int run = what >> 8 & 15;
-            if (run >= ahead.free) {
-                what &= ~Refinements::then_ends;
-                goto passing;
-            }
-            found |= these >> at;
-            negative |= signs >> at;
-            at += run + 1;
-            if (at > last) {
-                in.drop(what >> 4 & 15);
-            } else {
-                in.drop(what & 15);
-                ended = 1;
-            }
-            goto end;
         }
 
         long_way:
