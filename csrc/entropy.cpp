@@ -27,10 +27,12 @@ struct EntropyState {
         int last_dc;
         std::int8_t bits_missing[DCTSIZE2];  // of each coefficient; -1: nothing of it is known
     };
-    // A block of an MCU: its component, where it is in the first MCU of a row, and how far the next MCU's is.
+    // A block of an MCU: its component, with tables; its number, and how far the next MCU's is.
     struct Place {
-        int part;
-        std::size_t first, step;
+        Part* part;
+        const Differences* first;
+        const Pairs* rest;
+        std::size_t number, step;
     };
 
     Window window;
@@ -190,21 +192,17 @@ POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsi
     }
 }
 
-// Where an MCU's blocks are. Of a scan of one component, an MCU is a block.
-int places_of(const EntropyState& state, int row, EntropyState::Place* places) {
-    if (state.scan_count == 1) {
-        const Part& part = state.parts[state.in_scan[0]];
-        places[0] = {state.in_scan[0], part.first + static_cast<std::size_t>(row) * part.stored_across, 1};
-        return 1;
-    }
+// The blocks of a row's first MCU. Of a scan of one component, an MCU is a block.
+int places_of(EntropyState& state, int row, EntropyState::Place* places) {
     int count = 0;
     for (int i = 0; i < state.scan_count; ++i) {
-        const Part& part = state.parts[state.in_scan[i]];
-        for (int y = 0; y < part.in_mcu_down; ++y) {
-            for (int x = 0; x < part.in_mcu_across; ++x) {
-                const auto above = static_cast<std::size_t>(row) * part.in_mcu_down + y;
-                places[count++] = {state.in_scan[i], part.first + above * part.stored_across + x,
-                                   static_cast<std::size_t>(part.in_mcu_across)};
+        Part& part = state.parts[state.in_scan[i]];
+        const int across = state.scan_count == 1 ? 1 : part.in_mcu_across, down = state.scan_count == 1 ? 1 : part.in_mcu_down;
+        for (int y = 0; y < down; ++y) {
+            const std::size_t first = part.first + (static_cast<std::size_t>(row) * down + y) * part.stored_across;
+            for (int x = 0; x < across; ++x) {
+                places[count++] = {&part, &state.first[part.dc_table], &state.rest[part.ac_table], first + x,
+                                   static_cast<std::size_t>(across)};
             }
         }
     }
@@ -226,17 +224,18 @@ POLYDPO_V3_INLINE void for_each_stretch(EntropyState& state, int row, int blocks
     state.unread = in;
 }
 
-// Calls read(in, place, block) for each block of a row of MCUs.
+// Calls read(in, place) for each block of a row of MCUs.
 template <class Read>
 POLYDPO_V3_INLINE void for_each_block(EntropyState& state, int row, int mcus, Read read) {
     EntropyState::Place places[most_blocks_of_mcu];
     const int count = places_of(state, row, places);
     Bits in = state.unread;
-    for (int mcu = 0; mcu < mcus; ++mcu) {
+    for (; mcus > 0; --mcus) {
         prepare(state, in, 1);
         bool right = true;
         for (int i = 0; right && i < count; ++i) {
-            right = read(in, places[i], places[i].first + static_cast<std::size_t>(mcu) * places[i].step);
+            right = read(in, places[i]);
+            places[i].number += places[i].step;
         }
         check(state, in, right);
     }
@@ -247,17 +246,14 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
     std::fill(state.coefficients.begin(), state.coefficients.end(), JCOEF{0});
     JCOEF* const coefficients = state.coefficients.data();
     std::uint8_t* const lasts = state.last.data();
-    for_each_block(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
-                                                    POLYDPO_V3_LAMBDA {
-        Part& part = state.parts[at.part];
-        JCOEF* const block = coefficients + number * DCTSIZE2;
+    for_each_block(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
+        JCOEF* const block = coefficients + at.number * DCTSIZE2;
         std::uint64_t known = 0;
         unsigned ended = 0, last = 0;
-        if (!read_first(in, state.first[part.dc_table], &part.last_dc)) return false;
-        block[0] = static_cast<JCOEF>(part.last_dc);
-        const bool right =
-            read_rest<false>(in, state.rest[part.ac_table], block, last, DCTSIZE2 - 1, 0, known, ended);
-        lasts[number] = static_cast<std::uint8_t>(last);
+        if (!read_first(in, *at.first, &at.part->last_dc)) return false;
+        block[0] = static_cast<JCOEF>(at.part->last_dc);
+        const bool right = read_rest<false>(in, *at.rest, block, last, DCTSIZE2 - 1, 0, known, ended);
+        lasts[at.number] = static_cast<std::uint8_t>(last);
         return right;
     });
 }
@@ -265,12 +261,10 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
 POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
     JCOEF* const coefficients = state.coefficients.data();
     const int low = state.low;
-    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at, std::size_t number)
-                                                 POLYDPO_V3_LAMBDA {
-        Part& part = state.parts[at.part];
-        if (!read_first(in, state.first[part.dc_table], &part.last_dc)) return false;
-        const int value = part.last_dc * (1 << low);
-        coefficients[number * DCTSIZE2] = static_cast<JCOEF>(value);
+    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
+        if (!read_first(in, *at.first, &at.part->last_dc)) return false;
+        const int value = at.part->last_dc * (1 << low);
+        coefficients[at.number * DCTSIZE2] = static_cast<JCOEF>(value);
         return value == static_cast<JCOEF>(value);
     });
 }
@@ -278,10 +272,9 @@ POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
 POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
     JCOEF* const coefficients = state.coefficients.data();
     const int low = state.low;
-    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place&, std::size_t number)
-                                                 POLYDPO_V3_LAMBDA {
+    for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
         in.refill();
-        coefficients[number * DCTSIZE2] |= static_cast<JCOEF>(in.take(1) << low);
+        coefficients[at.number * DCTSIZE2] |= static_cast<JCOEF>(in.take(1) << low);
         return true;
     });
 }
