@@ -103,6 +103,22 @@ def test_crops_and_planes(progressive, dtype):
         check(data, size=(64, 96), crop="random", seeds=[seed], dtype=dtype)
 
 
+def test_the_longest_runs_two_at_a_time():
+    """Further bits where only each sixteenth coefficient is known in the end: a run of 15 has a code of one bit."""
+    zigzag = sorted(range(64), key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8))
+    random, x, steps = np.random.default_rng(0), np.arange(8), [255] * 64
+    waves = np.cos((2 * x[:, None] + 1) * x * np.pi / 16) * np.where(x == 0, np.sqrt(1 / 8), 1 / 2)
+    pixels = np.full((8, 8, 8, 8), 128.0)  # blocks down, rows, blocks across, columns
+    for position in zigzag[16::16]:
+        steps[position] = 16
+        signs = random.choice([-16, 16], (8, 1, 8, 1))
+        pixels += signs * waves[:, position // 8, None, None] * waves[:, position % 8]
+    image = Image.fromarray(pixels.reshape(64, 64).round().astype(np.uint8))
+    data = jpeg(image, qtables=[steps], progressive=True)
+    assert bytes.fromhex("0101 0000000000000000000000000000 f1 00".replace(" ", "")) in data  # codes of 1 and 2 bits
+    check(data, size=(64, 64))
+
+
 DAMAGED = [
     jpeg(picture("photograph", 48, 56), quality=quality, subsampling=2, progressive=progressive, **options)
     for progressive in (False, True)
