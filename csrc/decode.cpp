@@ -36,6 +36,7 @@ std::string not_an_image(const Image& image) {
 }
 
 constexpr std::size_t large_batch = 1 << 23;  // bytes; a smaller one may stay in the caches
+constexpr std::int64_t small_progressive = 80 * 80;  // pixels; libjpeg decodes a smaller one before our tables are made
 
 std::unique_ptr<Reader> open(const Image& image, const Options& options, JpegDecoder jpeg) {
     const Limits& limits = options.limits;
@@ -46,7 +47,9 @@ std::unique_ptr<Reader> open(const Image& image, const Options& options, JpegDec
     check("bytes", static_cast<std::int64_t>(image.bytes), limits.bytes, "bytes");
     if (is_jpeg(image.data, image.bytes)) {
         auto header = std::make_unique<JpegHeader>(image.data, image.bytes, limits, options.strict);
-        if (jpeg != JpegDecoder::libjpeg && is_quick_jpeg(*header, limits)) {
+        const Size size = header->size();
+        const bool slow = header->info.progressive_mode && std::int64_t{size.height} * size.width < small_progressive;
+        if (jpeg != JpegDecoder::libjpeg && !(jpeg == JpegDecoder::either && slow) && is_quick_jpeg(*header, limits)) {
             return quick_jpeg_reader(std::move(header), limits);
         }
         if (jpeg == JpegDecoder::own) throw LibjpegNeeded();

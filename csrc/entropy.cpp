@@ -350,7 +350,7 @@ void begin_scan(EntropyState& state, const std::uint8_t* from, const std::uint8_
     }
     for (int i = 0; i < state.scan_count; ++i) {
         Part& part = state.parts[state.in_scan[i]];
-        for (int k = 0; k < i; ++k) need(state.in_scan[k] != state.in_scan[i]);
+        need(i == 0 || state.in_scan[i - 1] < state.in_scan[i]);  // in another order not all are errors to libjpeg
         need(dc || part.bits_missing[0] >= 0);
         for (int k = state.from; k <= state.to; ++k) {
             need(part.bits_missing[k] == (first ? -1 : state.high));
@@ -416,7 +416,8 @@ bool next_scan(EntropyState& state) {
             begin_scan(state, after, end);
             return true;
         } else {
-            need((marker & 0xf0) == 0xe0 || marker == 0xfe);  // of applications, or a comment
+            // Of applications, or a comment. libjpeg looks into those of JFIF and Adobe, and may warn.
+            need(((marker & 0xf0) == 0xe0 && marker != 0xe0 && marker != 0xee) || marker == 0xfe);
         }
     }
 }
@@ -540,6 +541,7 @@ EntropyDecoder::EntropyDecoder(const jpeg_decompress_struct& info, int most_scan
 EntropyDecoder::~EntropyDecoder() {
     if (state_->progressive) {
         std::vector<JCOEF>().swap(state_->coefficients);
+        std::vector<std::uint8_t>().swap(state_->last);
         std::vector<std::uint64_t>().swap(state_->known);
     }
     spare = std::move(state_);

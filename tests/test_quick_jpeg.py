@@ -171,6 +171,43 @@ def test_what_it_remembers_of_a_progressive_image_is_limited():
             assert len(decoded(data, decoder, size=(64, 64), limits=limits)[1]) == expected
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_stands_between_scans_is_judged_by_libjpeg(strict):
+    """A second JFIF header, which libjpeg warns of; a comment, which nobody minds."""
+    data = jpeg(picture("photograph", 48, 56), progressive=True)
+    second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 1)
+    tables = data.rindex(b"\xff\xc4", 0, second)
+    for marker, error in ((b"\xff\xe0\x00\x10JFIF\0\2\1\0\0\1\0\1\0\0", True), (b"\xff\xfe\x00\x05new", False)):
+        changed = data[:tables] + marker + data[tables:]
+        expected = decoded(changed, LIBJPEG, size=(48, 56), strict=strict)
+        assert bool(expected[1]) == (error and strict)
+        for decoder in (EITHER, OWN):
+            ours = decoded(changed, decoder, size=(48, 56), strict=strict)
+            if decoder == OWN and error:
+                assert ours[1] == LEFT
+            else:
+                assert ours[1] == expected[1]
+                assert torch.equal(ours[0], expected[0])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)])
+def test_components_out_of_order_are_judged_by_libjpeg(order):
+    """In the second scan of first coefficients, as libjpeg takes only some orders."""
+    data = jpeg(picture("photograph", 88, 96), quality=60, progressive=True)
+    at = -1
+    while True:  # the scan of all components' last bit
+        at = data.index(b"\xff\xda\x00\x0c\x03", at + 1)
+        if data[at + 11 : at + 14] == b"\0\0\x10":
+            break
+    entries = [data[at + 5 + 2 * i : at + 7 + 2 * i] for i in order]
+    changed = data[: at + 5] + b"".join(entries) + data[at + 11 :]
+    expected = decoded(changed, LIBJPEG, size=(88, 96), strict=False)
+    ours = decoded(changed, EITHER, size=(88, 96), strict=False)
+    assert ours[1] == expected[1]
+    assert torch.equal(ours[0], expected[0])
+    assert decoded(changed, OWN, size=(88, 96))[1] == ([] if order == (0, 1, 2) else LEFT)
+
+
 # ------------------------------------------------------------------------------------------ what Pillow does not write
 
 
