@@ -57,7 +57,8 @@ struct EntropyState {
 
     // Of each block of a row of MCUs; or of the image, if it is progressive. `known` has a bit for each coefficient that is
     // not zero, in the order of storage, the first uppermost.
-    std::vector<JCOEF> coefficients;
+    std::unique_ptr<JCOEF[]> coefficients;
+    std::size_t room = 0;  // for so many
     std::vector<std::uint8_t> last;
     std::vector<std::uint64_t> known;
     std::vector<Changes> changes;  // of each block of a row
@@ -242,9 +243,21 @@ POLYDPO_V3_INLINE void for_each_block(EntropyState& state, int row, int mcus, Re
     state.unread = in;
 }
 
+// Clears the coefficients of a row of MCUs before any of them is read: the first scan of a component has its first ones.
+void clear(EntropyState& state, int row) {
+    for (int i = 0; i < state.scan_count; ++i) {
+        const Part& part = state.parts[state.in_scan[i]];
+        const bool alone = state.scan_count == 1, is_last = alone && row == part.down - 1;
+        const int first = alone ? row : row * part.in_mcu_down;
+        const int end = is_last ? state.mcu_rows * part.in_mcu_down : first + (alone ? 1 : part.in_mcu_down);
+        JCOEF* const from = state.coefficients.get() + (part.first + static_cast<std::size_t>(first) * part.stored_across) * DCTSIZE2;
+        std::fill_n(from, static_cast<std::size_t>(end - first) * part.stored_across * DCTSIZE2, JCOEF{0});
+    }
+}
+
 POLYDPO_V3 void read_sequential(EntropyState& state) {
-    std::fill(state.coefficients.begin(), state.coefficients.end(), JCOEF{0});
-    JCOEF* const coefficients = state.coefficients.data();
+    std::fill_n(state.coefficients.get(), state.room, JCOEF{0});
+    JCOEF* const coefficients = state.coefficients.get();
     std::uint8_t* const lasts = state.last.data();
     for_each_block(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
         JCOEF* const block = coefficients + at.number * DCTSIZE2;
@@ -259,7 +272,8 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
 }
 
 POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
-    JCOEF* const coefficients = state.coefficients.data();
+    clear(state, row);
+    JCOEF* const coefficients = state.coefficients.get();
     const int low = state.low;
     for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
         if (!read_first(in, *at.first, &at.part->last_dc)) return false;
@@ -270,7 +284,7 @@ POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
 }
 
 POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
-    JCOEF* const coefficients = state.coefficients.data();
+    JCOEF* const coefficients = state.coefficients.get();
     const int low = state.low;
     for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
         in.refill();
@@ -282,7 +296,7 @@ POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
 POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
     const Pairs& pairs = state.rest[state.parts[state.in_scan[0]].ac_table];
     const unsigned before = static_cast<unsigned>(state.from) - 1, to = static_cast<unsigned>(state.to);
-    JCOEF* const coefficients = state.coefficients.data();
+    JCOEF* const coefficients = state.coefficients.get();
     std::uint64_t* const all_known = state.known.data();
     const int low = state.low;
     for_each_stretch(state, row, blocks, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
@@ -320,7 +334,7 @@ POLYDPO_V3_INLINE void refine_row(EntropyState& state, int row, int blocks) {
         }
         return right;
     });
-    JCOEFPTR block = state.coefficients.data() + first * DCTSIZE2;
+    JCOEFPTR block = state.coefficients.get() + first * DCTSIZE2;
     for (int i = 0; i < blocks; ++i, block += DCTSIZE2) {
         if (changes[i].which != 0) grow(block, changes[i], state.low);
     }
@@ -508,7 +522,12 @@ EntropyDecoder::EntropyDecoder(const jpeg_decompress_struct& info, int most_scan
         blocks += static_cast<std::size_t>(part.stored_across) * v * (state.progressive ? state.mcu_rows : 1);
     }
     // One block more, as a row of blocks may be read two at a time.
-    state.coefficients.assign((blocks + 1) * DCTSIZE2, 0);
+    const std::size_t room = (blocks + 1) * DCTSIZE2;
+    if (state.room != room) {
+        state.coefficients.reset(new JCOEF[room]);  // not cleared yet
+        state.room = room;
+    }
+    std::fill_n(state.coefficients.get() + blocks * DCTSIZE2, DCTSIZE2, JCOEF{0});
     state.last.assign(blocks + 1, 0);
     state.known.assign(state.progressive ? blocks : 0, 0);
     state.changes.resize(static_cast<std::size_t>(state.parts[0].stored_across));
@@ -540,7 +559,8 @@ EntropyDecoder::EntropyDecoder(const jpeg_decompress_struct& info, int most_scan
 
 EntropyDecoder::~EntropyDecoder() {
     if (state_->progressive) {
-        std::vector<JCOEF>().swap(state_->coefficients);
+        state_->coefficients.reset();
+        state_->room = 0;
         std::vector<std::uint8_t>().swap(state_->last);
         std::vector<std::uint64_t>().swap(state_->known);
     }
@@ -566,7 +586,7 @@ EntropyDecoder::Row EntropyDecoder::row(int component, int y) const {
     const Part& part = state_->parts[component];
     const int above = state_->progressive ? (state_->row - 1) * part.in_mcu_down : 0;
     const std::size_t number = part.first + static_cast<std::size_t>(above + y) * part.stored_across;
-    return {state_->coefficients.data() + number * DCTSIZE2, state_->last.data() + number};
+    return {state_->coefficients.get() + number * DCTSIZE2, state_->last.data() + number};
 }
 
 int EntropyDecoder::blocks_across(int component) const { return state_->parts[component].stored_across; }
