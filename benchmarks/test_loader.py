@@ -35,7 +35,7 @@ from polydpo_fast.data import PairLoader, open_source
 # WebDataset and streaming leave files for the garbage collector to close.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
-PAIRS = 48
+PAIRS = 96  # of an epoch, whose first batch waits for everything
 BATCH = 4
 ROUNDS = 5
 MILLION = 1_000_000

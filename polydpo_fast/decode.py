@@ -173,8 +173,8 @@ def decode_pairs(
     )
     if errors and on_error == "raise":
         raise DecodeError(errors)
-    ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
-    ok[[error.index for error in errors]] = False
+    bad = {error.index for error in errors}
+    ok = torch.tensor([pair not in bad for pair in range(pairs)], device="cpu")
     numbers = torch.from_numpy(geometry)
     flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
     return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped)
