@@ -138,7 +138,6 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
             const auto whole = [&](JpegDecoder jpeg) {
                 const auto reader = open(images[i], options, jpeg);
                 render(*reader, draws[i % draws.size()], options, finish, sample, plane, results[i]);
-                finish.settle();
             };
             try {
                 whole(options.jpeg);
@@ -151,6 +150,7 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
         } catch (const std::exception& error) {
             results[i].error = error.what();
         }
+        finish.settle();
     };
     parallel_for(images.size(), options.threads, decode, stop);
     // Both arms or none.

@@ -121,6 +121,18 @@ def test_resized_pixels_are_pillows(encoding, shape, size):
     assert torch.equal(decoded.pixels[0], decoded.pixels[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_large_batch_is_its_pairs_one_by_one(dtype):
+    """Of more than 8 MB, which are written past the caches; with one that fails half way."""
+    images = [jpeg(picture(512, 512, seed=seed), progressive=seed % 2 > 0) for seed in range(8)]
+    images[5] = images[5][:-2000]
+    batch = decode_pairs(images[:4], images[4:], size=512, dtype=dtype, on_error="mask", threads=2)
+    assert batch.ok.tolist() == [True, False, True, True]
+    for i in range(4):
+        single = decode_pairs(images[i : i + 1], images[4 + i : 5 + i], size=512, dtype=dtype, on_error="mask")
+        assert torch.equal(batch.pixels[[i, 4 + i]], single.pixels)
+
+
 def test_grey_images_fill_three_planes():
     data = jpeg(picture(40, 40).convert("L"))
     pixels = decode_pairs([data], [data], size=40, dtype=torch.uint8).pixels[0]
