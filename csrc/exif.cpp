@@ -1,5 +1,9 @@
 #include "exif.hpp"
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 namespace polydpo {
 
 int exif_orientation(const std::uint8_t* tiff, std::size_t size) {
@@ -21,6 +25,30 @@ int exif_orientation(const std::uint8_t* tiff, std::size_t size) {
         return u32(entry + 4) == 1 && value >= 1 && value <= 8 ? static_cast<int>(value) : 1;
     }
     return 1;
+}
+
+int raw_profile_orientation(const std::uint8_t* text, std::size_t size) {
+    const std::uint8_t *at = text, *const end = text + size;
+    for (int line = 0; line < 3; ++line) {
+        at = std::find(at, end, '\n');
+        if (at == end) return 1;
+        ++at;
+    }
+    std::vector<std::uint8_t> exif;
+    int first = -1;
+    for (; at < end; ++at) {
+        const int letter = *at | 32;
+        const int digit = *at >= '0' && *at <= '9' ? *at - '0' : letter >= 'a' && letter <= 'f' ? letter - 'a' + 10 : -1;
+        if (digit < 0) {
+            if (*at == '\n' || *at == ' ') continue;
+            return 1;
+        }
+        if (first >= 0) exif.push_back(static_cast<std::uint8_t>(first << 4 | digit));
+        first = first >= 0 ? -1 : digit;
+    }
+    static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};
+    const std::size_t skipped = exif.size() >= sizeof name && std::memcmp(exif.data(), name, sizeof name) == 0 ? sizeof name : 0;
+    return first >= 0 ? 1 : exif_orientation(exif.data() + skipped, exif.size() - skipped);
 }
 
 }  // namespace polydpo

@@ -184,6 +184,20 @@ libdeflate_result decompress(const std::uint8_t* from, std::size_t size, std::ui
     return result;
 }
 
+// Of a text, if it is the one that may hold EXIF.
+int text_orientation(bool compressed, const std::uint8_t* body, std::size_t length) {
+    static constexpr char keyword[] = "Raw profile type exif";  // with the zero at its end
+    if (length < sizeof keyword || std::memcmp(body, keyword, sizeof keyword) != 0) return 1;
+    body += sizeof keyword;
+    length -= sizeof keyword;
+    if (!compressed) return raw_profile_orientation(body, length);
+    if (length == 0 || body[0] != 0) return 1;  // the only method there is
+    std::vector<std::uint8_t> text(160 << 10);  // EXIF has at most 64 KB
+    std::size_t used = 0, made = 0;
+    const auto result = decompress(body + 1, length - 1, text.data(), text.size(), &used, &made);
+    return result == LIBDEFLATE_SUCCESS ? raw_profile_orientation(text.data(), made) : 1;
+}
+
 }  // namespace
 
 bool is_png(const std::uint8_t* data, std::size_t size) {
@@ -257,7 +271,8 @@ void PngReader::plan_passes() {
 }
 
 void PngReader::read_chunks() {
-    bool ended = false, idat_over = false;
+    bool ended = false, idat_over = false, has_exif = false;
+    int in_text = 1;
     std::size_t at = 8;
     while (!ended) {
         const std::size_t left = size_ - at;
@@ -281,7 +296,9 @@ void PngReader::read_chunks() {
         const auto refuse = [&](const char* why) {
             throw DecodeError("its chunk " + std::string(type, type + 4) + " at byte " + std::to_string(at) + why);
         };
-        if (checksums && !cut_ && (critical || strict_ || name == name_of("tRNS") || name == name_of("eXIf")) &&
+        const bool is_text = name == name_of("tEXt") || name == name_of("zTXt");
+        const bool used = critical || is_text || name == name_of("tRNS") || name == name_of("eXIf");
+        if (checksums && !cut_ && (used || strict_) &&
             libdeflate_crc32(0, type, 4 + length) != big32(body + length)) {
             if (critical || strict_) refuse(" has a wrong checksum");
             at += 12 + length;
@@ -312,6 +329,11 @@ void PngReader::read_chunks() {
             }
             case name_of("eXIf"):
                 orientation_ = exif_orientation(body, length);
+                has_exif = true;
+                break;
+            case name_of("tEXt"):
+            case name_of("zTXt"):
+                in_text = std::max(in_text, text_orientation(name == name_of("zTXt"), body, length));
                 break;
             case name_of("IDAT"):
                 if (idat_over) refuse(" does not follow the others");
@@ -329,6 +351,7 @@ void PngReader::read_chunks() {
         if (cut_) break;
         at += 12 + length;
     }
+    if (!has_exif) orientation_ = in_text;
     if (cut_ && (strict_ || idat_count_ == 0)) throw DecodeError("its PNG data end early");
     if (idat_count_ == 0) throw DecodeError("it has no image data");
 }

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 import polydpo_fast
 from polydpo_fast import DecodeError, DecodeLimits, decode_pairs
@@ -309,6 +310,39 @@ def test_exif_orientation(orientation, options, byte_order):
         [jpeg(picture(61, 83))] * 1, [data], size=(40, 32), dtype=torch.uint8, exif="ignore", **options
     )
     assert torch.equal(ignored, plain.pixels)
+
+
+def raw_profile(data):
+    """As ImageMagick writes it."""
+    digits = data.hex()
+    lines = [digits[at : at + 72] for at in range(0, len(digits), 72)]
+    return f"\nexif\n{len(data):8}\n" + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_exif_in_a_text_of_a_png(compressed):
+    image = picture(61, 83)
+    for orientation in range(1, 9):
+        texts = PngInfo()
+        texts.add_text("Software", "somebody's")
+        texts.add_text("Raw profile type exif", raw_profile(exif(orientation)), zip=compressed)
+        data, both = png(image, pnginfo=texts), png(image, pnginfo=texts, exif=exif(3)[6:])
+        decoded = decode_pairs([data], [both], size=(40, 32), dtype=torch.uint8).pixels
+        assert levels_apart(decoded[0], pillow_pixels(data, (40, 32))) <= 1
+        # A chunk for EXIF says more than a text.
+        assert levels_apart(decoded[1], pillow_pixels(png(image, exif=exif(3)[6:]), (40, 32))) <= 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n\n", "\nexif\n  20\n", "\nexif\n  3\n4578z", "\nexif\n  3\n456", "9" * 300_000]
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_texts_that_hold_no_exif_turn_nothing(text, compressed):
+    texts = PngInfo()
+    texts.add_text("Raw profile type exif", text, zip=compressed)
+    plain, data = png(picture(20, 30)), png(picture(20, 30), pnginfo=texts)
+    decoded = decode_pairs([plain], [data], size=16, dtype=torch.uint8).pixels
+    assert torch.equal(decoded[0], decoded[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
