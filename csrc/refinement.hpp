@@ -115,6 +115,7 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
             ahead = Ahead(unknown, at);
             return next;
         };
+        // After the last position nothing fits before `stop` any more, so that the next look leads to the end.
         for (;;) {
             in.refill();
             std::uint32_t what = 0;
@@ -134,7 +135,6 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
                 negative |= signs >> at;
                 at = next;
             }
-            // As long as the last one is not reached: if it is, nothing more fits before `stop`.
             continue;
 
         special: {
