@@ -30,8 +30,8 @@ struct EntropyState {
     // A block of an MCU: its component, with tables; its number, and how far the next MCU's is.
     struct Place {
         Part* part;
-        const Differences* first;
-        const Pairs* rest;
+        const Differences* differences;
+        const Pairs* pairs;
         std::size_t number, step;
     };
 
@@ -51,8 +51,8 @@ struct EntropyState {
     unsigned ended;  // blocks that have nothing more in it
 
     Table tables[2][NUM_HUFF_TBLS];  // DC and AC
-    Differences first[NUM_HUFF_TBLS];
-    Pairs rest[NUM_HUFF_TBLS];
+    Differences differences[NUM_HUFF_TBLS];
+    Pairs pairs[NUM_HUFF_TBLS];
     Refinements refinements;
 
     // Of each block of a row of MCUs; or of the image, if it is progressive. `known` has a bit for each coefficient that is
@@ -202,7 +202,7 @@ int places_of(EntropyState& state, int row, EntropyState::Place* places) {
         for (int y = 0; y < down; ++y) {
             const std::size_t first = part.first + (static_cast<std::size_t>(row) * down + y) * part.stored_across;
             for (int x = 0; x < across; ++x) {
-                places[count++] = {&part, &state.first[part.dc_table], &state.rest[part.ac_table], first + x,
+                places[count++] = {&part, &state.differences[part.dc_table], &state.pairs[part.ac_table], first + x,
                                    static_cast<std::size_t>(across)};
             }
         }
@@ -263,9 +263,9 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
         JCOEF* const block = coefficients + at.number * DCTSIZE2;
         std::uint64_t known = 0;
         unsigned ended = 0, last = 0;
-        if (!read_first(in, *at.first, &at.part->last_dc)) return false;
+        if (!read_first(in, *at.differences, &at.part->last_dc)) return false;
         block[0] = static_cast<JCOEF>(at.part->last_dc);
-        const bool right = read_rest<false>(in, *at.rest, block, last, DCTSIZE2 - 1, 0, known, ended);
+        const bool right = read_rest<false>(in, *at.pairs, block, last, DCTSIZE2 - 1, 0, known, ended);
         lasts[at.number] = static_cast<std::uint8_t>(last);
         return right;
     });
@@ -276,7 +276,7 @@ POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
     JCOEF* const coefficients = state.coefficients.get();
     const int low = state.low;
     for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
-        if (!read_first(in, *at.first, &at.part->last_dc)) return false;
+        if (!read_first(in, *at.differences, &at.part->last_dc)) return false;
         const int value = at.part->last_dc * (1 << low);
         coefficients[at.number * DCTSIZE2] = static_cast<JCOEF>(value);
         return value == static_cast<JCOEF>(value);
@@ -294,7 +294,7 @@ POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
 }
 
 POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
-    const Pairs& pairs = state.rest[state.parts[state.in_scan[0]].ac_table];
+    const Pairs& pairs = state.pairs[state.parts[state.in_scan[0]].ac_table];
     const unsigned before = static_cast<unsigned>(state.from) - 1, to = static_cast<unsigned>(state.to);
     JCOEF* const coefficients = state.coefficients.get();
     std::uint64_t* const all_known = state.known.data();
@@ -371,9 +371,9 @@ void begin_scan(EntropyState& state, const std::uint8_t* from, const std::uint8_
             part.bits_missing[k] = static_cast<std::int8_t>(state.low);
         }
         need(part.dc_table >= 0 && part.dc_table < NUM_HUFF_TBLS && part.ac_table >= 0 && part.ac_table < NUM_HUFF_TBLS);
-        if (dc && first) need(state.first[part.dc_table].build(state.tables[0][part.dc_table]));
+        if (dc && first) need(state.differences[part.dc_table].build(state.tables[0][part.dc_table]));
         if (!state.progressive || (!dc && first)) {
-            need(state.rest[part.ac_table].build(state.tables[1][part.ac_table], state.progressive, state.low));
+            need(state.pairs[part.ac_table].build(state.tables[1][part.ac_table], state.progressive, state.low));
         }
         if (!dc && !first) need(state.refinements.build(state.tables[1][part.ac_table]));
         part.last_dc = 0;
@@ -588,8 +588,6 @@ EntropyDecoder::Row EntropyDecoder::row(int component, int y) const {
     const std::size_t number = part.first + static_cast<std::size_t>(above + y) * part.stored_across;
     return {state_->coefficients.get() + number * DCTSIZE2, state_->last.data() + number};
 }
-
-int EntropyDecoder::blocks_across(int component) const { return state_->parts[component].stored_across; }
 
 }  // namespace polydpo
 

@@ -41,14 +41,13 @@ public:
     // After the last row: everything up to the end of the image.
     void finish();
 
-    // A row of blocks in the row of MCUs that has been read.
+    // A row of blocks in the row of MCUs that has been read, with those of its last MCU that lie outside the image. A block
+    // more may be read.
     struct Row {
         const JCOEF* coefficients;  // of a block in the order of rows, block after block
         const std::uint8_t* last;   // of each block: no coefficient that comes later, in the order of storage, is not zero
     };
     Row row(int component, int y) const;
-    // Blocks in it, some of which may lie outside the image. What follows them may be read.
-    int blocks_across(int component) const;
 
 private:
     std::unique_ptr<EntropyState> state_;

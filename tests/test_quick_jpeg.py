@@ -53,6 +53,9 @@ def picture(kind, height, width):
     elif kind == "photograph":
         pixels = np.stack([128 + 100 * np.sin(x / 7 + y / 9), 128 + 90 * np.cos(x / 5), 255 * y / height], -1)
         pixels = pixels + rng.normal(0, 6, pixels.shape)
+    elif kind == "mosaic":  # whole blocks of one colour each
+        tiles = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3))
+        pixels = tiles.repeat(16, axis=0).repeat(16, axis=1)[:height, :width]
     else:  # whole blocks without a coefficient
         pixels = np.full((height, width, 3), (200, 30, 90))
         pixels[height // 3 :, width // 2 :] = (10, 200, 50)
@@ -66,7 +69,7 @@ def jpeg(image, **options):
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("kind", ["noise", "photograph", "flat"])
+@pytest.mark.parametrize("kind", ["noise", "photograph", "flat", "mosaic"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (8, 8), (33, 70), (121, 57)])
 def test_its_pixels_are_those_of_libjpeg(progressive, kind, mode, shape):
