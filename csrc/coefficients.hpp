@@ -14,6 +14,9 @@ constexpr std::uint8_t place[block_size] = {
     35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51,
     58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
+// Whether it is one, and stays one of the same sign when further bits make its absolute value grow.
+constexpr bool is_coefficient(int value) { return -32768 < value && value < 32768; }
+
 // Masks are in the order of storage, the first coefficient uppermost.
 constexpr std::uint64_t bit_of(unsigned position) { return std::uint64_t{1} << 63 >> position; }
 

@@ -21,7 +21,7 @@ struct EntropyState {
         int across, down;            // of it
         int in_mcu_across, in_mcu_down;
         int stored_across;           // whole MCUs
-        std::size_t first;           // number of its first block in what is kept
+        std::size_t first;           // number of its first block of those of the current row of MCUs, or of the image
         int name;
         int dc_table, ac_table;      // of the current scan
         int last_dc;
@@ -55,13 +55,12 @@ struct EntropyState {
     Pairs pairs[NUM_HUFF_TBLS];
     Refinements refinements;
 
-    // Of each block of a row of MCUs; or of the image, if it is progressive. `known` has a bit for each coefficient that is
-    // not zero, in the order of storage, the first uppermost.
+    // Of each block of a row of MCUs; or of the image, if it is progressive: then as its first scans gave them.
     std::unique_ptr<JCOEF[]> coefficients;
     std::size_t room = 0;  // for so many
-    std::vector<std::uint8_t> last;
-    std::vector<std::uint64_t> known;
-    std::vector<Changes> changes;  // of each block of a row
+    std::vector<Further> further;  // of each block of a progressive image
+    std::vector<std::uint8_t> last;  // of a row, be it of MCUs or of the blocks of a progressive image that are asked for
+    std::vector<JCOEF> whole;        // of the latter, with all their bits
 };
 
 namespace {
@@ -118,14 +117,21 @@ POLYDPO_INLINE bool read_first(Bits& in, const Differences& differences, int* la
 }
 
 // A block's coefficients after the one at `at`, up to that at `last`; `at` becomes the position of the last one there
-// is, or one later. Of progressive images, `known` gets their bits, and `ended` how many further blocks have none. There
-// must be 44 bits.
+// is, or one later. Of progressive images, `further` gets which they are, and `ended` how many further blocks have none.
+// There must be 44 bits.
 template <bool progressive>
 POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsigned& at, const unsigned last, int shift,
-                              std::uint64_t& known, unsigned& ended) {
+                              Further* further, unsigned& ended) {
+    // If it is not `none`. Without a branch, as nobody could foresee which is.
+    const auto put_unless = [&](bool none, unsigned position, std::uint64_t value) POLYDPO_INLINE_LAMBDA {
+        JCOEF nowhere;
+        JCOEF* const places[2] = {block + place[position], &nowhere};
+        *places[none] = static_cast<JCOEF>(value);
+        if (progressive) further->add(bit_of(position) & (std::uint64_t{none} - 1), value);
+    };
     const auto put = [&](unsigned position, std::uint64_t value) POLYDPO_INLINE_LAMBDA {
         block[place[position]] = static_cast<JCOEF>(value);
-        if (progressive) known |= bit_of(position);
+        if (progressive) further->add(bit_of(position), value);
     };
     for (;;) {
         std::uint64_t entry;
@@ -146,12 +152,9 @@ POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsi
     closing: {
         const unsigned first = at + (entry >> 16 & 255), second = at + (entry >> 24 & 255);
         if (__builtin_expect(second >= Pairs::end_of_block && (first < last || first >= Pairs::end_of_block), 1)) {
-            // The first or the second says that the block ends. Without a branch, as nobody could foresee which.
-            JCOEF nowhere;
+            // The first or the second says that the block ends.
             const bool none = first >= Pairs::end_of_block;
-            JCOEF* const places[2] = {block + place[first % DCTSIZE2], &nowhere};
-            *places[none] = static_cast<JCOEF>(entry >> 32);
-            if (progressive) known |= bit_of(first % DCTSIZE2) & (std::uint64_t{none} - 1);
+            put_unless(none, first % DCTSIZE2, entry >> 32);
             at = none ? at : first;
             in.drop(entry & 255);
             return true;
@@ -183,7 +186,7 @@ POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsi
         at += static_cast<unsigned>(run) + 1;
         if (size > 0) {
             const int value = extended(in.take(size), size) * (1 << shift);
-            if (at > last || value != static_cast<JCOEF>(value)) return false;
+            if (at > last || !is_coefficient(value)) return false;
             put(at, static_cast<std::uint64_t>(value));
             if (at == last) return true;
         } else if (at >= last) {
@@ -261,11 +264,10 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
     std::uint8_t* const lasts = state.last.data();
     for_each_block(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
         JCOEF* const block = coefficients + at.number * DCTSIZE2;
-        std::uint64_t known = 0;
         unsigned ended = 0, last = 0;
         if (!read_first(in, *at.differences, &at.part->last_dc)) return false;
         block[0] = static_cast<JCOEF>(at.part->last_dc);
-        const bool right = read_rest<false>(in, *at.pairs, block, last, DCTSIZE2 - 1, 0, known, ended);
+        const bool right = read_rest<false>(in, *at.pairs, block, last, DCTSIZE2 - 1, 0, nullptr, ended);
         lasts[at.number] = static_cast<std::uint8_t>(last);
         return right;
     });
@@ -285,10 +287,16 @@ POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
 
 POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
     JCOEF* const coefficients = state.coefficients.get();
+    Further* const further = state.further.data();
     const int low = state.low;
     for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
         in.refill();
-        coefficients[at.number * DCTSIZE2] |= static_cast<JCOEF>(in.take(1) << low);
+        const int bit = in.take(1);
+        if (low < Further::bits) {
+            further[at.number].grown[low] |= std::uint64_t(bit) << 63;  // whatever its sign
+        } else {
+            coefficients[at.number * DCTSIZE2] |= static_cast<JCOEF>(bit << low);
+        }
         return true;
     });
 }
@@ -297,7 +305,7 @@ POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
     const Pairs& pairs = state.pairs[state.parts[state.in_scan[0]].ac_table];
     const unsigned before = static_cast<unsigned>(state.from) - 1, to = static_cast<unsigned>(state.to);
     JCOEF* const coefficients = state.coefficients.get();
-    std::uint64_t* const all_known = state.known.data();
+    Further* const all_further = state.further.data();
     const int low = state.low;
     for_each_stretch(state, row, blocks, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
         for (const std::size_t end = number + static_cast<std::size_t>(count); number < end;) {
@@ -307,13 +315,14 @@ POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
                 number += empty;
                 continue;
             }
-            std::uint64_t known = all_known[number];
+            Further further = all_further[number];
             unsigned at = before;
             in.refill();
-            if (!read_rest<true>(in, pairs, coefficients + number * DCTSIZE2, at, to, low, known, state.ended)) {
+            if (!read_rest<true>(in, pairs, coefficients + number * DCTSIZE2, at, to, low, &further, state.ended)) {
                 return false;
             }
-            all_known[number++] = known;
+            all_further[number].known = further.known;
+            all_further[number++].negative = further.negative;
         }
         return true;
     });
@@ -322,22 +331,22 @@ POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
 template <class By>
 POLYDPO_V3_INLINE void refine_row(EntropyState& state, int row, int blocks) {
     const Refinements& refinements = state.refinements;
-    std::uint64_t* const known = state.known.data();
-    Changes* const changes = state.changes.data();
-    const int from = state.from, to = state.to;
-    const Part& part = state.parts[state.in_scan[0]];
-    const std::size_t first = part.first + static_cast<std::size_t>(row) * part.stored_across;
+    Further* const all_further = state.further.data();
+    JCOEF* const coefficients = state.coefficients.get();
+    const int from = state.from, to = state.to, low = state.low;
     for_each_stretch(state, row, blocks, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
-        bool right = true;
-        for (; right && count > 0; --count, ++number) {
-            right = refine<By>(in, refinements, from, to, known[number], changes[number - first], state.ended);
+        for (; count > 0; --count, ++number) {
+            Further& further = all_further[number];
+            std::uint64_t grown;
+            if (!refine<By>(in, refinements, from, to, further, grown, state.ended)) return false;
+            if (__builtin_expect(low < Further::bits, 1)) {
+                further.grown[low] |= grown;
+            } else {
+                grow(coefficients + number * DCTSIZE2, grown, further.negative, low);
+            }
         }
-        return right;
+        return true;
     });
-    JCOEFPTR block = state.coefficients.get() + first * DCTSIZE2;
-    for (int i = 0; i < blocks; ++i, block += DCTSIZE2) {
-        if (changes[i].which != 0) grow(block, changes[i], state.low);
-    }
 }
 
 POLYDPO_V3 void more_of_ac(EntropyState& state, int row, int blocks) { refine_row<ByLoop>(state, row, blocks); }
@@ -452,9 +461,6 @@ void read_progressive(EntropyState& state) {
     for (int i = 0; i < state.count; ++i) {
         for (const int bits : state.parts[i].bits_missing) need(bits == 0);
     }
-    std::transform(state.known.begin(), state.known.end(), state.last.begin(), [](std::uint64_t known) {
-        return static_cast<std::uint8_t>(known == 0 ? 0 : 63 - __builtin_ctzll(known));
-    });
 }
 
 std::int64_t divided_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
@@ -492,7 +498,7 @@ std::int64_t EntropyDecoder::memory(const jpeg_decompress_struct& info) {
     if (!info.progressive_mode) return 0;
     const std::int64_t h = samples_across(info, 0), v = samples_down(info, 0);
     const std::int64_t mcus = divided_up(info.image_width, DCTSIZE * h) * divided_up(info.image_height, DCTSIZE * v);
-    const auto of_block = static_cast<std::int64_t>(sizeof(JBLOCK) + sizeof(std::uint64_t) + sizeof(std::uint8_t));
+    const auto of_block = static_cast<std::int64_t>(sizeof(JBLOCK) + sizeof(Further));
     return mcus * (h * v + info.num_components - 1) * of_block;
 }
 
@@ -528,9 +534,10 @@ EntropyDecoder::EntropyDecoder(const jpeg_decompress_struct& info, int most_scan
         state.room = room;
     }
     std::fill_n(state.coefficients.get() + blocks * DCTSIZE2, DCTSIZE2, JCOEF{0});
-    state.last.assign(blocks + 1, 0);
-    state.known.assign(state.progressive ? blocks : 0, 0);
-    state.changes.resize(static_cast<std::size_t>(state.parts[0].stored_across));
+    state.further.assign(state.progressive ? blocks : 0, Further());
+    const auto across = static_cast<std::size_t>(state.parts[0].stored_across);
+    state.last.assign((state.progressive ? across : blocks) + 1, 0);
+    if (state.progressive) state.whole.assign((across + 1) * DCTSIZE2, 0);
     for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
         for (int ac = 0; ac < 2; ++ac) {
             const JHUFF_TBL* given = ac ? info.ac_huff_tbl_ptrs[i] : info.dc_huff_tbl_ptrs[i];
@@ -561,8 +568,7 @@ EntropyDecoder::~EntropyDecoder() {
     if (state_->progressive) {
         state_->coefficients.reset();
         state_->room = 0;
-        std::vector<std::uint8_t>().swap(state_->last);
-        std::vector<std::uint64_t>().swap(state_->known);
+        std::vector<Further>().swap(state_->further);
     }
     spare = std::move(state_);
 }
@@ -582,11 +588,15 @@ void EntropyDecoder::finish() {
     if (!state_->progressive) need(!next_scan(*state_));
 }
 
-EntropyDecoder::Row EntropyDecoder::row(int component, int y) const {
-    const Part& part = state_->parts[component];
-    const int above = state_->progressive ? (state_->row - 1) * part.in_mcu_down : 0;
-    const std::size_t number = part.first + static_cast<std::size_t>(above + y) * part.stored_across;
-    return {state_->coefficients.get() + number * DCTSIZE2, state_->last.data() + number};
+EntropyDecoder::Row EntropyDecoder::row(int component, int y, int left, int count) {
+    EntropyState& state = *state_;
+    const Part& part = state.parts[component];
+    const int above = state.progressive ? (state.row - 1) * part.in_mcu_down : 0;
+    const std::size_t number = part.first + static_cast<std::size_t>(above + y) * part.stored_across + left;
+    const JCOEF* const coefficients = state.coefficients.get() + number * DCTSIZE2;
+    if (!state.progressive) return {coefficients, state.last.data() + number};
+    make_whole(coefficients, state.further.data() + number, count, state.whole.data(), state.last.data());
+    return {state.whole.data(), state.last.data()};
 }
 
 }  // namespace polydpo

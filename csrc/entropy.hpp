@@ -41,13 +41,13 @@ public:
     // After the last row: everything up to the end of the image.
     void finish();
 
-    // A row of blocks in the row of MCUs that has been read, with those of its last MCU that lie outside the image. A block
-    // more may be read.
+    // Of `count` blocks from the one at `left` on, in row y of those in the row of MCUs that has been read; the last MCU has
+    // some outside the image. Valid until the next call. A block more may be read.
     struct Row {
         const JCOEF* coefficients;  // of a block in the order of rows, block after block
         const std::uint8_t* last;   // of each block: no coefficient that comes later, in the order of storage, is not zero
     };
-    Row row(int component, int y) const;
+    Row row(int component, int y, int left, int count);
 
 private:
     std::unique_ptr<EntropyState> state_;

@@ -147,7 +147,7 @@ private:
             if (rest < 0 || (size == 0 && (run == 15 || (progressive && run > 0)))) return;
             for (int i = 0; i < 1 << size; ++i) {
                 const int value = extended(i, size) * (1 << shift);
-                if (value != static_cast<std::int16_t>(value)) continue;
+                if (!is_coefficient(value)) continue;
                 const One one{static_cast<std::uint8_t>(length + size),
                               static_cast<std::uint8_t>(size == 0 ? end_of_block : run + 1), static_cast<std::int16_t>(value)};
                 std::fill_n(ones + (((code << size) + i) << rest), 1 << rest, one);
@@ -179,16 +179,26 @@ private:
 // What the next bits say where a further bit of known coefficients is read: two symbols at most.
 class Refinements {
 public:
-    static constexpr int bits = 10;
-    static constexpr std::uint32_t special = 1u << 31;
+    static constexpr int bits = 11;
 
+    // In one word, as it is looked up where everything waits for it. From the least significant bit: bits of both symbols (6)
+    // and of the first (4); how many unknown coefficients come before the first that becomes known (4), how many in all,
+    // with these (5); whether the block ends (1); which of the unknown ones become known and are negative (22), and which
+    // become known (22), the uppermost bit being the next unknown one. Where the block ends, its only coefficient is among
+    // the next ten, and the lower twelve of the 22 say how many blocks end, this one among them.
     struct Entry {
-        // From the least significant bit: bits of both symbols and of the first (4 each); how many unknown coefficients come
-        // before the first that becomes known (4); how many in all, with these (6); how many blocks end then, this one
-        // among them (12). `special`: some end; or, if there is nothing else, it is left to the long way, as are runs of
-        // sixteen that end at none.
-        std::uint32_t what = 0;
-        std::uint32_t found = 0, negative = 0;  // which they are, the uppermost bit being the next unknown one
+        std::uint64_t word = ends_only;
+
+        POLYDPO_INLINE int length() const { return static_cast<int>(word & 63); }
+        POLYDPO_INLINE int first_length() const { return static_cast<int>(word >> 6 & 15); }
+        POLYDPO_INLINE int run() const { return static_cast<int>(word >> 10 & 15); }
+        POLYDPO_INLINE int advance() const { return static_cast<int>(word >> 14 & 31); }
+        POLYDPO_INLINE bool ends() const { return word & ends_only; }
+        POLYDPO_INLINE unsigned ended() const { return static_cast<unsigned>(word >> 20 & 0xfff); }
+        POLYDPO_INLINE std::uint64_t negative() const { return word << reach & found(); }
+        POLYDPO_INLINE std::uint64_t found() const { return word & ~std::uint64_t{0} << (64 - reach); }
+        // Neither is complete, or the first is a run of sixteen that ends at none.
+        POLYDPO_INLINE bool is_long() const { return word == ends_only; }
     };
     Entry entries[1 << bits];
     Codes codes;
@@ -201,37 +211,55 @@ public:
     }
 
 private:
+    static constexpr unsigned reach = 22, reach_at_end = 10;
+    static constexpr std::uint64_t ends_only = 1u << 19;
+
+    struct One {
+        unsigned bits = 0;  // 0: left to the long way
+        unsigned run = 0;   // of unknown ones
+        unsigned ended = 0;
+        bool is_negative = false;
+
+        unsigned advance() const { return ended > 0 ? 0 : run + 1; }
+    };
+
     bool make(const Table& table) {
-        Entry ones[1 << bits];
+        One ones[1 << bits];
         const bool right = for_each_code(table, [&](int length, int code, std::uint8_t symbol) {
             const unsigned size = symbol & 15, run = symbol >> 4, extra = size == 0 ? run : size;
             const int all = length + static_cast<int>(extra), rest = bits - all;
             if (size > 1 || (size == 0 && run == 15) || rest < 0) return;
             for (unsigned i = 0; i < 1u << extra; ++i) {
-                Entry one{static_cast<std::uint32_t>(all)};
-                if (size == 0) {
-                    one.what |= special | ((1u << run) + i) << 18;
-                } else {
-                    one.what |= one.what << 4 | run << 8 | (run + 1) << 12;
-                    one.found = 1u << 31 >> run;
-                    one.negative = i == 0 ? one.found : 0;
-                }
+                const One one{static_cast<unsigned>(all), size == 0 ? 0 : run, size == 0 ? (1u << run) + i : 0,
+                              size == 1 && i == 0};
                 std::fill_n(ones + (((static_cast<unsigned>(code) << extra) + i) << rest), 1 << rest, one);
             }
         });
         if (!right || !codes.build(table)) return false;
         for (unsigned i = 0; i < 1u << bits; ++i) {
-            Entry entry = ones[i];
-            const Entry next = ones[i << (entry.what & 15) & ((1u << bits) - 1)];
-            const std::uint32_t all = (entry.what & 15) + (next.what & 15), advance = entry.what >> 12 & 63;
-            if (entry.what != 0 && !(entry.what & special) && next.what != 0 && all <= bits) {
-                entry.what = (entry.what & ~15u) + all + (next.what & (special | 0xfff << 18 | 63 << 12));
-                entry.found |= next.found >> advance;
-                entry.negative |= next.negative >> advance;
-            }
-            entries[i] = entry.what != 0 ? entry : Entry{special};
+            const One first = ones[i], next = ones[i << first.bits & ((1u << bits) - 1)];
+            const bool both = first.bits > 0 && first.ended == 0 && next.bits > 0 && first.bits + next.bits <= bits &&
+                              (next.ended > 0 ? first.run < reach_at_end : first.advance() + next.advance() <= reach);
+            entries[i] = first.bits == 0 ? Entry() : entry(first, both ? next : One());
         }
         return true;
+    }
+
+    static Entry entry(const One& first, const One& second) {
+        std::uint64_t found = 0, negative = 0;
+        unsigned advance = 0, ended = 0;
+        for (const One& one : {first, second}) {
+            if (one.bits == 0) continue;
+            if (one.ended == 0) {
+                const std::uint64_t it = std::uint64_t{1} << 63 >> (advance + one.run);
+                found |= it;
+                negative |= one.is_negative ? it : 0;
+            }
+            advance += one.advance();
+            ended += one.ended;
+        }
+        return {(first.bits + second.bits) | first.bits << 6 | first.run << 10 | advance << 14 |
+                (ended > 0 ? ends_only : 0) | std::uint64_t{ended} << 20 | negative >> reach | found};
     }
 
     bool built_ = false;

@@ -158,9 +158,9 @@ private:
     void transform(int part) {
         const int rows = mcu_height() / half_down(part), first = mcu_rows_ * rows, left = first_block_[part];
         for (int y = 0; y < rows; y += DCTSIZE) {
-            const EntropyDecoder::Row row = entropy_.row(part, y / DCTSIZE);
-            inverse_dct(row.coefficients + DCTSIZE2 * static_cast<std::ptrdiff_t>(left), row.last + left, blocks_[part],
-                        steps_[part], samples_[part].at(first + y, DCTSIZE * left), samples_[part].stride());
+            const EntropyDecoder::Row row = entropy_.row(part, y / DCTSIZE, left, blocks_[part]);
+            inverse_dct(row.coefficients, row.last, blocks_[part], steps_[part], samples_[part].at(first + y, DCTSIZE * left),
+                        samples_[part].stride());
         }
         if (part > 0) samples_[part].extend(first, rows, DCTSIZE * (left + blocks_[part]));
     }

@@ -15,10 +15,20 @@
 
 namespace polydpo::jpeg {
 
-// What a scan of further bits changes in a block.
-struct Changes {
-    std::uint64_t which;     // coefficients whose absolute values grow, those that become known among them
-    std::uint64_t negative;  // those that become known as negative ones
+// What is known of a block of a progressive image, beside the coefficients that its first scans gave. Those of further bits
+// are kept as masks, two of them at most, until the block is made whole.
+struct Further {
+    static constexpr int bits = 2;
+
+    std::uint64_t known = 0;         // coefficients that are not zero
+    std::uint64_t negative = 0;      // of them
+    std::uint64_t grown[bits] = {};  // coefficients whose absolute values are greater by 1, and by 2
+
+    // A coefficient of a first scan: its bit, and its value in the lowest sixteen.
+    POLYDPO_INLINE void add(std::uint64_t bit, std::uint64_t value) {
+        known |= bit;
+        negative |= bit & static_cast<std::uint64_t>(static_cast<std::int64_t>(value << 48) >> 63);
+    }
 };
 
 // Two ways to the same: with the instruction PDEP and without it.
@@ -79,18 +89,17 @@ private:
 };
 
 // Without a branch, as nobody could foresee it.
-POLYDPO_INLINE int select(int mask, std::uint32_t where, std::uint32_t elsewhere) {
-    return static_cast<int>(elsewhere ^ ((where ^ elsewhere) & static_cast<std::uint32_t>(mask)));
-}
+POLYDPO_INLINE int select(int mask, int where, int elsewhere) { return elsewhere ^ ((where ^ elsewhere) & mask); }
 
 // A further bit of the coefficients of a block. Where one becomes known, a symbol says how many unknown ones are passed
 // over; the bits of the known ones among them follow it, and are kept until the end of the block. `at` and `last`: the first
-// and the last position of the scan; `known`: the block's coefficients that are not zero; `ended`: blocks, from this one on,
-// of which only known coefficients get bits. False: there is no such code, or there are too few unknown coefficients.
+// and the last position of the scan; `grown`: coefficients whose absolute values grow, those that become known among them;
+// `ended`: blocks, from this one on, of which only known coefficients get bits. False: there is no such code, or there are
+// too few unknown coefficients.
 template <class By>
-POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, const int last, std::uint64_t& known,
-                              Changes& changes, unsigned& ended) {
-    const std::uint64_t band = bits_of(at, last), before = known & band, unknown = band & ~before;
+POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, const int last, Further& block,
+                              std::uint64_t& grown, unsigned& ended) {
+    const std::uint64_t band = bits_of(at, last), before = block.known & band, unknown = band & ~before;
     std::uint64_t added = 0, found = 0, negative = 0;
     const auto read_added = [&](int count) POLYDPO_INLINE_LAMBDA {
         if (__builtin_expect(count > in.count, 0)) {
@@ -118,39 +127,35 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
         // After the last position nothing fits before `stop` any more, so that the next look leads to the end.
         for (;;) {
             in.refill();
-            std::uint32_t what = 0;
-            std::uint64_t these = 0, signs = 0;
+            Refinements::Entry entry;
 #pragma GCC unroll 5
             for (int look = 0; look < 56 / Refinements::bits; ++look) {
-                const Refinements::Entry& entry = symbols.entries[in.bits >> (64 - Refinements::bits)];
-                what = entry.what;
-                these = std::uint64_t{entry.found} << 32;
-                signs = std::uint64_t{entry.negative} << 32;
-                if (what & Refinements::special) goto special;
+                entry = symbols.entries[in.bits >> (64 - Refinements::bits)];
+                if (entry.ends()) goto ending;
                 // Where nothing known lies between, it is clear at once where they belong; and mostly nothing does.
-                const int next = at + static_cast<int>(what >> 12 & 63);
+                const int next = at + entry.advance();
                 if (__builtin_expect(next > ahead.stop, 0)) goto passing;
-                in.drop(what & 15);
-                found |= these >> at;
-                negative |= signs >> at;
+                in.drop(entry.length());
+                found |= entry.found() >> at;
+                negative |= entry.negative() >> at;
                 at = next;
             }
             continue;
 
-        special: {
+        ending: {
             if (at > last) goto end;
-            if (what == Refinements::special) goto long_way;
-            // One or none becomes known, and the block ends.
-            const int next = at + static_cast<int>(what >> 12 & 63);
+            if (entry.is_long()) goto long_way;
+            // One or none becomes known before.
+            const int next = at + entry.advance();
             if (__builtin_expect(next > ahead.stop, 0)) goto passing;
-            found |= these >> at;
-            negative |= signs >> at;
+            found |= entry.found() >> at;
+            negative |= entry.negative() >> at;
             at = next;
             if (__builtin_expect(at > last, 0)) {
-                in.drop(what >> 4 & 15);
+                in.drop(entry.first_length());
             } else {
-                in.drop(what & 15);
-                ended = what >> 18 & 0xfff;
+                in.drop(entry.length());
+                ended = entry.ended();
             }
             goto end;
         }
@@ -158,13 +163,13 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
         passing: {
             if (at > last) goto end;
             // The first or the second passes over what is known: mostly over all there is before the next unknown one.
-            const int free = ahead.stop - at, first = what >> 8 & 15, second = -(first < free);
-            const int run = select(second, (what >> 12 & 63) - 1, static_cast<std::uint32_t>(first));
-            const int length = select(second, what, what >> 4) & 15;
-            const std::uint64_t before_it = these & ~(~std::uint64_t{0} >> free);
-            found |= before_it >> at;
-            negative |= (before_it & signs) >> at;
-            const std::uint64_t sign = signs << run;
+            const int free = ahead.stop - at, second = -(entry.run() < free);
+            const int run = select(second, entry.advance() - 1, entry.run());
+            const int length = select(second, entry.length(), entry.first_length());
+            const std::uint64_t before_it = ~(~std::uint64_t{0} >> free);
+            found |= (entry.found() & before_it) >> at;
+            negative |= (entry.negative() & before_it) >> at;
+            const bool is_negative = entry.negative() << run >> 63;
             std::uint64_t next;
             if (__builtin_expect(run < free + ahead.further, 1)) {
                 in.drop(length);
@@ -173,17 +178,17 @@ POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, cons
                 next = bit_of(static_cast<unsigned>(at++));
                 ahead = Ahead(unknown, at);
             } else {
-                if (second) at += first + 1;
+                if (second) at += entry.run() + 1;
                 if (at > last) {
-                    in.drop(what >> 4 & 15);
+                    in.drop(entry.first_length());
                     goto end;
                 }
                 in.drop(length);
-                next = pass(second ? run - first - 1 : run);
+                next = pass(second ? run - entry.run() - 1 : run);
                 if (next == 0) return false;
             }
             found |= next;
-            negative |= sign >> 63 ? next : 0;
+            negative |= is_negative ? next : 0;
             continue;
         }
 
@@ -213,8 +218,9 @@ end:
             read_added(__builtin_popcountll(rest));
         }
     }
-    known |= found;
-    changes = {found | By::spread(added, before), negative};
+    block.known |= found;
+    block.negative |= negative;
+    grown = found | By::spread(added, before);
     return true;
 }
 
@@ -232,29 +238,40 @@ constexpr InRows make_in_rows() {
 }
 constexpr InRows in_rows = make_in_rows();
 
-// Adds 1 << shift to the absolute values.
-POLYDPO_V3_INLINE void grow(std::int16_t* block, const Changes& changes, int shift) {
-    const auto load = [](const void* from) POLYDPO_V3_LAMBDA {
-        return _mm256_load_si256(static_cast<const __m256i*>(from));
-    };
-    const __m256i which = _mm256_set1_epi64x(static_cast<std::int64_t>(changes.which));
-    const __m256i negative = _mm256_set1_epi64x(static_cast<std::int64_t>(changes.negative));
-    const __m256i by = _mm256_set1_epi16(static_cast<short>(1 << shift));
-    for (int i = 0; i < block_size; i += 32) {
-        const __m256i byte = load(in_rows.byte + i), bit = load(in_rows.bit + i);
-        const auto bytes = [byte, bit](__m256i mask) POLYDPO_V3_LAMBDA {
-            return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(mask, byte), bit), bit);
+// Adds 1 << shift to the absolute values of `grown`.
+inline void grow(std::int16_t* block, std::uint64_t grown, std::uint64_t negative, int shift) {
+    for (; grown != 0; grown &= grown - 1) {
+        const auto position = static_cast<unsigned>(63 - __builtin_ctzll(grown));
+        block[place[position]] += static_cast<std::int16_t>(negative & bit_of(position) ? -(1 << shift) : 1 << shift);
+    }
+}
+
+// Blocks with all their bits, from the coefficients of their first scans; and of each the position of its last coefficient.
+POLYDPO_V3 inline void make_whole(const std::int16_t* from, const Further* further, int count, std::int16_t* to,
+                                  std::uint8_t* last) {
+    for (int i = 0; i < count; ++i, ++further) {
+        last[i] = static_cast<std::uint8_t>(further->known == 0 ? 0 : 63 - __builtin_ctzll(further->known));
+        const auto everywhere = [](std::uint64_t mask) POLYDPO_V3_LAMBDA {
+            return _mm256_set1_epi64x(static_cast<std::int64_t>(mask));
         };
-        const __m256i these = bytes(which), new_ones = bytes(negative);
-        const auto half = [block, by](int at, __m128i these, __m128i new_ones) POLYDPO_V3_LAMBDA {
-            auto* words = reinterpret_cast<__m256i*>(block + at);
-            const __m256i values = _mm256_loadu_si256(words);
-            const __m256i below = _mm256_or_si256(_mm256_srai_epi16(values, 15), _mm256_cvtepi8_epi16(new_ones));
-            const __m256i more = _mm256_and_si256(_mm256_cvtepi8_epi16(these), by);
-            _mm256_storeu_si256(words, _mm256_add_epi16(values, _mm256_sub_epi16(_mm256_xor_si256(more, below), below)));
-        };
-        half(i, _mm256_castsi256_si128(these), _mm256_castsi256_si128(new_ones));
-        half(i + 16, _mm256_extracti128_si256(these, 1), _mm256_extracti128_si256(new_ones, 1));
+        const __m256i ones = everywhere(further->grown[0]), twos = everywhere(further->grown[1]);
+        const __m256i negative = everywhere(further->negative);
+        for (int at = 0; at < block_size; at += 32, from += 32, to += 32) {
+            const __m256i byte = _mm256_load_si256(reinterpret_cast<const __m256i*>(in_rows.byte + at));
+            const __m256i bit = _mm256_load_si256(reinterpret_cast<const __m256i*>(in_rows.bit + at));
+            const auto bytes = [byte, bit](__m256i mask) POLYDPO_V3_LAMBDA {  // -1 or 0
+                return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(mask, byte), bit), bit);
+            };
+            const __m256i two = bytes(twos), below = bytes(negative);
+            const __m256i less = _mm256_add_epi8(_mm256_add_epi8(two, two), bytes(ones));  // minus what they grow by
+            const __m256i more = _mm256_sub_epi8(_mm256_xor_si256(less, below), below);    // minus that, with its sign
+            const auto half = [from, to](int at, __m128i more) POLYDPO_V3_LAMBDA {
+                const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at), _mm256_sub_epi16(values, _mm256_cvtepi8_epi16(more)));
+            };
+            half(0, _mm256_castsi256_si128(more));
+            half(16, _mm256_extracti128_si256(more, 1));
+        }
     }
 }
 
