@@ -7,6 +7,11 @@ namespace polydpo::jpeg {
 
 constexpr int block_size = 64;
 
+// A block's coefficients in the order of rows: two lines of the caches.
+struct alignas(64) Block {
+    std::int16_t values[block_size];
+};
+
 // From the order in which they are stored to the order of rows.
 constexpr std::uint8_t place[block_size] = {
      0,  1,  8, 16,  9,  2,  3, 10, 17, 24, 32, 25, 18, 11,  4,  5,

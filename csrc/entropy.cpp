@@ -3,6 +3,7 @@
 #ifdef POLYDPO_V3
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -55,12 +56,11 @@ struct EntropyState {
     Pairs pairs[NUM_HUFF_TBLS];
     Refinements refinements;
 
-    // Of each block of a row of MCUs; or of the image, if it is progressive: then as its first scans gave them.
-    std::unique_ptr<JCOEF[]> coefficients;
-    std::size_t room = 0;  // for so many
+    std::unique_ptr<Block[]> blocks;  // of a row of MCUs; or of the image, as its first scans gave them, if it is progressive
+    std::size_t room = 0;             // for so many
     std::vector<Further> further;  // of each block of a progressive image
     std::vector<std::uint8_t> last;  // of a row, be it of MCUs or of the blocks of a progressive image that are asked for
-    std::vector<JCOEF> whole;        // of the latter, with all their bits
+    std::vector<Block> whole;        // the latter, with all their bits
 };
 
 namespace {
@@ -120,7 +120,7 @@ POLYDPO_INLINE bool read_first(Bits& in, const Differences& differences, int* la
 // is, or one later. Of progressive images, `further` gets which they are, and `ended` how many further blocks have none.
 // There must be 44 bits.
 template <bool progressive>
-POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEFPTR block, unsigned& at, const unsigned last, int shift,
+POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEF* block, unsigned& at, const unsigned last, int shift,
                               Further* further, unsigned& ended) {
     // If it is not `none`. Without a branch, as nobody could foresee which is.
     const auto put_unless = [&](bool none, unsigned position, std::uint64_t value) POLYDPO_INLINE_LAMBDA {
@@ -215,11 +215,11 @@ int places_of(EntropyState& state, int row, EntropyState::Place* places) {
 
 // Calls read(in, first, count) for the blocks of a row, in a scan of one component, some of them at a time.
 template <class Read>
-POLYDPO_V3_INLINE void for_each_stretch(EntropyState& state, int row, int blocks, Read read) {
+POLYDPO_V3_INLINE void for_each_stretch(EntropyState& state, int row, int across, Read read) {
     const Part& part = state.parts[state.in_scan[0]];
     std::size_t number = part.first + static_cast<std::size_t>(row) * part.stored_across;
     Bits in = state.unread;
-    for (int rest = blocks; rest > 0;) {
+    for (int rest = across; rest > 0;) {
         const int count = prepare(state, in, std::min(rest, most_blocks_of_mcu));
         check(state, in, read(in, number, count));
         number += static_cast<std::size_t>(count);
@@ -253,17 +253,17 @@ void clear(EntropyState& state, int row) {
         const bool alone = state.scan_count == 1, is_last = alone && row == part.down - 1;
         const int first = alone ? row : row * part.in_mcu_down;
         const int end = is_last ? state.mcu_rows * part.in_mcu_down : first + (alone ? 1 : part.in_mcu_down);
-        JCOEF* const from = state.coefficients.get() + (part.first + static_cast<std::size_t>(first) * part.stored_across) * DCTSIZE2;
-        std::fill_n(from, static_cast<std::size_t>(end - first) * part.stored_across * DCTSIZE2, JCOEF{0});
+        Block* const from = state.blocks.get() + part.first + static_cast<std::size_t>(first) * part.stored_across;
+        std::memset(from, 0, static_cast<std::size_t>(end - first) * part.stored_across * sizeof(Block));
     }
 }
 
 POLYDPO_V3 void read_sequential(EntropyState& state) {
-    std::fill_n(state.coefficients.get(), state.room, JCOEF{0});
-    JCOEF* const coefficients = state.coefficients.get();
+    std::memset(state.blocks.get(), 0, state.room * sizeof(Block));
+    Block* const blocks = state.blocks.get();
     std::uint8_t* const lasts = state.last.data();
     for_each_block(state, 0, state.mcus_across, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
-        JCOEF* const block = coefficients + at.number * DCTSIZE2;
+        JCOEF* const block = blocks[at.number].values;
         unsigned ended = 0, last = 0;
         if (!read_first(in, *at.differences, &at.part->last_dc)) return false;
         block[0] = static_cast<JCOEF>(at.part->last_dc);
@@ -275,39 +275,39 @@ POLYDPO_V3 void read_sequential(EntropyState& state) {
 
 POLYDPO_V3 void first_of_dc(EntropyState& state, int row, int mcus) {
     clear(state, row);
-    JCOEF* const coefficients = state.coefficients.get();
+    Block* const blocks = state.blocks.get();
     const int low = state.low;
     for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
         if (!read_first(in, *at.differences, &at.part->last_dc)) return false;
         const int value = at.part->last_dc * (1 << low);
-        coefficients[at.number * DCTSIZE2] = static_cast<JCOEF>(value);
+        blocks[at.number].values[0] = static_cast<JCOEF>(value);
         return value == static_cast<JCOEF>(value);
     });
 }
 
 POLYDPO_V3 void more_of_dc(EntropyState& state, int row, int mcus) {
-    JCOEF* const coefficients = state.coefficients.get();
+    Block* const blocks = state.blocks.get();
     Further* const further = state.further.data();
     const int low = state.low;
     for_each_block(state, row, mcus, [&](Bits& in, const EntropyState::Place& at) POLYDPO_V3_LAMBDA {
-        in.refill();
+        if (in.count == 0) in.refill();
         const int bit = in.take(1);
         if (low < Further::bits) {
             further[at.number].grown[low] |= std::uint64_t(bit) << 63;  // whatever its sign
         } else {
-            coefficients[at.number * DCTSIZE2] |= static_cast<JCOEF>(bit << low);
+            blocks[at.number].values[0] |= static_cast<JCOEF>(bit << low);
         }
         return true;
     });
 }
 
-POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
+POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int across) {
     const Pairs& pairs = state.pairs[state.parts[state.in_scan[0]].ac_table];
     const unsigned before = static_cast<unsigned>(state.from) - 1, to = static_cast<unsigned>(state.to);
-    JCOEF* const coefficients = state.coefficients.get();
+    Block* const blocks = state.blocks.get();
     Further* const all_further = state.further.data();
     const int low = state.low;
-    for_each_stretch(state, row, blocks, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
+    for_each_stretch(state, row, across, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
         for (const std::size_t end = number + static_cast<std::size_t>(count); number < end;) {
             if (state.ended > 0) {
                 const std::size_t empty = std::min(end - number, std::size_t{state.ended});
@@ -318,7 +318,7 @@ POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
             Further further = all_further[number];
             unsigned at = before;
             in.refill();
-            if (!read_rest<true>(in, pairs, coefficients + number * DCTSIZE2, at, to, low, &further, state.ended)) {
+            if (!read_rest<true>(in, pairs, blocks[number].values, at, to, low, &further, state.ended)) {
                 return false;
             }
             all_further[number].known = further.known;
@@ -329,12 +329,12 @@ POLYDPO_V3 void first_of_ac(EntropyState& state, int row, int blocks) {
 }
 
 template <class By>
-POLYDPO_V3_INLINE void refine_row(EntropyState& state, int row, int blocks) {
+POLYDPO_V3_INLINE void refine_row(EntropyState& state, int row, int across) {
     const Refinements& refinements = state.refinements;
     Further* const all_further = state.further.data();
-    JCOEF* const coefficients = state.coefficients.get();
+    Block* const blocks = state.blocks.get();
     const int from = state.from, to = state.to, low = state.low;
-    for_each_stretch(state, row, blocks, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
+    for_each_stretch(state, row, across, [&](Bits& in, std::size_t number, int count) POLYDPO_V3_LAMBDA {
         for (; count > 0; --count, ++number) {
             Further& further = all_further[number];
             std::uint64_t grown;
@@ -342,15 +342,15 @@ POLYDPO_V3_INLINE void refine_row(EntropyState& state, int row, int blocks) {
             if (__builtin_expect(low < Further::bits, 1)) {
                 further.grown[low] |= grown;
             } else {
-                grow(coefficients + number * DCTSIZE2, grown, further.negative, low);
+                grow(blocks[number], grown, further.negative, low);
             }
         }
         return true;
     });
 }
 
-POLYDPO_V3 void more_of_ac(EntropyState& state, int row, int blocks) { refine_row<ByLoop>(state, row, blocks); }
-POLYDPO_V3 void more_of_ac_by_pdep(EntropyState& state, int row, int blocks) { refine_row<ByPdep>(state, row, blocks); }
+POLYDPO_V3 void more_of_ac(EntropyState& state, int row, int across) { refine_row<ByLoop>(state, row, across); }
+POLYDPO_V3 void more_of_ac_by_pdep(EntropyState& state, int row, int across) { refine_row<ByPdep>(state, row, across); }
 
 // ------------------------------------------------------------------------------------------------- markers
 
@@ -498,7 +498,7 @@ std::int64_t EntropyDecoder::memory(const jpeg_decompress_struct& info) {
     if (!info.progressive_mode) return 0;
     const std::int64_t h = samples_across(info, 0), v = samples_down(info, 0);
     const std::int64_t mcus = divided_up(info.image_width, DCTSIZE * h) * divided_up(info.image_height, DCTSIZE * v);
-    const auto of_block = static_cast<std::int64_t>(sizeof(JBLOCK) + sizeof(Further));
+    const auto of_block = static_cast<std::int64_t>(sizeof(Block) + sizeof(Further));
     return mcus * (h * v + info.num_components - 1) * of_block;
 }
 
@@ -528,16 +528,16 @@ EntropyDecoder::EntropyDecoder(const jpeg_decompress_struct& info, int most_scan
         blocks += static_cast<std::size_t>(part.stored_across) * v * (state.progressive ? state.mcu_rows : 1);
     }
     // One block more, as a row of blocks may be read two at a time.
-    const std::size_t room = (blocks + 1) * DCTSIZE2;
+    const std::size_t room = blocks + 1;
     if (state.room != room) {
-        state.coefficients.reset(new JCOEF[room]);  // not cleared yet
+        state.blocks.reset(new Block[room]);  // not cleared yet
         state.room = room;
     }
-    std::fill_n(state.coefficients.get() + blocks * DCTSIZE2, DCTSIZE2, JCOEF{0});
+    state.blocks[blocks] = Block{};
     state.further.assign(state.progressive ? blocks : 0, Further());
     const auto across = static_cast<std::size_t>(state.parts[0].stored_across);
     state.last.assign((state.progressive ? across : blocks) + 1, 0);
-    if (state.progressive) state.whole.assign((across + 1) * DCTSIZE2, 0);
+    if (state.progressive) state.whole.assign(across + 1, Block{});
     for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
         for (int ac = 0; ac < 2; ++ac) {
             const JHUFF_TBL* given = ac ? info.ac_huff_tbl_ptrs[i] : info.dc_huff_tbl_ptrs[i];
@@ -566,7 +566,7 @@ EntropyDecoder::EntropyDecoder(const jpeg_decompress_struct& info, int most_scan
 
 EntropyDecoder::~EntropyDecoder() {
     if (state_->progressive) {
-        state_->coefficients.reset();
+        state_->blocks.reset();
         state_->room = 0;
         std::vector<Further>().swap(state_->further);
     }
@@ -593,10 +593,10 @@ EntropyDecoder::Row EntropyDecoder::row(int component, int y, int left, int coun
     const Part& part = state.parts[component];
     const int above = state.progressive ? (state.row - 1) * part.in_mcu_down : 0;
     const std::size_t number = part.first + static_cast<std::size_t>(above + y) * part.stored_across + left;
-    const JCOEF* const coefficients = state.coefficients.get() + number * DCTSIZE2;
-    if (!state.progressive) return {coefficients, state.last.data() + number};
-    make_whole(coefficients, state.further.data() + number, count, state.whole.data(), state.last.data());
-    return {state.whole.data(), state.last.data()};
+    const Block* const blocks = state.blocks.get() + number;
+    if (!state.progressive) return {blocks->values, state.last.data() + number};
+    make_whole(blocks, state.further.data() + number, count, state.whole.data(), state.last.data());
+    return {state.whole[0].values, state.last.data()};
 }
 
 }  // namespace polydpo

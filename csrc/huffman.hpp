@@ -211,55 +211,41 @@ public:
     }
 
 private:
-    static constexpr unsigned reach = 22, reach_at_end = 10;
-    static constexpr std::uint64_t ends_only = 1u << 19;
-
-    struct One {
-        unsigned bits = 0;  // 0: left to the long way
-        unsigned run = 0;   // of unknown ones
-        unsigned ended = 0;
-        bool is_negative = false;
-
-        unsigned advance() const { return ended > 0 ? 0 : run + 1; }
-    };
+    static constexpr int reach = 22, reach_at_end = 10;
+    static constexpr std::uint64_t ends_only = 1u << 19, all_of_ended = 0xfffu << 20, all_of_advance = 31u << 14;
 
     bool make(const Table& table) {
-        One ones[1 << bits];
+        Entry ones[1 << bits];
         const bool right = for_each_code(table, [&](int length, int code, std::uint8_t symbol) {
-            const unsigned size = symbol & 15, run = symbol >> 4, extra = size == 0 ? run : size;
-            const int all = length + static_cast<int>(extra), rest = bits - all;
+            const int size = symbol & 15, run = symbol >> 4, extra = size == 0 ? run : size;
+            const int all = length + extra, rest = bits - all;
             if (size > 1 || (size == 0 && run == 15) || rest < 0) return;
             for (unsigned i = 0; i < 1u << extra; ++i) {
-                const One one{static_cast<unsigned>(all), size == 0 ? 0 : run, size == 0 ? (1u << run) + i : 0,
-                              size == 1 && i == 0};
-                std::fill_n(ones + (((static_cast<unsigned>(code) << extra) + i) << rest), 1 << rest, one);
+                std::uint64_t word = static_cast<std::uint64_t>(all | all << 6);
+                if (size == 0) {
+                    word |= ends_only | ((1u << run) + i) << 20;
+                } else {
+                    const std::uint64_t found = std::uint64_t{1} << 63 >> run;
+                    word |= static_cast<std::uint64_t>(run << 10 | (run + 1) << 14) | found | (i == 0 ? found >> reach : 0);
+                }
+                std::fill_n(ones + (((static_cast<unsigned>(code) << extra) + i) << rest), 1 << rest, Entry{word});
             }
         });
         if (!right || !codes.build(table)) return false;
         for (unsigned i = 0; i < 1u << bits; ++i) {
-            const One first = ones[i], next = ones[i << first.bits & ((1u << bits) - 1)];
-            const bool both = first.bits > 0 && first.ended == 0 && next.bits > 0 && first.bits + next.bits <= bits &&
-                              (next.ended > 0 ? first.run < reach_at_end : first.advance() + next.advance() <= reach);
-            entries[i] = first.bits == 0 ? Entry() : entry(first, both ? next : One());
+            const Entry first = ones[i], next = ones[i << first.length() & ((1u << bits) - 1)];
+            const bool both = !first.ends() && !next.is_long() && first.length() + next.length() <= bits &&
+                              (next.ends() ? first.run() < reach_at_end : first.advance() + next.advance() <= reach);
+            entries[i].word = first.word + (both ? behind(next, first.advance()) : 0);
         }
         return true;
     }
 
-    static Entry entry(const One& first, const One& second) {
-        std::uint64_t found = 0, negative = 0;
-        unsigned advance = 0, ended = 0;
-        for (const One& one : {first, second}) {
-            if (one.bits == 0) continue;
-            if (one.ended == 0) {
-                const std::uint64_t it = std::uint64_t{1} << 63 >> (advance + one.run);
-                found |= it;
-                negative |= one.is_negative ? it : 0;
-            }
-            advance += one.advance();
-            ended += one.ended;
-        }
-        return {(first.bits + second.bits) | first.bits << 6 | first.run << 10 | advance << 14 |
-                (ended > 0 ? ends_only : 0) | std::uint64_t{ended} << 20 | negative >> reach | found};
+    // What a second symbol adds to a first one.
+    static std::uint64_t behind(const Entry& entry, int advance) {
+        return static_cast<std::uint64_t>(entry.length()) |
+               (entry.word & (all_of_advance | ends_only | (entry.ends() ? all_of_ended : 0))) |
+               entry.found() >> advance | entry.negative() >> advance >> reach;
     }
 
     bool built_ = false;

@@ -17,7 +17,7 @@ namespace polydpo::jpeg {
 
 // What is known of a block of a progressive image, beside the coefficients that its first scans gave. Those of further bits
 // are kept as masks, two of them at most, until the block is made whole.
-struct Further {
+struct alignas(32) Further {
     static constexpr int bits = 2;
 
     std::uint64_t known = 0;         // coefficients that are not zero
@@ -239,17 +239,18 @@ constexpr InRows make_in_rows() {
 constexpr InRows in_rows = make_in_rows();
 
 // Adds 1 << shift to the absolute values of `grown`.
-inline void grow(std::int16_t* block, std::uint64_t grown, std::uint64_t negative, int shift) {
+inline void grow(Block& block, std::uint64_t grown, std::uint64_t negative, int shift) {
     for (; grown != 0; grown &= grown - 1) {
         const auto position = static_cast<unsigned>(63 - __builtin_ctzll(grown));
-        block[place[position]] += static_cast<std::int16_t>(negative & bit_of(position) ? -(1 << shift) : 1 << shift);
+        block.values[place[position]] += static_cast<std::int16_t>(negative & bit_of(position) ? -(1 << shift) : 1 << shift);
     }
 }
 
 // Blocks with all their bits, from the coefficients of their first scans; and of each the position of its last coefficient.
-POLYDPO_V3 inline void make_whole(const std::int16_t* from, const Further* further, int count, std::int16_t* to,
-                                  std::uint8_t* last) {
+POLYDPO_V3 inline void make_whole(const Block* blocks, const Further* further, int count, Block* whole, std::uint8_t* last) {
     for (int i = 0; i < count; ++i, ++further) {
+        const std::int16_t* from = blocks[i].values;
+        std::int16_t* to = whole[i].values;
         last[i] = static_cast<std::uint8_t>(further->known == 0 ? 0 : 63 - __builtin_ctzll(further->known));
         const auto everywhere = [](std::uint64_t mask) POLYDPO_V3_LAMBDA {
             return _mm256_set1_epi64x(static_cast<std::int64_t>(mask));
@@ -266,8 +267,8 @@ POLYDPO_V3 inline void make_whole(const std::int16_t* from, const Further* furth
             const __m256i less = _mm256_add_epi8(_mm256_add_epi8(two, two), bytes(ones));  // minus what they grow by
             const __m256i more = _mm256_sub_epi8(_mm256_xor_si256(less, below), below);    // minus that, with its sign
             const auto half = [from, to](int at, __m128i more) POLYDPO_V3_LAMBDA {
-                const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at), _mm256_sub_epi16(values, _mm256_cvtepi8_epi16(more)));
+                const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(to + at), _mm256_sub_epi16(values, _mm256_cvtepi8_epi16(more)));
             };
             half(0, _mm256_castsi256_si128(more));
             half(16, _mm256_extracti128_si256(more, 1));
