@@ -24,7 +24,8 @@ import polydpo_fast
 
 SIDE = 1024
 IMAGES = 4  # of a batch; even
-ROUNDS = 9
+ROUNDS = 5
+CALLS = 2  # of a way in a row
 
 
 def photograph(side):
@@ -216,7 +217,7 @@ def measured(source):
             runs[way.__name__] = way(data)
         except pytest.skip.Exception as reason:
             skipped[way.__name__] = str(reason)
-    times = interleaved(runs, ROUNDS)
+    times = interleaved(runs, ROUNDS, CALLS)
     return skipped | {name: Measured(source, name, times[name], per=IMAGES) for name in runs}
 
 
