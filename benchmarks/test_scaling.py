@@ -82,7 +82,7 @@ def decoded():
         **{("decoding, 8 pairs of 1024 x 1024, threads", n): (pictures[1024], 8, n) for n in (1, 2, 4, 8)},
         **{("decoding, two threads, pairs of 1024 x 1024", n): (pictures[1024], n, 2) for n in (1, 2, 4, 8, 16)},
     }
-    times = interleaved({place: decoding(*what) for place, what in places.items()}, rounds=7)
+    times = interleaved({place: decoding(*what) for place, what in places.items()}, rounds=7, calls=2)
     found = {}
     for (curve, at), (data, pairs, _) in places.items():
         facts = {"curve": curve, "at": at, "encoded_bytes": len(data)}

@@ -83,12 +83,13 @@ using RawRow = std::array<std::int64_t, 4>;
 
 // The caller vouches for `out`: 2B * 3 * height * width elements of the dtype; dtype -1 is planes, 2B * height * 3/2 *
 // width bytes. Returns the geometry of each sample,
-// (2B, 4) int64 (oriented height and width, crop top and left), and the failures as (sample, reason).
+// (2B, 4) int64 (oriented height and width, crop top and left), the failures as (sample, reason), and the damage that was let
+// pass, likewise.
 py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const std::vector<RawRow>& raw,
                        const std::vector<DrawRow>& draws, std::uintptr_t out, int dtype,
                        const std::array<float, 6>& normal, const std::array<std::uint8_t, 3>& background,
                        const std::array<int, 2>& size, int resize, int interpolation, bool apply_orientation,
-                       bool strict, const std::array<std::int64_t, 4>& limits, int threads, int jpeg) {
+                       bool strict, const std::array<std::int64_t, 5>& limits, int threads, int jpeg) {
     Buffers buffers;
     buffers.add(win, "win");
     buffers.add(lose, "lose");
@@ -111,7 +112,7 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
                                    {background[0], background[1], background[2]},
                                    apply_orientation,
                                    strict,
-                                   {limits[0], limits[1], limits[2], static_cast<int>(limits[3])},
+                                   {limits[0], limits[1], limits[2], static_cast<int>(limits[3]), limits[4]},
                                    threads,
                                    static_cast<polydpo::JpegDecoder>(jpeg)};
     bool interrupted = false;
@@ -131,7 +132,7 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
     if (interrupted) throw py::error_already_set();
     py::array_t<std::int64_t> geometry({images.size(), std::size_t{4}});
     auto view = geometry.mutable_unchecked<2>();
-    std::vector<std::pair<std::size_t, std::string>> failures;
+    std::vector<std::pair<std::size_t, std::string>> failures, damages;
     for (std::size_t i = 0; i < results.size(); ++i) {
         const polydpo::Decoded& result = results[i];
         view(i, 0) = result.original.height;
@@ -139,8 +140,9 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
         view(i, 2) = result.top;
         view(i, 3) = result.left;
         if (!result.error.empty()) failures.emplace_back(i, result.error);
+        if (result.error.empty() && !result.damage.empty()) damages.emplace_back(i, result.damage);
     }
-    return py::make_tuple(geometry, failures);
+    return py::make_tuple(geometry, failures, damages);
 }
 
 // What a foreign decoder is told of an image: height and width as stored; of the whole resized image; top, left, height and
@@ -157,7 +159,7 @@ PlanRow plan_row(const polydpo::Size& source, const polydpo::Geometry& g) {
 // Image i with draws[i % draws.size()]. Zeros where our own decoder is to be asked.
 std::vector<PlanRow> foreign_plans(const py::sequence& images, const std::vector<DrawRow>& draws,
                                    const std::array<int, 2>& size, int resize, bool apply_orientation,
-                                   const std::array<std::int64_t, 4>& limits) {
+                                   const std::array<std::int64_t, 5>& limits) {
     Buffers buffers;
     buffers.add(images, "images");
     const std::vector<polydpo::Image> views = buffers.images();
@@ -168,7 +170,7 @@ std::vector<PlanRow> foreign_plans(const py::sequence& images, const std::vector
         const auto& [centre, top, left, flipped] = draws[i % draws.size()];
         const auto found = polydpo::foreign_plan(
             views[i], {centre != 0, top, left, flipped != 0}, {size[0], size[1]}, static_cast<polydpo::Resize>(resize),
-            apply_orientation, {limits[0], limits[1], limits[2], static_cast<int>(limits[3])});
+            apply_orientation, {limits[0], limits[1], limits[2], static_cast<int>(limits[3]), limits[4]});
         if (found) rows[i] = plan_row(found->source, found->geometry);
     }
     return rows;

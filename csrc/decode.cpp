@@ -80,6 +80,7 @@ void render_planes(Reader& reader, int orientation, const Draw& draw, const Opti
     result.top = geometry.crop.top;
     result.left = draw.flipped ? source.width - options.output.width - geometry.crop.left : geometry.crop.left;
     stored->read_planes(geometry.crop, static_cast<std::uint8_t*>(sample));
+    result.damage = reader.damage();
 }
 
 }  // namespace
@@ -111,9 +112,10 @@ void render(Reader& reader, const Draw& draw, const Options& options, const Fini
             }
         }
     } else {
-        check("decoded", Resampler::memory(source, geometry.stored, geometry.crop, options.interpolation),
+        const Interpolation kind = options.interpolation;
+        check("decoded", Resampler::memory(source, geometry.stored, geometry.crop, kind, geometry.down_first),
               options.limits.decoded, "bytes of rows and weights to blend");
-        Resampler resampler(source, geometry.stored, geometry.crop, options.interpolation);
+        Resampler resampler(source, geometry.stored, geometry.crop, kind, geometry.down_first);
         const Region given = reader.start(resampler.wanted());
         resampler.begin(given);
         int to = 0;
@@ -124,6 +126,7 @@ void render(Reader& reader, const Draw& draw, const Options& options, const Fini
         }
     }
     reader.finish();
+    result.damage = reader.damage();
 }
 
 std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,

@@ -39,7 +39,8 @@ struct Options {
 struct Decoded {
     Size original{0, 0};  // oriented
     int top = 0, left = 0;
-    std::string error;  // empty: decoded
+    std::string error;   // empty: decoded
+    std::string damage;  // with this wrong, though strict mode is off; empty: with nothing
 };
 
 // One image, whose reader has just been made, into its (3, H, W) of the output, with planes `plane` elements apart.

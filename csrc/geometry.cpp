@@ -66,6 +66,9 @@ Geometry plan(Size source, int orientation, Size output, Resize resize, const Dr
     result.transposed = orientation >= 5;
     const Size oriented = result.transposed ? Size{source.width, source.height} : source;
     const Size resized = result.resized = resized_to(oriented, output, resize);
+    const std::int64_t rows_lost = oriented.height - std::int64_t{resized.height};
+    const std::int64_t columns_lost = oriented.width - std::int64_t{resized.width};
+    result.down_first = (rows_lost > 0 && rows_lost > 2 * columns_lost) != result.transposed;
     const int height = std::min(resized.height, output.height), width = std::min(resized.width, output.width);
     result.inner = {(output.height - height) / 2, (output.width - width) / 2, height, width};
     result.top = corner(resized.height - height, draw.centre, draw.top, step);

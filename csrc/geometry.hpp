@@ -35,6 +35,7 @@ struct Geometry {
     Region crop;                     // in it
     bool transposed;                 // rows of the crop are columns of the output
     bool row_reversed, col_reversed;  // the first row (column) of the crop is the last one of the output
+    bool down_first;                  // the order of a resize whose two passes are not exchangeable
 };
 
 // The geometry of an image of `source` (as stored, EXIF orientation 1 to 8) for an output; throws DecodeError if it
@@ -42,6 +43,7 @@ struct Geometry {
 // cover: the smaller scale that covers the output, the other side rounded down (as torchvision's Resize).
 // contain: the larger scale that fits into the output, the other side rounded down; padded on both sides.
 // stretch: each side to that of the output. none: as it is.
+// A resize goes across first in the oriented image, unless that loses over twice as many rows as columns (as Pillow 13's).
 // A centred corner is rounded half to even (as torchvision's CenterCrop).
 // Corners are multiples of `step`.
 Geometry plan(Size source, int orientation, Size output, Resize resize, const Draw& draw, int step = 1);

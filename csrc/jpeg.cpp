@@ -51,8 +51,8 @@ void JpegHeader::on_error(j_common_ptr info) {
 void JpegHeader::on_message(j_common_ptr info, int level) {
     auto* error = static_cast<ErrorManager*>(info->err);
     if (level >= 0) return;  // a trace, not a warning
-    ++error->num_warnings;
     if (error->strict) on_error(info);
+    if (error->num_warnings++ == 0) error->format_message(info, error->warning);
 }
 
 void JpegHeader::on_progress(j_common_ptr info) {

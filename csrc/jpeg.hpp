@@ -32,6 +32,8 @@ public:
     int orientation() const;
     bool is_yuv420() const;
     bool strict() const { return error_.strict; }
+    // libjpeg's first warning.
+    std::string damage() const { return error_.warning; }
 
     template <class Call>
     void guarded(Call call);
@@ -42,6 +44,7 @@ private:
     struct ErrorManager : jpeg_error_mgr {
         std::jmp_buf escape;
         char message[JMSG_LENGTH_MAX];
+        char warning[JMSG_LENGTH_MAX];
         bool strict;
     };
     struct Progress : jpeg_progress_mgr {
@@ -67,6 +70,7 @@ public:
     Region start(const Region& wanted) override;
     void read_row(std::uint8_t* rgbx) override;
     void finish() override;
+    std::string damage() const override { return header_->damage(); }
     void read_planes(const Region& crop, std::uint8_t* planes) override;
 
 private:

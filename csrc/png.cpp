@@ -184,12 +184,16 @@ libdeflate_result decompress(const std::uint8_t* from, std::size_t size, std::ui
     return result;
 }
 
-// Of a text, if it is the one that may hold EXIF.
+constexpr char exif_keyword[] = "Raw profile type exif";  // with the zero at its end
+
+bool is_exif_text(const std::uint8_t* body, std::size_t length) {
+    return length >= sizeof exif_keyword && std::memcmp(body, exif_keyword, sizeof exif_keyword) == 0;
+}
+
+// Of such a text.
 int text_orientation(bool compressed, const std::uint8_t* body, std::size_t length) {
-    static constexpr char keyword[] = "Raw profile type exif";  // with the zero at its end
-    if (length < sizeof keyword || std::memcmp(body, keyword, sizeof keyword) != 0) return 1;
-    body += sizeof keyword;
-    length -= sizeof keyword;
+    body += sizeof exif_keyword;
+    length -= sizeof exif_keyword;
     if (!compressed) return raw_profile_orientation(body, length);
     if (length == 0 || body[0] != 0) return 1;  // the only method there is
     std::vector<std::uint8_t> text(160 << 10);  // EXIF has at most 64 KB
@@ -219,7 +223,7 @@ PngReader::PngReader(const std::uint8_t* data, std::size_t size, const Limits& l
                           " (limits.pixels)");
     }
     plan_passes();
-    read_chunks();
+    read_chunks(limits.chunk);
     const std::int64_t bytes = inflated_bytes_ + (idat_count_ > 1 ? static_cast<std::int64_t>(idat_bytes_) : 0) +
                                (interlaced_ ? 4 * pixels : 0);
     if (bytes > limits.decoded) {
@@ -270,8 +274,13 @@ void PngReader::plan_passes() {
     for (const auto& pass : adam7) add(pass[0], pass[1], pass[2], pass[3]);
 }
 
-void PngReader::read_chunks() {
-    bool ended = false, idat_over = false, has_exif = false;
+void PngReader::object(const std::string& what) {
+    if (strict_) throw DecodeError(what);
+    if (damage_.empty()) damage_ = what;
+}
+
+void PngReader::read_chunks(std::int64_t most) {
+    bool ended = false, idat_over = false, has_exif = false, has_text = false;
     int in_text = 1;
     std::size_t at = 8;
     while (!ended) {
@@ -293,14 +302,19 @@ void PngReader::read_chunks() {
         if (cut_ && name != name_of("IDAT")) break;
         if (idat_count_ > 0 && name != name_of("IDAT")) idat_over = true;
         const bool critical = !(type[0] & 32);
-        const auto refuse = [&](const char* why) {
-            throw DecodeError("its chunk " + std::string(type, type + 4) + " at byte " + std::to_string(at) + why);
+        const auto says = [&](const std::string& why) {
+            return "its chunk " + std::string(type, type + 4) + " at byte " + std::to_string(at) + why;
         };
+        const auto refuse = [&](const std::string& why) { throw DecodeError(says(why)); };
+        if (name != name_of("IDAT") && length > static_cast<std::uint64_t>(most)) {
+            refuse(" has " + std::to_string(length) + " bytes, more than " + std::to_string(most) + " (limits.chunk)");
+        }
         const bool is_text = name == name_of("tEXt") || name == name_of("zTXt");
         const bool used = critical || is_text || name == name_of("tRNS") || name == name_of("eXIf");
         if (checksums && !cut_ && (used || strict_) &&
             libdeflate_crc32(0, type, 4 + length) != big32(body + length)) {
-            if (critical || strict_) refuse(" has a wrong checksum");
+            if (critical) refuse(" has a wrong checksum");
+            object(says(" has a wrong checksum"));
             at += 12 + length;
             continue;
         }
@@ -311,7 +325,7 @@ void PngReader::read_chunks() {
             case name_of("PLTE"):
                 if (length == 0 || length > 768 || length % 3 != 0) refuse(" has a wrong length");
                 if (!palette_.empty() || !transparency_.empty() || idat_count_ > 0 || !(colour_type_ & 2)) {
-                    if (strict_) refuse(" is out of place");
+                    object(says(" is out of place"));
                 } else {
                     palette_.assign(body, body + length);
                 }
@@ -319,9 +333,9 @@ void PngReader::read_chunks() {
             case name_of("tRNS"): {
                 const std::size_t most = colour_type_ == 0 ? 2 : colour_type_ == 2 ? 6 : palette_.size() / 3;
                 if (!transparency_.empty() || idat_count_ > 0 || colour_type_ >= 4 || most == 0) {
-                    if (strict_) refuse(" is out of place");
+                    object(says(" is out of place"));
                 } else if (length == 0 || length > most || (colour_type_ != 3 && length != most)) {
-                    if (strict_) refuse(" has a wrong length");
+                    object(says(" has a wrong length"));
                 } else {
                     transparency_.assign(body, body + length);
                 }
@@ -333,7 +347,10 @@ void PngReader::read_chunks() {
                 break;
             case name_of("tEXt"):
             case name_of("zTXt"):
-                in_text = std::max(in_text, text_orientation(name == name_of("zTXt"), body, length));
+                // One at most: each takes a moment, and a file has room for thousands.
+                if (has_text || !is_exif_text(body, length)) break;
+                has_text = true;
+                in_text = text_orientation(name == name_of("zTXt"), body, length);
                 break;
             case name_of("IDAT"):
                 if (idat_over) refuse(" does not follow the others");
@@ -342,7 +359,7 @@ void PngReader::read_chunks() {
                 idat_bytes_ += length;
                 break;
             case name_of("IEND"):
-                if (length != 0 && strict_) refuse(" has a wrong length");
+                if (length != 0) object(says(" has a wrong length"));
                 ended = true;
                 break;
             default:
@@ -352,7 +369,8 @@ void PngReader::read_chunks() {
         at += 12 + length;
     }
     if (!has_exif) orientation_ = in_text;
-    if (cut_ && (strict_ || idat_count_ == 0)) throw DecodeError("its PNG data end early");
+    if (cut_ && idat_count_ == 0) throw DecodeError("its PNG data end early");
+    if (cut_) object("its PNG data end early");
     if (idat_count_ == 0) throw DecodeError("it has no image data");
 }
 
@@ -368,7 +386,7 @@ void PngReader::prepare_colours() {
     }
     if (!format_.indexed) return;
     const std::size_t known = colour_type_ == 3 ? palette_.size() / 3 : most + 1;
-    check_indices_ = strict_ && known <= most;
+    check_indices_ = known <= most;
     for (std::size_t i = 0; i <= most && i < known; ++i) {  // what is beyond a palette stays black
         if (colour_type_ == 3) {
             const std::uint8_t* c = &palette_[3 * i];
@@ -400,10 +418,8 @@ void PngReader::inflate() {
     std::size_t used = 0, made = 0;
     const auto result = decompress(from, idat_bytes_, inflated_.get(), size, &used, &made);
     if (result == LIBDEFLATE_BAD_DATA && !cut_) throw DecodeError("its compressed data are damaged");
-    if (strict_ && result == LIBDEFLATE_SUCCESS && made < size) throw DecodeError("its PNG data end early");
-    if (strict_ && (result != LIBDEFLATE_SUCCESS || used < idat_bytes_)) {
-        throw DecodeError("it has more PNG data than its rows take");
-    }
+    if (result == LIBDEFLATE_SUCCESS && made < size) object("its PNG data end early");
+    if (!cut_ && (result != LIBDEFLATE_SUCCESS || used < idat_bytes_)) object("it has more PNG data than its rows take");
     if (result == LIBDEFLATE_SUCCESS) {
         std::memset(inflated_.get() + made, 0, size - made);
     } else {
@@ -429,8 +445,8 @@ const std::uint8_t* PngReader::next_row(const Pass& pass) {
         int most = 0;
         for (int x = 0; x < pass.width; ++x) most = std::max(most, index_at(row, x, format_.depth));
         if (3 * static_cast<std::size_t>(most) >= palette_.size()) {
-            throw DecodeError("it has a pixel of colour " + std::to_string(most) + " of a palette of " +
-                              std::to_string(palette_.size() / 3));
+            object("it has a pixel of colour " + std::to_string(most) + " of a palette of " +
+                   std::to_string(palette_.size() / 3));
         }
     }
     above_ = row;

@@ -35,6 +35,7 @@ public:
     Region start(const Region& wanted) override;
     void read_row(std::uint8_t* rgbx) override;
     void finish() override;
+    std::string damage() const override { return damage_; }
 
 private:
     // The image, or one of the seven that Adam7 makes of it: the pixels (left + i * across, top + j * down).
@@ -45,7 +46,9 @@ private:
 
     void read_header(const std::uint8_t* header);
     void plan_passes();
-    void read_chunks();
+    void read_chunks(std::int64_t most);
+    // In strict mode an error; else what is remembered.
+    void object(const std::string& what);
     void prepare_colours();
     void inflate();
     void check_filters(int rows) const;
@@ -69,6 +72,7 @@ private:
 
     std::size_t first_idat_ = 0, idat_count_ = 0, idat_bytes_ = 0;
     bool cut_ = false;  // the file ends early, which is let pass
+    std::string damage_;
 
     std::unique_ptr<std::uint8_t[]> inflated_;
     std::vector<std::uint8_t> no_row_;  // zeros: what stands above the first row

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "geometry.hpp"
@@ -16,6 +17,7 @@ struct Limits {
     std::int64_t bytes;    // of the compressed image
     std::int64_t decoded;  // bytes of memory that a decoder may take for one image beside its rows
     int scans;             // of a progressive JPEG: each costs a pass over all coefficients
+    std::int64_t chunk = 1 << 23;  // bytes of one of a PNG's that holds no pixels
 };
 
 // Who decodes JPEGs: our own decoder, and libjpeg whatever it does not know; or, to compare them, one alone. The pixels
@@ -46,6 +48,8 @@ public:
     virtual void read_row(std::uint8_t* rgbx) = 0;
     // After the last row. In strict mode what follows the region is examined too.
     virtual void finish() = 0;
+    // What was wrong so far, though strict mode is off; empty: nothing.
+    virtual std::string damage() const { return {}; }
 };
 
 // A reader of what is stored as Y, Cb and Cr.

@@ -15,6 +15,7 @@ namespace polydpo {
 namespace {
 
 typedef float Floats16 __attribute__((vector_size(64)));
+typedef float Floats4 __attribute__((vector_size(16)));
 
 // One row across: four taps, that is four neighbouring pixels, at a time. `weights` has 4 * quads for each output, those
 // beyond its taps 0, in units of `unit`. Sums are of integers, and so the same on every processor.
@@ -94,6 +95,29 @@ POLYDPO_CLONES void blend_rows(const float* const* rows, const float* weights, i
     }
 }
 
+void to_floats(const std::uint8_t* bytes, std::size_t count, float* to) {
+    for (std::size_t i = 0; i < count; ++i) to[i] = bytes[i];
+}
+
+void clamp(std::size_t count, float* levels) {
+    for (std::size_t i = 0; i < count; ++i) levels[i] = std::min(std::max(levels[i], 0.0f), 255.0f);
+}
+
+// A row across of floats.
+void resample_floats(const float* in, const Filter& filter, int width, float* out) {
+    const float* weights = filter.weights.data();
+    for (int x = 0; x < width; ++x, weights += filter.taps, out += 4) {
+        const float* from = in + 4 * static_cast<std::ptrdiff_t>(filter.first[x]);
+        Floats4 sum{};
+        for (int k = 0; k < filter.count[x]; ++k, from += 4) {
+            Floats4 pixel;
+            std::memcpy(&pixel, from, sizeof pixel);
+            sum += weights[k] * pixel;
+        }
+        std::memcpy(out, &sum, sizeof sum);
+    }
+}
+
 double triangle(double x) { return std::max(0.0, 1.0 - std::abs(x)); }
 
 double cubic(double x) {
@@ -116,12 +140,12 @@ std::int64_t taps_of(double support) { return static_cast<std::int64_t>(std::cei
 
 }  // namespace
 
-std::int64_t Resampler::memory(Size source, Size resized, const Region& crop, Interpolation kind) {
+std::int64_t Resampler::memory(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first) {
     const std::int64_t across = taps_of(support_of(kind, source.width, resized.width));
     const std::int64_t down = taps_of(support_of(kind, source.height, resized.height));
     const std::int64_t weights = crop.width * (across + across + 3) + crop.height * down;
-    const std::int64_t length = padded(crop.width) + apart;
-    const std::int64_t rows = length * (std::min<std::int64_t>(down, source.height) + 1) + source.width + across;
+    const std::int64_t length = padded(std::max(crop.width, down_first ? source.width : 0)) + apart;
+    const std::int64_t rows = length * (std::min<std::int64_t>(down, source.height) + 2) + source.width + across;
     return static_cast<std::int64_t>(sizeof(float)) * (weights + rows);
 }
 
@@ -152,12 +176,12 @@ Filter make_filter(Interpolation kind, int source, int resized, int offset, int 
     return filter;
 }
 
-Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolation kind)
+Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first)
     : across_(make_filter(kind, source.width, resized.width, crop.left, crop.width)),
       down_(make_filter(kind, source.height, resized.height, crop.top, crop.height)),
       width_(crop.width),
       ring_rows_(std::min(down_.taps, source.height)),
-      length_(padded(crop.width)),
+      down_first_(down_first && kind == Interpolation::bicubic),
       taps_(down_.taps) {
     quads_ = (*std::max_element(across_.count.begin(), across_.count.end()) + 3) / 4;
     quad_weights_.resize(4 * static_cast<std::size_t>(quads_) * width_);
@@ -193,14 +217,21 @@ Region Resampler::wanted() const {
 void Resampler::begin(const Region& given) {
     for (int& first : across_.first) first -= given.left;
     rows_in_ = given.top;
+    given_ = given.width;
     row_ = Row(given.width + 4 * quads_);  // what has no weight is read too
+    length_ = padded(down_first_ ? given.width : width_);
     ring_.resize(static_cast<std::size_t>(ring_rows_) * (length_ + apart));
-    resized_.resize(length_);
+    summed_.resize(length_);
+    if (down_first_) resized_.resize(padded(width_));
 }
 
 void Resampler::commit() {
-    resample_row(row_.data(), across_.first.data(), quad_weights_.data(), quads_, width_, unit_, ring_row(rows_in_));
-    ++rows_in_;
+    float* const to = ring_row(rows_in_++);
+    if (down_first_) {
+        to_floats(row_.data(), 4 * static_cast<std::size_t>(given_), to);
+    } else {
+        resample_row(row_.data(), across_.first.data(), quad_weights_.data(), quads_, width_, unit_, to);
+    }
 }
 
 bool Resampler::ready() const {
@@ -212,7 +243,10 @@ const float* Resampler::take() {
     const int y = rows_out_++, count = down_.count[y];
     for (int k = 0; k < count; ++k) taps_[k] = ring_row(down_.first[y] + k);
     blend_rows(taps_.data(), down_.weights.data() + static_cast<std::size_t>(y) * down_.taps, count,
-               length_, resized_.data());
+               length_, summed_.data());
+    if (!down_first_) return summed_.data();
+    clamp(4 * static_cast<std::size_t>(given_), summed_.data());
+    resample_floats(summed_.data(), across_, width_, resized_.data());
     return resized_.data();
 }
 

@@ -22,18 +22,19 @@ struct Filter {
 // torchvision define it, for the outputs [offset, offset + length) of an axis resized from `source` to `resized`.
 Filter make_filter(Interpolation kind, int source, int resized, int offset, int length);
 
-// Takes the rows of an RGBX image from top to bottom and gives the rows of a crop of the resized image. Across first,
-// then down, like Pillow: the first in integers, clamped to 0..255 as Pillow's bytes are, to 1/32 of a level; the second in
-// float32.
+// Takes the rows of an RGBX image from top to bottom and gives the rows of a crop of the resized image: across, then down,
+// or the other way around. Across first is in integers, to 1/32 of a level; all else in float32. What comes of the first of both is clamped to 0..255, as Pillow's bytes are, so that
+// their order matters where weights are negative.
 class Resampler {
 public:
-    // All as stored: the whole image's size before and after, and the crop in the latter.
-    Resampler(Size source, Size resized, const Region& crop, Interpolation kind);
+    // All as stored: the whole image's size before and after, and the crop in the latter. Bilinear goes across first,
+    // whatever `down_first` says.
+    Resampler(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first);
 
     // The part of the image that the crop needs.
     Region wanted() const;
     // Bytes that one would take.
-    static std::int64_t memory(Size source, Size resized, const Region& crop, Interpolation kind);
+    static std::int64_t memory(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first);
     // Which part will come: the rows of that, at least its columns.
     void begin(const Region& given);
     // Where to write the next row of it (4 * width bytes).
@@ -53,12 +54,14 @@ private:
 
     Filter across_, down_;
     int width_, ring_rows_, rows_in_ = 0, rows_out_ = 0;
+    int given_ = 0;  // columns that come
+    bool down_first_;
     int quads_;                        // of taps across
     std::vector<std::int16_t> quad_weights_;  // across_.weights, four taps at a time
     float unit_;                              // of which they are multiples, a power of two
     std::size_t length_;               // of a row in the ring
     Row row_;
-    std::vector<float> ring_, resized_;
+    std::vector<float> ring_, summed_, resized_;
     std::vector<const float*> taps_;
 };
 

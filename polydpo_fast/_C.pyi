@@ -19,10 +19,10 @@ def decode_pairs(
     interpolation: int,
     apply_orientation: bool,
     strict: bool,
-    limits: tuple[int, int, int, int],
+    limits: tuple[int, int, int, int, int],
     threads: int,
     jpeg: int = 0,
-) -> tuple[NDArray[np.int64], list[tuple[int, str]]]: ...
+) -> tuple[NDArray[np.int64], list[tuple[int, str]], list[tuple[int, str]]]: ...
 def foreign_plans(
     images: Sequence[Any],
     *,
@@ -30,7 +30,7 @@ def foreign_plans(
     size: tuple[int, int],
     resize: int,
     apply_orientation: bool,
-    limits: tuple[int, int, int, int],
+    limits: tuple[int, int, int, int, int],
 ) -> list[list[int]]: ...
 def plan(
     source: tuple[int, int], *, draw: tuple[bool, int, int, bool], size: tuple[int, int], resize: int

@@ -63,6 +63,9 @@ class DecodedPairs:
     crop_top_left: (2B, 2) int64, corner of the crop in the resized and mirrored image. With original_size, SDXL's
         size conditioning.
     flipped: (B,) bool, whether the pair is mirrored.
+    damaged: images that were decoded though something is wrong with them (strict=False): at most one line for each, of
+        what was noticed first. What their decoder did not have to look at, such as the rest of an image below a crop,
+        is not in it.
     """
 
     pixels: Tensor
@@ -71,6 +74,7 @@ class DecodedPairs:
     original_size: Tensor
     crop_top_left: Tensor
     flipped: Tensor
+    damaged: tuple[DecodeFailure, ...] = ()
 
 
 def decode_pairs(
@@ -151,9 +155,9 @@ def decode_pairs(
         on_error=on_error, threads=threads,
     )  # fmt: skip
     pairs, out, limits = len(asked.win), asked.out, asked.limits
-    images, raw, refused = _through_pillow([*asked.win, *asked.lose], background, limits)
+    images, raw, refused = _through_pillow([*asked.win, *asked.lose], background, limits, strict)
     try:
-        geometry, failed = _C.decode_pairs(
+        geometry, failed, tolerated = _C.decode_pairs(
             images[:pairs],
             images[pairs:],
             raw=raw,
@@ -161,15 +165,16 @@ def decode_pairs(
             out=out.data_ptr(),
             apply_orientation=exif == "apply",
             strict=strict,
-            limits=(limits.pixels, limits.bytes, limits.decoded, limits.scans),
+            limits=limits.native,
             threads=asked.threads,
             **asked.native,
         )
     finally:
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
-    errors = tuple(
-        DecodeFailure("win" if row < pairs else "lose", row % pairs, refused.get(row, reason)) for row, reason in failed
+    errors, damaged = (
+        tuple(DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in rows)
+        for rows in ([(row, refused.get(row, reason)) for row, reason in failed], tolerated)
     )
     if errors and on_error == "raise":
         raise DecodeError(errors)
@@ -177,14 +182,14 @@ def decode_pairs(
     ok = torch.tensor([pair not in bad for pair in range(pairs)], device="cpu")
     numbers = torch.from_numpy(geometry)
     flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
-    return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped)
+    return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped, damaged)
 
 
 # ------------------------------------------------------------------------------------------ through Pillow
 
 
 def _through_pillow(
-    images: list[Buffer], background: tuple[int, int, int], limits: DecodeLimits
+    images: list[Buffer], background: tuple[int, int, int], limits: DecodeLimits, strict: bool
 ) -> tuple[list[Buffer], list[tuple[int, int, int, int]], dict[int, str]]:
     """Replaces the images that C++ does not decode by their pixels.
 
@@ -200,7 +205,7 @@ def _through_pillow(
         if len(data) < 4 or len(data) > limits.bytes or bytes(data[:8]).startswith((*_NATIVE, _NATIVE[1][: len(data)])):
             continue
         try:
-            images[row], *facts = _pillow_pixels(data, background, limits)
+            images[row], *facts = _pillow_pixels(data, background, limits, strict)
         except Exception as error:  # Pillow's plugins raise anything: OSError, ValueError, SyntaxError, struct.error
             refused[row] = f"{error or type(error).__name__}"
         else:
@@ -209,28 +214,33 @@ def _through_pillow(
 
 
 def _pillow_pixels(
-    data: memoryview, background: tuple[int, int, int], limits: DecodeLimits
+    data: memoryview, background: tuple[int, int, int], limits: DecodeLimits, strict: bool
 ) -> tuple[bytes, int, int, int]:
     """RGBX bytes, height, width and EXIF orientation."""
     begins = f"it begins with {data[:4].hex(' ')}"
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageFile, UnidentifiedImageError
     except ImportError:
         raise ValueError(
             f"it is neither JPEG nor PNG: {begins}; for other formats: pip install 'polydpo-fast[data]'"
         ) from None
+    if strict and ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, which fills up what is missing of an image; expected False, "
+            "or strict=False"
+        )
+    _check_size(*_webp_size(data), limits)  # Pillow makes a canvas of it at once
     try:
         image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"it is no image of a known format: {begins}") from None
     with image:
         width, height = image.size
-        if width * height > limits.pixels:
-            raise ValueError(f"it has {width * height} pixels, more than {limits.pixels} (limits.pixels)")
-        if 4 * width * height > limits.decoded:
-            raise ValueError(f"it takes {4 * width * height} bytes, more than {limits.decoded} (limits.decoded)")
+        _check_size(width, height, limits)
         if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to 8
             raise ValueError(f"its pixels are of Pillow's mode {image.mode}; expected 8 bits per channel")
+        for name in ("xmp", "XML:com.adobe.xmp"):  # which getexif would ask too: JPEG and PNG have EXIF alone
+            image.info.pop(name, None)
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
         if image.format == "TIFF" and orientation in _UNDONE:  # Pillow turns these by itself: turned back
             upright: Image.Image = image.copy()
@@ -245,3 +255,26 @@ def _pillow_pixels(
             canvas = turned.convert("RGB")
         pixels = canvas.convert("RGB").tobytes("raw", "RGBX")
     return pixels, height, width, orientation if orientation in range(1, 9) else 1
+
+
+def _check_size(width: int, height: int, limits: DecodeLimits) -> None:
+    if width * height > limits.pixels:
+        raise ValueError(f"it has {width * height} pixels, more than {limits.pixels} (limits.pixels)")
+    if 4 * width * height > limits.decoded:
+        raise ValueError(f"it takes {4 * width * height} bytes, more than {limits.decoded} (limits.decoded)")
+
+
+def _webp_size(data: memoryview) -> tuple[int, int]:
+    """Width and height as a WebP file states them; 0 of anything else. Source: RFC 9649, sections 2.6 to 2.7."""
+    head = bytes(data[:30])
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    return 0, 0

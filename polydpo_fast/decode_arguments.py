@@ -46,16 +46,23 @@ class DecodeLimits:
     scans: of a progressive JPEG; each is a pass over all coefficients, so a small file can cost minutes.
     decoded: bytes of memory that a decoder may take for one image besides its rows: the coefficients of a progressive
         JPEG, the inflated data of a PNG.
+    chunk: bytes of one of a PNG's chunks that holds no pixels, such as a colour profile or a text.
     """
 
     pixels: int = 1 << 27
     bytes: int = 1 << 28
     scans: int = 100
     decoded: int = 1 << 30
+    chunk: int = 1 << 23
 
     def __post_init__(self) -> None:
-        for name, most in (("pixels", 2**62), ("bytes", 2**62), ("scans", 2**30), ("decoded", 2**62)):
-            check_count(f"limits.{name}", getattr(self, name), most)
+        for name in ("pixels", "bytes", "scans", "decoded", "chunk"):
+            check_count(f"limits.{name}", getattr(self, name), 2**30 if name == "scans" else 2**62)
+
+    @property
+    def native(self) -> tuple[int, int, int, int, int]:
+        """In the order in which C++ takes them."""
+        return self.pixels, self.bytes, self.decoded, self.scans, self.chunk
 
 
 @dataclass(frozen=True)

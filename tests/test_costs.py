@@ -141,7 +141,7 @@ else:
     out = ctypes.create_string_buffer(2 * 2 * 3 * 256 * 256)
     arguments = dict(ast.literal_eval(arguments), out=ctypes.addressof(out))
     for _ in range(int(count)):
-        _, failed = module.decode_pairs([image], [image], **arguments)
+        _, failed, _ = module.decode_pairs([image], [image], **arguments)
         assert not failed
     print(module.build_info()["simd"])
 """

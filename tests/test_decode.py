@@ -6,6 +6,7 @@ import hashlib
 import io
 import multiprocessing
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -20,11 +21,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import polydpo_fast
 from polydpo_fast import DecodeError, DecodeLimits, decode_pairs
+from polydpo_fast import decode as decode_module
 
 
 def picture(height, width, seed=0):
@@ -281,19 +283,26 @@ def test_every_resize_is_pillows(interpolation, resize, shape, size):
     assert levels_apart(decoded.pixels[0], expected) <= 1
 
 
-def test_bicubic_overshoot_is_clamped_between_the_passes():
-    """Black and white edges both ways, where the filter leaves 0..255: Pillow's bytes cannot, so neither do we."""
-    y, x = np.mgrid[:90, :90] // 10 % 2
-    data = png(Image.fromarray(((x ^ y) * 255).astype(np.uint8)).convert("RGB"))
-    for size in (64, 200):
-        decoded = decode_pairs([data], [data], size=size, interpolation="bicubic", dtype=torch.uint8)
-        assert levels_apart(decoded.pixels[0], pillow_pixels(data, size, interpolation="bicubic")) <= 1
-
-
 def exif(orientation, byte_order="<"):
     tag = struct.pack(byte_order + "HHIHH", 0x0112, 3, 1, orientation, 0)
     head = (b"II*\0" if byte_order == "<" else b"MM\0*") + struct.pack(byte_order + "I", 8)
     return b"Exif\0\0" + head + struct.pack(byte_order + "H", 1) + tag + b"\0\0\0\0"
+
+
+@given(data=st.data())
+def test_bicubic_overshoot_is_clamped_between_the_passes(data):
+    """Black and white noise, of which the filter leaves 0..255: Pillow's bytes cannot, so neither do ours. Which pass
+    is the first shows then, by up to 28 levels: of the upright image the same, however it is stored.
+    """
+    draw = data.draw
+    shape = draw(st.tuples(st.integers(1, 120), st.integers(1, 120)))
+    noise = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 2, (*shape, 3), dtype=np.uint8)
+    image = png(Image.fromarray(noise * 255), exif=exif(draw(st.integers(1, 8)))[6:])
+    size = draw(st.tuples(st.integers(1, 120), st.integers(1, 120)))
+    options = dict(resize=draw(st.sampled_from(["cover", "contain", "stretch"])), interpolation="bicubic")
+    decoded = decode_pairs([image], [image], size=size, dtype=torch.uint8, **options)
+    expected = pillow_pixels(image, size, **options, corner=tuple(decoded.crop_top_left[0].tolist()))
+    assert levels_apart(decoded.pixels[0], expected) <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -451,6 +460,9 @@ def test_any_mean_and_std(dtype, mean, std):
 # -------------------------------------------------------------------------------------------------- formats
 
 
+PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
+
+
 def file(image, format, **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
@@ -529,6 +541,53 @@ def test_an_orientation_may_be_a_long():
     assert torch.equal(plain.pixels[0], plain.pixels[1])  # of two values none is meant
 
 
+@pytest.mark.parametrize("interlace", [False, True])
+@pytest.mark.parametrize(("colour_type", "depth"), [(t, d) for t, depths in PNG_DEPTHS.items() for d in depths])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (13, 31)])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_every_kind_of_png(colour_type, depth, shape, interlace, keyed):
+    """All colour types and depths, plain and interlaced, opaque and not: to half a level of what its numbers say."""
+    random = np.random.default_rng(depth + colour_type)
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type]
+    most, colours = (1 << depth) - 1, random.integers(0, 256, (1 << min(depth, 8), 4))
+    numbers = random.integers(0, most + 1, (*shape, channels))
+    if keyed:
+        numbers[random.random(shape) < 0.3] = numbers[0, 0]
+    levels, alpha = numbers * 255.0 / most, np.ones((*shape, 1))
+    between = []
+    if colour_type == 3:
+        between.append(chunk(b"PLTE", colours[:, :3].astype(np.uint8).tobytes()))
+        levels = colours[numbers[..., 0], :3].astype(float)
+    elif colour_type >= 4:
+        alpha = levels[..., -1:] / 255
+        levels = levels[..., :-1]
+    if keyed and colour_type < 4:
+        key = colours[:, 3].astype(np.uint8).tobytes() if colour_type == 3 else numbers[0, 0].astype(">u2").tobytes()
+        between.append(chunk(b"tRNS", key))
+        is_key = (numbers == numbers[0, 0]).all(axis=-1, keepdims=True)
+        alpha = colours[numbers[..., 0], 3:] / 255 if colour_type == 3 else np.where(is_key, 0.0, 1.0)
+    data = written(numbers if channels > 1 else numbers[..., 0], colour_type, depth, *between, interlace=interlace)
+    ground = (200, 100, 50)
+    expected = np.broadcast_to(levels, (*shape, 3)) * alpha + np.array(ground) * (1 - alpha)
+    options = dict(size=shape, resize=None, dtype=torch.uint8, background=ground)
+    pixels = decode_pairs([data], [data], **options).pixels[0].permute(1, 2, 0).numpy()
+    # Samples of 16 bits are rounded to 8 before they are put on the ground, and the result once more.
+    assert np.abs(pixels - expected).max() <= (0.5 if alpha.all() and depth <= 8 else 1.01)
+    mirrored = decode_pairs([data], [data], hflip=1.0, **options).pixels[0].permute(1, 2, 0).numpy()
+    assert (mirrored == pixels[:, ::-1]).all()
+
+
+@pytest.mark.parametrize("format", ["AVIF", "WEBP", "GIF", "PNG", "TIFF", "TGA", "JPEG2000", "QOI", "BMP", "PPM"])
+def test_other_formats_are_pillows_pixels(format):
+    """The first picture of those that have several; transparency on the ground."""
+    image, second = picture(33, 45), picture(33, 45, seed=1)
+    options = dict(save_all=True, append_images=[second]) if format in ("AVIF", "WEBP", "GIF", "PNG", "TIFF") else {}
+    data = file(image, format, **options)
+    decoded = decode_pairs([data], [data], size=(33, 45), resize=None, dtype=torch.uint8)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(decoded.pixels[0].numpy(), expected)
+
+
 def test_sixteen_bit_pixels_that_pillow_would_clip_are_refused():
     data = file(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "TIFF")
     with pytest.raises(DecodeError, match=r"mode I;16.*; expected 8 bits per channel"):
@@ -542,6 +601,59 @@ def test_limits_hold_for_pillows_formats():
             decode_pairs([data], [data], size=8, limits=limits)
     with pytest.raises(DecodeError, match=r"win\[0\] could not be decoded: "):
         decode_pairs([data[:60]], [data], size=8)
+
+
+def test_a_webp_is_refused_before_its_canvas_is_made():
+    """Of 90 bytes, an animation of 13,000 x 13,000, whose canvas would take 1.3 GB."""
+    frame = file(Image.new("RGB", (1, 1)), "WEBP", lossless=True)[12:]
+    side = (13_000 - 1).to_bytes(3, "little")
+    anmf = b"\0" * 12 + b"\0" * 3 + b"\0" + frame
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + side * 2
+    body += b"ANIM" + struct.pack("<I", 6) + b"\0" * 6 + b"ANMF" + struct.pack("<I", len(anmf)) + anmf
+    data = b"RIFF" + struct.pack("<I", len(body)) + body
+    program = f"""
+import resource
+import PIL.Image, PIL.WebPImagePlugin
+from polydpo_fast import DecodeError, decode_pairs
+most = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmPeak")).split()[1])
+data = {data!r}
+try: decode_pairs([data[:40]], [data], size=8)
+except DecodeError: pass
+before = most()
+try: decode_pairs([data], [data], size=8)
+except DecodeError as error: print(error, most() - before)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "169000000 pixels, more than 134217728 (limits.pixels)" in printed
+    assert int(printed.split()[-1]) < 100_000  # KB
+
+
+@pytest.mark.parametrize("options", [dict(lossless=True), dict(lossless=False), dict(exif=exif(3))], ids=str)
+def test_what_a_webp_says_of_its_size(options):
+    for shape in ((1, 1), (33, 45), (300, 2)):
+        data = memoryview(file(picture(*shape), "WEBP", **options))
+        assert decode_module._webp_size(data) == shape[::-1]
+    assert decode_module._webp_size(memoryview(b"RIFF")) == (0, 0)
+
+
+def test_orientation_is_of_exif_alone():
+    """In JPEG and PNG that of XMP is not looked for: nor where Pillow would."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = file(picture(30, 50), "WEBP", xmp=xmp)
+    assert Image.open(io.BytesIO(data)).getexif().get(0x0112) == 6
+    assert decode_pairs([data], [data], size=8).original_size.tolist() == [[30, 50]] * 2
+
+
+def test_pillow_is_not_to_fill_up_images_under_strict(monkeypatch):
+    """A switch that many scripts turn on, and which nobody sees from here."""
+    whole, half = (file(picture(40, 40), "BMP")[:size] for size in (None, 2500))
+    with pytest.raises(DecodeError):
+        decode_pairs([half], [whole], size=8)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(DecodeError, match=r"LOAD_TRUNCATED_IMAGES is True.*expected False, or strict=False"):
+        decode_pairs([half], [whole], size=8)
+    assert decode_pairs([half], [whole], size=8, strict=False).ok.all()
+    assert decode_pairs([GOOD], [GOOD], size=8).ok.all()  # Pillow has no part in it
 
 
 def test_cmyk():
@@ -747,8 +859,84 @@ def test_every_truncation_is_noticed(kind):
         assert lenient.errors == () or lenient.errors[0].arm == "win"
 
 
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "CMYK", "PNG", "interlaced PNG", "parts of PNG"])
+def test_damage_that_is_let_pass_is_reported(kind):
+    """Cut in its middle: decoded under strict=False, and the result says which image it was, and what is wrong."""
+    image = picture(64, 64)
+    good = {
+        "baseline": lambda: jpeg(image),
+        "progressive": lambda: jpeg(image, progressive=True),
+        "CMYK": lambda: jpeg(image.convert("CMYK")),
+        "PNG": lambda: png(image),
+        "interlaced PNG": lambda: interlaced(np.asarray(image)),
+        "parts of PNG": lambda: parts(png(image), 7),
+    }[kind]()
+    cut = good[: len(good) - 60]
+    options = dict(size=16, resize="stretch", strict=False)
+    decoded = decode_pairs([good, good], [good, cut], **options)
+    assert decoded.ok.all()
+    assert decoded.errors == ()
+    (damage,) = decoded.damaged
+    assert (damage.arm, damage.index) == ("lose", 1)
+    assert re.search("end early" if "PNG" in kind else "Premature end|Corrupt", damage.reason)
+    assert not torch.equal(decoded.pixels[2], decoded.pixels[3])
+    assert decode_pairs([good], [good], **options).damaged == ()
+    with pytest.raises(DecodeError, match=re.escape(damage.reason)):
+        decode_pairs([good], [cut], **{**options, "strict": True})
+
+
+def test_damage_of_png_beside_its_end_is_reported():
+    palette = png(picture(20, 20).convert("P", palette=Image.Palette.ADAPTIVE, colors=8), bits=8)
+    at = palette.index(b"PLTE")
+    short = palette[: at - 4] + chunk(b"PLTE", palette[at + 4 : at + 4 + 9]) + palette[at + 4 + 24 + 4 :]
+    for data, reason in (
+        (short, "a pixel of colour [3-7] of a palette of 3"),
+        (bomb(4, 4, b"\0" * 60), "more PNG data"),
+    ):
+        decoded = decode_pairs([data], [GOOD], size=4, resize="stretch", strict=False)
+        assert [(d.arm, d.index) for d in decoded.damaged] == [("win", 0)]
+        assert re.search(reason, decoded.damaged[0].reason)
+        with pytest.raises(DecodeError, match=reason):
+            decode_pairs([data], [GOOD], size=4, resize="stretch")
+
+
 def chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def parts(data, count):
+    """A PNG with so many IDAT chunks in place of its only one."""
+    at = data.index(b"IDAT")
+    length = int.from_bytes(data[at - 4 : at], "big")
+    body, size = data[at + 4 : at + 4 + length], -(-length // count)
+    return (
+        data[: at - 4]
+        + b"".join(chunk(b"IDAT", body[i : i + size]) for i in range(0, length, size))
+        + data[at + 8 + length :]
+    )
+
+
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+
+
+def written(rows, colour_type, depth, *between, interlace):
+    """A PNG of (H, W) or (H, W, channels) numbers of so many bits, unfiltered; `between`: chunks before its data."""
+
+    def packed(row):
+        if depth == 16:
+            return row.astype(">u2").tobytes()
+        bits = np.unpackbits(row.reshape(-1, 1).astype(np.uint8), axis=1)[:, 8 - depth :]
+        return np.packbits(bits.reshape(-1)).tobytes()
+
+    passes = [rows[top::down, left::across] for top, left, down, across in ADAM7] if interlace else [rows]
+    data = b"".join(b"\0" + packed(row) for part in passes if part.size for row in part)
+    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, colour_type, 0, 0, interlace)
+    parts = [chunk(b"IHDR", header), *between, chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def interlaced(pixels):
+    return written(pixels, 2, 8, interlace=True)
 
 
 def bomb(width, height, data=b""):
@@ -771,6 +959,27 @@ def bomb(width, height, data=b""):
 def test_bombs_are_refused_before_they_go_off(data, limits, reason):
     with pytest.raises(DecodeError, match=rf"win\[0\] could not be decoded: .*{reason}"):
         decode_pairs([data], [GOOD], size=4, limits=DecodeLimits(**limits))
+
+
+def test_chunks_of_png_are_limited():
+    header, rest = GOOD_PNG[:33], GOOD_PNG[33:]
+    for name in (b"tEXt", b"iCCP", b"abCd"):
+        data = header + chunk(name, b"k\0" + b"x" * 998) + rest
+        assert decode_pairs([data], [data], size=8, limits=DecodeLimits(chunk=1000)).ok.all()
+        with pytest.raises(DecodeError, match=rf"its chunk {name.decode()} at byte 33 has 1000 bytes, .*limits.chunk"):
+            decode_pairs([data], [data], size=8, limits=DecodeLimits(chunk=999))
+    assert decode_pairs(
+        [GOOD_PNG], [GOOD_PNG], size=8, limits=DecodeLimits(chunk=13)
+    ).ok.all()  # IDAT is another matter
+
+
+def test_texts_with_exif_cost_once():
+    """4,000 of them in one file took 1.5 s when each was inflated."""
+    text = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\n" * 160_000, 9))
+    data = GOOD_PNG[:33] + text * 4000 + GOOD_PNG[33:]
+    began = time.process_time()
+    assert decode_pairs([data], [data], size=8).ok.all()
+    assert time.process_time() - began < 0.5
 
 
 def test_a_side_beyond_what_a_number_holds_is_refused():
@@ -941,6 +1150,7 @@ def test_damaged_files_never_crash_and_never_touch_their_neighbours(data):
 
 # --------------------------------------------------------------------------------------------- bad arguments
 
+GOOD_PNG = png(picture(24, 24))
 GOOD = jpeg(picture(16, 16))
 
 

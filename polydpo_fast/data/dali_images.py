@@ -39,7 +39,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
             size=asked.size,
             resize=asked.native["resize"],
             apply_orientation=options["exif"] == "apply",
-            limits=(limits.pixels, limits.bytes, limits.decoded, limits.scans),
+            limits=limits.native,
         )
     ]
     chosen = [i for i in range(pairs) if plans[i].height and plans[i + pairs].height and not asked.planes]
@@ -55,12 +55,14 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
             original[row], corner[row] = torch.tensor(plans[row].original()), torch.tensor(plans[row].corner())
         ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
         failures: list[DecodeFailure] = []
+        damaged: list[DecodeFailure] = []
         others = sorted({*range(pairs)}.difference(taken))
         if others:
             *arms, given = for_cpp(asked, options, others)
             rest = decode_pairs(*arms, **given)
             ok[others] = rest.ok
             failures = [DecodeFailure(e.arm, others[e.index], e.reason) for e in rest.errors]
+            damaged = [DecodeFailure(e.arm, others[e.index], e.reason) for e in rest.damaged]
             for k, row in enumerate((*others, *(i + pairs for i in others))):
                 out[row].copy_(rest.pixels[k])
                 original[row], corner[row] = rest.original_size[k], rest.crop_top_left[k]
@@ -77,7 +79,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     if failures and options["on_error"] == "raise":
         raise DecodeError(failures)
     flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
-    return DecodedPairs(out, ok, tuple(failures), original, corner, flipped)
+    return DecodedPairs(out, ok, tuple(failures), original, corner, flipped, tuple(damaged))
 
 
 def _decoded(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -18,6 +18,7 @@ __all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading"]
 
 READING_THREAD = "polydpo-read"
 
+_PATIENCE_S = 0.002  # that is waited for a pair until all threads read
 _MOST_STUCK = 64  # threads that were given up; a source that hangs this often is gone
 
 
@@ -34,11 +35,15 @@ class Reading:
         self.index = index
         self.pair: Pair | None = None
         self.error: Exception | None = None
-        self.done = threading.Event()
+        self.done = threading.Lock()  # held until then: a tenth of what an Event costs
+        self.done.acquire()
 
 
 class Readers:
     """Daemon threads that read pairs of a source in the order in which they are asked for.
+
+    One of them reads as long as nobody waits long for a pair: from a local disk it is quick enough, and several threads
+    would spend more time on handing the interpreter to each other. Where pairs are waited for, all of them read.
 
     clips: whether files may be handed out as paths.
     timeout_s: how long one pair may take, from when its reading begins. A thread that is stuck is left to itself, and
@@ -47,7 +52,7 @@ class Readers:
 
     def __init__(self, source: Source, clips: bool, threads: int, timeout_s: float) -> None:
         self._source, self._clips, self._timeout_s = source, clips, timeout_s
-        self._tasks: queue.SimpleQueue[Reading | None] = queue.SimpleQueue()
+        self._tasks = _Tasks()
         self._workers: list[_Worker] = []
         self._stuck = 0
         try:
@@ -64,17 +69,16 @@ class Readers:
 
     def wait(self, reading: Reading, look: Callable[[], None]) -> None:
         """Until it is done; calls `look` now and then. Raises LoaderError where one pair after the other hangs."""
-        while not reading.done.wait(0.05):
+        if reading.done.acquire(timeout=_PATIENCE_S):
+            return
+        self._tasks.hurry(len(self._workers))
+        while not reading.done.acquire(timeout=0.05):
             look()
             self._replace_stuck()
 
     def close(self) -> None:
         """Tells the threads to end, and waits for those that can; what is asked for already is not read any more."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._tasks.get_nowait()
-        for _ in self._workers:
-            self._tasks.put(None)
+        self._tasks.close(len(self._workers))
         until = time.monotonic() + 1.0
         for worker in self._workers:
             worker.thread.join(max(0.0, until - time.monotonic()))
@@ -85,38 +89,99 @@ class Readers:
             reading, began = worker.at
             if reading is None or time.monotonic() - began < self._timeout_s:
                 continue
+            error = PairError(f"reading it took more than {self._timeout_s} s (timeout_s)")
+            if not self._tasks.give_up(worker, reading, error):
+                continue  # it was done after all
             self._stuck += 1
             if self._stuck > _MOST_STUCK:
                 raise LoaderError(
                     f"the source hangs: {self._stuck} pairs took more than {self._timeout_s} s (timeout_s)"
                 )
-            worker.abandoned = True
             self._workers[place] = _Worker(self._source, self._clips, self._tasks)
-            reading.error = PairError(f"reading it took more than {self._timeout_s} s (timeout_s)")
-            reading.done.set()
+        self._tasks.hurry(len(self._workers))
+
+
+class _Tasks:
+    """What is to be read, and how many threads are awake to do so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: deque[Reading] = deque()
+        self._awake = 0  # threads that have not been given up
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()  # one for each thread that is to wake up, or to end
+
+    def put(self, reading: Reading) -> None:
+        with self._lock:
+            self._pending.append(reading)
+            self._wake(1)
+
+    def hurry(self, threads: int) -> None:
+        """Lets so many read, if there is enough to do."""
+        with self._lock:
+            self._wake(min(threads, self._awake + len(self._pending)))
+
+    def _wake(self, threads: int) -> None:
+        for _ in range(threads - self._awake):
+            self._awake += 1
+            self._calls.put(True)
+
+    def close(self, threads: int) -> None:
+        with self._lock:
+            self._pending.clear()
+        for _ in range(threads):
+            self._calls.put(False)
+
+    def called(self) -> bool:
+        """Waits until the thread is to read; False: it is to end."""
+        return self._calls.get()
+
+    def take(self, worker: _Worker) -> Reading | None:
+        """The next one to read; None: there is nothing more to do for this thread."""
+        with self._lock:
+            if worker.abandoned:
+                return None
+            if self._pending:
+                return self._pending.popleft()
+            self._awake -= 1
+            return None
+
+    def finish(self, worker: _Worker, reading: Reading, pair: Pair | None, error: Exception | None) -> None:
+        with self._lock:
+            if not worker.abandoned:
+                reading.pair, reading.error = pair, error
+                worker.at = None, 0.0
+                reading.done.release()
+
+    def give_up(self, worker: _Worker, reading: Reading, error: Exception) -> bool:
+        """Leaves the thread to itself; False if it reads that no more."""
+        with self._lock:
+            if worker.at[0] is not reading:
+                return False
+            worker.abandoned = True
+            self._awake -= 1
+            reading.error = error
+            reading.done.release()
+            return True
 
 
 class _Worker:
-    def __init__(self, source: Source, clips: bool, tasks: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, source: Source, clips: bool, tasks: _Tasks) -> None:
         self.abandoned = False
         self.at: tuple[Reading | None, float] = None, 0.0  # what it reads, and since when
         self.thread = threading.Thread(target=self._run, args=(source, clips, tasks), name=READING_THREAD, daemon=True)
         self.thread.start()
 
-    def _run(self, source: Source, clips: bool, tasks: queue.SimpleQueue[Any]) -> None:
-        while not self.abandoned and (reading := tasks.get()) is not None:
-            self.at = reading, time.monotonic()
-            try:
-                pair = _checked(source[reading.index], reading.index, clips)
-            except BaseException as error:  # a source may raise anything: OSError, ArrowInvalid, a panic of Rust's
-                if not reading.done.is_set():
-                    reading.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            else:
-                reading.pair = pair
-                del pair
-            self.at = None, 0.0
-            reading.done.set()
-            del reading  # not to be kept while waiting for the next
+    def _run(self, source: Source, clips: bool, tasks: _Tasks) -> None:
+        while not self.abandoned and tasks.called():
+            while (reading := tasks.take(self)) is not None:
+                self.at = reading, time.monotonic()
+                pair, error = None, None
+                try:
+                    pair = _checked(source[reading.index], reading.index, clips)
+                except BaseException as raised:  # a source may raise anything: OSError, ArrowInvalid, a panic of Rust's
+                    error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
+                tasks.finish(self, reading, pair, error)
+                del reading, pair, error  # not to be kept while waiting for the next
 
 
 def _checked(pair: Any, index: int, clips: bool) -> Pair:

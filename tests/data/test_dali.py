@@ -19,7 +19,7 @@ from polydpo_fast.data.dali_engine import Engine
 from polydpo_fast.decode_arguments import _drawn
 
 LEVELS = dict(dtype=torch.float32, mean=0.0, std=1 / 255)  # pixels are levels of 255, not rounded
-LIMITS = (1 << 27, 1 << 28, 1 << 30, 100)
+LIMITS = DecodeLimits().native
 CENTRE = (True, 0, 0, False)
 
 needs_dali = pytest.mark.skipif(not dali._is_installed(), reason="nvidia-dali is not installed")
@@ -119,14 +119,14 @@ def test_no_truncated_jpeg_is_for_dali(options):
 
 def test_limits_are_those_of_the_cpp_decoder():
     image = jpeg(picture(61, 83), progressive=True)
-    assert is_for_dali(image, limits=(61 * 83, len(image), 1 << 30, 10))
+    assert is_for_dali(image, limits=DecodeLimits(61 * 83, len(image), 10).native)
     for tight in (
-        (61 * 83 - 1, 1 << 28, 1 << 30, 100),
-        (1 << 27, len(image) - 1, 1 << 30, 100),
-        (1 << 27, 1 << 28, 100, 100),
-        (1 << 27, 1 << 28, 1 << 30, 9),
+        dict(pixels=61 * 83 - 1),
+        dict(bytes=len(image) - 1),
+        dict(decoded=100),
+        dict(scans=9),
     ):
-        assert not is_for_dali(image, limits=tight)
+        assert not is_for_dali(image, limits=DecodeLimits(**tight).native)
 
 
 def test_what_does_not_fit_is_left_to_cpp():

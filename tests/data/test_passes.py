@@ -430,13 +430,39 @@ def test_what_is_no_pair_is_a_bad_pair(tmp_path, change, arm, reason):
     assert re.search(reason, line["reason"])
 
 
-def test_a_thread_that_was_given_up_still_tells_of_the_next_error():
-    """It may have begun the next pair just before it was given up."""
+def test_a_thread_that_has_gone_on_is_not_given_up():
+    """It may have finished the pair that took so long just before."""
     readers = Readers(Tiny(4, {1: "read"}), False, 1, 60.0)
-    readers._workers[0].abandoned = True
-    reading = readers.ask(1)
-    readers.wait(reading, lambda: None)
-    assert "its shard is cut off" in str(reading.error)
+    first = readers.ask(0)
+    readers.wait(first, lambda: None)
+    assert not readers._tasks.give_up(readers._workers[0], first, ValueError("too late"))
+    second = readers.ask(1)
+    readers.wait(second, lambda: None)
+    assert first.pair is not None
+    assert first.error is None
+    assert "its shard is cut off" in str(second.error)
+    readers.close()
+
+
+def test_one_thread_reads_until_somebody_waits():
+    """And then all do: four pairs of a tenth of a second each take one, not four."""
+    entered = []
+
+    class Slow(Tiny):
+        def __getitem__(self, index):
+            entered.append(threading.current_thread())
+            time.sleep(0.1)
+            return super().__getitem__(index)
+
+    readers = Readers(Slow(12), False, 4, 60.0)
+    asked = [readers.ask(index) for index in range(12)]
+    time.sleep(0.05)
+    assert len(entered) == 1
+    began = time.monotonic()
+    for reading in asked:
+        readers.wait(reading, lambda: None)
+    assert time.monotonic() - began < 0.9
+    assert len(set(entered)) == 4
     readers.close()
 
 
