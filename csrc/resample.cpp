@@ -118,6 +118,9 @@ void resample_floats(const float* in, const Filter& filter, int width, float* ou
     }
 }
 
+// Of a row across, by integers: with more of them what is lost by rounding the weights would add up to over 1/32.
+constexpr std::int64_t most_taps = 512;
+
 double triangle(double x) { return std::max(0.0, 1.0 - std::abs(x)); }
 
 double cubic(double x) {
@@ -145,7 +148,8 @@ std::int64_t Resampler::memory(Size source, Size resized, const Region& crop, In
     const std::int64_t down = taps_of(support_of(kind, source.height, resized.height));
     const std::int64_t weights = crop.width * (across + across + 3) + crop.height * down;
     const std::int64_t length = padded(std::max(crop.width, down_first ? source.width : 0)) + apart;
-    const std::int64_t rows = length * (std::min<std::int64_t>(down, source.height) + 2) + source.width + across;
+    const std::int64_t row = source.width * (across > most_taps ? std::int64_t{5} : 1);
+    const std::int64_t rows = length * (std::min<std::int64_t>(down, source.height) + 2) + row + across;
     return static_cast<std::int64_t>(sizeof(float)) * (weights + rows);
 }
 
@@ -223,12 +227,17 @@ void Resampler::begin(const Region& given) {
     ring_.resize(static_cast<std::size_t>(ring_rows_) * (length_ + apart));
     summed_.resize(length_);
     if (down_first_) resized_.resize(padded(width_));
+    if (across_.taps > most_taps) floats_.resize(4 * static_cast<std::size_t>(given_));
 }
 
 void Resampler::commit() {
     float* const to = ring_row(rows_in_++);
     if (down_first_) {
         to_floats(row_.data(), 4 * static_cast<std::size_t>(given_), to);
+    } else if (across_.taps > most_taps) {
+        to_floats(row_.data(), 4 * static_cast<std::size_t>(given_), floats_.data());
+        resample_floats(floats_.data(), across_, width_, to);
+        clamp(4 * static_cast<std::size_t>(width_), to);
     } else {
         resample_row(row_.data(), across_.first.data(), quad_weights_.data(), quads_, width_, unit_, to);
     }

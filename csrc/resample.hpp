@@ -23,8 +23,9 @@ struct Filter {
 Filter make_filter(Interpolation kind, int source, int resized, int offset, int length);
 
 // Takes the rows of an RGBX image from top to bottom and gives the rows of a crop of the resized image: across, then down,
-// or the other way around. Across first is in integers, to 1/32 of a level; all else in float32. What comes of the first of both is clamped to 0..255, as Pillow's bytes are, so that
-// their order matters where weights are negative.
+// or the other way around. Across first is in integers, to 1/32 of a level, but where very many pixels become one; all else
+// is in float32. What comes of the first of both is clamped to 0..255, as Pillow's bytes are, so that their order matters
+// where weights are negative.
 class Resampler {
 public:
     // All as stored: the whole image's size before and after, and the crop in the latter. Bilinear goes across first,
@@ -61,7 +62,7 @@ private:
     float unit_;                              // of which they are multiples, a power of two
     std::size_t length_;               // of a row in the ring
     Row row_;
-    std::vector<float> ring_, summed_, resized_;
+    std::vector<float> ring_, summed_, resized_, floats_;
     std::vector<const float*> taps_;
 };
 

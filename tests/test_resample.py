@@ -37,8 +37,22 @@ def exact_weights(source, resized, interpolation):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("source", [(90, 70), (64, 64), (333, 411), (2000, 30)])
-@pytest.mark.parametrize("size", [(64, 64), (7, 150)])
+@pytest.mark.parametrize("width", [250, 20_000, 65_000])
+def test_roundings_do_not_add_up(interpolation, width):
+    """A row of the pixels whose weights rounding makes greater, to one pixel: integers of 22 bits were off by 0.7."""
+    weights = exact_weights(width, 1, interpolation)[0]
+    scaled = np.cumsum(weights) * 2**22
+    greater = np.diff(np.round(scaled), prepend=0) > weights * 2**22
+    image = np.repeat((greater * 255).astype(np.uint8)[None, :, None], 3, axis=2)
+    options = dict(size=1, resize="stretch", interpolation=interpolation, dtype=torch.float32)
+    pixels = decode_pairs([png(Image.fromarray(image))], [png(Image.fromarray(image))], **options).pixels[0]
+    expected = weights @ (greater * 255.0)
+    assert np.abs((pixels.double().numpy() + 1) * 127.5 - expected).max() <= 1 / 32
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("source", [(90, 70), (64, 64), (333, 411), (2000, 30), (3, 5000), (3, 60_000)])
+@pytest.mark.parametrize("size", [(64, 64), (7, 150), (3, 2)])
 def test_a_resize_is_exact_but_for_a_fraction_of_a_level(interpolation, source, size):
     """Weights across have 15 bits of the largest, 1/32 of a level in all; what follows is in float32."""
     random = np.random.default_rng(3)
