@@ -69,6 +69,7 @@ def inspect(
     every: Annotated[bool, typer.Option("--all", help="Decode every pair, and list those that cannot be.")] = False,
     sample: Annotated[int, typer.Option(min=0, help="Pairs to look into and to time.")] = 64,
     ties: Annotated[str | None, typer.Option(help="drop, keep or error.")] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the files that a JSON or CSV names.")] = None,
     category: Annotated[str | None, typer.Option(help="Column of the category, in Parquet files.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="A loader's ledger, whose pairs are tried again.")] = None,
 ) -> None:
@@ -77,7 +78,8 @@ def inspect(
     from .data.inspect import report
 
     console = Console()
-    options = {name: value for name, value in (("ties", ties), ("category", category)) if value is not None}
+    given = {"ties": ties, "root": root, "category": category}
+    options = {name: value for name, value in given.items() if value is not None}
     try:
         pairs = open_source(source[0] if len(source) == 1 else source, **options)
         fine = report(pairs, every=every, count=sample, ledger=ledger, console=console)
@@ -94,14 +96,18 @@ def pack(
     shard_size: Annotated[str, typer.Option(help="Most bytes of a shard: 500MB, 1GB, 2GiB.")] = "1GB",
     ties: Annotated[str | None, typer.Option(help="drop, keep or error.")] = None,
     root: Annotated[str | None, typer.Option(help="Folder of the files that a JSON or CSV names.")] = None,
+    category: Annotated[str | None, typer.Option(help="Column of the category, in Parquet files.")] = None,
+    weight: Annotated[str | None, typer.Option(help="Column of the weight, in Parquet files.")] = None,
     columns: Annotated[list[str] | None, typer.Option(help="Further column to take along; may be repeated.")] = None,
 ) -> None:
     """Write pairs as WebDataset shards; exit with 1 if some could not be read."""
     from .data import open_source
     from .data import pack as packing
 
-    given = {"ties": ties, "root": root, "columns": columns}
+    given = {"ties": ties, "root": root, "category": category, "weight": weight, "columns": columns}
     try:
+        for name in {"category", "weight"}.intersection(columns or ()):
+            raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
         size = packing.bytes_of(shard_size)
         pairs = open_source(source, **{name: value for name, value in given.items() if value is not None})
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as progress:

@@ -21,6 +21,7 @@ __all__ = [
     "Layout",
     "check_options",
     "counted",
+    "is_labelled",
     "keep",
     "layout_of",
     "verdicts",
@@ -62,6 +63,11 @@ LAYOUTS = (
     Layout("win", "lose", None, "prompt", prompt_needed=False),
 )
 HAS_LABEL = "has_label"
+
+
+def is_labelled(value: Any) -> bool:
+    """What stands in `has_label`, as a bool of Python's or NumPy's or a number; True where nothing does."""
+    return value is None or bool(value)
 
 
 def layout_of(columns: Collection[str], where: str) -> Layout:

@@ -143,7 +143,9 @@ def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
     place = os.path.expanduser(place)
     if os.path.isdir(place):
         found = [
-            p for p in glob.glob(os.path.join(glob.escape(place), "**"), recursive=True) if p.endswith((*suffixes,))
+            path
+            for path in glob.glob(os.path.join(glob.escape(place), "**"), recursive=True)
+            if path.lower().endswith((*suffixes,))
         ]
     elif os.path.exists(place):  # before globbing: its name may have brackets
         found = [place]
@@ -153,7 +155,8 @@ def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
     for path in sorted(found):
         if os.path.isfile(path):
             facts = os.stat(path)
-            files.append(File(path, facts.st_size, str(facts.st_mtime_ns)))
+            # Absolute: a program may go to another folder while it is being read.
+            files.append(File(os.path.abspath(path), facts.st_size, str(facts.st_mtime_ns)))
     return files
 
 

@@ -35,13 +35,15 @@ _PART = 1 << 15
 class Notes:
     """What is found in a file beside its pairs.
 
-    counts: for people. categories, fields: the names, numbered as they are met. form: of the file.
+    counts: for people. categories, fields: the names, numbered as they are met. form: of the file. content: a digest
+    of what is said of the pairs, and of who wins, where rows do not hold it.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     categories: dict[str, int] = field(default_factory=dict)
     fields: dict[str, int] = field(default_factory=dict)
     form: str = ""
+    content: str = ""
 
     def category(self, name: str) -> int:
         return self.categories.setdefault(name, len(self.categories))
@@ -53,15 +55,15 @@ class Notes:
             self.fields.setdefault(name, len(self.fields))
 
     def pack(self) -> np.ndarray:
-        parts = [self.counts, list(self.categories), list(self.fields), self.form]
+        parts = [self.counts, list(self.categories), list(self.fields), self.form, self.content]
         return np.frombuffer(json.dumps(parts).encode(), dtype=np.uint8)
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> Notes:
         """Raises ValueError or TypeError for what `pack` did not make."""
-        counts, categories, fields, form = json.loads(packed.tobytes())
+        counts, categories, fields, form, content = json.loads(packed.tobytes())
         found = Counter({str(name): int(number) for name, number in counts.items()})
-        return cls(found, _numbered(categories), _numbered(fields), str(form))
+        return cls(found, _numbered(categories), _numbered(fields), str(form), str(content))
 
 
 class IndexedSource(Source):
@@ -117,7 +119,10 @@ class IndexedSource(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self._rows).data).hexdigest()
-        files = [(name, file.size) for name, file in zip(self._names, self._files, strict=True)]
+        files = [
+            (name, file.size, notes.content)
+            for name, file, notes in zip(self._names, self._files, self._notes, strict=True)
+        ]
         return fingerprint_of(self.kind, [self.version, files, self._category_names, digest])
 
     @property

@@ -21,18 +21,19 @@ from typing_extensions import Buffer
 
 from .media import suffix_of
 from .source import Arm, Pair, PairError, Source, SourceError
-from .tar import KEY_FIELD
+from .tar import KEY_FIELD, PACK_STATE
 
 __all__ = ["UNREADABLE", "Packed", "bytes_of", "pack"]
 
-UNREADABLE, _STATE = "unreadable.jsonl", "pack.json"
-_VERSION = 1
+UNREADABLE, _STATE = "unreadable.jsonl", PACK_STATE
+_VERSION = 2
 _READERS, _AHEAD = 4, 8
 
 
 @dataclass(frozen=True)
 class Packed:
-    """How far it is. next: the pair to begin with. unreadable_bytes: of what was written down of those left out."""
+    """How far it is. next: the pair to begin with. unreadable_bytes: of what was written down of those left out.
+    complete: all is there; until then the folder cannot be opened as a source."""
 
     source: str
     shard_size: int
@@ -41,6 +42,7 @@ class Packed:
     pairs: int = 0
     unreadable: int = 0
     unreadable_bytes: int = 0
+    complete: bool = False
     version: int = _VERSION
 
 
@@ -86,6 +88,8 @@ def pack(
                     progress(index + 1)
             if state.next < len(source):
                 state = _commit(folder, state, shard, faults, len(source))
+            state = replace(state, complete=True)
+            _write(folder, state)
         finally:
             pairs.close()
             shard.abandon()

@@ -112,7 +112,7 @@ class ParquetPairs(Source):
         self._counts = {"files": len(self._files), **counted(found, len(self._rows), self._files[0].path)}
         self._categories = _merged_categories(indexes, rows) if category is not None else None
         facts = [
-            (name, file.size, index["digest"].tobytes())
+            (name, file.size, index["digest"].tobytes(), hashlib.sha256(index["verdict"].tobytes()).digest())
             for name, file, index in zip(self._names, self._files, indexes, strict=True)
         ]
         self._fingerprint = fingerprint_of("parquet", [_FORMAT, ties, category, weight, *facts])

@@ -34,6 +34,7 @@ _MOST_ATTEMPTS = 1000
 _THREAD = "polydpo-load"
 _NO_COLOURS = "bt709", False  # as `decode_clips` has it where a clip fails
 _RATE_AFTER = 100  # pairs, before a share of bad ones says anything
+_RATE_OF = 10_000  # pairs that it is a share of, if the source has so many: bad ones come together, in a damaged shard
 
 
 @dataclass
@@ -162,7 +163,8 @@ class Pipeline:
         self._buffers = buffers
         self._batches: queue.Queue[Any] = queue.Queue(maxsize=plan.prefetch)
         self._stop = threading.Event()
-        self._run_of_bad, self._seen, self._bad = 0, 0, 0
+        self._seen, self._bad = 0, 0
+        self._unread, self._undecoded = 0, 0  # in a row: all of a batch are read before any is decoded
         self._stream = _stream_of(plan.device) if plan.device and plan.device.type == "cuda" else None
         self._process = os.getpid()
         self._copies: deque[tuple[Any, Tensor]] = deque()  # events, and the host memory that is being copied from
@@ -290,8 +292,12 @@ class Pipeline:
             readers.wait(slot.reading, self._look)
             slot.pair, error = slot.reading.pair, slot.reading.error
             slot.reading = None
-            if error is not None:
-                self._note(slot, "", error.arm if isinstance(error, PairError) else None, error)
+            self._seen += 1
+            if error is None:
+                self._unread = self._unread if slot.attempt else 0  # what takes another's place says nothing
+            else:
+                self._unread += 1
+                self._note(slot, "", error.arm if isinstance(error, PairError) else None, error, self._unread)
                 self._substitute(slot, readers)
 
     def _substitute(self, slot: _Slot, readers: Readers) -> None:
@@ -307,9 +313,11 @@ class Pipeline:
         slot.index = int(plan.order(np.array([(slot.position + ahead) % size]))[0])
         slot.pair, slot.reading = None, readers.ask(slot.index)
 
-    def _note(self, slot: _Slot, key: str, arm: str | None, error: Exception) -> None:
+    def _note(self, slot: _Slot, key: str, arm: str | None, error: Exception, run: int) -> None:
+        """run: how many pairs in a row have the same trouble, this one among them."""
         plan = self._plan
-        self._count(bad=True)
+        self._bad += 1
+        self._stats.bad += 1
         where = plan.source.position(slot.index)
         reason = error.reason if isinstance(error, PairError) else f"{error}"
         plan.ledger.add(
@@ -324,20 +332,14 @@ class Pipeline:
             rank=plan.rank,
         )
         last = f"the last was {key or where}: {reason}"
-        if self._run_of_bad > plan.max_bad_run:
-            raise LoaderError(
-                f"{self._run_of_bad} pairs in a row are bad, more than {plan.max_bad_run} (max_bad_run); {last}"
-            )
-        if self._seen >= _RATE_AFTER and self._bad > plan.max_bad_rate * self._seen:
+        if run > plan.max_bad_run:
+            raise LoaderError(f"{run} pairs in a row are bad, more than {plan.max_bad_run} (max_bad_run); {last}")
+        if self._seen >= _RATE_AFTER and self._bad > plan.max_bad_rate * max(
+            self._seen, min(len(plan.source), _RATE_OF)
+        ):
             raise LoaderError(
                 f"{self._bad} of {self._seen} pairs are bad, more than {plan.max_bad_rate:.1%} (max_bad_rate); {last}"
             )
-
-    def _count(self, bad: bool) -> None:
-        self._seen += 1
-        self._bad += bad
-        self._stats.bad += bad
-        self._run_of_bad = self._run_of_bad + 1 if bad else 0
 
     def _decode(self, slots: list[_Slot], real: list[_Slot], readers: Readers) -> PairBatch:
         plan, pairs = self._plan, len(slots)
@@ -368,10 +370,13 @@ class Pipeline:
         failures = {failure.index: failure for failure in reversed(result.errors)}
         for number, slot in enumerate(real):
             failure, row = failures.get(number), slots.index(slot)
+            if failure is None and not slot.attempt:
+                self._undecoded = 0
             while failure is not None:
                 self._look()
                 assert slot.pair is not None
-                self._note(slot, slot.pair.key, failure.arm, PairError(failure.reason, failure.arm))
+                self._undecoded += 1
+                self._note(slot, slot.pair.key, failure.arm, PairError(failure.reason, failure.arm), self._undecoded)
                 self._substitute(slot, readers)
                 self._read(slot, readers)
                 if slot.index < 0:
@@ -381,8 +386,6 @@ class Pipeline:
                 failure = single.errors[0] if single.errors else None
                 if failure is None:
                     rows.put([row], single)
-            if slot.index >= 0:
-                self._count(bad=False)
 
     def _batch(self, slots: list[_Slot], rows: _Rows) -> PairBatch:
         plan = self._plan

@@ -54,7 +54,7 @@ class Readers:
         self._source, self._clips, self._timeout_s = source, clips, timeout_s
         self._tasks = _Tasks()
         self._workers: list[_Worker] = []
-        self._stuck = 0
+        self._given_up: list[_Worker] = []
         try:
             for _ in range(threads):
                 self._workers.append(_Worker(source, clips, self._tasks))
@@ -92,10 +92,11 @@ class Readers:
             error = PairError(f"reading it took more than {self._timeout_s} s (timeout_s)")
             if not self._tasks.give_up(worker, reading, error):
                 continue  # it was done after all
-            self._stuck += 1
-            if self._stuck > _MOST_STUCK:
+            self._given_up = [*(one for one in self._given_up if one.thread.is_alive()), worker]
+            if len(self._given_up) > _MOST_STUCK:
                 raise LoaderError(
-                    f"the source hangs: {self._stuck} pairs took more than {self._timeout_s} s (timeout_s)"
+                    f"the source hangs: {len(self._given_up)} pairs took more than {self._timeout_s} s (timeout_s), "
+                    "and are still being read"
                 )
             self._workers[place] = _Worker(self._source, self._clips, self._tasks)
         self._tasks.hurry(len(self._workers))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from typing_extensions import Buffer
 
-from .columns import HAS_LABEL, WINS, check_options, counted, keep, layout_of, verdicts, weight_of
+from .columns import HAS_LABEL, WINS, check_options, counted, is_labelled, keep, layout_of, verdicts, weight_of
 from .files import contents
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
@@ -82,7 +82,7 @@ class RecordPairs(Source):
         if label is None:
             verdict = np.full(len(self._records), WINS, dtype=np.uint8)
         else:
-            has = None if labelled is None else np.array([value is not False for value in found[labelled]], dtype=bool)
+            has = None if labelled is None else np.array([is_labelled(value) for value in found[labelled]], dtype=bool)
             verdict = verdicts(_numbers(found[label], label), has, label, "records")
         rows = keep(verdict, ties, "records")
         self._counts = counted(np.bincount(verdict, minlength=4), len(rows), "records")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -10,17 +12,20 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
-from .columns import TIE_WEIGHT
+from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
 from .files import File, Location, find
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
-from .source import Pair, PairError
+from .source import Pair, PairError, SourceError
 
-__all__ = ["KEY_FIELD", "TarPairs"]
+__all__ = ["KEY_FIELD", "PACK_STATE", "TarPairs"]
 
 KEY_FIELD = "pair_key"
 """In a sample's JSON: the pair's key, where it is another than the sample's."""
+
+PACK_STATE = "pack.json"
+"""Beside shards that `pack` made: how far it came."""
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -56,7 +61,7 @@ class TarPairs(IndexedSource):
     """
 
     kind: ClassVar[str] = "tar"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     row: ClassVar[np.dtype[Any]] = np.dtype([*COMMON, ("start", "<i8"), ("blocks", "<u4")])
 
     def __init__(
@@ -67,7 +72,9 @@ class TarPairs(IndexedSource):
         columns: Sequence[str] = (),
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(find(where, (".tar",)), ties=ties, columns=columns, cache=cache)
+        files = find(where, (".tar",))
+        _check_complete(files)
+        super().__init__(files, ties=ties, columns=columns, cache=cache)
         self._long_keys = self._repeated() is not None
 
     @property
@@ -84,20 +91,26 @@ class TarPairs(IndexedSource):
                         f"it is compressed with {name}; expected a plain tar file, which can be read in parts"
                     )
             seen: set[int] = set()
+            content = hashlib.blake2b(digest_size=16)
             for sample in _samples(opened, file.size, notes):
                 hashed = key_hash(sample.key)
                 if hashed in seen:
                     raise ValueError(f"sample {sample.key!r} comes twice, not in one piece, at byte {sample.start}")
                 seen.add(hashed)
+                content.update(_content(sample))
                 if (row := _row_of(sample, notes)) is not None:
                     yield row
+            notes.content = content.hexdigest()
 
     def _within(self, rows: np.ndarray, size: int) -> bool:
         starts, lengths = rows["start"], rows["blocks"].astype(np.int64) * _BLOCK
         return bool(((starts >= 0) & (starts <= size - lengths) & (lengths <= _MAX_SAMPLE)).all())
 
     def _read(self, number: int, row: np.void) -> Pair:
-        data = self._files[number].read(int(row["start"]), int(row["blocks"]) * _BLOCK)
+        file = self._files[number]
+        if file.is_local and file.changed():
+            raise ValueError("the shard has been changed since it was opened")
+        data = file.read(int(row["start"]), int(row["blocks"]) * _BLOCK)
         try:
             sample = _only_sample(data)
         except (EOFError, ValueError) as error:
@@ -122,6 +135,17 @@ class TarPairs(IndexedSource):
 
     def _where(self, file: File, row: np.void, notes: Notes) -> str:
         return f"{file.path} at byte {row['start']}"
+
+
+def _check_complete(files: Sequence[File]) -> None:
+    for folder in {file.folder for file in files if file.is_local}:
+        try:
+            with open(os.path.join(folder, PACK_STATE), "rb") as file:
+                state = json.loads(file.read(1 << 16))
+        except (OSError, ValueError):
+            continue
+        if isinstance(state, dict) and state.get("complete") is False:
+            raise SourceError(f"{folder} is not packed to its end; pack it again, which goes on where it stopped")
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -233,6 +257,12 @@ def _key_and_role(name: str) -> tuple[str, str] | None:
     return key, arm if known else ""
 
 
+def _content(sample: _Sample) -> bytes:
+    """What is said of the pair, and the names and sizes of its members."""
+    members = sorted((arm, member.name, member.size) for arm, member in sample.arms.items())
+    return b"%r %r %r %r" % (sample.key, members, sample.json, sample.txt)
+
+
 def _row_of(sample: _Sample, notes: Notes) -> tuple[Any, ...] | None:
     notes.counts["samples"] += 1
     if not any(set(arms) <= set(sample.arms) for arms in _ARMS):
@@ -261,6 +291,8 @@ def _order(sample: _Sample, record: dict[str, Any]) -> _Order | None:
     """None without a label. Raises ValueError for a label that means nothing."""
     if set(_ARMS[0]) <= set(sample.arms):
         return _Order(_ARMS[0], False)
+    if not is_labelled(record.get(HAS_LABEL)):
+        return None
     labels = [_label(record, f"label_{arm}", sample.key) for arm in "01"]
     if labels != [None, None]:
         first = 1 - labels[1] if labels[0] is None else labels[0]

@@ -46,8 +46,15 @@ def replace(path):
     path.write_bytes(stored)
 
 
+def swap(path):
+    """By one with the same names and sizes, in which each winner is the loser."""
+    stored = path.read_bytes().replace(b".win.png", b".tmp.png").replace(b".lose.png", b".win.png\0")
+    path.write_bytes(stored.replace(b".tmp.png\0", b".lose.png"))
+
+
 @pytest.mark.parametrize(
-    ("change", "lost"), [(truncate, range(27, 30)), (os.unlink, range(20, 30)), (replace, range(20, 30))]
+    ("change", "lost"),
+    [(truncate, range(20, 30)), (os.unlink, range(20, 30)), (replace, range(20, 30)), (swap, range(20, 30))],
 )
 def test_a_shard_that_changes_in_the_middle_costs_its_own_pairs(tmp_path, change, lost):
     shards(tmp_path)

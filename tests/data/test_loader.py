@@ -205,6 +205,27 @@ def test_too_many_bad_pairs_end_it():
         list(PairLoader(Tiny(1, {0: "read"}), 1, **TINY))
 
 
+def test_scattered_pairs_that_cannot_be_read_are_not_in_a_row():
+    """All of a batch are read before any is decoded: those that can be read count between those that cannot."""
+    source = Tiny(1024, dict.fromkeys(range(0, 1024, 10), "read"))
+    batches = list(PairLoader(source, 256, max_bad_rate=1.0, **TINY))
+    assert len(batches) == 4
+    with pytest.raises(LoaderError, match="51 pairs in a row"):
+        list(
+            PairLoader(Tiny(1024, dict.fromkeys(range(300, 400), "read")), 256, shuffle=False, max_bad_rate=1.0, **TINY)
+        )
+
+
+def test_a_damaged_shard_is_no_reason_to_end():
+    """2.5% of the pairs, all of which come within the first 800."""
+    bad = dict.fromkeys(range(0, 800, 8), "read")
+    batches = list(PairLoader(Tiny(4000, bad), 8, shuffle=False, **TINY))
+    assert len(batches) == 500
+    more = dict.fromkeys(range(0, 1640, 8), "read")
+    with pytest.raises(LoaderError, match=r"201 of \d+ pairs are bad, more than 5.0% \(max_bad_rate\)"):
+        list(PairLoader(Tiny(4000, more), 8, shuffle=False, **TINY))
+
+
 def test_a_source_that_hangs_costs_a_pair_each_time():
     source = Tiny(30, hangs=[4, 8])
     loader = PairLoader(source, 5, timeout_s=0.2, readers=1, shuffle=False, **TINY)

@@ -205,6 +205,36 @@ def test_interrupted_at_any_step_of_a_commit(tmp_path, monkeypatch, call, when):
     assert stops >= 6
 
 
+def test_a_folder_that_is_not_packed_to_its_end_is_no_source(tmp_path):
+    source = many()
+    source.pairs[15] = RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        pack(source, tmp_path, shard_size=20480)
+    assert len(list(tmp_path.glob("*.tar"))) > 0
+    with pytest.raises(SourceError, match="is not packed to its end; pack it again"):
+        open_source(tmp_path)
+    pack(many(), tmp_path, shard_size=20480)
+    assert len(open_source(tmp_path)) == 18  # two of them cannot be read
+
+
+def test_category_and_weight_are_no_further_columns(tmp_path):
+    """Of Parquet they would be lost to the pair's own, which are "" and 1."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        dict(chosen=image(i), rejected=image(i + 9), prompt="p", weight=0.25, category="xy"[i % 2]) for i in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    command = ["pack", str(tmp_path / "pairs.parquet"), str(tmp_path / "out")]
+    for name in ("category", "weight"):
+        result = CliRunner().invoke(app, [*command, "--columns", name])
+        assert result.exit_code == 2
+        assert f"expected --{name} {name}" in result.output
+    result = CliRunner().invoke(app, [*command, "--category", "category", "--weight", "weight"])
+    assert result.exit_code == 0, result.output
+    packed = open_source(tmp_path / "out")
+    assert [(packed[i].category, packed[i].weight) for i in range(4)] == [("x", 0.25), ("y", 0.25)] * 2
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     first = pack(many(), tmp_path)
     before = contents(tmp_path)

@@ -141,6 +141,17 @@ def test_a_tie_can_be_an_error(shard):
         ParquetPairs(shard, ties="half")
 
 
+def test_who_wins_is_in_the_fingerprint(tmp_path):
+    """Also where neither the sizes nor the statistics of the file change."""
+    path = tmp_path / "x.parquet"
+    found = set()
+    for labels in ([1.0, 0.0] * 4, [0.0, 1.0] * 4):
+        write(path, pick_a_pic([(label, True) for label in labels]), rows_per_group=8)
+        found.add((path.stat().st_size, ParquetPairs(path).fingerprint))
+    assert len(found) == 2
+    assert len({size for size, _ in found}) == 1
+
+
 @pytest.mark.parametrize("label", [0.25, 2.0, -1.0, math.inf])
 def test_another_label_names_file_and_row(tmp_path, label):
     path = write(tmp_path / "odd.parquet", pick_a_pic([*SOME, (label, False), (label, True)]))

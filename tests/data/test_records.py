@@ -21,6 +21,12 @@ def pick(row, label, labelled=True):
     return {**images, "label_0": label, "has_label": labelled, "caption": f"prompt {row}", "ranking_id": row}
 
 
+def test_rows_without_a_label_however_it_is_written():
+    for labelled in (False, 0, np.bool_(False), np.int64(0)):
+        source = RecordPairs([pick(0, 0.0, labelled), pick(1, 1.0, np.bool_(True)), pick(2, 0.0, None)])
+        assert [source[i].key for i in range(len(source))] == ["1", "2"]
+
+
 labels = st.tuples(st.sampled_from([1.0, 0, 0.5, None, math.nan]), st.sampled_from([True, True, False, None]))
 
 

@@ -252,6 +252,43 @@ def test_fingerprint_is_of_the_contents_not_of_the_place(tmp_path):
         assert pairs_of(tmp_path / "x", other, second).fingerprint != source.fingerprint
 
 
+def test_what_is_said_of_the_pairs_is_in_the_fingerprint(tmp_path):
+    """Labels, prompts and texts: all of the same length, so that no member moves."""
+
+    def shard(label, prompt, text):
+        images = [("a.0.jpg", b"zero"), ("a.1.jpg", b"one")]
+        return archive([*images, ("a.json", json.dumps(dict(label_0=label, p=prompt)).encode()), ("a.txt", text)])
+
+    first = shard(0, "a cat", b"cat")
+    found = {pairs_of(tmp_path, first).fingerprint}
+    for other in (shard(1, "a cat", b"cat"), shard(0, "a dog", b"cat"), shard(0, "a cat", b"dog")):
+        assert len(other) == len(first)
+        found.add(pairs_of(tmp_path, other).fingerprint)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("labelled", [False, 0])
+def test_samples_without_a_label_are_left_out(tmp_path, labelled):
+    """As rows of Pick-a-Pic that were made samples: 0 and 0 is no tie there."""
+    images = [(f"{key}.{arm}.jpg", b"image") for key in "ab" for arm in "01"]
+    record = dict(label_0=0, label_1=0, has_label=labelled)
+    members = [*images[:2], ("a.json", json.dumps(record).encode()), *images[2:], ("b.json", b'{"label_0": 1}')]
+    source = pairs_of(tmp_path, archive(members), ties="keep")
+    assert [source[i].key for i in range(len(source))] == ["b"]
+    assert source.counts["without label"] == 1
+
+
+def test_a_shard_is_found_by_any_case_of_its_suffix_and_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "A.TAR").write_bytes(archive(sample("a")))
+    monkeypatch.chdir(tmp_path)
+    for where in ("up", "up/A.TAR"):
+        source = TarPairs(where)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir("/")
+            assert bytes(source[0].win) == b"W"
+
+
 def test_the_index_is_kept_and_built_anew_when_the_shard_changes(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     data = archive([*sample("a"), *sample("b", category="n")])
