@@ -96,7 +96,7 @@ def check_inputs(
 
     tgt = _tensors("target", target)
     _on_device("target", tgt, device)
-    if not (len(tgt) == 1 and tgt[0].shape[0] == pairs and tgt[0].shape[1:] == sample):
+    if not (len(tgt) == 1 and tgt[0].dim() == len(shape) and tgt[0].shape[0] == pairs and tgt[0].shape[1:] == sample):
         _same_rows("target", tgt, pairs, sample, or_shared=True)
     return Inputs(
         pred,
@@ -119,15 +119,19 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
         if tensor.dtype in FLOAT_DTYPES and tensor.layout is torch.strided and not is_lazy(tensor):
             continue
         place = name if len(tensors) == 1 else f"{name}[{index}]"
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{place} has layout {tensor.layout}; expected a dense tensor (torch.strided)")
-        elif is_lazy(tensor):
+        _dense(place, tensor)
+        if is_lazy(tensor):
             raise TypeError(f"{place} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
         else:
             raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
     if len(tensors) == 2 and tensors[1].dtype != tensors[0].dtype:
         raise TypeError(f"{name}[1] has dtype {tensors[1].dtype}; expected {tensors[0].dtype} like {name}[0]")
     return tensors
+
+
+def _dense(place: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{place} has layout {x.layout}; expected a dense tensor (torch.strided)")
 
 
 def is_lazy(x: Tensor) -> bool:
@@ -170,6 +174,7 @@ def _check_ref_error(ref_error: Arms, pairs: int, device: torch.device, layout: 
 def _check_mask(mask: Tensor, pairs: int, sample: torch.Size, device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask is {_show(mask)}; expected a torch.Tensor")
+    _dense("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool, True where an element counts")
     if mask.device != device:
@@ -223,8 +228,9 @@ def check_head(
         alphas = [_number(f"alpha[{i}]", a) for i, a in enumerate(alpha)]
     else:
         alphas = [_number("alpha", alpha)]  # type: ignore[arg-type]  # checked there
-        if alphas[0] < -1 and not torch.compiler.is_compiling():
-            _warn_not_monotone()
+    # Of several coefficients none alone decides, and a tensor would have to be read.
+    if alphas[0] < -1 and len(alphas) == 1 and not torch.compiler.is_compiling():
+        _warn_not_monotone()
     if not OBJECTIVES[objective].takes_alpha and (alpha_tensor is not None or any(alphas)):
         raise ValueError(f"alpha is {_show(alpha)}; expected 0 for objective {objective!r}, which does not use it")
     smoothing = _number("label_smoothing", label_smoothing)
@@ -257,6 +263,7 @@ def _number(name: str, value: float) -> float:
 
 
 def _per_pair(name: str, value: Tensor, inputs: Inputs) -> Tensor:
+    _dense(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; expected float64, float32, bfloat16 or float16")
     if tuple(value.shape) != (inputs.pairs,):

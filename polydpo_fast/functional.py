@@ -98,8 +98,8 @@ def loss(
             5000 for SD1.5 and SDXL. Scripts without the 1/2 use 2500 for the same loss.
         alpha: Poly-DPO's coefficient: a float, or a (B,) tensor. 0 is Diffusion-DPO; > 0 for noisy or conflicting
             labels (8 was the paper's best for SD1.5 on Pick-a-Pic V2); < 0 for trivially easy pairs. Below -1 the
-            loss is no longer monotone in z, which warns. A sequence of up to 4 floats is Poly-N:
-            -log p + sum_j alpha_j (1 - p)^j.
+            loss is no longer monotone in z, which warns (not for a tensor: reading it would wait for the device). A
+            sequence of up to 4 floats is Poly-N: -log p + sum_j alpha_j (1 - p)^j.
         objective: a name in `polydpo_fast.objectives.OBJECTIVES`: "poly_dpo", "robust", "ipo", "hinge", "linear".
         label_smoothing: the share of labels believed wrong, 0 to below 0.5. cDPO with "poly_dpo", and the
             expectation over the label with any objective but "robust", which corrects for it without bias.
@@ -123,6 +123,7 @@ def loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message says
             which. NaN and Inf in the tensors are no error: they make that pair's loss and gradient NaN.
+        RuntimeError: under a transform of `torch.func`, which only backend="reference" takes.
     """
     # A call like an earlier one is not checked again.
     tensors = model_pred, ref_pred, target
@@ -133,6 +134,8 @@ def loss(
         if bound:
             value, metrics = _BoundLoss.apply(model_pred, (ref_pred, target), bound[0])  # type: ignore[no-untyped-call]
             return (value, unpacked(metrics)) if return_metrics else value
+    if backend != "reference":
+        _refuse_transforms()
     inputs = check_inputs(
         model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
     )
@@ -202,6 +205,8 @@ def pair_errors(
         PairErrors(model_win, model_lose, excess_win, excess_lose), each (B,), float32 (float64 if an input is).
         With ref_pred, ref_error or reference_free, the excess is m - r.
     """
+    if backend != "reference":
+        _refuse_transforms()
     inputs = check_inputs(
         model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
     )
@@ -393,6 +398,27 @@ def _(pred: list[Tensor], target: list[Tensor], *arguments: Any) -> list[Tensor]
 # ----------------------------------------------------------------------------------------------- autograd
 
 
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_NO_TRANSFORMS = (
+    "polydpo_fast has no torch.func transforms (grad, vjp, jvp, jacrev, vmap, ...) and no is_grads_batched; "
+    "backend='reference' of loss and pair_errors has"
+)
+
+
+def _refuse_transforms() -> None:
+    """In graphs too: torch.compile would trace torch.func.grad through the operator to a gradient of zeros."""
+    if _transforms_active():
+        raise RuntimeError(_NO_TRANSFORMS)
+
+
+def _refuse_batched(grad: Tensor) -> None:
+    """autograd.grad with is_grads_batched, or within vmap, runs backward on a tensor without memory of its own."""
+    if not torch.compiler.is_compiling() and (_is_batched(grad) or _is_transformed(grad)):
+        raise RuntimeError(_NO_TRANSFORMS)
+
+
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         raise RuntimeError(
@@ -453,6 +479,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_loss = grads[0]
         if grad_loss is None:
             return (None,) * 15
+        _refuse_batched(grad_loss)
         _refuse_second_derivative()
         pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
         preds = [pred] if pred_lose is None else [pred, pred_lose]
@@ -469,7 +496,7 @@ class _FusedLoss(torch.autograd.Function):
 
 def _is_plain(tensors: tuple[Any, ...], options: tuple[object, ...]) -> bool:
     """Whether a loss may take the fast lane: nobody watches, and its arguments can be looked up."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transforms_active():
         return False
     for x in tensors:
         if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or is_lazy(x):
@@ -513,6 +540,7 @@ class _BoundLoss(torch.autograd.Function):
         grad_loss = grads[0]
         if grad_loss is None:
             return None, None, None
+        _refuse_batched(grad_loss)
         _refuse_second_derivative()
         pred, _, _, table, target = ctx.saved_tensors
         grad_loss = _materialised(grad_loss)
@@ -561,6 +589,7 @@ class _FusedErrors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_batched(grads[0])
         _refuse_second_derivative()
         pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
         grad = grads[0].to(torch.float64)

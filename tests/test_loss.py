@@ -531,14 +531,32 @@ def test_bad_input_names_the_argument(change, error, message):
         polydpo_fast.loss(**{**GOOD, **change})
 
 
-def test_alpha_below_minus_one_warns_once():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("argument", ["model_pred", "ref_pred", "target"])
+def test_a_tensor_without_dimensions_is_named(argument, backend, device):
+    good = {name: x.to(device) for name, x in GOOD.items()}
+    for call in (polydpo_fast.loss, polydpo_fast.pair_errors):
+        with pytest.raises(ValueError, match=rf"{argument} has shape \(\); expected \("):
+            call(**{**good, argument: torch.zeros((), device=device)}, backend=backend)
+
+
+@pytest.mark.parametrize("alpha", [-1.5, [-1.5], (-1.5,)])
+def test_alpha_below_minus_one_warns_once(alpha):
     arguments._warn_not_monotone.cache_clear()
     with pytest.warns(UserWarning, match="not monotone"):
-        polydpo_fast.loss(**GOOD, alpha=-1.5)
+        polydpo_fast.loss(**GOOD, alpha=alpha)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        polydpo_fast.loss(**GOOD, alpha=-1.5)
+        polydpo_fast.loss(**GOOD, alpha=alpha)
         polydpo_fast.loss(**GOOD, alpha=-1.0)
+
+
+def test_alphas_of_poly_n_and_of_pairs_do_not_warn():
+    arguments._warn_not_monotone.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        polydpo_fast.loss(**GOOD, alpha=[-1.5, 3.0])
+        polydpo_fast.loss(**GOOD, alpha=torch.full((2,), -1.5))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the CPU allocator's bytes")

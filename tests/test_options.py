@@ -1,5 +1,7 @@
 """Every option of `polydpo_fast.loss` and `pair_errors`, alone and mixed, on every backend, against the oracle."""
 
+from functools import partial
+
 import numpy as np
 import oracle
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from test_loss import BACKENDS, FUSED
 
 import polydpo_fast
+from polydpo_fast import functional
 from polydpo_fast.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
@@ -245,11 +248,74 @@ def test_autocast_and_grad_scaler(backend, device):
     torch.testing.assert_close(grads[0], grads[1], rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_functional_transforms_refuse(backend, device):
+def losses_of(backend, ref, target):
+    """A loss and the sum of an error, functions of the policy's prediction."""
+    return (
+        lambda x: polydpo_fast.loss(x, ref, target, beta=1.0, backend=backend),
+        lambda x: polydpo_fast.pair_errors(x, ref, target, backend=backend).model_win.sum(),
+    )
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack((x, x))),
+    "vmap over pairs": lambda f, x: torch.func.vmap(f)(x),
+    "constant in grad": lambda f, x: torch.func.grad(lambda w: w * f(x))(torch.ones((), device=x.device)),
+}
+
+
+@pytest.mark.parametrize("backend", [*FUSED, None])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("called_before", [False, True])
+def test_functional_transforms_refuse(transform, called_before, backend, device):
+    """In the same words, whether or not the fast lane has seen such a call."""
+    functional._bound_loss.cache_clear()
     pred, ref, target = (torch.cat(x) for x in arms(2, (3,), torch.float32, 0, device))
-    with pytest.raises(RuntimeError):
-        torch.func.grad(lambda x: polydpo_fast.loss(x, ref, target, backend=backend))(pred)
+    for function in losses_of(backend, ref, target):
+        if called_before:
+            function(pred)
+        with pytest.raises(RuntimeError, match=r"polydpo_fast has no torch\.func transforms .* backend='reference'"):
+            TRANSFORMS[transform](function, pred)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("called_before", [False, True])
+def test_batched_gradients_refuse(called_before, backend, device):
+    functional._bound_loss.cache_clear()
+    pred, ref, target = (torch.cat(x) for x in arms(2, (3,), torch.float32, 0, device))
+    pred.requires_grad_()
+    for _ in range(1 + called_before):
+        loss = polydpo_fast.loss(pred, ref, target, reduction="none", backend=backend)
+    errors = polydpo_fast.pair_errors(pred, ref, target, backend=backend).model_win
+    for value in (loss, errors):
+        with pytest.raises(RuntimeError, match=r"polydpo_fast has no torch\.func transforms .* is_grads_batched"):
+            torch.autograd.grad(value, pred, torch.eye(2, device=device), is_grads_batched=True)
+        with pytest.raises(RuntimeError, match=r"polydpo_fast has no torch\.func transforms"):
+            torch.func.vmap(partial(torch.autograd.grad, value, pred))(torch.eye(2, device=device))
+
+
+def test_functional_transforms_refuse_in_a_graph(device):
+    """torch.compile traces torch.func.grad through an operator without asking it, to a gradient of zeros."""
+    pred, ref, target = (torch.cat(x) for x in arms(2, (3,), torch.float32, 0, device))
+    for function in losses_of(None, ref, target):
+        for whole in (
+            torch.compile(torch.func.grad(function), backend="eager"),
+            torch.func.grad(torch.compile(function, backend="eager")),
+        ):
+            with pytest.raises(RuntimeError, match=r"polydpo_fast has no torch\.func transforms"):
+                whole(pred)
+
+
+def test_functional_transforms_take_the_reference(device):
+    pred, ref, target = (torch.cat(x) for x in arms(2, (3,), torch.float32, 0, device))
+    for function in losses_of("reference", ref, target):
+        x = pred.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(function(x), x)
+        torch.testing.assert_close(torch.func.grad(function)(pred), expected)
+        torch.testing.assert_close(torch.func.vmap(function)(torch.stack((pred, pred))), function(pred).expand(2))
 
 
 @pytest.mark.parametrize(
@@ -284,6 +350,14 @@ def test_functional_transforms_refuse(backend, device):
         ),
         (dict(mask=torch.ones(5, dtype=torch.bool)), ValueError, r"mask has shape \(5,\)"),
         (dict(mask=True), TypeError, "mask is True"),
+        (
+            dict(mask=torch.ones(3, 2, dtype=torch.bool).to_sparse()),
+            TypeError,
+            "mask has layout torch.sparse_coo; expec",
+        ),
+        (dict(beta=torch.ones(2).to_sparse()), TypeError, "beta has layout torch.sparse_coo; expected a dense"),
+        (dict(alpha=torch.ones(2).to_sparse()), TypeError, "alpha has layout torch.sparse_coo; expected a dense"),
+        (dict(pair_weight=torch.ones(2).to_sparse()), TypeError, "pair_weight has layout torch.sparse_coo; expected"),
         (dict(alpha=[]), ValueError, "alpha has 0 coefficients; expected 1 to 4"),
         (dict(alpha=[1.0, "x"]), TypeError, r"alpha\[1\] is 'x'"),
         (dict(alpha=torch.zeros(2, dtype=torch.int64)), TypeError, "alpha has dtype torch.int64"),
