@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,26 @@ from .reference import unwrapped
 __all__ = ["checkpoint_adapters_only", "resume", "save_checkpoint", "save_result"]
 
 _ADAPTERS = "adapters.safetensors"
+_RUN = "run.json"
 
 
-def save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> None:
-    """Under another name until it is whole: what a crash leaves behind is never resumed from."""
+def save_checkpoint(accelerator: Any, output: Path, step: int, keep: int, run: Mapping[str, Any]) -> None:
+    """Under another name until it is whole: what a crash leaves behind is never resumed from.
+
+    keep: the number of those written last that are kept; 0 for all. run: what `resume` compares, by name.
+    """
     folder, partial = output / f"checkpoint-{step}", output / f"partial-checkpoint-{step}"
+    number = 0
     if accelerator.is_main_process:
+        number = max(map(_number, _checkpoints(output)), default=0) + 1
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        told = {"number": number, "settings": dict(run)}
+        (partial / _RUN).write_text(json.dumps(told, default=str) + "\n", encoding="utf-8")
         partial.rename(folder)
         for old in _checkpoints(output)[: -keep or None] if keep else ():
             shutil.rmtree(old)
@@ -35,17 +45,32 @@ def save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> Non
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    """From the oldest to the latest."""
+    """As they were written, which need not be the order of their steps: a run may have gone on from an older one."""
     found = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=lambda path: (_number(path), _step_of(path)))
+
+
+def _told(checkpoint: Path) -> dict[str, Any]:
+    """Nothing where an earlier version wrote it."""
+    file = checkpoint / _RUN
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return result
+
+
+def _number(checkpoint: Path) -> int:
+    """Counted, not timed: copies of files may have other times."""
+    return int(_told(checkpoint).get("number", 0))
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def resume(accelerator: Any, settings: Settings, output: Path) -> int:
-    """Loads the checkpoint, if there is one to be loaded, and returns the steps that it has behind it."""
+def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str, Any]) -> int:
+    """Loads the checkpoint, if there is one to be loaded, and returns the steps that it has behind it.
+
+    Raises ValueError where it is of a run that was begun otherwise than `run` says.
+    """
     if settings.resume is None:
         if _checkpoints(output):
             raise ValueError(f"{output} has checkpoints of another run; expected --resume latest, or another --output")
@@ -59,6 +84,13 @@ def resume(accelerator: Any, settings: Settings, output: Path) -> int:
         checkpoint = Path(settings.resume)
         if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdecimal():
             raise ValueError(f"resume is {settings.resume!r}; expected 'latest', or a folder checkpoint-STEP")
+    had, here = _told(checkpoint).get("settings", {}), json.loads(json.dumps(dict(run), default=str))
+    for name in [name for name in here if name in had]:
+        if here[name] != had[name]:
+            raise ValueError(
+                f"{name} is {here[name]!r}; the run of {checkpoint} was begun with {had[name]!r}: expected it again, "
+                "or another --output without --resume"
+            )
     accelerator.load_state(str(checkpoint))
     return _step_of(checkpoint)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .extras import need
 
-__all__ = ["Settings", "read_assignments", "read_settings", "write_settings"]
+__all__ = ["Settings", "lasting", "read_assignments", "read_settings", "write_settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Settings:
     vae_batch: images or clips that the VAE encodes at once.
     log_every: steps between two lines of metrics, and between two looks for losses that are not finite.
     checkpoint_every: steps, and after the last; 0 for none. keep: the number of checkpoints that are kept; 0 for all.
-    resume: "latest", or the folder of a checkpoint.
+    resume: "latest", the checkpoint that was written last, or the folder of one. The run goes on with the settings that
+        it was begun with, but for steps, how often something is written, and what only costs memory or time.
     validation_prompts: rendered every validation_every steps, and after the last, with validation_steps of the
         pipeline's own scheduler.
     trackers: names that Accelerate knows, such as "tensorboard", "wandb". project: how they call the run.
@@ -174,6 +175,29 @@ def write_settings(settings: Settings, file: Path) -> None:
     file.write_text(yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def lasting(settings: Settings) -> dict[str, Any]:
+    """What a run has from its beginning to its end, however often it is resumed, by name."""
+    told = {name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE}
+    told["loader"] = {name: value for name, value in settings.loader.items() if name not in _MAY_CHANGE_OF_LOADER}
+    return told
+
+
+# Where things are, how long and how often, and what changes no number. Of the data the loader's own state tells.
+_MAY_CHANGE = {
+    "model",
+    "data",
+    "reference_errors",
+    "output",
+    "resume",
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+}
+_MAY_CHANGE |= {"validation_prompts", "validation_every", "validation_steps", "trackers", "project"}
+_MAY_CHANGE |= {"gradient_checkpointing", "vae_batch"}
+_MAY_CHANGE_OF_LOADER = {"cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads"}
+_MAY_CHANGE_OF_LOADER |= {"timeout_s"}
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor"),
     "schedule": ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import Source
-from .reference import adapters_off, unwrapped
+from .reference import switched_off, unwrapped
 
 __all__ = ["alternatives", "fingerprint"]
 
 _SAMPLES = 1024  # numbers of each tensor
+# Of a model's configuration, what says nothing of its outputs: the dtype is that of its weights.
+_NOT_OUTPUTS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def fingerprint(part: Any) -> str:
     """Of a model, a scheduler, a source, or anything that JSON can tell; a text is its own.
 
-    A model's is its class and 128 bits of SHA-256 over its parameters and persistent buffers in order of name: of each
-    the name, dtype, shape, and the bytes of 1024 elements at equal distances (all, where there are no more). So it
-    notices any training, but not a change of a few single weights. Adapters of PEFT that are switched off do not
-    count. It is the same on any device and within DDP and torch.compile; it is to be taken before FSDP shards a model.
+    A model's is its class and 128 bits of SHA-256 over its configuration, as Diffusers and Transformers keep it, and
+    its parameters and persistent buffers in order of name: of each the name, dtype, shape, and the bytes of 1024
+    elements at equal distances (all, where there are no more). So it notices any training, but not a change of a few
+    single weights. Adapters of PEFT that are switched off do not count. It is the same on any device and within DDP and
+    torch.compile; it is to be taken before FSDP shards a model.
 
     A scheduler's is its class and a digest of its configuration, without what begins with an underscore.
     """
@@ -38,8 +42,8 @@ def fingerprint(part: Any) -> str:
         return part.fingerprint
     config = getattr(part, "config", None)
     if config is not None:
-        settings = {str(name): value for name, value in dict(config).items() if not str(name).startswith("_")}
-        return f"{type(part).__name__}:{hashlib.sha256(_json(settings).encode()).hexdigest()[:32]}"
+        settings = _json(_public(dict(config)))
+        return f"{type(part).__name__}:{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
     return _json(part)
 
 
@@ -47,7 +51,7 @@ def alternatives(part: Any) -> Iterator[str]:
     """The fingerprint; of a policy that trains adapters also that without them, which is its reference's."""
     yield fingerprint(part)
     if isinstance(part, torch.nn.Module) and any(hasattr(module, "base_layer") for module in unwrapped(part).modules()):
-        with adapters_off(part):
+        with switched_off(part):
             yield fingerprint(part)
 
 
@@ -70,7 +74,7 @@ def _of_weights(model: torch.nn.Module) -> str:
                 name = prefix + rest.removeprefix("base_layer.") if rest.startswith("base_layer.") else ""
         if name:
             tensors[name] = tensor
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_configuration(inner).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -79,6 +83,39 @@ def _of_weights(model: torch.nn.Module) -> str:
             at = torch.arange(min(count, _SAMPLES), device=tensor.device) * count // min(count, _SAMPLES)
             digest.update(tensor.reshape(-1)[at].cpu().view(torch.uint8).numpy().tobytes())
     return f"{type(inner).__name__}:{digest.hexdigest()[:32]}"
+
+
+def _configuration(model: torch.nn.Module) -> str:
+    """What the weights do not tell, such as the number of heads, or a VAE's scaling factor; "" where there is nothing.
+
+    Without what is as by default, so that a release of Diffusers or Transformers that knows more changes nothing.
+    """
+    config: Any = getattr(model, "config", None)
+    if callable(getattr(config, "to_dict", None)):
+        try:
+            usual = type(config)().to_dict()
+        except (TypeError, ValueError):  # a kind that has none without arguments
+            usual = {}
+        config = config.to_dict()
+    else:
+        usual = {name: one.default for name, one in inspect.signature(type(model).__init__).parameters.items()}
+    if not isinstance(config, Mapping):
+        return ""
+    told = _outputs(config)
+    return _json({name: told[name] for name in told if name not in usual or _json(told[name]) != _json(usual[name])})
+
+
+def _outputs(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """Also of the parts that a configuration has within."""
+    return {
+        name: _outputs(value) if isinstance(value, Mapping) else value
+        for name, value in _public(config).items()
+        if name not in _NOT_OUTPUTS
+    }
+
+
+def _public(config: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): value for name, value in config.items() if not str(name).startswith("_")}
 
 
 def _json(value: Any) -> str:

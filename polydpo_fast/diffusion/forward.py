@@ -15,6 +15,7 @@ __all__ = ["both_arms", "predict", "time_ids"]
 
 Forward = Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
+_OF_TOKENS = {"img_ids", "txt_ids"}
 _FLUX_GUIDANCE = 3.5  # what FLUX.1-dev was distilled for, and Diffusers' default
 
 
@@ -27,7 +28,8 @@ def predict(model: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[
     noisy: (N, C, H, W), or (N, C, T, H, W). FLUX's are packed into tokens here, and its prediction is unpacked.
     timesteps: (N,), as the scheduler has them.
     conditioning: keyword arguments of the model's forward, N rows each. SDXL's are in added_cond_kwargs; FLUX's
-        `guidance` may be one number (3.5 if there is none), and its `img_ids` and `txt_ids` are made here.
+        `guidance` may be one number (3.5 if there is none), and its `img_ids` and `txt_ids`, (tokens, 3), which all
+        rows share, are made here where they are not given.
 
     Raises TypeError for any other class of model.
     """
@@ -49,7 +51,10 @@ def forward_of(model: Any) -> Forward:
 
 
 def both_arms(conditioning: Mapping[str, Any], pairs: int) -> dict[str, Any]:
-    """Conditioning for all 2B rows: tensors of B rows come twice, those of 2B rows are as they are."""
+    """Conditioning for all 2B rows: tensors of B rows come twice, those of 2B rows are as they are.
+
+    FLUX's img_ids and txt_ids of two dimensions have a row per token, which all pairs share: they are as they are.
+    """
 
     def twice(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -62,7 +67,14 @@ def both_arms(conditioning: Mapping[str, Any], pairs: int) -> dict[str, Any]:
             )
         return torch.cat((value, value))
 
-    return {key: twice(f"conditioning[{key!r}]", value) for key, value in conditioning.items()}
+    return {
+        key: value if key in _OF_TOKENS and _is_table(value) else twice(f"conditioning[{key!r}]", value)
+        for key, value in conditioning.items()
+    }
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
 
 
 def time_ids(original_size: Tensor, crop_top_left: Tensor, size: tuple[int, int]) -> Tensor:

@@ -18,10 +18,12 @@ from ..data.fields import parse_json
 from ..data.order import mix
 from .extras import need
 from .families import check_geometry, family_of, load_pipeline, load_result, native_size, sample
+from .fingerprints import fingerprint
 
 __all__ = ["read_prompts", "render"]
 
 _MAX_BYTES = 1 << 26
+_SETTINGS = "rendering.json"
 
 
 def read_prompts(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -69,7 +71,8 @@ def render(
     dtype: None for float32 on a CPU and bfloat16 elsewhere.
     progress: called with the number of this process's images that are there, and that there will be.
 
-    Raises ValueError where the folder holds other prompts, and for a model that is none or makes clips.
+    Raises ValueError where the folder holds images of other prompts, of another model, or made with other settings, and
+    for a model that is none or makes clips.
     """
     need("accelerate", "transformers", "diffusers", "safetensors", what="geneval")
     from accelerate import Accelerator
@@ -90,6 +93,20 @@ def render(
             part.to(accelerator.device)
     size = size or native_size(pipe, family)
     check_geometry(pipe, family, size, None)
+    _claim_all(
+        out,
+        accelerator.process_index,
+        {
+            "model": model,
+            "result": None if result is None else str(result),
+            "seed": seed,
+            "steps": steps,
+            "guidance": guidance,
+            "size": list(size),
+            "dtype": fingerprint(dtype),
+            "weights": fingerprint(getattr(pipe, family.model)),  # a training may have written other ones there since
+        },
+    )
     for done, (number, one) in enumerate(((n, s) for n in mine for s in range(samples)), 1):
         file = out / f"{number:05d}" / "samples" / f"{one:05d}.png"
         if not file.exists():
@@ -107,6 +124,20 @@ def render(
             partial.rename(file)
         progress(done, len(mine) * samples)
     accelerator.wait_for_everyone()
+
+
+def _claim_all(out: Path, process: int, settings: dict[str, Any]) -> None:
+    """Writes with what the images are made, or sees that those which are there were made so."""
+    file = out / _SETTINGS
+    out.mkdir(parents=True, exist_ok=True)
+    if not file.exists():  # each process may write it, as all write the same
+        partial = out / f"partial-{process}-{_SETTINGS}"
+        partial.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        partial.replace(file)
+    old = parse_json(file.read_bytes())
+    for name, value in settings.items():
+        if old.get(name) != value:
+            raise ValueError(f"{name} is {value!r}; {out} was rendered with {old.get(name)!r}: expected another folder")
 
 
 def _claim(folder: Path, record: dict[str, Any]) -> None:

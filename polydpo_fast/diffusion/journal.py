@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +15,19 @@ from torch import Tensor
 __all__ = ["Journal", "NotFiniteError"]
 
 
-class NotFiniteError(ArithmeticError):
-    """A loss is NaN or infinite. keys: of the pairs whose it is."""
+_SHOWN = 32  # keys in a message
 
-    def __init__(self, step: int, keys: Sequence[str], everything: bool) -> None:
-        more = " (all of the batch: the weights may have diverged before)" if everything else ""
-        super().__init__(f"the loss is not finite at step {step}, of the pairs {', '.join(keys)}{more}")
+
+class NotFiniteError(ArithmeticError):
+    """A loss, or the norm of a step's gradient, is NaN or infinite. keys: of the pairs whose it is."""
+
+    def __init__(self, step: int, keys: Sequence[str], everything: bool, what: Literal["loss", "gradient"]) -> None:
+        shown = ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
+        if what == "loss":
+            more = " (all of the batch: the weights may have diverged before)" if everything else ""
+            super().__init__(f"the loss is not finite at step {step}, of the pairs {shown}{more}")
+        else:
+            super().__init__(f"the gradient is not finite at step {step}, though the losses are, of the pairs {shown}")
         self.step, self.keys = step, tuple(keys)
 
 
@@ -51,8 +58,8 @@ class Journal:
             for name, value in metrics.items():
                 columns.setdefault(name, []).append(value)
         means = torch.stack([torch.stack([v.float() for v in values]).mean() for values in columns.values()])
-        finite = torch.stack([losses.isfinite().all() for _, _, losses, _ in entries])
-        # One exchange: numbers of all processes, and whether any has a loss that is none.
+        finite = torch.stack([self._finite(losses, metrics) for _, _, losses, metrics in entries])
+        # One exchange: numbers of all processes, and whether any has a loss or a gradient that is none.
         every = self._accelerator.gather(torch.cat((means, (~finite).any().float()[None]))[None]).double().cpu()
         if every[:, -1].any():
             self._stop(entries, finite.tolist())
@@ -70,15 +77,31 @@ class Journal:
                 file.write(json.dumps({"step": step, "epoch": epoch, "steps": steps, **finite_or_none}) + "\n")
         return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
 
-    def _stop(self, entries: Sequence[tuple[int, list[str], Tensor, Any]], finite: list[bool]) -> None:
+    def _finite(self, losses: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """(2,): whether the losses are, and the gradient, if this was the last forward of a step."""
+        fine = losses.isfinite().all()
+        norm = metrics.get("grad_norm")
+        if norm is None or self._accelerator.mixed_precision == "fp16":  # whose scaler leaves such a step out
+            return torch.stack((fine, torch.ones_like(fine)))
+        return torch.stack((fine, norm.isfinite().all()))
+
+    def _stop(self, entries: Sequence[tuple[int, list[str], Tensor, Any]], finite: list[list[bool]]) -> None:
         from accelerate.utils import gather_object
 
-        found: list[tuple[int, list[str], bool]] = []
-        if not all(finite):
-            step, keys, losses, _ = entries[finite.index(False)]
-            fine = losses.isfinite().tolist()
-            found = [(step, [key for key, good in zip(keys, fine, strict=True) if not good], not any(fine))]
+        found: list[tuple[int, Literal["loss", "gradient"], list[str], bool]] = []
+        for (step, keys, losses, _), (losses_are, gradient_is) in zip(entries, finite, strict=True):
+            if not losses_are:
+                fine = losses.isfinite().tolist()
+                bad = [key for key, good in zip(keys, fine, strict=True) if not good]
+                found = [(step, "loss", bad, not any(fine))]
+            elif not gradient_is:
+                found = [(step, "gradient", [key for one, keys, *_ in entries if one == step for key in keys], False)]
+            if found:
+                break
         found = gather_object(found)
-        first = min(step for step, _, _ in found)
+        first = min(step for step, *_ in found)
+        # A loss explains the gradient, which is not finite in all processes then.
         found = [one for one in found if one[0] == first]
-        raise NotFiniteError(first, [key for _, keys, _ in found for key in keys], all(whole for *_, whole in found))
+        found = [one for one in found if one[1] == "loss"] or found
+        keys = [key for *_, keys, _ in found for key in keys]
+        raise NotFiniteError(first, keys, all(whole for *_, whole in found), found[0][1])

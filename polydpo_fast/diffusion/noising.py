@@ -97,7 +97,8 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
         flow matching (FlowMatchEulerDiscreteScheduler), whose model predicts noise - latents. The timesteps of the
         latter must be those of training, not of `set_timesteps`; of the former the cumulated alphas alone are used.
     latents: (2B, ...), any floating dtype; the arithmetic is float32.
-    noise: (B, ...). timesteps: (B,) int64, numbers as `draw_timesteps` gives them.
+    noise: (B, ...). timesteps: (B,) int64, numbers as `draw_timesteps` gives them. Raises ValueError where one is none
+        of the scheduler's, if they are on the CPU: of others it is not known without waiting for the device.
     """
     pairs = len(latents) // 2
     if len(latents) % 2 or pairs == 0 or not latents.is_floating_point():
@@ -106,6 +107,9 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
         raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {(pairs, *latents.shape[1:])}, one per pair")
     if timesteps.shape != (pairs,) or timesteps.dtype != torch.int64:
         raise ValueError(f"timesteps is {timesteps.dtype} {tuple(timesteps.shape)}; expected int64 ({pairs},)")
+    total = int(scheduler.config.num_train_timesteps)
+    if timesteps.device.type == "cpu" and not (timesteps.min() >= 0 and timesteps.max() < total):
+        raise ValueError(f"timesteps is {timesteps.tolist()}; expected numbers from 0 to {total - 1}")
     clean, shared = latents.float(), moved(noise, latents.device, torch.float32)
     both = torch.cat((shared, shared))
     at = moved(timesteps, latents.device).repeat(2)
@@ -116,7 +120,6 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
 
     target: Tensor
     if is_flow_matching(scheduler):
-        total = int(scheduler.config.num_train_timesteps)
         if len(scheduler.timesteps) != total:
             raise ValueError(
                 f"scheduler has {len(scheduler.timesteps)} timesteps; expected its {total} of training: "

@@ -72,10 +72,17 @@ class PairObjective:
         self.density: dict[str, Any] = dict(
             density=density, logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale
         )
+        if not (timestep_weight is None or isinstance(timestep_weight, str) or callable(timestep_weight)):
+            raise TypeError(f"timestep_weight is {timestep_weight!r}; expected a name, a function, or None")
         draw_timesteps(scheduler, (), **self.density)  # what is wrong is said here, not in the first step
         is_flow_matching(scheduler)
         if isinstance(timestep_weight, str):
             table = timestep_weights(scheduler, timestep_weight, snr_gamma=snr_gamma)
+            if weigh == "logit" and loss.get("objective") == "ipo" and not table.all():
+                raise ValueError(
+                    f"weigh is 'logit' and timestep_weight {timestep_weight!r}, which is 0 at timestep "
+                    f"{int((table == 0).int().argmax())}; objective 'ipo' divides by it: expected weigh='loss'"
+                )
             timestep_weight = lambda numbers: moved(table, numbers.device)[numbers]  # noqa: E731
         self._timestep_weight, self._weigh, self._forward, self._loss = timestep_weight, weigh, forward, loss
 
@@ -100,8 +107,13 @@ class PairObjective:
         seeds: (B,) integers: noise and timesteps are functions of them. None draws them by torch's generator.
         noise, timesteps: (B, ...) and (B,) int64, instead of drawn ones.
         ref_error: (2B,), the reference's mean squared errors at this noise and these timesteps.
-        pair_weight: (B,). mask: as in `polydpo_fast.loss`.
+        pair_weight: (B,). mask: as in `polydpo_fast.loss`; not with ref_error, which is of whole samples.
         """
+        if mask is not None and ref_error is not None:
+            raise ValueError(
+                "mask is given with ref_error, whose errors are of whole samples; expected one of them: with a mask "
+                "there must be a reference"
+            )
         noised = self.noised(latents, seeds=seeds, noise=noise, timesteps=timesteps)
         inputs = self._inputs(model, noised, conditioning or {})
         ref_pred = None

@@ -11,7 +11,7 @@ import torch
 
 from .extras import need
 
-__all__ = ["adapters_off", "ema_weights", "frozen_copy", "unwrapped"]
+__all__ = ["adapters_off", "ema_weights", "frozen_copy", "switched_off", "unwrapped"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -45,18 +45,60 @@ def frozen_copy(model: M) -> M:
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
     """The model without its PEFT adapters (LoRA and the like): the reference of a policy that trains only those.
 
-    They are as before afterwards, also those that were off already. Raises ValueError where the model has none.
+    They are as before afterwards, also those that were off already. Raises ValueError where the model has none, and
+    where something else of it requires gradients: the reference would be trained with it.
     """
+    inner = unwrapped(model)
+    layers = _adapted(inner)
+    trained = _trained_beside(inner, tuple({type(layer) for layer in layers}))
+    if trained is not None:
+        name = next(name for name, one in inner.named_parameters() if one is trained)
+        raise ValueError(
+            f"model's {name} requires gradients and is of no adapter, so that the reference would be trained too; "
+            "expected adapters alone to be trained (LoraConfig's bias='none'), or a frozen_copy"
+        )
+    with _off(layers):
+        yield
+
+
+@contextmanager
+def switched_off(model: torch.nn.Module) -> Iterator[None]:
+    """As `adapters_off`, whatever else of the model is trained."""
+    with _off(_adapted(unwrapped(model))):
+        yield
+
+
+def _adapted(inner: torch.nn.Module) -> list[Any]:
+    """The layers that have adapters, or copies that are trained in their place."""
     need("peft", what="adapters_off")
     from peft import tuners, utils
 
     # What it trains beside adapters (modules_to_save, tokens): copies, with the original at hand.
     copies = getattr(utils.other, "AuxiliaryTrainingWrapper", utils.ModulesToSaveWrapper)
-    inner = unwrapped(model)
     kinds = tuners.tuners_utils.BaseTunerLayer, copies
     layers: list[Any] = [module for module in inner.modules() if isinstance(module, kinds)]
     if not layers:
         raise ValueError(f"model is a {type(inner).__name__} without PEFT adapters; expected one that has some")
+    return layers
+
+
+def _trained_beside(inner: torch.nn.Module, layers: tuple[type, ...]) -> torch.Tensor | None:
+    """A parameter that is trained and is no adapter's. In each step: an adapter's parts are not gone through."""
+    left = [inner]
+    while left:
+        module = left.pop()
+        if isinstance(module, layers):
+            left.extend(module._modules[name] for name in ("base_layer", "original_module") if name in module._modules)  # type: ignore[misc]
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return parameter
+        left.extend(part for part in module._modules.values() if part is not None)
+    return None
+
+
+@contextmanager
+def _off(layers: list[Any]) -> Iterator[None]:
     active = [layer for layer in layers if not layer.disable_adapters]
     # PEFT's own switch also stops the gradients of what it turns off, and FSDP2 takes for frozen what has none in the
     # first forward that it sees: the adapters would never be trained.

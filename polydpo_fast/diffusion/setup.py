@@ -68,6 +68,11 @@ def _accelerator(settings: Settings) -> Any:
         log_with=settings.trackers or None,
         project_config=ProjectConfiguration(project_dir=settings.output, logging_dir=f"{settings.output}/logs"),
     )
+    if accelerator.gradient_accumulation_steps != settings.accumulation:
+        raise ValueError(
+            f"accumulation is {settings.accumulation}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment "
+            f"makes it {accelerator.gradient_accumulation_steps}; expected the same, or the variable not to be set"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', which Accelerate has on GPUs only; expected 'bf16' or 'no'")
     if accelerator.distributed_type == DistributedType.FSDP:

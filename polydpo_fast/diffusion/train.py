@@ -9,6 +9,7 @@ So neither the number of processes nor an interruption changes what is learned.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from torch import Tensor
 from ..data import PairBatch, PairLoader
 from ..data.order import mix
 from .checkpoints import checkpoint_adapters_only, resume, save_checkpoint, save_result
-from .config import Settings, write_settings
+from .config import Settings, lasting, write_settings
 from .families import Family
+from .fingerprints import fingerprint
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
 from .reference import adapters_off, frozen_copy
 from .reference_store import ReferenceErrors
-from .setup import objective_of, set_up
+from .setup import Setup, objective_of, set_up
 from .validation import render
 
 __all__ = ["NotFiniteError", "train"]
@@ -39,7 +41,8 @@ def train(settings: Settings) -> None:
     There are also settings.yaml, metrics.jsonl, checkpoint-STEP/ and validation/STEP.png. Checkpoints hold pickles of
     Accelerate's: resume only from your own.
 
-    Raises ValueError for settings that do not fit the model or the data, NotFiniteError where the loss is no number.
+    Raises ValueError for settings that do not fit the model, the data or the run that is resumed, NotFiniteError where
+    the loss or the gradient is no number.
     """
     setup = set_up(settings)
     accelerator, pipe, family, size, _ = setup
@@ -48,6 +51,7 @@ def train(settings: Settings) -> None:
     loader = inputs.loader
     model = getattr(pipe, family.model)
     errors = _errors(settings, inputs, model)
+    run = _run(settings, setup, inputs, model, errors)
     inputs.to(accelerator.device, keep_encoders=bool(settings.validation_prompts))
     model.to(accelerator.device)
 
@@ -63,7 +67,7 @@ def train(settings: Settings) -> None:
     accelerator.register_for_checkpointing(*filter(None, (loader, schedule, average)))
     if settings.lora_rank:
         checkpoint_adapters_only(accelerator)
-    done = resume(accelerator, settings, output)
+    done = resume(accelerator, settings, output, run)
     accelerator.step = 0  # of its count of forwards, which is another where accumulation was another
     if average is not None:
         average.to(accelerator.device)
@@ -94,9 +98,10 @@ def train(settings: Settings) -> None:
                 with accelerator.accumulate(model):
                     losses, metrics = pair_losses(batch)
                     accelerator.backward(losses.mean())
-                    if accelerator.sync_gradients and settings.max_grad_norm:
+                    if accelerator.sync_gradients:
                         # All of them: by these it knows a model of FSDP's, whose norm is not that of its shard.
-                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                        # Without clipping too: the norm tells whether the gradient is finite.
+                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
                         if isinstance(norm, Tensor):  # DeepSpeed clips on its own
                             metrics["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                     optimizer.step()
@@ -115,7 +120,7 @@ def train(settings: Settings) -> None:
             if checkpoint or picture or step % settings.log_every == 0:
                 note = journal.write(loader.epoch, schedule.get_last_lr()[0])
             if checkpoint and settings.checkpoint_every:
-                save_checkpoint(accelerator, output, step, settings.keep)
+                save_checkpoint(accelerator, output, step, settings.keep, run)
             if picture and settings.validation_prompts:
                 with _averaged(average, parameters):
                     model.eval()
@@ -139,6 +144,28 @@ def _errors(settings: Settings, inputs: Inputs, model: Any) -> ReferenceErrors |
     errors = ReferenceErrors(settings.reference_errors)
     errors.check(**inputs.parts_of_errors, model=model, source=inputs.loader)
     return errors
+
+
+def _run(
+    settings: Settings, setup: Setup, inputs: Inputs, model: Any, errors: ReferenceErrors | None
+) -> dict[str, Any]:
+    """What is the same whenever the run is resumed, by name: settings as they take effect, and models.
+
+    Of pairs per step only their number: that a run goes on with more processes and smaller batches changes nothing.
+    """
+    processes = setup.accelerator.num_processes
+    told = lasting(settings)
+    pairs = processes * told.pop("batch_size") * told.pop("accumulation")
+    return {
+        **told,
+        "pairs per step (processes x batch_size x accumulation)": pairs,
+        "size": list(setup.size),
+        "learning_rate": _learning_rate(settings, processes),
+        "mixed_precision": setup.accelerator.mixed_precision,
+        "draws of reference_errors": errors.draws if errors is not None else None,
+        "model": fingerprint(model),
+        **{name: text for name, text in inputs.parts.items() if name == "vae" or name.startswith("text_encoder")},
+    }
 
 
 def _reference(model: Any, settings: Settings) -> Any:

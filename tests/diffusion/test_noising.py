@@ -148,6 +148,8 @@ def test_bad_arguments_are_named():
         ((x[:3], n, t), r"latents is torch.float32 of shape \(3, 3\); expected \(2B"),
         ((x, n[:1], t), r"noise has shape \(1, 3\); expected \(2, 3\), one per pair"),
         ((x, n, t.float()), r"timesteps is torch.float32 \(2,\); expected int64 \(2,\)"),
+        ((x, n, t - 2), r"timesteps is \[-1, 0\]; expected numbers from 0 to 999"),
+        ((x, n, t + 998), r"timesteps is \[999, 1000\]; expected numbers from 0 to 999"),
     ):
         with pytest.raises(ValueError, match=message):
             noise_pairs(scheduler, *arguments)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
-from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, compute_snr
 from diffusion.tiny import FAMILIES, PAIRS, build
 from peft import LoraConfig, get_peft_model
@@ -16,11 +16,13 @@ from polydpo_fast.diffusion import (
     PairObjective,
     adapters_off,
     ema_weights,
+    fingerprint,
     frozen_copy,
     predict,
     time_ids,
     timestep_weights,
 )
+from polydpo_fast.diffusion.fingerprints import alternatives
 from polydpo_fast.diffusion.reference import unwrapped
 
 SEEDS = [5, 6]
@@ -192,6 +194,27 @@ def test_adapters_are_as_before_afterwards():
     assert all(layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
+def test_a_reference_that_would_be_trained_is_refused():
+    """What PEFT trains of the model itself has no copy without it."""
+    model, latents, cond, scheduler = build("sd15")
+    for change, name in (("lora_only", r"\S*to_out\.0\.base_layer\.bias"), ("conv_out", r"conv_out\.weight")):
+        policy = copy.deepcopy(model)
+        bias = change if change == "lora_only" else "none"
+        policy.add_adapter(LoraConfig(r=2, target_modules=LORA_TARGETS, bias=bias))
+        if change == "conv_out":
+            policy.conv_out.requires_grad_(True)
+        objective = PairObjective(scheduler, reference=adapters_off)
+        with pytest.raises(ValueError, match=f"model's {name} requires gradients and is of no adapter"):
+            objective(torch.compile(policy), latents, cond, seeds=SEEDS)
+        policy.requires_grad_(False)
+        objective(policy, latents, cond, seeds=SEEDS)
+    # Errors of before do not move.
+    errors = PairObjective(scheduler, reference=model).reference_errors(None, latents, cond, seeds=SEEDS)
+    policy.conv_out.requires_grad_(True)
+    PairObjective(scheduler)(policy, latents, cond, seeds=SEEDS, ref_error=errors)
+    assert fingerprint(model) in alternatives(policy)
+
+
 def test_modules_that_are_saved_whole_are_switched_off_too():
     """PEFT trains copies of them, and keeps the originals."""
     model, latents, cond, scheduler = build("sd15")
@@ -303,6 +326,21 @@ def test_batches_may_be_split():
         }
         one, _ = objective(policy, latents[[i, i + PAIRS]], part, seeds=SEEDS[i : i + 1])
         assert one.item() == pytest.approx(whole[i].item(), rel=1e-4)  # the model's own rounding differs with B
+
+
+@pytest.mark.parametrize("words", [PAIRS, 2 * PAIRS, 5])
+def test_flux_takes_the_places_that_its_pipeline_gives(words):
+    """A row per token, for all pairs, also where there are as many tokens as pairs."""
+    reference, latents, cond, scheduler = build("flux")
+    policy = perturbed(reference)
+    cond["encoder_hidden_states"] = torch.randn(PAIRS, words, 12)
+    objective = PairObjective(scheduler, reference=reference, beta=BETA)
+    want, _ = objective(policy, latents, cond, seeds=SEEDS)
+    places = FluxPipeline._prepare_latent_image_ids(1, latents.shape[2] // 2, latents.shape[3] // 2, "cpu", torch.float)
+    ours, _ = objective(policy, latents, {**cond, "img_ids": places, "txt_ids": torch.zeros(words, 3)}, seeds=SEEDS)
+    assert ours.item() == want.item()
+    other, _ = objective(policy, latents, {**cond, "txt_ids": torch.ones(words, 3)}, seeds=SEEDS)
+    assert other.item() != want.item()
 
 
 def test_drawn_by_torchs_generator_without_seeds():
@@ -439,6 +477,16 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             PairObjective(scheduler, **options)
+    with pytest.raises(TypeError, match="timestep_weight is 5; expected a name, a function, or None"):
+        PairObjective(scheduler, timestep_weight=5)
+    with pytest.raises(ValueError, match="mask is given with ref_error, whose errors are of whole samples"):
+        PairObjective(scheduler)(model, latents, cond, ref_error=torch.ones(4), mask=torch.ones(2, 1, 8, 8))
+    none = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    ipo = dict(timestep_weight="min_snr", objective="ipo")
+    with pytest.raises(ValueError, match=r"timestep_weight 'min_snr', which is 0 at timestep 999; objective 'ipo' "):
+        PairObjective(none, weigh="logit", **ipo)
+    PairObjective(none, **ipo)
+    PairObjective(scheduler, weigh="logit", **ipo)
     with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler"):
         PairObjective(EDMEulerScheduler())
     with pytest.raises(ValueError, match="seeds has 3 numbers; expected 2, one per pair"):

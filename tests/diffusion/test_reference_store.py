@@ -8,10 +8,12 @@ import torch
 from data.pairs import Tiny
 from diffusers import DDPMScheduler
 from diffusion.encoding import TinyVae, encoder
+from diffusion.pipelines import vae
 from diffusion.runs import stored
-from diffusion.tiny import build
-from peft import LoraConfig
+from diffusion.tiny import build, unet
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from polydpo_fast.data import PairLoader, SourceError
 from polydpo_fast.diffusion import (
@@ -198,6 +200,60 @@ def test_fingerprints_of_models():
     assert fingerprint(lora) != text
     with adapters_off(lora):
         assert fingerprint(lora) == text
+
+
+def test_fingerprints_tell_configurations():
+    """What the weights do not tell: the number of heads, a VAE's scale, a text encoder's activation."""
+    model, latents, conditioning, scheduler = build("sd15")
+    other = unet(attention_head_dim=2)
+    other.load_state_dict(model.state_dict())
+    errors = [
+        PairObjective(scheduler, reference=one.eval()).reference_errors(None, latents, conditioning, seeds=[1, 2])
+        for one in (model, other)
+    ]
+    assert not torch.equal(*errors)
+    assert fingerprint(model) != fingerprint(other)
+    assert fingerprint(get_peft_model(copy.deepcopy(other), LoraConfig(target_modules=["to_q"]))) != fingerprint(other)
+    policy = get_peft_model(copy.deepcopy(other), LoraConfig(target_modules=["to_q"]))
+    with adapters_off(policy):
+        assert fingerprint(policy) == fingerprint(torch.compile(policy)) == fingerprint(other)
+
+    one = vae()
+    text = fingerprint(one)
+    for name, value in dict(_name_or_path="elsewhere", _diffusers_version="99", torch_dtype="float16").items():
+        one.register_to_config(**{name: value})
+        assert fingerprint(one) == text
+    one.register_to_config(scaling_factor=0.9)
+    assert fingerprint(one) != text
+
+    small = dict(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    clip = CLIPTextModel(CLIPTextConfig(**small))
+    text = fingerprint(clip)
+    clip.config.transformers_version, clip.config.architectures, clip.config.name_or_path = "9.9", ["X"], "elsewhere"
+    assert fingerprint(clip) == text
+    clip.config.hidden_act = "gelu"
+    assert fingerprint(clip) != text
+    assert fingerprint(torch.nn.Linear(2, 2)).startswith("Linear:")  # has none
+
+
+def test_a_release_that_knows_more_changes_no_fingerprint():
+    """By default a model is what it was when there was no such choice."""
+
+    class Model(torch.nn.Linear):
+        def __init__(self, **config):
+            super().__init__(2, 2)
+            torch.nn.init.ones_(self.weight)
+            torch.nn.init.ones_(self.bias)
+            self.config = config
+
+    class Newer(Model):
+        def __init__(self, norm=(1, 2), **config):
+            super().__init__(norm=norm, **config)
+
+    old = fingerprint(Model(heads=[2]))
+    Newer.__name__ = "Model"
+    assert fingerprint(Newer(heads=(2,))) == fingerprint(Newer(heads=[2], norm=[1, 2])) == old
+    assert fingerprint(Newer(heads=[2], norm=(1, 3))) != old
 
 
 def test_adapters_switched_off_are_a_reference(tmp_path, sd15):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from polydpo_fast import demo
 from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
 from polydpo_fast.data.order import mix
-from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, inputs
+from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, inputs, predict
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
 from polydpo_fast.diffusion.families import load_pipeline, load_result
@@ -477,6 +478,7 @@ def test_resuming_is_as_if_nothing_had_happened(here, tmp_path, monkeypatch, cha
 def test_a_checkpoint_that_does_not_fit_is_refused(here, tmp_path):
     out = tmp_path / "out"
     train(settings(here, out, steps=1, lora_rank=2, checkpoint_every=1))
+    (out / "checkpoint-1" / "run.json").unlink()  # as an earlier version left it
     for change, message in (
         (dict(lora_rank=3), "other adapters than this run; expected its lora_rank and lora_targets"),
         (dict(lora_rank=2, seed=1), "the state was taken with seed=0; this loader has 1"),
@@ -486,11 +488,59 @@ def test_a_checkpoint_that_does_not_fit_is_refused(here, tmp_path):
             train(settings(here, out, **{"steps": 2, "resume": "latest", **change}))
 
 
+def test_a_run_goes_on_as_it_was_begun(here, tmp_path):
+    """Or it is another one, which is said; but for what changes nothing that is learned."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    given = dict(batch_size=4, checkpoint_every=1, resume="latest", loader={"crop": "random"})
+    train(settings(here, out, steps=1, **given))
+    model = pipelines.save("sd15", other, seed=1)
+    for change, message in (
+        (dict(learning_rate=1e-5), "learning_rate is 1e-05; the run of .*checkpoint-1 was begun with 0.001: expected"),
+        (dict(learning_rate=None), "learning_rate is 4e-08; the run of .* was begun with 0.001"),
+        (dict(alpha=5.0), "alpha is 5.0; the run of .* was begun with 0.0"),
+        (dict(beta=10.0, resume=str(out / "checkpoint-1")), "beta is 10.0; the run of .* was begun with 5000.0"),
+        (dict(size=32), r"size is \[32, 32\]; the run of .* was begun with \[16, 16\]"),
+        (dict(prompt_dropout=0.5), "prompt_dropout is 0.5; the run of .* was begun with 0.0"),
+        (dict(loader={}), r"loader is \{\}; the run of .* was begun with \{'crop': 'random'\}"),
+        (dict(batch_size=2), r"pairs per step \(processes x batch_size x accumulation\) is 2; the run of .* with 4"),
+        (dict(lora_rank=2), "lora_rank is 2; the run of .* was begun with 0"),
+        (dict(mixed_precision="bf16"), "mixed_precision is 'bf16'; the run of .* was begun with 'no'"),
+        (dict(loss={"label_smoothing": 0.1}), r"loss is \{'label_smoothing': 0.1\}; the run of .* was begun with \{\}"),
+        (dict(model=str(model)), "model is 'UNet2DConditionModel:.*'; the run of .* was begun with 'UNet2DCondition"),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(ValueError, match=message):
+            train(settings(here, out, steps=2, **{**given, **change}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(here / "pipeline", moved)
+    may = dict(batch_size=2, accumulation=2, gradient_checkpointing=True, vae_batch=2, keep=1, log_every=2)
+    may |= dict(model=str(moved), loader={"crop": "random", "readers": 1, "ledger": str(tmp_path / "ledger")})
+    train(settings(here, out, steps=2, **{**given, **may}))
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_the_latest_checkpoint_is_that_which_was_written_last(here, tmp_path):
+    """Not that of the highest step, where a run has gone on from an older one."""
+    out = tmp_path / "out"
+    train(settings(here, out, steps=6, checkpoint_every=2))
+    for folder in out.glob("checkpoint-*"):  # as a copy may have them
+        os.utime(folder / "model.safetensors", (1e9, 1e9))
+    train(settings(here, out, steps=5, checkpoint_every=1, keep=2, resume=str(out / "checkpoint-2")))
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    train(settings(here, out, steps=8, checkpoint_every=8, resume=str(out / "checkpoint-4")))
+    train(settings(here, out, steps=7, checkpoint_every=7, resume=str(out / "checkpoint-5")))
+    train(settings(here, out, steps=9, checkpoint_every=9, keep=1, resume="latest"))
+    # From step 7: the metrics of step 8 were cut off when the run went on from step 5.
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
 def test_resuming_with_another_accumulation(here, tmp_path):
     """Two forwards of two pairs are one of four, though the count of forwards was odd."""
-    for name, change in (("two", dict(accumulation=2)), ("one", dict(batch_size=4))):
+    for name, change in (("two", dict(batch_size=2, accumulation=2)), ("one", dict(batch_size=4))):
         given = dict(checkpoint_every=3, beta=300.0, adam_epsilon=1e-3)
-        train(settings(here, tmp_path / name, steps=3, **given))
+        train(settings(here, tmp_path / name, steps=3, **given, batch_size=4))
         train(settings(here, tmp_path / name, steps=5, resume="latest", **given, **change))
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name in one:
@@ -644,6 +694,42 @@ def test_weights_that_have_diverged_are_said_to_have(here, tmp_path):
         train(settings(here, tmp_path / "out", learning_rate=1e30))
 
 
+@pytest.mark.parametrize(("steps", "norm"), [(4, 1.0), (2, 0.0)])
+def test_a_gradient_that_is_not_finite_stops_too(here, tmp_path, monkeypatch, steps, norm):
+    """Of finite losses, also in the last step, and without clipping: before anything of it is written."""
+    order = [batch.keys for batch in PairLoader(here / "pairs.parquet", 2, size=16)]
+    forwards, make = [], training.objective_of
+
+    def spoiled(model, *inputs):
+        result = predict(model, *inputs)
+        if result.requires_grad:
+            forwards.append(1)
+            if len(forwards) == 3:  # the first of the second step
+                result.register_hook(lambda gradient: gradient * math.inf)
+        return result
+
+    monkeypatch.setattr(training, "objective_of", lambda *given, **more: make(*given, **more, forward=spoiled))
+    out = tmp_path / "out"
+    run = dict(accumulation=2, steps=steps, log_every=100, max_grad_norm=norm, checkpoint_every=steps)
+    with pytest.raises(
+        NotFiniteError, match="the gradient is not finite at step 2, though the losses are, of the"
+    ) as e:
+        train(settings(here, out, **run))
+    assert (e.value.step, e.value.keys) == (2, (*order[2], *order[3]))
+    assert not list(out.glob("*checkpoint*"))
+    assert not (out / "unet").exists()
+
+
+def test_accumulation_of_the_environment_is_named(here, tmp_path, monkeypatch):
+    """Accelerate takes it before the argument, without a word; the loop counts with the settings'."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(
+        ValueError, match=r"accumulation is 1, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS .* makes it 4"
+    ):
+        train(settings(here, tmp_path / "out"))
+    train(settings(here, tmp_path / "out", steps=1, accumulation=4))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -706,6 +792,7 @@ def test_the_published_settings_are_settings(file):
         (dict(loader={"pixels": 1}), "pixels: no argument of PairLoader"),
         (dict(objective="ppo"), "objective is 'ppo'"),
         (dict(loss={"denisty": 1}), "denisty: no argument of PairObjective"),
+        (dict(loss={"timestep_weight": 5}), "timestep_weight is 5; expected a name"),
         (dict(loss={"timestep_weight": "snr"}), "timestep_weight is 'snr'; with a DDPMScheduler expected 'min_snr'"),
         (dict(scheduler={"shfit": 1}), "scheduler has shfit; a DDIMScheduler knows beta_end, "),
         (dict(scheduler={"_class_name": "AutoencoderKL"}), "scheduler has _class_name 'AutoencoderKL'"),
@@ -741,9 +828,8 @@ def test_geneval_folders(here, tmp_path):
     assert result.exit_code == 0, result.output
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     numbers = ("00000", "00001")
-    assert files == sorted(
-        f"{n}/{f}" for n in numbers for f in ("metadata.jsonl", "samples/00000.png", "samples/00001.png")
-    )
+    of_each = ("metadata.jsonl", "samples/00000.png", "samples/00001.png")
+    assert files == [*sorted(f"{number}/{file}" for number in numbers for file in of_each), "rendering.json"]
     assert json.loads((out / "00001" / "metadata.jsonl").read_text())["prompt"] == "a dog"
     before = {file: (out / file).read_bytes() for file in files}
     assert len({before[file] for file in files if file.endswith("png")}) == 4
@@ -760,6 +846,22 @@ def test_geneval_folders(here, tmp_path):
     result = CliRunner().invoke(app, [*arguments[:2], other, *arguments[3:]])
     assert result.exit_code == 2
     assert "is of 'a dog'; expected 'a cat', or another folder" in result.output
+    # Nor does anything that would make other pictures.
+    model = pipelines.save("sd15", tmp_path / "other", seed=1)
+    for change, message in (
+        (["--steps", "3"], f"steps is 3; {out} was rendered with 2: expected another folder"),
+        (["--seed", "7"], "seed is 7; "),
+        (["--guidance", "2"], f"guidance is 2.0; {out} was rendered with None"),
+        (["--size", "32"], f"size is [32, 32]; {out} was rendered with [16, 16]"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, *change])
+        assert result.exit_code == 2
+        assert message in result.output
+    result = CliRunner().invoke(app, ["geneval", str(model), *arguments[2:]])
+    assert f"model is '{model}'; {out} was rendered with '{here / 'pipeline'}'" in result.output
+    assert {file: (out / file).read_bytes() for file in files} == after
+    assert CliRunner().invoke(app, [*arguments, "--samples", "3"]).exit_code == 0
+    assert len(list(out.rglob("*.png"))) == 6
 
 
 def test_the_scorer_does_not_see_a_picture_that_is_not_whole(here, tmp_path, monkeypatch):
@@ -792,6 +894,12 @@ def test_geneval_of_what_was_trained(here, tmp_path, lora):
         assert result.exit_code == 0, result.output
         images.append((tmp_path / name / "00000" / "samples" / "00000.png").read_bytes())
     assert images[0] != images[1]
+    # A result that is trained anew is another one.
+    shutil.rmtree(tmp_path / "result")
+    train(settings(here, tmp_path / "result", steps=1, learning_rate=0.05, lora_rank=lora))
+    result = CliRunner().invoke(app, ["geneval", *arguments])
+    assert result.exit_code == 2
+    assert "weights is 'UNet2DConditionModel:" in result.output
 
 
 @pytest.mark.parametrize(
