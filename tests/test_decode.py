@@ -252,33 +252,17 @@ def _decode_in_child(data, queue):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on, where there are threads
-@pytest.mark.parametrize("busy", [False, True])
-def test_forked_processes_get_a_pool_of_their_own(busy):
-    """Also where the fork happens while the pool is at work for another thread."""
+def test_forked_processes_get_a_pool_of_their_own():
     data = jpeg(picture(64, 64))
     expected = decode_pairs([data] * 4, [data] * 4, size=32, dtype=torch.uint8, threads=4).pixels.sum().item()
     context = multiprocessing.get_context("fork")
-    queue, over = context.SimpleQueue(), threading.Event()
-
-    def work():
-        while not over.is_set():
-            decode_pairs([data] * 16, [data] * 16, size=32, threads=4)
-
-    worker = threading.Thread(target=work)
-    if busy:
-        worker.start()
-    try:
-        children = [context.Process(target=_decode_in_child, args=(data, queue)) for _ in range(3)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(timeout=60)
-            assert child.exitcode == 0
-    finally:
-        over.set()
-        if busy:
-            worker.join()
+    queue = context.SimpleQueue()
+    children = [context.Process(target=_decode_in_child, args=(data, queue)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+        assert child.exitcode == 0
     assert [queue.get() for _ in children] == [expected] * 3
 
 
