@@ -1,7 +1,8 @@
 """Images to the VAE's input, (N, 3, 1024, 1024) normalised in 16 bits, beside everybody else's way: `make bench`.
 
-CPU time of one thread per image, in interleaved rounds: the ways of a source take turns, so that a slow phase of the
-machine is everybody's. `make bench-peers` installs the peers beside the project and runs this with them.
+CPU time of one thread per image, in interleaved rounds: the ways of a source take turns, three calls each, of which the
+last two count, so that a slow phase of the machine is everybody's, and what is in the caches and the heap is a way's
+own. `make bench-peers` installs the peers beside the project and runs this with them.
 
 Bare libjpeg-turbo decodes the same file to RGB rows and does nothing with them.
 """
@@ -25,7 +26,7 @@ import polydpo_fast
 SIDE = 1024
 IMAGES = 4  # of a batch; even
 ROUNDS = 5
-CALLS = 2  # of a way in a row
+CALLS = 2  # of a way in a row that count, after one that does not
 
 
 def photograph(side):

@@ -1,8 +1,9 @@
 """PairLoader on 1024px JPEG pairs in the page cache, beside decoding alone and other loaders: part of `make bench`.
 
-Pairs per second of CPU time, in interleaved rounds (but for what forks), with one thread that decodes. The bound is
-`decode_pairs` on bytes that are in memory already. Diffusers' DPO script: rows of the Parquet file as `datasets` gives
-them, Pillow, ToTensor and Normalize, a DataLoader with two workers, whose CPU time is counted too. WebDataset and
+Pairs per second, and per second of CPU time, in interleaved rounds (but for what forks), with one thread that decodes.
+The bound is `decode_pairs` on bytes that are in memory already. Diffusers' DPO script: rows of the Parquet file as
+`datasets` gives them, Pillow, ToTensor and Normalize, a DataLoader with two workers, whose CPU time is counted too.
+WebDataset and
 MosaicML's streaming read shards of their own kinds, one after the other, and decode by Pillow and torch. streaming
 imports torchvision for datasets that are not used here; where that is missing, empty names stand in for it while
 streaming is imported. Then how long a source of a million pairs takes to its first batch.

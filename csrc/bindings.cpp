@@ -82,9 +82,8 @@ using DrawRow = std::array<std::uint32_t, 4>;
 using RawRow = std::array<std::int64_t, 4>;
 
 // The caller vouches for `out`: 2B * 3 * height * width elements of the dtype; dtype -1 is planes, 2B * height * 3/2 *
-// width bytes. Returns the geometry of each sample,
-// (2B, 4) int64 (oriented height and width, crop top and left), the failures as (sample, reason), and the damage that was let
-// pass, likewise.
+// width bytes. Returns the geometry of each sample, (2B, 4) int64 (oriented height and width, crop top and left), the
+// failures as (sample, reason), and the damage that was let pass, likewise.
 py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const std::vector<RawRow>& raw,
                        const std::vector<DrawRow>& draws, std::uintptr_t out, int dtype,
                        const std::array<float, 6>& normal, const std::array<std::uint8_t, 3>& background,

@@ -185,7 +185,7 @@ Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolatio
       down_(make_filter(kind, source.height, resized.height, crop.top, crop.height)),
       width_(crop.width),
       ring_rows_(std::min(down_.taps, source.height)),
-      down_first_(down_first && kind == Interpolation::bicubic),
+      down_first_(down_first),
       taps_(down_.taps) {
     quads_ = (*std::max_element(across_.count.begin(), across_.count.end()) + 3) / 4;
     quad_weights_.resize(4 * static_cast<std::size_t>(quads_) * width_);

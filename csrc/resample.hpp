@@ -28,8 +28,7 @@ Filter make_filter(Interpolation kind, int source, int resized, int offset, int 
 // where weights are negative.
 class Resampler {
 public:
-    // All as stored: the whole image's size before and after, and the crop in the latter. Bilinear goes across first,
-    // whatever `down_first` says.
+    // All as stored: the whole image's size before and after, and the crop in the latter.
     Resampler(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first);
 
     // The part of the image that the crop needs.

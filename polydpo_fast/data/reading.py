@@ -99,7 +99,7 @@ class Readers:
                     "and are still being read"
                 )
             self._workers[place] = _Worker(self._source, self._clips, self._tasks)
-        self._tasks.hurry(len(self._workers))
+            self._tasks.hurry(len(self._workers))
 
 
 class _Tasks:
