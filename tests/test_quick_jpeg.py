@@ -164,6 +164,45 @@ def test_what_is_not_as_it_should_be_is_left_to_libjpeg():
     assert decoded(cut, EITHER, size=(48, 56), strict=False)[1] == []
 
 
+def test_a_coefficient_whose_sign_would_change_is_left_to_libjpeg():
+    """-32768 of a first scan, which two further bits make 32767 in libjpeg's words: no mask of signs tells that."""
+
+    def segment(marker, body):
+        return bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
+
+    def scan(first, last, high, low, bits):
+        bits += "1" * (-len(bits) % 8)
+        data = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+        return segment(0xDA, bytes([1, 1, 0, first, last, high << 4 | low])) + data
+
+    def image(value):
+        """The first AC coefficient is 4 * value, which is negative, before the further bits."""
+        size, whole, end = (-value).bit_length(), "00", "01"
+        return b"".join(
+            (
+                b"\xff\xd8",
+                segment(0xDB, bytes([0]) + bytes([1]) * 64),
+                segment(0xC2, bytes([8, 0, 8, 0, 8, 1, 1, 0x11, 0])),
+                segment(0xC4, bytes([0x00, 1]) + bytes(15) + bytes([0])),
+                segment(0xC4, bytes([0x10, 0, 2]) + bytes(14) + bytes([size, 0x00])),
+                scan(0, 0, 0, 0, "0"),
+                scan(1, 63, 0, 2, whole + f"{value + 2**size - 1:0{size}b}" + end),
+                scan(1, 63, 2, 1, end + "1"),
+                scan(1, 63, 1, 0, end + "1"),
+                b"\xff\xd9",
+            )
+        )
+
+    for value, left in ((-8191, False), (-8192, True)):
+        data = image(value)
+        expected, failed = decoded(data, LIBJPEG, size=(8, 8))
+        assert not failed
+        assert torch.equal(decoded(data, EITHER, size=(8, 8))[0], expected)
+        ours, failed = decoded(data, OWN, size=(8, 8))
+        assert failed == (LEFT if left else [])
+        assert left or torch.equal(ours, expected)
+
+
 def test_what_it_remembers_of_a_progressive_image_is_limited():
     """128 bytes of coefficients and 32 of ours for each block; if those are too much, libjpeg does without."""
     data = jpeg(picture("noise", 64, 64), quality=50, subsampling=0, progressive=True)

@@ -50,6 +50,18 @@ def test_roundings_do_not_add_up(interpolation, width):
     assert np.abs((pixels.double().numpy() + 1) * 127.5 - expected).max() <= 1 / 32
 
 
+def test_rows_of_many_pixels_are_clamped_between_the_passes():
+    """An edge, beside which bicubic leaves 0..255, above a row that is white."""
+    image = np.full((2, 20_000, 3), 255, np.uint8)
+    image[0, :10_000] = 0
+    options = dict(size=(1, 9), resize="stretch", interpolation="bicubic", dtype=torch.float32)
+    pixels = decode_pairs([png(Image.fromarray(image))], [png(Image.fromarray(image))], **options).pixels[0, 0, 0]
+    across = exact_weights(20_000, 9, "bicubic") @ image[0, :, 0].astype(float)
+    assert across.min() < -1
+    expected = (across.clip(0, 255) + 255) / 2
+    assert np.abs((pixels.double().numpy() + 1) * 127.5 - expected).max() <= 1 / 32
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("source", [(90, 70), (64, 64), (333, 411), (2000, 30), (3, 5000), (3, 60_000)])
 @pytest.mark.parametrize("size", [(64, 64), (7, 150), (3, 2)])
