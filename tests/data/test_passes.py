@@ -268,7 +268,16 @@ def test_a_forked_process_has_no_part_in_a_pass():
     assert len(next(one)) == 4
 
 
+@pytest.fixture
+def control_c():
+    """As at a terminal, also where the tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("waits_for", ["source", "consumer"])
+@pytest.mark.usefixtures("control_c")
 def test_control_c_ends_the_threads(waits_for):
     source, got = Tiny(400, hangs=[20] if waits_for == "source" else ()), []
     loader = PairLoader(source, 4, shuffle=False, readers=1, **TINY)
