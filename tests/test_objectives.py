@@ -1,5 +1,6 @@
 import itertools
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -97,6 +98,17 @@ def test_poly_dpo_is_monotone_down_to_alpha_minus_one():
     z = torch.linspace(-20, 20, 401, dtype=torch.float64)
     assert (head_at("poly_dpo", z, -1.0)[1] <= 0).all()
     assert (head_at("poly_dpo", z, -1.2)[1] > 0).any()
+
+
+@pytest.mark.parametrize("alpha", [-1.0, -1.0 + 1e-9, -0.999, -0.5, 0.0, 8.0])
+@pytest.mark.parametrize("z", [-60.0, -30.0, -1.0, 0.0, 1.0, 5.0, 20.0, 30.0, 60.0])
+def test_poly_dpos_slope_keeps_its_digits_where_alpha_takes_nearly_all_of_it(z, alpha):
+    with localcontext() as context:
+        context.prec = 80
+        q = 1 / (1 + Decimal(z).exp())
+        expected = float(-q * (1 + Decimal(alpha) * (1 - q)))
+    _, slope = head_at("poly_dpo", torch.tensor(z, dtype=torch.float64), alpha)
+    assert slope.item() == pytest.approx(expected, rel=1e-15 * 4, abs=0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
