@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.fields import parse_json
 from .config import Settings
 from .families import Family, save_lora, save_rest, save_scheduler
 from .reference import unwrapped
@@ -53,7 +55,10 @@ def _checkpoints(output: Path) -> list[Path]:
 def _told(checkpoint: Path) -> dict[str, Any]:
     """Nothing where an earlier version wrote it."""
     file = checkpoint / _RUN
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        result: dict[str, Any] = parse_json(file.read_bytes()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     return result
 
 
@@ -69,14 +74,17 @@ def _step_of(checkpoint: Path) -> int:
 def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str, Any]) -> int:
     """Loads the checkpoint, if there is one to be loaded, and returns the steps that it has behind it.
 
-    Raises ValueError where it is of a run that was begun otherwise than `run` says.
+    Raises ValueError where it is of a run that was begun otherwise than `run` says, of a later step than the settings'
+    last one, or damaged.
     """
+    from safetensors import SafetensorError
+
+    found = _checkpoints(output)
     if settings.resume is None:
-        if _checkpoints(output):
+        if found:
             raise ValueError(f"{output} has checkpoints of another run; expected --resume latest, or another --output")
         return 0
     if settings.resume == "latest":
-        found = _checkpoints(output)
         if not found:  # so that a job that is started again and again has one command
             return 0
         checkpoint = found[-1]
@@ -91,8 +99,16 @@ def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str,
                 f"{name} is {here[name]!r}; the run of {checkpoint} was begun with {had[name]!r}: expected it again, "
                 "or another --output without --resume"
             )
-    accelerator.load_state(str(checkpoint))
-    return _step_of(checkpoint)
+    step = _step_of(checkpoint)
+    if step > settings.steps:
+        raise ValueError(
+            f"steps is {settings.steps}, and {checkpoint} is of step {step}; expected {step} steps or more"
+        )
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (RuntimeError, LookupError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} is damaged, or of another model: {error}") from error
+    return step
 
 
 def checkpoint_adapters_only(accelerator: Any) -> None:

@@ -17,12 +17,13 @@ from .reference import switched_off, unwrapped
 __all__ = ["alternatives", "fingerprint"]
 
 _SAMPLES = 1024  # numbers of each tensor
+_SENTENCE = "Cats'  35mm \u00e9e\u0301"
 # Of a model's configuration, what says nothing of its outputs: the dtype is that of its weights.
 _NOT_OUTPUTS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def fingerprint(part: Any) -> str:
-    """Of a model, a scheduler, a source, or anything that JSON can tell; a text is its own.
+    """Of a model, a tokenizer, a scheduler, a source, or anything that JSON can tell; a text is its own.
 
     A model's is its class and 128 bits of SHA-256 over its configuration, as Diffusers and Transformers keep it, and
     its parameters and persistent buffers in order of name: of each the name, dtype, shape, and the bytes of 1024
@@ -30,6 +31,7 @@ def fingerprint(part: Any) -> str:
     single weights. Adapters of PEFT that are switched off do not count. It is the same on any device and within DDP and
     torch.compile; it is to be taken before FSDP shards a model.
 
+    A tokenizer's, of Transformers, is a digest of its vocabulary, its longest input, and what it makes of a sentence.
     A scheduler's is its class and a digest of its configuration, without what begins with an underscore.
     """
     if isinstance(part, str):
@@ -40,6 +42,9 @@ def fingerprint(part: Any) -> str:
         return _of_weights(part)
     if isinstance(part, Source):
         return part.fingerprint
+    if hasattr(part, "get_vocab"):
+        told = [sorted(part.get_vocab().items()), part.model_max_length, part(_SENTENCE).input_ids]
+        return f"tokenizer:{hashlib.sha256(_json(told).encode()).hexdigest()[:32]}"
     config = getattr(part, "config", None)
     if config is not None:
         settings = _json(_public(dict(config)))

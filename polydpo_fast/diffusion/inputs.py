@@ -45,7 +45,11 @@ class Inputs:
             "decoding": {"size": list(setup.size), **_decoding(settings.loader)},
             "data_options": settings.data_options,
             "vae": pipe.vae,
-            **{name: part for name, part in self._encoders.items() if part is not None},
+            **{
+                name: part
+                for name, part in pipe.components.items()
+                if name.startswith(("text_encoder", "tokenizer")) and part is not None
+            },
         }
         # As texts: what is compared may go.
         self.parts: dict[str, Any] = {name: fingerprint(part) for name, part in parts.items()}

@@ -120,10 +120,10 @@ def noise_pairs(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tenso
 
     target: Tensor
     if is_flow_matching(scheduler):
-        if len(scheduler.timesteps) != total:
+        if not len(scheduler.timesteps) == len(scheduler.sigmas) == total:  # for sampling it has a last sigma of 0 too
             raise ValueError(
-                f"scheduler has {len(scheduler.timesteps)} timesteps; expected its {total} of training: "
-                "set_timesteps was called on it, take another one for sampling"
+                f"scheduler has {len(scheduler.timesteps)} timesteps and {len(scheduler.sigmas)} sigmas; expected its "
+                f"{total} of training: set_timesteps was called on it, take another one for sampling"
             )
         sigma = of_rows(scheduler.sigmas)
         noisy, target = (1 - sigma) * clean + sigma * both, both - clean

@@ -164,7 +164,7 @@ def _run(
         "mixed_precision": setup.accelerator.mixed_precision,
         "draws of reference_errors": errors.draws if errors is not None else None,
         "model": fingerprint(model),
-        **{name: text for name, text in inputs.parts.items() if name == "vae" or name.startswith("text_encoder")},
+        **{name: text for name, text in inputs.parts.items() if name.startswith(("vae", "text_encoder", "tokenizer"))},
     }
 
 

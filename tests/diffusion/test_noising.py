@@ -156,9 +156,10 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="density is 'normal'"):
         draw_timesteps(scheduler, [1], density="normal")
     flow = FlowMatchEulerDiscreteScheduler()
-    flow.set_timesteps(10)
-    with pytest.raises(ValueError, match="scheduler has 10 timesteps; expected its 1000 of training"):
-        noise_pairs(flow, x, n, t)
+    for steps in (10, 1000):
+        flow.set_timesteps(steps)
+        with pytest.raises(ValueError, match=f"scheduler has {steps} timesteps and .*; expected its 1000 of training"):
+            noise_pairs(flow, x, n, t)
     with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler; expected one with alphas_cumprod"):
         noise_pairs(EDMEulerScheduler(), x, n, t)
     unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)

@@ -22,6 +22,7 @@ from diffusion import pipelines
 from diffusion.runs import equal, lines, settings, two_processes, weights
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 from typer.testing import CliRunner
 
 from polydpo_fast import demo
@@ -488,12 +489,33 @@ def test_a_checkpoint_that_does_not_fit_is_refused(here, tmp_path):
             train(settings(here, out, **{"steps": 2, "resume": "latest", **change}))
 
 
+@pytest.mark.parametrize("file", ["adapters.safetensors", "optimizer.bin", "run.json"])
+@pytest.mark.parametrize("left", [0, 10])
+def test_a_damaged_checkpoint_is_named(here, tmp_path, file, left):
+    out = tmp_path / "out"
+    train(settings(here, out, steps=1, lora_rank=2, checkpoint_every=1))
+    path = out / "checkpoint-1" / file
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"checkpoint-1\S* is damaged"):
+        train(settings(here, out, steps=2, lora_rank=2, resume="latest"))
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(here, tmp_path):
+    """It would be saved as the result of a run that is shorter than itself."""
+    train(settings(here, tmp_path / "out", steps=2, checkpoint_every=2))
+    with pytest.raises(ValueError, match=r"steps is 1, and .*checkpoint-2 is of step 2; expected 2 steps or more"):
+        train(settings(here, tmp_path / "out", steps=1, resume="latest"))
+
+
 def test_a_run_goes_on_as_it_was_begun(here, tmp_path):
     """Or it is another one, which is said; but for what changes nothing that is learned."""
     out, other = tmp_path / "out", tmp_path / "other"
     given = dict(batch_size=4, checkpoint_every=1, resume="latest", loader={"crop": "random"})
     train(settings(here, out, steps=1, **given))
     model = pipelines.save("sd15", other, seed=1)
+    words = tmp_path / "words"
+    shutil.copytree(here / "pipeline", words)
+    CLIPTokenizer.from_pretrained(words / "tokenizer", model_max_length=12).save_pretrained(words / "tokenizer")
     for change, message in (
         (dict(learning_rate=1e-5), "learning_rate is 1e-05; the run of .*checkpoint-1 was begun with 0.001: expected"),
         (dict(learning_rate=None), "learning_rate is 4e-08; the run of .* was begun with 0.001"),
@@ -506,6 +528,7 @@ def test_a_run_goes_on_as_it_was_begun(here, tmp_path):
         (dict(lora_rank=2), "lora_rank is 2; the run of .* was begun with 0"),
         (dict(mixed_precision="bf16"), "mixed_precision is 'bf16'; the run of .* was begun with 'no'"),
         (dict(loss={"label_smoothing": 0.1}), r"loss is \{'label_smoothing': 0.1\}; the run of .* was begun with \{\}"),
+        (dict(model=str(words)), "tokenizer is 'tokenizer:.*'; the run of .* was begun with 'tokenizer:"),
         (dict(model=str(model)), "model is 'UNet2DConditionModel:.*'; the run of .* was begun with 'UNet2DCondition"),
     ):
         AcceleratorState._reset_state(reset_partial_state=True)
