@@ -63,7 +63,13 @@ class RecordPairs(Source):
         if not len(records):
             raise SourceError("records is empty; expected at least one pair")
         self._records, self._columnar = _as_stored(records)
-        first = self._records[0]
+        try:
+            first = self._records[0]
+        except (KeyError, TypeError) as error:  # a data frame is a mapping of its columns
+            raise TypeError(
+                f"records is a {type(records).__name__}, which has no records[0]; expected a sequence of mappings, of "
+                "a data frame frame.to_dict('records')"
+            ) from error
         if not isinstance(first, Mapping):
             raise SourceError(f"records[0] is a {type(first).__name__}; expected a mapping")
         self._layout = layout_of([str(name) for name in first], "records[0]")

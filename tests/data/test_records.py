@@ -158,10 +158,21 @@ def test_a_first_record_that_lacks_its_image_does_not_refuse_the_others():
     assert bytes(source[1].win) == b"w"
 
 
+class DataFrame:
+    """As that of pandas: a length in rows, and columns by their names."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, name):
+        return {"win": [b"w"], "lose": [b"l"]}[name]
+
+
 @pytest.mark.parametrize(
     ("records", "error", "reason"),
     [
         ([], SourceError, "records is empty"),
+        (DataFrame(), TypeError, r"records is a DataFrame, which has no records\[0\]; .*frame.to_dict\('records'\)"),
         ([1], SourceError, r"records\[0\] is a int; expected a mapping"),
         ([{"a": 1, "b": 2}], SourceError, r"records\[0\] has the columns a, b; expected jpg_0, jpg_1"),
         ([{"win": pil, "lose": b""}], SourceError, r"records\[0\]: win is a PIL image"),
