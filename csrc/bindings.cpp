@@ -146,19 +146,20 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
 
 // What a foreign decoder is told of an image: height and width as stored; of the whole resized image; top, left, height and
 // width of the crop in it; top and left of the crop in the output; whether it is transposed, its rows reversed, its columns
-// reversed; and the corner that is reported, top and left.
-using PlanRow = std::array<int, 15>;
+// reversed; the corner that is reported, top and left; and whether a bicubic resize goes down first.
+using PlanRow = std::array<int, 16>;
 
 PlanRow plan_row(const polydpo::Size& source, const polydpo::Geometry& g) {
     return {source.height, source.width, g.stored.height, g.stored.width, g.crop.top,
             g.crop.left,   g.crop.height, g.crop.width,   g.inner.top,    g.inner.left,
-            g.transposed,  g.row_reversed, g.col_reversed, g.top,         g.left};
+            g.transposed,  g.row_reversed, g.col_reversed, g.top,         g.left,
+            g.down_first};
 }
 
 // Image i with draws[i % draws.size()]. Zeros where our own decoder is to be asked.
 std::vector<PlanRow> foreign_plans(const py::sequence& images, const std::vector<DrawRow>& draws,
-                                   const std::array<int, 2>& size, int resize, bool apply_orientation,
-                                   const std::array<std::int64_t, 5>& limits) {
+                                   const std::array<int, 2>& size, int resize, int interpolation,
+                                   bool apply_orientation, const std::array<std::int64_t, 5>& limits) {
     Buffers buffers;
     buffers.add(images, "images");
     const std::vector<polydpo::Image> views = buffers.images();
@@ -169,7 +170,8 @@ std::vector<PlanRow> foreign_plans(const py::sequence& images, const std::vector
         const auto& [centre, top, left, flipped] = draws[i % draws.size()];
         const auto found = polydpo::foreign_plan(
             views[i], {centre != 0, top, left, flipped != 0}, {size[0], size[1]}, static_cast<polydpo::Resize>(resize),
-            apply_orientation, {limits[0], limits[1], limits[2], static_cast<int>(limits[3]), limits[4]});
+            static_cast<polydpo::Interpolation>(interpolation), apply_orientation,
+            {limits[0], limits[1], limits[2], static_cast<int>(limits[3]), limits[4]});
         if (found) rows[i] = plan_row(found->source, found->geometry);
     }
     return rows;
@@ -180,6 +182,18 @@ PlanRow plan(const std::array<int, 2>& source, const DrawRow& draw, const std::a
     const polydpo::Size stored{source[0], source[1]};
     return plan_row(stored, polydpo::plan(stored, 1, {size[0], size[1]}, static_cast<polydpo::Resize>(resize),
                                           {draw[0] != 0, draw[1], draw[2], draw[3] != 0}));
+}
+
+// The filter of one axis, for the outputs [offset, offset + length): the first input of each, (length,), and the weights from
+// there on, (length, taps), those beyond its own 0.
+py::tuple resize_filter(int interpolation, int source, int resized, int offset, int length) {
+    if (source < 1 || resized < 1 || offset < 0 || length < 1 || length > resized - offset) {
+        throw py::value_error("the outputs are none of the axis");
+    }
+    const auto filter =
+        polydpo::make_filter(static_cast<polydpo::Interpolation>(interpolation), source, resized, offset, length);
+    py::array_t<int> first(length, filter.first.data());
+    return py::make_tuple(first, py::array_t<float>({length, filter.taps}, filter.weights.data()));
 }
 
 // Stores the frames of one clip, one by one, all under the same geometry. The caller vouches for `out`: 3 planes of
@@ -405,7 +419,9 @@ PYBIND11_MODULE(_C, module) {
                py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
                py::arg("strict"), py::arg("limits"), py::arg("threads"), py::arg("jpeg") = 0);
     module.def("foreign_plans", &foreign_plans, py::arg("images"), py::kw_only(), py::arg("draws"), py::arg("size"),
-               py::arg("resize"), py::arg("apply_orientation"), py::arg("limits"));
+               py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"), py::arg("limits"));
+    module.def("resize_filter", &resize_filter, py::arg("interpolation"), py::arg("source"), py::arg("resized"),
+               py::arg("offset"), py::arg("length"));
     module.def("plan", &plan, py::arg("source"), py::kw_only(), py::arg("draw"), py::arg("size"), py::arg("resize"));
     py::class_<FrameStore>(module, "FrameStore")
         .def(py::init<const DrawRow&, int, const std::array<float, 6>&, const std::array<std::uint8_t, 3>&,

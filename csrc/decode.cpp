@@ -113,11 +113,9 @@ void render(Reader& reader, const Draw& draw, const Options& options, const Fini
         }
     } else {
         const Interpolation kind = options.interpolation;
-        // Bilinear stays within 0..255: its passes are exchangeable, and across is the quicker one to begin with.
-        const bool down_first = geometry.down_first && kind == Interpolation::bicubic;
-        check("decoded", Resampler::memory(source, geometry.stored, geometry.crop, kind, down_first),
-              options.limits.decoded, "bytes of rows and weights to blend");
-        Resampler resampler(source, geometry.stored, geometry.crop, kind, down_first);
+        check("decoded", Resampler::memory(source, geometry, kind), options.limits.decoded,
+              "bytes of rows and weights to blend");
+        Resampler resampler(source, geometry, kind);
         const Region given = reader.start(resampler.wanted());
         resampler.begin(given);
         int to = 0;

@@ -141,13 +141,20 @@ double support_of(Interpolation kind, int source, int resized) {
 
 std::int64_t taps_of(double support) { return static_cast<std::int64_t>(std::ceil(support)) * 2 + 1; }
 
+// Bilinear stays within 0..255: its passes are exchangeable, and across is the quicker one to begin with.
+bool goes_down_first(const Geometry& geometry, Interpolation kind) {
+    return geometry.down_first && kind == Interpolation::bicubic;
+}
+
 }  // namespace
 
-std::int64_t Resampler::memory(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first) {
+std::int64_t Resampler::memory(Size source, const Geometry& geometry, Interpolation kind) {
+    const Size resized = geometry.stored;
+    const Region& crop = geometry.crop;
     const std::int64_t across = taps_of(support_of(kind, source.width, resized.width));
     const std::int64_t down = taps_of(support_of(kind, source.height, resized.height));
     const std::int64_t weights = crop.width * (across + across + 3) + crop.height * down;
-    const std::int64_t length = padded(std::max(crop.width, down_first ? source.width : 0)) + apart;
+    const std::int64_t length = padded(std::max(crop.width, goes_down_first(geometry, kind) ? source.width : 0)) + apart;
     const std::int64_t row = source.width * (across > most_taps ? std::int64_t{5} : 1);
     const std::int64_t rows = length * (std::min<std::int64_t>(down, source.height) + 2) + row + across;
     return static_cast<std::int64_t>(sizeof(float)) * (weights + rows);
@@ -180,12 +187,12 @@ Filter make_filter(Interpolation kind, int source, int resized, int offset, int 
     return filter;
 }
 
-Resampler::Resampler(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first)
-    : across_(make_filter(kind, source.width, resized.width, crop.left, crop.width)),
-      down_(make_filter(kind, source.height, resized.height, crop.top, crop.height)),
-      width_(crop.width),
+Resampler::Resampler(Size source, const Geometry& geometry, Interpolation kind)
+    : across_(make_filter(kind, source.width, geometry.stored.width, geometry.crop.left, geometry.crop.width)),
+      down_(make_filter(kind, source.height, geometry.stored.height, geometry.crop.top, geometry.crop.height)),
+      width_(geometry.crop.width),
       ring_rows_(std::min(down_.taps, source.height)),
-      down_first_(down_first),
+      down_first_(goes_down_first(geometry, kind)),
       taps_(down_.taps) {
     quads_ = (*std::max_element(across_.count.begin(), across_.count.end()) + 3) / 4;
     quad_weights_.resize(4 * static_cast<std::size_t>(quads_) * width_);

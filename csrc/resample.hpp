@@ -28,13 +28,13 @@ Filter make_filter(Interpolation kind, int source, int resized, int offset, int 
 // where weights are negative.
 class Resampler {
 public:
-    // All as stored: the whole image's size before and after, and the crop in the latter.
-    Resampler(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first);
+    // source: as stored, as the geometry's part is that counts here.
+    Resampler(Size source, const Geometry& geometry, Interpolation kind);
 
     // The part of the image that the crop needs.
     Region wanted() const;
     // Bytes that one would take.
-    static std::int64_t memory(Size source, Size resized, const Region& crop, Interpolation kind, bool down_first);
+    static std::int64_t memory(Size source, const Geometry& geometry, Interpolation kind);
     // Which part will come: the rows of that, at least its columns.
     void begin(const Region& given);
     // Where to write the next row of it (4 * width bytes).

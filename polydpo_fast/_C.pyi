@@ -29,9 +29,13 @@ def foreign_plans(
     draws: Sequence[tuple[bool, int, int, bool]],
     size: tuple[int, int],
     resize: int,
+    interpolation: int,
     apply_orientation: bool,
     limits: tuple[int, int, int, int, int],
 ) -> list[list[int]]: ...
+def resize_filter(
+    interpolation: int, source: int, resized: int, offset: int, length: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
 def plan(
     source: tuple[int, int], *, draw: tuple[bool, int, int, bool], size: tuple[int, int], resize: int
 ) -> list[int]: ...

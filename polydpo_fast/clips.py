@@ -18,7 +18,7 @@ from .colour import MATRICES
 from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipLimits, check_clips
 from .timeline import TooShortError, plan
-from .video import Clip, Source, orientation
+from .video import Clip, Source, need_av, orientation
 
 if TYPE_CHECKING:
     from . import _C
@@ -147,10 +147,7 @@ def decode_clips(
     """
     from . import _C
 
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        raise ImportError("decode_clips needs PyAV: pip install 'polydpo-fast[video]'") from None
+    need_av()
     asked = check_clips(
         win, lose, frames=frames, size=size, fps=fps, start=start, short=short, resize=resize,
         interpolation=interpolation, crop=crop, hflip=hflip, seeds=seeds, dtype=dtype, mean=mean, std=std,

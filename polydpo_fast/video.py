@@ -23,7 +23,7 @@ from .decode_arguments import ClipLimits
 from .mp4 import check_counts
 from .timeline import Timeline
 
-__all__ = ["Clip", "Source", "aspect_of", "orientation", "siting_of"]
+__all__ = ["Clip", "Source", "aspect_of", "need_av", "orientation", "siting_of"]
 
 Source = Buffer | str | os.PathLike[str]
 
@@ -117,6 +117,19 @@ class Clip:
         """Soon ends what another thread does with it."""
         self._left = -math.inf
 
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Any, Any]]:
+        """The container and the stream, for somebody else to read, who looks at the clock."""
+        self._since = time.monotonic()
+        with self._open(True, 1) as found:
+            yield found
+        self._left -= time.monotonic() - self._since
+
+    def look_at_the_clock(self) -> None:
+        """Raises TimeoutError where the limits give it no more time."""
+        if time.monotonic() - self._since > self._left:
+            raise TimeoutError(f"it took more than {self._limits.timeout_s} s (limits.timeout_s)")
+
     # ---------------------------------------------------------------------------------------------- reading
 
     @contextmanager
@@ -182,7 +195,7 @@ class Clip:
         depth, held, is_whole = 0, 0, False
         with self._open(self._strict, 1) as (container, stream):
             for packet in _packets(container, stream, self._strict):
-                self._look_at_the_clock()
+                self.look_at_the_clock()
                 held += packet.size > 0 or packet.pts is not None
                 if packet.pts is None:
                     continue
@@ -225,7 +238,7 @@ class Clip:
         refused: list[int] = []
         with self._open(self._strict, 1) as (container, stream):
             for packet in _packets(container, stream, self._strict):
-                self._look_at_the_clock()
+                self.look_at_the_clock()
                 try:
                     found: list[int] = [frame.pts for frame in packet.decode() if frame.pts is not None]
                 except av.FFmpegError:
@@ -291,7 +304,7 @@ class Clip:
         context = stream.codec_context
         spare = SpareFrames(context.codec.canonical_name, context.extradata)
         for packet in _packets(container, stream, strict):
-            self._look_at_the_clock()
+            self.look_at_the_clock()
             if wanted is not None and context.name in _SKIPPING:
                 is_needed = packet.pts is None or packet.pts in wanted
                 context.skip_frame = "DEFAULT" if is_needed else "NONREF"
@@ -328,10 +341,6 @@ class Clip:
 
     # ---------------------------------------------------------------------------------------------- limits
 
-    def _look_at_the_clock(self) -> None:
-        if time.monotonic() - self._since > self._left:
-            raise TimeoutError(f"it took more than {self._limits.timeout_s} s (limits.timeout_s)")
-
     def _check_frames(self, count: int) -> None:
         if count > self._limits.frames:
             raise ValueError(f"it has more than {self._limits.frames} frames (limits.frames)")
@@ -339,6 +348,14 @@ class Clip:
     def _check_pixels(self, count: int) -> None:
         if count > self._limits.pixels:
             raise ValueError(f"it has {count} pixels, more than {self._limits.pixels} (limits.pixels)")
+
+
+def need_av() -> None:
+    """Raises ImportError, which names the extra, where there is no PyAV."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise ImportError("decode_clips needs PyAV: pip install 'polydpo-fast[video]'") from None
 
 
 def _packets(container: Any, stream: Any, strict: bool) -> Iterator[Any]:

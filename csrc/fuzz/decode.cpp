@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../decode.hpp"
+#include "../foreign.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     using namespace polydpo;
@@ -33,6 +34,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
         image.orientation = 1 + chosen[7] / 16 % 8;
     }
     std::vector<char> out(3 * sizeof(float) * static_cast<std::size_t>(options.output.height) * options.output.width);
+    foreign_plan(image, draw, options.output, options.resize, options.interpolation, options.apply_orientation,
+                 options.limits);
     decode_batch({image}, {draw}, options, out.data(), nullptr);
     return 0;
 }

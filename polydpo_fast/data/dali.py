@@ -14,7 +14,8 @@ from ..decode import DecodedPairs, decode_pairs
 from ..decode_arguments import check_choice, check_count, check_threads
 from ..video import Source
 from . import dali_clips, dali_images
-from .dali_engine import CanaryError, Engine
+from .dali_canary import CanaryError
+from .dali_engine import Engine
 
 __all__ = ["CanaryError", "CppDecoder", "DaliDecoder", "Decoder", "choose_decoder"]
 
@@ -49,12 +50,13 @@ def choose_decoder(
 
     Raises:
         ImportError: "dali", and nvidia-dali is not installed.
-        ValueError: another name; or "dali" on a device that is not there.
+        ValueError: another name, no device; or "dali" on a device that is not there.
     """
     check_choice("decoder", decoder, ("auto", "cpp", "dali"))
+    kind = None if device is None else _parse_device(device).type
     if decoder == "auto":
         # In this order: even to ask after CUDA may be too much, before a fork or after it.
-        on_cuda = (device is None or torch.device(device).type == "cuda") and _has_cuda()
+        on_cuda = kind in (None, "cuda") and _has_cuda()
         decoder = "dali" if on_cuda and _is_installed() else "cpp"
     return DaliDecoder(device, threads) if decoder == "dali" else CppDecoder()
 
@@ -68,14 +70,14 @@ class DaliDecoder:
     device: PNG (which DALI decodes on the CPU too, slower), CMYK, WebP and the like, and whatever looks damaged, so
     that errors are the same. An image that makes DALI fail costs its own pair the way through C++, and no other.
 
-    Pixels are those of the C++ decoder within small bounds. On DALI's CPU operators (libjpeg-turbo, as here) they are
-    the same, bit for bit, where nothing is resized. Resized, DALI repeats the outermost pixels where the filter
-    leaves the image (here its weights are scaled up), and does not clamp between its two passes: up to 4 levels of
-    255 apart, 0.04 on average (seen on pictures with edges and grain). nvJPEG's transform and upsampling are its own.
+    DALI decodes; PyTorch crops, resizes by the C++ decoder's own filter, mirrors and normalises, on the device. So on
+    DALI's CPU operators (libjpeg-turbo, as here) pixels are those of the C++ decoder, bit for bit, and resized ones
+    within 0.1 levels of 255. nvJPEG's transform and upsampling are its own.
 
-    What `strict=True` means here: the header, the limits, and that every segment up to the end-of-image marker is
-    there are checked, which finds truncation. Flipped bits in the coded data are found by the C++ decoder alone: DALI
-    does not tell of them.
+    What `strict=True` means here: the header and the limits are checked, and that every segment and restart up to the
+    end-of-image marker is there, which finds most truncations. Flipped bits in the coded data, and a file that was cut
+    off and ended anew, are found by the C++ decoder alone: DALI does not tell of them, and with `strict=False`
+    `damaged` has those images alone that C++ decoded.
 
     The canary: nvJPEG's hardware decoder has returned wrong pixels on an H100 (pytorch/vision#9606). So the first pair
     and then one in `canary` is decoded by C++ too, and a `CanaryError` is raised where the mean of any tile of 16 x 16
@@ -135,14 +137,16 @@ class DaliDecoder:
         """As `polydpo_fast.decode_clips`, which has the same options, through NVDEC; `pixels` are on this decoder's
         device, where `out` must be.
 
-        DALI is given upright 8-bit 4:2:0 clips of limited range in BT.601 or BT.709, with square pixels and without
-        frames that are not shown; the other pairs go through `polydpo_fast.decode_clips`. PyAV is needed for both: the
-        frames are chosen by its timeline. The canary looks at the first frame. Damage in the coded data is noticed by
-        C++ alone.
+        DALI is given upright 8-bit 4:2:0 clips of limited range in BT.601 or BT.709, with square pixels, one video
+        stream, and without frames that are not shown; on a GPU progressive H.264 and HEVC. The other pairs go
+        through `polydpo_fast.decode_clips`. PyAV is needed for both: the frames are chosen by its timeline.
+        The canary looks at the first frame and the last, in tiles of 32 x 32 pixels. Damage in the coded data is
+        noticed by C++ alone.
 
         DALI converts all colours as BT.601, to 8 bits, and clips them before they are resized. Those of BT.709 are
         converted again: within 2 levels of 255 where BT.601 can show them too, up to 37 away where it cannot (pure
-        green, magenta).
+        green, magenta). NVDEC's chroma is taken to lie between the pixels, half a pixel to the right of where these
+        streams have it.
 
         Raises:
             DecodeError, TypeError, ValueError: as `polydpo_fast.decode_clips`; and ValueError on the CPU for codecs
@@ -157,20 +161,25 @@ def _check_device(device: str | torch.device | None) -> torch.device:
     """With its number, if it is a CUDA device."""
     if device is None:
         device = "cuda" if _has_cuda() else "cpu"
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', ...") from None
+    found = _parse_device(device)
     if found.type == "cpu":
         return torch.device("cpu")
-    if found.type != "cuda":
-        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', ...")
     if not _has_cuda():
         raise ValueError(f"device is {device!r}; but PyTorch finds no CUDA device here")
     index = torch.cuda.current_device() if found.index is None else found.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"device is {device!r}; but there are {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", index)
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', ...")
+    return found
 
 
 def _has_cuda() -> bool:
@@ -186,7 +195,9 @@ def _is_installed() -> bool:
 
 def _import_dali() -> None:
     try:
-        import nvidia.dali  # noqa: F401
+        from nvidia.dali import fn
     except ImportError as error:
         why = "" if isinstance(error, ModuleNotFoundError) and "dali" in f"{error.name}" else f" ({error})"
         raise ImportError(f"DaliDecoder needs NVIDIA DALI: pip install 'polydpo-fast[dali]'{why}") from None
+    if not hasattr(fn.decoders, "video"):
+        raise ImportError("DaliDecoder needs NVIDIA DALI 2.4 or later: pip install -U 'polydpo-fast[dali]'")

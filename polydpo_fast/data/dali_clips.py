@@ -18,17 +18,21 @@ from ..clips import DecodedClips, decode_clips
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, check_clips
 from ..timeline import plan
-from ..video import Clip, Source, aspect_of, orientation, siting_of
-from .dali_engine import Engine, Finish, Plan, compare, for_cpp, reason, resized, to_709
+from ..video import Clip, Source, aspect_of, need_av, orientation, siting_of
+from .dali_canary import compare, to_709
+from .dali_engine import Engine, for_cpp, reason
+from .dali_picture import Finish, Plan
 
 __all__ = ["decode"]
 
 _DEFAULTS: dict[str, Any] = decode_clips.__kwdefaults__ or {}
 _TO_709 = to_709()
+_TILE = 32  # pixels: on a GPU chroma may lie half a pixel off, which must even out
 
 
 def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], options: dict[str, Any]) -> DecodedClips:
     """`decode_clips`, by DALI where it may have the clips."""
+    need_av()
     options = engine.with_defaults(_DEFAULTS, options)
     asked = check_clips(win, lose, device=engine.device, **options)
     pairs, out, frames, short = len(asked.win), asked.out, options["frames"], options["short"]
@@ -53,7 +57,7 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
                 for row, side, way in zip((i, i + pairs), sides, where, strict=True):
                     shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short))
                     target = out[row].movedim(frames_axis - 1, 0)
-                    for k, frame in enumerate(_frames(engine, side, shown, way, options["interpolation"])):
+                    for k, frame in enumerate(_frames(engine, side, shown)):
                         finish.store(_recoloured(frame) if side.bt709 else frame, way, target[k])
             except (ValueError, RuntimeError) as error:  # C++ says what is wrong, if anything is
                 others.append(i)
@@ -64,13 +68,15 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
                 engine.wait()  # the frames of one clip at a time: they are large
             facts.set(i, times, where, sides)
             if engine.is_canary():
-                first = dict(frames=1, fps=1, start=times[0], short="repeat" if short == "error" else short)
-                *arms, given = for_cpp(asked, options | first, [i])
-                known = decode_clips(*arms, **given)
-                if known.ok.all():
-                    mine = out[[i, i + pairs]].select(frames_axis, 0)
-                    colours = [side.bt709 for side in sides]
-                    compare(i, mine, known.pixels.select(frames_axis, 0), asked.native["normal"], colours)
+                colours = [side.bt709 for side in sides]
+                for k in (0, frames - 1):  # a decoder that loses count is wrong at the end
+                    one = dict(frames=1, fps=1, start=times[k], short="repeat" if short == "error" else short)
+                    *arms, given = for_cpp(asked, options | one, [i])
+                    known = decode_clips(*arms, **given)
+                    if known.ok.all():
+                        mine = out[[i, i + pairs]].select(frames_axis, k)
+                        there = known.pixels.select(frames_axis, 0)
+                        compare(i, mine, there, asked.native["normal"], colours, _TILE)
         if others:
             *arms, given = for_cpp(asked, options, others)
             rest = decode_clips(*arms, **given)
@@ -89,33 +95,25 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
 # ---------------------------------------------------------------------------------------------- inside DALI
 
 
-def _frames(engine: Engine, side: _Side, shown: np.ndarray, where: Plan, interpolation: str) -> list[Tensor]:
-    way = interpolation if where.is_resized() else None
-    inputs: dict[str, list[np.ndarray]] = {
-        "encoded": [np.frombuffer(memoryview(side.data), np.uint8)],
-        "frames": [shown.astype(np.int32)],
-    }
-    whole = where._replace(crop_top=0, crop_left=0, crop_height=where.height, crop_width=where.width)
-    if way is not None:
-        inputs |= {name: [v] for name, v in where.inputs(way, whole).items() if name not in ("start", "shape")}
-    (levels,) = engine.run(("clips", way), lambda: _graph(engine, way), 1, inputs)
-    if way is None:
-        top, left = where.crop_top, where.crop_left
-        levels = levels[:, top : top + where.crop_height, left : left + where.crop_width]
-    return list(levels)
+def _frames(engine: Engine, side: _Side, shown: np.ndarray) -> Tensor:
+    encoded: np.ndarray = np.frombuffer(memoryview(side.data), np.uint8)
+    inputs = {"encoded": [encoded], "frames": [shown.astype(np.int32)]}
+    (levels,) = engine.run("clips", lambda: _graph(engine), 1, inputs)
+    if len(levels) != len(shown):
+        raise RuntimeError(f"DALI gave {len(levels)} frames; expected {len(shown)}")
+    return levels
 
 
-def _graph(engine: Engine, interpolation: str | None) -> Any:
-    """The frames as stored, (T, H, W, 3) uint8; resized and cropped, float32."""
+def _graph(engine: Engine) -> Any:
+    """The frames as stored, (T, H, W, 3) uint8."""
     from nvidia.dali import fn, types
 
-    pixels = fn.decoders.video(
+    return fn.decoders.video(
         fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         device="mixed" if engine.is_gpu else "cpu",
         frames=fn.external_source(name="frames", dtype=types.INT32, ndim=1),
         affine=False,  # as in dali_images
     )
-    return pixels if interpolation is None else resized(pixels, interpolation)
 
 
 def _recoloured(levels: Tensor) -> Tensor:
@@ -144,11 +142,13 @@ def _opened(
     engine: Engine, sources: Sequence[Source], strict: bool, limits: ClipLimits, cache: Any
 ) -> tuple[_Side, _Side] | None:
     """Both clips of a pair, if DALI can take them."""
+    from av import FFmpegError
+
     sides = []
     for source in sources:
         try:
-            side = _open_clip(source, Clip(source, limits, strict, 1, cache))
-        except (OSError, ValueError):  # FFmpeg's errors are both; C++ says what is wrong
+            side = _open_clip(source, Clip(source, limits, strict, 1, cache), engine.is_gpu)
+        except (OSError, ValueError, TypeError, FFmpegError):  # C++ says what is wrong
             return None
         if not engine.is_gpu and side.codec not in ("vp8", "vp9"):
             raise ValueError(
@@ -161,7 +161,7 @@ def _opened(
     return sides[0], sides[1]
 
 
-def _open_clip(source: Source, clip: Clip) -> _Side:
+def _open_clip(source: Source, clip: Clip, is_gpu: bool) -> _Side:
     clip.index()
     data: Buffer
     if isinstance(source, (str, os.PathLike)):
@@ -169,19 +169,22 @@ def _open_clip(source: Source, clip: Clip) -> _Side:
             data = file.read()
     else:
         data = source
-    with clip._open(True, 1) as (container, stream):
+    with clip.opened() as (container, stream):
         codec = stream.codec_context.codec.canonical_name
+        is_only = len(container.streams.video) == 1  # else DALI may choose another
         packets, frame = 0, None
         for packet in container.demux(stream):
+            clip.look_at_the_clock()
             packets += packet.size > 0
             if frame is None:
                 frame = next(iter(packet.decode()), None)
         aspect, siting = aspect_of(stream), siting_of(stream)
     if frame is None:
         raise ValueError("none of its frames can be decoded")
-    matrix = int(frame.colorspace)
+    size, matrix = (frame.height, frame.width), int(frame.colorspace)
     is_plain = (
-        frame.format.name == "yuv420p"
+        is_only
+        and frame.format.name == "yuv420p"
         and int(frame.color_range) != 2
         and matrix in (1, 2, 5, 6)
         and orientation(frame) == 1
@@ -190,9 +193,13 @@ def _open_clip(source: Source, clip: Clip) -> _Side:
         and packets == len(clip.timeline.pts)
         and frame.pts == int(clip.timeline.pts[0])
     )
+    if is_gpu:
+        # DALI counts the frames that NVDEC decodes, and of VP9 and AV1 some are only shown, or never; it takes fields
+        # for frames.
+        is_plain &= codec in ("h264", "hevc") and not frame.interlaced_frame
     # As in decode_clips: without a matrix, BT.709 from 720 lines on.
     bt709 = matrix == 1 or (matrix == 2 and frame.height >= 720)
-    return _Side(clip, data, codec, (frame.height, frame.width), bt709, is_plain)
+    return _Side(clip, data, codec, size, bt709, is_plain)
 
 
 class _Facts:
@@ -209,9 +216,10 @@ class _Facts:
         self.failures: list[DecodeFailure] = []
 
     def set(self, pair: int, times: Sequence[Fraction], plans: Sequence[Plan], sides: Sequence[_Side]) -> None:
-        self._times[pair] = torch.tensor([float(t) for t in times], dtype=torch.float64)
+        self._times[pair] = torch.tensor([float(t) for t in times], dtype=torch.float64, device="cpu")
         for row, way, side in zip((pair, pair + self._pairs), plans, sides, strict=True):
-            self._original[row], self._corner[row] = torch.tensor(way.original()), torch.tensor(way.corner())
+            self._original[row] = torch.tensor(way.original(), device="cpu")
+            self._corner[row] = torch.tensor(way.corner(), device="cpu")
             self._matrix[row] = "bt709" if side.bt709 else "bt601"
 
     def take(self, rest: DecodedClips, chosen: list[int]) -> None:

@@ -14,10 +14,13 @@ from typing_extensions import Buffer
 from .. import _C
 from ..decode import DecodedPairs, DecodeError, DecodeFailure, decode_pairs
 from ..decode_arguments import check_images
-from .dali_engine import Engine, Finish, Plan, compare, for_cpp, reason, resized
+from .dali_canary import compare
+from .dali_engine import Engine, for_cpp, reason
+from .dali_picture import Finish, Plan
 
 __all__ = ["decode"]
 
+_RUN_BYTES = 1 << 29  # of decoded pixels, that a run of a pipeline holds at the most
 _DEFAULTS: dict[str, Any] = decode_pairs.__kwdefaults__ or {}
 
 
@@ -38,6 +41,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
             draws=draws,
             size=asked.size,
             resize=asked.native["resize"],
+            interpolation=asked.native["interpolation"],
             apply_orientation=options["exif"] == "apply",
             limits=limits.native,
         )
@@ -46,13 +50,14 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     finish = Finish(out.dtype, asked.native, engine.device)
     with engine.writing(out):
         rows = [row for first in (0, pairs) for row in (first + i for i in chosen)]
-        done, trouble = _decoded(engine, rows, images, plans, options["interpolation"], finish, out)
+        done, trouble = _decoded(engine, rows, images, plans, finish, out)
         taken = [i for i in chosen if done.issuperset((i, i + pairs))]
 
         original = torch.zeros((2 * pairs, 2), dtype=torch.int64, device="cpu")
         corner = torch.zeros_like(original)
         for row in (*taken, *(i + pairs for i in taken)):
-            original[row], corner[row] = torch.tensor(plans[row].original()), torch.tensor(plans[row].corner())
+            original[row] = torch.tensor(plans[row].original(), device="cpu")
+            corner[row] = torch.tensor(plans[row].corner(), device="cpu")
         ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
         failures: list[DecodeFailure] = []
         damaged: list[DecodeFailure] = []
@@ -83,63 +88,66 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
 
 
 def _decoded(
-    engine: Engine,
-    rows: list[int],
-    images: list[memoryview],
-    plans: list[Plan],
-    interpolation: str,
-    finish: Finish,
-    out: Tensor,
+    engine: Engine, rows: list[int], images: list[memoryview], plans: list[Plan], finish: Finish, out: Tensor
 ) -> tuple[set[int], RuntimeError | None]:
     """Decodes those rows, and returns which of them DALI could, and the last of its errors."""
     done: set[int] = set()
     trouble = None
-    for is_resized in (False, True):
-        group = [row for row in rows if plans[row].is_resized() == is_resized]
-        waiting = [group] if group else []
-        while waiting:
-            part = waiting.pop()
-            try:
-                levels = _run(engine, part, images, plans, interpolation if is_resized else None)
-            except RuntimeError as error:  # one is too much for it: which?
-                trouble = error
-                if len(part) > 1:
-                    waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
-                continue
+    waiting = _runs(rows, plans)
+    while waiting:
+        part = waiting.pop()
+        try:
+            levels = _run(engine, part, images)
             for row, pixels in zip(part, levels, strict=True):
                 finish.store(pixels, plans[row], out[row])
+        except RuntimeError as error:  # one is too much for it: which?
+            trouble = error
+            if len(part) > 1:
+                waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+        else:
             done.update(part)
+        levels = []
+        engine.wait()
     return done, trouble
 
 
-def _run(
-    engine: Engine, rows: list[int], images: list[memoryview], plans: list[Plan], interpolation: str | None
-) -> list[Tensor]:
-    most = 1 << (len(rows) - 1).bit_length()
-    inputs: dict[str, list[np.ndarray]] = {"encoded": [np.frombuffer(images[row], np.uint8) for row in rows]}
+def _runs(rows: list[int], plans: list[Plan]) -> list[list[int]]:
+    """As many images at a time as there may be pixels, one at least."""
+    runs: list[list[int]] = []
+    room = 0
     for row in rows:
-        for name, value in plans[row].inputs(interpolation).items():
-            inputs.setdefault(name, []).append(value)
-    return engine.run(("images", interpolation), lambda: _graph(engine, interpolation), most, inputs)
+        size = 3 * plans[row].height * plans[row].width
+        if size > room:
+            runs.append([])
+            room = _RUN_BYTES
+        runs[-1].append(row)
+        room -= size
+    return runs
 
 
-def _graph(engine: Engine, interpolation: str | None) -> Any:
-    """A crop of the image as stored, (h, w, 3) uint8; resized, float32."""
+def _run(engine: Engine, rows: list[int], images: list[memoryview]) -> list[Tensor]:
+    most = 1 << (len(rows) - 1).bit_length()
+    inputs = {"encoded": [np.frombuffer(images[row], np.uint8) for row in rows]}
+    return engine.run("images", lambda: _graph(engine), most, inputs)
+
+
+def _graph(engine: Engine) -> Any:
+    """Whole images as stored, (h, w, 3) uint8.
+
+    Not a part of them (image_slice): of subsampled chroma that is to be interpolated nvJPEG decodes no parts since its
+    version 13.2, and the CPU would decode them without a word; nor are parts one column wide the same pixels.
+    """
     from nvidia.dali import fn, types
 
     # Not affine: its threads, and those of other ranks, would be bound to the same first processors.
     on_gpu = dict(hw_decoder_load=engine.hardware_load, affine=False) if engine.is_gpu else {}
-    pixels = fn.decoders.image_slice(
+    return fn.decoders.image(
         fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         device="mixed" if on_gpu else "cpu",
-        start=fn.external_source(name="start", dtype=types.INT32, ndim=1),
-        shape=fn.external_source(name="shape", dtype=types.INT32, ndim=1),
-        axes=[0, 1],
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
         **on_gpu,
     )
-    return pixels if interpolation is None else resized(pixels, interpolation)
 
 
 def _bytes_of(name: str, image: Buffer) -> memoryview:

@@ -317,7 +317,9 @@ class PairLoader(IterableDataset[PairBatch]):
         """The same in each iteration: DALI's is slow to build. A worker has its own, as of memory and threads."""
         kind = self._decoder if self.source.ready is None else "cpp"
         if is_worker:
-            return choose_decoder(kind, "cpu", threads)
+            # What it has of DALI does not decode what NVDEC would.
+            on_cuda = self._device is not None and self._device.type == "cuda"
+            return choose_decoder("cpp" if on_cuda and "frames" in self._options else kind, "cpu", threads)
         if self._chosen is None or self._chosen[0] != device:
             self._chosen = device, choose_decoder(kind, device or "cpu", threads)
         return self._chosen[1]

@@ -25,6 +25,7 @@ from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import reading as reading_module
 from polydpo_fast.data.buffers import _MOST_FREE, Buffers
+from polydpo_fast.data.dali import CppDecoder
 from polydpo_fast.data.reading import Readers
 
 
@@ -374,6 +375,20 @@ def test_workers_have_memory_of_their_own():
     first = loader._buffers
     loader._plan(SimpleNamespace(id=0, num_workers=2))
     assert loader._buffers is first
+
+
+def test_workers_decode_clips_for_a_gpu_in_cpp(monkeypatch):
+    """What they have of DALI, its CPU operators, would refuse what NVDEC decodes in the first process."""
+    chosen = []
+    kinds = lambda kind, device, threads=None: chosen.append((kind, device)) or CppDecoder()  # noqa: E731
+    monkeypatch.setattr("polydpo_fast.data.loader.choose_decoder", kinds)
+    for options in (TINY, dict(size=16, frames=2)):
+        loader = PairLoader(Tiny(20), 4, decoder="dali", **options)
+        loader._device = torch.device("cuda", 0)
+        del chosen[:]
+        loader._chosen_decoder(loader._device, None, False)
+        loader._chosen_decoder(None, None, True)
+        assert chosen == [("dali", loader._device), ("cpp" if "frames" in options else "dali", "cpu")]
 
 
 def test_an_epoch_of_batches_that_was_kept_is_given_back():
