@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing_extensions import Buffer
 
-__all__ = ["SpareFrames", "begins_anew", "chroma_siting"]
+__all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key"]
 
 _SPS = {"h264": 7, "hevc": 33}  # types of units: sequence parameter sets
 _MOST_HEADER = 1 << 12  # bytes of parameters that are looked at
@@ -14,6 +14,22 @@ def begins_anew(codec: str, packet: Buffer) -> bool:
     """Whether it surely begins a clip of which all frames can be decoded: an IDR picture of H.264 or HEVC."""
     instant = {"h264": (5,), "hevc": (19, 20)}.get(codec, ())
     return any(_type_of(codec, unit) in instant for unit in _units(packet))
+
+
+def is_no_key(codec: str, packet: Buffer) -> bool:
+    """Whether it surely is no place to begin at, whatever the container says: a frame of MPEG-4 made from others.
+
+    From there FFmpeg would decode MPEG-4 into something, without an error.
+    """
+    data = bytes(memoryview(packet)[:_MOST_HEADER]) if codec == "mpeg4" else b""
+    at = data.find(b"\0\0\1\xb6") + 4  # a frame (VOP), whose first two bits are its type
+    return 4 <= at < len(data) and data[at] >> 6 != 0
+
+
+def is_hidden(codec: str, packet: Buffer) -> bool:
+    """Whether it is a frame of VP8 that is not shown, RFC 6386, 9.1."""
+    data = memoryview(packet)
+    return codec == "vp8" and len(data) > 0 and not data[0] >> 4 & 1
 
 
 class SpareFrames:

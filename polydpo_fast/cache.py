@@ -7,8 +7,10 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -48,7 +50,9 @@ def load_or_build(
     path = Path(folder or cache_folder()) / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npz"
     with contextlib.suppress(Exception):  # zipfile and numpy have many for a file that is damaged
         # Opened here: numpy leaves open what is no zip file.
-        with open(path, "rb") as kept, np.load(kept, allow_pickle=False) as stored:
+        with open(path, "rb", opener=_open_plainly) as kept, np.load(kept, allow_pickle=False) as stored:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in stored.zip.infolist()):
+                raise ValueError("it is compressed, which ours are not, and may be larger than the file by any factor")
             arrays = {name: stored[name] for name in stored.files}
         if arrays.pop("stamp").item() == stamp and sound(arrays):
             return arrays
@@ -67,6 +71,15 @@ def load_or_build(
         if secrets.randbelow(_ROUNDS) == 0:
             _prune(path.parent, _MOST_BYTES)
     return built
+
+
+def _open_plainly(path: str, flags: int) -> int:
+    """Others may write to the folder: of a pipe or a device nothing is read, nor waited for."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is no regular file")
+    return handle
 
 
 def _prune(folder: Path, most: int) -> None:

@@ -39,6 +39,7 @@ _MATRIX_NAMES = (*MATRICES, "rgb")
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 _UNTOLD = (0, 2, 3)
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
+_MOST_THREADS = 16  # of FFmpeg's for a clip: each holds frames
 _STORED = ("yuv420p", "yuvj420p")  # what can be had as it is stored
 
 
@@ -165,7 +166,8 @@ def decode_clips(
     geometry, colours = [(0, 0, 0, 0)] * (2 * pairs), [("bt709", False)] * (2 * pairs)
     times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
     # FFmpeg's own threads only where there are more processors than clips.
-    opened = [Clip(clip, asked.limits, strict, max(1, asked.threads // len(clips)), cache) for clip in clips]
+    own_threads = min(max(1, asked.threads // len(clips)), _MOST_THREADS)
+    opened = [Clip(clip, asked.limits, strict, own_threads, cache) for clip in clips]
     in_order = planes or layout == "TCHW"
     frame_bytes = math.prod(out.shape[2:] if in_order else out.shape[3:]) * out.element_size()
     plane = 0 if planes else height * width * (1 if in_order else frames)
@@ -178,7 +180,8 @@ def decode_clips(
 
     def decode(row: int) -> None:
         clip, pair = opened[row], row % pairs
-        chosen = clip.timeline.shown_at(plans[pair], short)
+        clock = opened[pair].timeline.unit if fps is None else Fraction(0)
+        chosen = clip.timeline.shown_at(plans[pair], short, clock)
         base = out[row].data_ptr()
         first_place: dict[int, int] = {}
         stored = False
@@ -218,8 +221,9 @@ def decode_clips(
             for clip in opened:
                 clip.give_up()
             raise
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
+        finally:
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
 
     errors = tuple(
         DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in sorted(reasons.items())

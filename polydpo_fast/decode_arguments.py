@@ -99,7 +99,7 @@ class Request(NamedTuple):
     out: Tensor
     seeds: list[int] | None  # of the pairs; None where nothing is drawn
     draws: list[Draw]
-    starts: list[float]  # for each pair, from 0 to 1: where a random start falls
+    starts: list[float]  # for each pair, from 0 to less than 1: where a random start falls
     limits: Any
     threads: int
     native: dict[str, Any]  # arguments of csrc/bindings.cpp
@@ -129,6 +129,12 @@ def check_clips(
 ) -> Request:
     """The arguments of `decode_clips`; and `device`, where `out` is to be."""
     arms = _check_arms(win, lose, "clips", "bytes-like objects or paths")
+    for name, arm in zip(("win", "lose"), arms, strict=True):
+        for index, clip in enumerate(arm):
+            if not isinstance(clip, (str, os.PathLike)) and not _is_contiguous(clip):
+                raise TypeError(
+                    f"{name}[{index}] is a {type(clip).__name__}; expected a path, or a contiguous bytes-like object"
+                )
     check_count("frames", frames, 1 << 16)
     check_choice("short", short, ("error", "repeat", "loop"))
     check_choice("layout", layout, ("CTHW", "TCHW"))
@@ -232,6 +238,13 @@ def _check_arms(win: Sequence[T], lose: Sequence[T], noun: str, members: str) ->
     return win, lose
 
 
+def _is_contiguous(value: object) -> bool:
+    try:
+        return memoryview(value).c_contiguous  # type: ignore[arg-type]  # which is the question
+    except TypeError:
+        return False
+
+
 def _check_limits(limits: T | None, kind: type[T]) -> T:
     if limits is None:
         return kind()
@@ -324,7 +337,7 @@ def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tupl
     for seed in seeds:
         top, left, flip, start = (_splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3, 4))
         draws.append((crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
-        starts.append(start / 2**64)
+        starts.append((start >> 11) * 2.0**-53)
     return draws, starts
 
 

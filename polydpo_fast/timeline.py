@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Timeline", "TooShortError", "plan"]
 
+_ROUNDED = Fraction(6, 10_000)  # seconds: times are rounded to milliseconds at the most
+
 
 class Timeline(NamedTuple):
     """The frames of a clip, in the order in which they are shown; at least one."""
@@ -31,6 +33,22 @@ class Timeline(NamedTuple):
     def duration(self) -> Fraction:
         return self.ticks() * self.unit
 
+    def lap(self) -> Fraction:
+        """Seconds of a clip that is looped. Where the rate is constant but for the clock's rounding, of so many frames
+        at the simplest rate that it can be; else the last frame is shown as long as the others on average."""
+        count = len(self.pts)
+        if count == 1:
+            return self.unit
+        frames, ticks = np.arange(1, count), self.pts[1:] - self.pts[0]
+        shortest, longest = float(((ticks - 0.5) / frames).max()), float(((ticks + 0.5) / frames).min())
+        if 0 < shortest < longest:
+            return count / _simplest(1 / (Fraction(longest) * self.unit), 1 / (Fraction(shortest) * self.unit))
+        return self.span() * self.unit * Fraction(count, count - 1)
+
+    def slack(self, clock: Fraction = Fraction(0)) -> Fraction:
+        """How far before its tick a time may be that is meant to be on it, and was rounded to a clock of such ticks."""
+        return min(max(self.unit, clock) / 2, _ROUNDED)
+
     def begun(self, moment: Fraction) -> int:
         """How many frames begin before a moment after the first frame."""
         ticks = math.ceil(moment / self.unit)
@@ -42,17 +60,26 @@ class Timeline(NamedTuple):
         """When those frames begin, after the first."""
         return [(int(pts) - int(self.pts[0])) * self.unit for pts in self.pts[first:last]]
 
-    def shown_at(self, times: Sequence[Fraction], short: str) -> list[int]:
-        """The pts of the frame that is shown at each time."""
-        first, span, duration = int(self.pts[0]), self.span(), self.duration()
+    def shown_at(self, times: Sequence[Fraction], short: str, clock: Fraction = Fraction(0)) -> list[int]:
+        """The pts of the frame that is shown at each time. clock: of the clip that the times are taken from, if any."""
+        first, span, lap = int(self.pts[0]), self.span(), self.lap()
         ticks = []
         for time in times:
-            # Rounded down to this clip's clock: a time taken from another clip's may fall just before its tick.
-            tick = ((time % duration if short == "loop" else time) + self.unit / 2) // self.unit
+            time += self.slack(clock)
+            tick = (time % lap if short == "loop" else time) // self.unit
             ticks.append(first + min(tick, span))
         places = np.searchsorted(self.pts, np.array(ticks, np.int64), side="right")
         shown: list[int] = self.pts[np.maximum(places - 1, 0)].tolist()
         return shown
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """The fraction from low to high with the smallest denominator."""
+    whole = math.ceil(low)
+    if whole <= high:
+        return Fraction(whole)
+    whole -= 1
+    return whole + 1 / _simplest(1 / (high - whole), 1 / (low - whole))
 
 
 class TooShortError(ValueError):
@@ -83,11 +110,15 @@ def plan(
         if isinstance(start, str):
             first = places // 2 if start == "center" else int(drawn * (places + 1))
         else:
-            first = given.begun(Fraction(start) - given.unit / 2)  # floats are not exact
+            first = given.begun(Fraction(start) - given.slack())  # floats are not exact
         step = ends[0] / len(given.pts)
         times = given.times(first, first + frames)
         while len(times) < frames:
-            times.append(times[-1] + step if times else ends[0])
+            if short == "loop":
+                lap, place = divmod(first + len(times), len(given.pts))
+                times.append(given.times(place, place + 1)[0] + lap * given.lap())
+            else:
+                times.append(times[-1] + step if times else ends[0])
     else:
         interval = 1 / Fraction(fps).limit_denominator(1_000_000)
         slack = max(Fraction(0), min(ends) - interval * (frames - 1))

@@ -9,7 +9,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from . import cache
-from .bitstream import SpareFrames, begins_anew, chroma_siting
+from .bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key
 from .decode_arguments import ClipLimits
 from .mp4 import check_counts
 from .timeline import Timeline
@@ -30,7 +30,7 @@ Source = Buffer | str | os.PathLike[str]
 # Told apart by their first bytes, so that no other demuxer of FFmpeg's ever sees what somebody sent: some of them open
 # further files and addresses. Those that are left are told not to.
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
-_OPTIONS = {"mp4": {"enable_drefs": "0", "use_absolute_path": "0"}, "matroska": {}}
+_OPTIONS = {"mp4": {"enable_drefs": "0", "use_absolute_path": "0", "ignore_chapters": "1"}, "matroska": {}}
 _CODECS = ("h264", "hevc", "vp9", "vp8", "av1", "mpeg4")
 _DECODERS = (*_CODECS, "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9")  # as FFmpeg calls those that others wrote
 # Whose decoders can tell packets that no other frame is made from.
@@ -38,7 +38,7 @@ _SKIPPING = ("h264", "mpeg4", "vp8")
 _MOST_ASPECT = 16
 _FEW = 3  # frames that are sooner decoded than a seek is done
 _MOST_REORDERED = 16  # frames, by H.264
-_FORMAT = 2  # of what is kept of a clip; another after each change
+_FORMAT = 3  # of what is kept of a clip; another after each change
 
 
 class Clip:
@@ -63,7 +63,7 @@ class Clip:
         self._keys: list[int] = []
         self._depth = 0
         self._shortcut = False
-        self._form: tuple[int, int, int] | None = None
+        self._form: tuple[int, int, int, float] | None = None
 
     def index(self) -> None:
         """Finds the timeline and the places to seek to, from the packets, or from where they were kept for a file."""
@@ -72,7 +72,9 @@ class Clip:
             path = os.path.abspath(self._source)
             with _file(path) as file:
                 facts = os.fstat(file.fileno())
-            stamp = f"clip {_FORMAT} {_version()} {self._strict} {facts.st_size} {facts.st_mtime_ns} {path}"
+            stamp = (
+                f"clip {_FORMAT} {_version()} {self._strict} {facts.st_size} {facts.st_mtime_ns} {os.fsencode(path)!r}"
+            )
             found = cache.load_or_build(stamp, self._indexed, self._folder, _is_sound)
         else:
             found = self._indexed()
@@ -138,7 +140,8 @@ class Clip:
         from av.stream import Discard, Disposition
 
         source = self._source
-        with _file(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else _in_memory(source) as file:
+        with _file(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else _in_memory(source) as inner:
+            file = _Clocked(inner, self.look_at_the_clock)
             size = file.seek(0, io.SEEK_END)
             if size > self._limits.bytes:
                 raise ValueError(f"it has {size} bytes, more than {self._limits.bytes} (limits.bytes)")
@@ -146,7 +149,8 @@ class Clip:
             format = _container(file.read(12))
             if format == "mp4":
                 # With the sound's, and all edits'.
-                check_counts(file, 4 * max(self._limits.frames, 1 << 16), self._limits.streams)
+                most = 4 * max(self._limits.frames, 1 << 16)
+                check_counts(file, most, self._limits.streams, self.look_at_the_clock)
             file.seek(0)
             # A decoder is told the limit too: it allocates for what the stream says, whatever the header does. It
             # counts whole blocks, so that a frame may be larger there.
@@ -206,12 +210,15 @@ class Clip:
                 depth = max(depth, len(latest) - bisect.bisect_right(latest, packet.pts))
                 bisect.insort(latest, packet.pts)
                 del latest[:-_MOST_REORDERED]
-                if packet.is_keyframe:
+                name = stream.codec_context.codec.canonical_name
+                if packet.is_keyframe and not is_no_key(name, packet):
                     keys.append(packet.pts)
-                if packet.is_discard:  # cut off by an edit list, but what follows may be decoded from it
+                # Cut off by an edit list, though what follows may be decoded from it; or never shown.
+                if packet.is_discard or is_hidden(name, packet):
                     continue
                 pts.append(packet.pts)
                 self._check_frames(len(pts))
+            self.look_at_the_clock()  # where it has run out FFmpeg may see an end
             unit = stream.time_base
             # FFmpeg takes an MP4 that ends between two packets for a shorter one. Of Matroska not all are listed.
             listed = len(getattr(stream, "index_entries", ()))
@@ -269,7 +276,7 @@ class Clip:
                         break
                     if last is None:
                         self.aspect, self.siting = aspect_of(stream), siting_of(stream)
-                    if frame.pts is not None and self._is_fit(frame, strict):
+                    if frame.pts is not None and self._is_fit(frame, aspect_of(stream), strict):
                         last = frame.pts
                         if frame.pts >= wanted[at]:
                             break
@@ -328,13 +335,13 @@ class Clip:
         between = np.searchsorted(self.timeline.pts, (last, self._keys[key]))
         return int(between[1] - between[0]) > _FEW + 2 * self._threads
 
-    def _is_fit(self, frame: Any, strict: bool) -> bool:
+    def _is_fit(self, frame: Any, aspect: Fraction, strict: bool) -> bool:
         """Whether it is of the same form as those before."""
-        form = frame.width, frame.height, orientation(frame)
+        form = frame.width, frame.height, orientation(frame), float(aspect)
         self._check_pixels(frame.width * frame.height)  # other than the header said
         if self._form not in (None, form):
             if strict:
-                raise ValueError(f"its frames change from {self._form} to {form} (width, height, orientation)")
+                raise ValueError(f"its frames change from {self._form} to {form} (width, height, orientation, aspect)")
             return False
         self._form = form
         return True
@@ -436,6 +443,29 @@ def _file(path: str) -> io.FileIO:
 
 def _opener(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for a writer
+
+
+class _Clocked(io.RawIOBase):
+    """A file that is read as long as there is time for it: FFmpeg may look for a beginning, or an end, for long."""
+
+    def __init__(self, file: io.RawIOBase | io.BytesIO, look: Callable[[], None]) -> None:
+        self._file, self._look = file, look
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        self._look()
+        return self._file.read(size) or b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _in_memory(source: Buffer) -> io.BytesIO | _Memory:

@@ -1,5 +1,7 @@
 """Kept indexes: files that are damaged are built anew, whatever is damaged in them."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -63,4 +65,18 @@ def test_pickles_are_not_read(kept):
             return pytest.fail, ("unpickled",)
 
     np.savez(kept, rows=np.array([Trap()], dtype=object), stamp=np.array("stamp"))
+    assert not is_what_was_kept(kept)
+
+
+def test_what_others_may_have_put_there(kept):
+    """A pipe is not waited for, and nothing is unpacked to more than the file has."""
+    rows = np.zeros(1 << 22, np.int64)
+    np.savez_compressed(kept, rows=rows, codes=rows, stamp=np.array("stamp"))
+    assert kept.stat().st_size < 1 << 20
+    assert not is_what_was_kept(kept)
+    kept.unlink()
+    os.mkfifo(kept)
+    assert not is_what_was_kept(kept)
+    kept.unlink()
+    kept.symlink_to("/dev/zero")
     assert not is_what_was_kept(kept)

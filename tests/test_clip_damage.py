@@ -1,5 +1,6 @@
 """`decode_clips` and bytes that are damaged or hostile: refused or concealed, never a crash, a hang or another file."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -274,31 +275,111 @@ def test_a_container_that_counts_more_frames_than_it_holds(strict):
         decoded(counting(40, 100), strict=strict)
 
 
+def box(kind, *bodies):
+    body = b"".join(bodies)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def table(kind, *numbers):
+    return box(kind, struct.pack(f">{1 + len(numbers)}I", 0, *numbers))
+
+
+def counted(*boxes, most=10**6):
+    check_counts(io.BytesIO(b"".join(boxes)), most, 3)
+
+
 def test_edits_and_fragments_are_counted_too():
-    track = b"trak" + b"....stsz" + struct.pack(">III", 0, 0, 1000) + b"....elst" + struct.pack(">II", 0, 1000)
-    check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track), 1_000_000, 1)
+    moov = box(b"moov", box(b"trak", table(b"stsz", 0, 1000), box(b"edts", table(b"elst", 1000))))
+    counted(moov)
     with pytest.raises(ValueError, match="its tables count 1000000 samples; expected at most 999999"):
-        check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track), 999_999, 1)
-    fragment = b"traf" + b"....trun" + struct.pack(">II", 0, 2**32 - 1)
+        counted(moov, most=999_999)
+    fragment = box(b"moof", box(b"traf", table(b"trun", 2**32 - 1)))
     with pytest.raises(ValueError, match="count 4294967295 samples"):
-        check_counts(io.BytesIO(struct.pack(">I4s", 8 + len(fragment), b"moof") + fragment), 10**6, 1)
-    hidden = struct.pack(">I4s", 8 + len(fragment), b"mdat") + fragment  # data may look like anything
-    check_counts(io.BytesIO(hidden), 10**6, 1)
+        counted(fragment)
+    counted(box(b"mdat", fragment))  # data may look like anything
     with pytest.raises(ValueError, match="its headers are compressed"):
-        check_counts(io.BytesIO(struct.pack(">I4s", 12, b"moov") + b"cmov"), 10**6, 1)
+        counted(box(b"moov", box(b"cmov")))
+    with pytest.raises(ValueError, match="more than 3 streams"):
+        counted(box(b"moov", box(b"trak") * 4))
 
 
-@pytest.mark.parametrize(("in_chunk", "counted"), [(48000, 100 * 54), (2**31, 100 * 2386093)])
-def test_uncompressed_sound_is_counted_by_its_chunks(in_chunk, counted):
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        box(b"free", box(b"mvhd", bytes(8)), box(b"trak", table(b"stsz", 0, 2**20))),  # FFmpeg takes it for a moov
+        box(b"moov", box(b"udta", box(b"meta", bytes(4), box(b"hdlr", bytes(20)), table(b"trun", 2**20)))),
+        box(b"moov", box(b"trak", table(b"stsd", 1), box(b"tref", table(b"stsz", 0, 2**20)))),
+        box(b"moov", box(b"trak", box(b"stsd", bytes(8), box(b"avc1", bytes(78), table(b"stsz", 0, 2**20))))),
+        struct.pack(">I4sQ", 1, b"moov", 2**60) + box(b"trak", table(b"stsz", 0, 2**20)),
+        struct.pack(">I4s", 0, b"moov") + struct.pack(">I4s", 2**31, b"trak") + table(b"stsz", 0, 2**20),
+        box(b"moov", box(b"trak") * 3) + box(b"moof") * 400_000,
+        box(b"moov", box(b"trak") * 3) + table(b"sidx", *[0] * (3 * 400_000)),
+        box(b"meta", table(b"hdlr", 0), box(b"iinf", struct.pack(">BxxxI", 1, 2**31))),
+    ],
+)
+def test_counts_are_found_where_ffmpeg_would_look(hidden):
+    with pytest.raises(ValueError, match=r"its tables count \d+ samples"):
+        counted(hidden)
+
+
+def test_texts_are_no_tables():
+    words = b"An elephant lifts its trunk, Engelstein strung lights, trak, cmov, stsz" + b"\xff" * 40
+    data = box(b"moov", box(b"udta", box(b"\xa9cmt", words), box(b"meta", bytes(4), table(b"hdlr", 0),
+               box(b"ilst", box(b"\xa9nam", box(b"data", words))))), box(b"uuid", words), box(b"trak"))  # fmt: skip
+    counted(data, most=1)
+    file = io.BytesIO()
+    with av.open(io.BytesIO(CLIP)) as source, av.open(file, "w", format="mp4") as output:
+        output.metadata["comment"] = output.metadata["title"] = words[:60].decode()
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.pts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    assert decoded(file.getvalue()).ok.all()
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        box(b"uuid", b"trak" + b"stsc" * 500_000),
+        box(b"trak", (b"stsc\0\0\0\0\x7f\0\0\0") * 200_000),
+        box(b"moov", box(b"abcd") * 2_000_000),
+        box(b"abcd") * 2_000_000,
+        box(b"moof") * 2_000_000,
+        box(b"stsd", b"stsc" * 2_000_000),
+    ],
+    ids=len,
+)
+def test_counting_has_a_bound(many):
+    """Of two million boxes, or of what looks like them: each is looked at once, and there are not too many."""
+    begin = time.process_time()
+    with contextlib.suppress(ValueError):
+        counted(box(b"moov", box(b"trak")), many)
+    assert time.process_time() - begin < 8  # seen: 2, of which nothing is quadratic
+
+
+def test_opening_has_its_time():
+    """FFmpeg looks for a beginning in what follows, and reads on: by way of a file that looks at the clock."""
+    webm = encode(8, container="webm", codec="libvpx")
+    begin = time.process_time()
+    with pytest.raises(DecodeError, match=r"limits.timeout_s"):
+        decoded(webm[: len(webm) // 2] + bytes(100_000_000), frames=2, limits=ClipLimits(timeout_s=0.05))
+    with pytest.raises(DecodeError, match=r"limits.timeout_s"):
+        decoded(box(b"free", b"") * 900_000 + CLIP, frames=2, limits=ClipLimits(timeout_s=0.05))
+    assert time.process_time() - begin < 3
+
+
+@pytest.mark.parametrize(("in_chunk", "entries"), [(48000, 100 * 54), (2**31, 100 * 2386093)])
+def test_uncompressed_sound_is_counted_by_its_chunks(in_chunk, entries):
     """A hundred seconds of it have millions of samples, which are nobody's frames."""
-    sound = b"trak soun stts" + struct.pack(">4I", 0, 1, 2**28, 1) + b"stsz" + struct.pack(">3I", 0, 2, 2**28)
-    sound += b"stsc" + struct.pack(">5I", 0, 1, 1, in_chunk, 1) + b"stco" + struct.pack(">2I", 0, 100) + bytes(400)
-    for track in (sound, sound.replace(b"soun", b"vide")):
-        moov = io.BytesIO(struct.pack(">I4s", 8 + len(track), b"moov") + track)
-        count = counted if b"soun" in track else 2**28
-        check_counts(moov, count, 1)
+    for kind, count in ((b"soun", entries), (b"vide", 2**28)):
+        sound = table(b"hdlr", 0) + table(b"stts", 1, 2**28, 1) + table(b"stsz", 2, 2**28)
+        sound = sound.replace(table(b"hdlr", 0), box(b"hdlr", bytes(8), kind))
+        sound += table(b"stsc", 1, 1, in_chunk, 1) + table(b"stco", 100, *[0] * 100)
+        moov = box(b"moov", box(b"trak", sound))
+        counted(moov, most=count)
         with pytest.raises(ValueError, match=f"its tables count {count} samples"):
-            check_counts(moov, count - 1, 1)
+            counted(moov, most=count - 1)
 
 
 def test_no_frames_at_all():

@@ -190,3 +190,22 @@ def test_other_aspects_are_refused(aspect, text):
     data = encode(3, aspect=aspect)
     with pytest.raises(DecodeError, match=f"its pixels are {text} times as wide as high; expected 1/16 to 16"):
         decode_clips([data], [data], frames=1, size=32)
+
+
+def test_a_shape_of_pixels_that_changes_is_refused():
+    """Or it would depend on where decoding begins."""
+    square, wide = (encode(16, aspect=a, **{"x264-params": "repeat-headers=1:keyint=8:bframes=0"}) for a in (1, 2))
+    file = io.BytesIO()
+    with av.open(io.BytesIO(square)) as a, av.open(io.BytesIO(wide)) as b, av.open(file, "w", format="matroska") as out:
+        stream = out.add_stream_from_template(a.streams.video[0])
+        for source, shift in ((a, 0), (b, 16 * 512)):
+            for packet in source.demux(video=0):
+                if packet.pts is not None:
+                    packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                    out.mux(packet)
+    options = dict(size=32, dtype=torch.uint8)
+    assert decode_clips([file.getvalue()], [wide], frames=8, start=0.0, **options).original_size[0].tolist() == [48, 64]
+    with pytest.raises(
+        DecodeError, match=r"its frames change from .*1\.0\) to .*2\.0\) \(width, height, orientation, aspect"
+    ):
+        decode_clips([file.getvalue()], [wide], frames=30, start=0.0, short="repeat", **options)

@@ -1,5 +1,6 @@
 """`decode_clips`: kept indexes, sparse sampling, and what a plan costs."""
 
+import io
 import os
 import time
 from fractions import Fraction
@@ -7,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from clip_oracle import ALL, assert_frames, encode, full_decode, index_folder  # noqa: F401
+from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder  # noqa: F401
 
 from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips
 from polydpo_fast.timeline import Timeline, plan
@@ -277,3 +278,47 @@ def test_a_timeline_of_any_integers():
     assert timeline.shown_at([timeline.duration() * 5], "repeat") == [high]
     assert timeline.begun(Fraction(1, 90001)) == 1
     assert timeline.begun(timeline.duration() * 3) == 3
+
+
+def test_mpeg_4_is_not_decoded_from_what_only_calls_itself_a_key():
+    """FFmpeg would do so, without an error, and show something else."""
+    data = encode(40, codec="mpeg4", bf="0", g="100")
+    untold = data.replace(b"stss", b"free")  # without this table all packets are keys
+    assert untold != data
+    for start in (0.5, 0.9):
+        options = dict(frames=3, start=start, size=(48, 64), dtype=torch.uint8)
+        got = decode_clips([untold], [data], **options)
+        assert torch.equal(got.pixels[0], got.pixels[1])
+        assert not got.concealed.any()
+
+
+def test_hidden_frames_of_vp8_are_no_frames():
+    """Made by hand: encoders hide those that only others are made from."""
+    hidden, file = {7, 15, 23}, io.BytesIO()
+    whole = encode(30, codec="libvpx", container="webm", g="60")
+    with av.open(io.BytesIO(whole)) as source, av.open(file, "w", format="webm") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(p for p in source.demux(video=0) if p.pts is not None):
+            data = bytearray(bytes(packet))
+            if index in hidden:
+                data[0] &= ~0x10
+            copy = av.Packet(bytes(data))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            output.mux(copy)
+    shown = [frame for _, frame in full_decode(file.getvalue())]
+    assert len(shown) == 27
+    for options, places in ((dict(frames=27), range(27)), (dict(frames=12), range(7, 19))):
+        start = 0.0 if len(places) == 27 else "center"
+        got = decode_clips([file.getvalue()] * 1, [CLIP], start=start, size=(48, 64), dtype=torch.uint8, **options)
+        assert_frames(got.pixels[0], [shown[k] for k in places])
+
+
+def test_ffmpeg_has_no_more_threads_than_a_clip_is_worth(monkeypatch):
+    given = []
+    begin = Clip.__init__
+    monkeypatch.setattr(Clip, "__init__", lambda self, *a: given.append(a[3]) or begin(self, a[0], a[1], a[2], 1, a[4]))
+    for threads, own in ((1, 1), (2, 1), (8, 4), (1000, 16)):
+        decode_clips([CLIP], [CLIP], frames=1, size=8, threads=threads)
+        assert given == [own] * 2
+        given.clear()

@@ -3,6 +3,7 @@
 import gc
 import io
 import itertools
+import os
 import struct
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_other_angles_are_refused():
 def test_frames_that_change_their_size_are_refused():
     data = joined(*(encode(8, 48, width, codec="libvpx-vp9", container="webm") for width in (64, 96)))
     assert {frame.width for _, frame in full_decode(data)} == {64, 96}
-    with pytest.raises(DecodeError, match=r"its frames change from \(64, 48, 1\) to \(96, 48, 1\)"):
+    with pytest.raises(DecodeError, match=r"its frames change from \(64, 48, 1, 1.0\) to \(96, 48, 1, 1.0\)"):
         decode_clips([data], [data], frames=16, size=16)
 
 
@@ -368,8 +369,79 @@ def test_plans_hold_for_any_times(data):
             assert min(a.duration() for a in arms) <= Fraction(fps) ** -1 * (frames - 1) + Fraction(2, 90)
     for arm in arms:
         for t, pts in zip(times, arm.shown_at(times, "repeat"), strict=True):
-            shown = [p for p in arm.pts if (p - arm.pts[0]) * arm.unit <= t + arm.unit / 2]
+            shown = [p for p in arm.pts if (p - arm.pts[0]) * arm.unit <= t + Fraction(6, 10_000)]
             assert pts == shown[-1]
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("fps", [None, 24])
+@pytest.mark.parametrize("count", [5, 7])
+def test_loops_begin_anew_at_the_first_frame(container, fps, count):
+    """Matroska's clock is of milliseconds, which 24 frames a second do not divide."""
+    whole, clip = encode(count, container="mp4"), encode(count, container=container)
+    options = dict(frames=5 * count, start=0.0, fps=fps, short="loop", size=(48, 64), dtype=torch.uint8)
+    expected = decode_clips([whole], [whole], frames=count, start=0.0, size=(48, 64), dtype=torch.uint8).pixels[0]
+    for win, lose in ((clip, clip), (whole, clip), (clip, whole)):
+        got = decode_clips([win], [lose], **options).pixels
+        for arm in got:
+            assert torch.equal(arm, expected.repeat(1, 5, 1, 1))
+
+
+@settings(max_examples=200)
+@given(
+    count=st.integers(1, 300),
+    rate=st.sampled_from([Fraction(24), Fraction(30_000, 1001), Fraction(25), Fraction(16), Fraction(121, 5)]),
+    ticks=st.sampled_from([1000, 600, 90_000, 12_288]),
+)
+def test_a_lap_is_as_long_as_its_frames_but_for_the_clock(count, rate, ticks):
+    unit = Fraction(1, ticks)
+    clip = Timeline(np.array([round(k / rate / unit) for k in range(count)], np.int64), unit)
+    exact = count / rate
+    if count > 1:  # what the clock tells of the interval, times the frames
+        assert abs(clip.lap() - exact) <= count * unit / (count - 1)
+    if 24 / rate == 1 and count > 4:
+        assert clip.lap() == exact
+    uneven = Timeline(np.array([0, 10, 500, 510]), unit)
+    assert uneven.lap() == 680 * unit
+
+
+def test_no_frame_is_taken_before_it_is_shown():
+    """A clock of one tick per frame is no reason to round up to the next one."""
+    coarse = Timeline(np.arange(24), Fraction(1, 24))
+    fine = Timeline(512 * np.arange(24), Fraction(1, 12288))
+    times = plan((coarse, coarse), 8, 16, 0.0, 0.0, "error")
+    assert coarse.shown_at(times, "error") == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert [p // 512 for p in fine.shown_at(times, "error")] == [0, 1, 3, 4, 6, 7, 9, 10]
+    rounded = [Fraction(round(1000 * k / 24), 1000) for k in range(24)]  # by another clip's clock
+    assert fine.shown_at(rounded, "error", Fraction(1, 1000)) == fine.pts.tolist()
+
+
+def test_a_random_start_is_never_the_end():
+    """Of the largest number that a seed can give."""
+    from polydpo_fast import decode_arguments
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_arguments, "_splitmix64", lambda _: 2**64 - 1)
+        assert decode_arguments._drawn([0], 1, "center", 0.0)[1][0] < 1
+        exact = decode_clips([CLIP], [CLIP], frames=30, start="random", seeds=[0], size=16)
+    assert exact.times[0, 0] == 0
+
+
+def test_what_is_neither_path_nor_bytes_is_named():
+    for wrong in (5, None, 1.5, memoryview(CLIP)[::2]):
+        for on_error in ("raise", "mask"):
+            with pytest.raises(
+                TypeError, match=r"lose\[1\] is a \w+; expected a path, or a contiguous bytes-like object"
+            ):
+                decode_clips([CLIP, CLIP], [CLIP, wrong], frames=2, size=16, on_error=on_error)
+
+
+def test_paths_of_any_bytes(tmp_path):
+    path = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"clip\xff.mp4"))
+    with open(path, "wb") as file:
+        file.write(CLIP)
+    for _ in range(2):
+        assert decode_clips([path], [path], frames=2, size=16).ok.all()
 
 
 def test_layouts_dtypes_threads_and_out_agree():

@@ -55,7 +55,8 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
                     for side in sides
                 ]
                 for row, side, way in zip((i, i + pairs), sides, where, strict=True):
-                    shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short))
+                    clock = timelines[0].unit if options["fps"] is None else Fraction(0)
+                    shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short, clock))
                     target = out[row].movedim(frames_axis - 1, 0)
                     for k, frame in enumerate(_frames(engine, side, shown)):
                         finish.store(_recoloured(frame) if side.bt709 else frame, way, target[k])

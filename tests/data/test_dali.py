@@ -627,15 +627,6 @@ def test_clips_of_which_dali_would_show_something_else_are_for_cpp(decoder, clip
     assert torch.equal(a.pixels, b.pixels)
 
 
-def test_members_of_other_types_cost_their_pair(decoder, clips):
-    good = clips["small"]
-    win, lose = [good, 5, None, 1.5], [good] * 4
-    a = decode_clips(win, lose, frames=2, size=32, on_error="mask")
-    b = decoder.decode_clips(win, lose, frames=2, size=32, on_error="mask")
-    assert_same_facts(a, b)
-    assert b.ok.tolist() == [True, False, False, False]
-
-
 def test_without_pyav_the_extra_is_named(decoder, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"needs PyAV: pip install 'polydpo-fast\[video\]'"):
