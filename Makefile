@@ -28,22 +28,22 @@ format: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## Run the benchmarks, or SUITES="loss decode", and keep their results (half an hour)
-	$(BIN)/polydpo-fast bench $(SUITES)
+bench: setup  ## Run the benchmarks, or SUITES="loss decode", and keep their results (an hour)
+	$(BIN)/polydpo-fast bench $(SUITES) $(ARGS)
 
 report: setup  ## Write docs/benchmarks.md, its plots and the README's tables from the results that are kept
 	$(BIN)/python benchmarks/report.py
 
 PEERS := build/peers
 bench-peers: setup $(PEERS)/installed  ## Decoder, clips and loader beside their peers, such as OpenCV and DALI (1.5 GB)
-	PYTHONPATH=$(PEERS) $(BIN)/polydpo-fast bench decode clips loader
+	PYTHONPATH=$(PEERS) $(BIN)/polydpo-fast bench $(or $(SUITES),decode clips loader) $(ARGS)
 
 $(PEERS)/installed:
-	$(BIN)/python -m pip install -q --target $(PEERS) opencv-python-headless simplejpeg imagecodecs spdl spdl-io \
-		nvidia-dali-cuda120 decord2 webdataset
+	$(BIN)/python -m pip install -q --target $(PEERS) opencv-python-headless==5.0.0.93 simplejpeg==1.9.0 \
+		imagecodecs==2026.3.6 spdl==0.8.0 spdl-io==0.8.0 nvidia-dali-cuda120==2.4.0 decord2==3.4.0 webdataset==1.0.2
 	# Without its dependencies, which are gigabytes: those that reading local shards needs.
-	$(BIN)/python -m pip install -q --target $(PEERS) --no-deps mosaicml-streaming xxhash zstandard zstd brotli \
-		python-snappy cramjam catalogue
+	$(BIN)/python -m pip install -q --target $(PEERS) --no-deps mosaicml-streaming==0.13.0 xxhash==4.1.0 \
+		zstandard==0.25.0 zstd==1.5.7.2 brotli==1.2.1 python-snappy==0.7.3 cramjam==2.14.0 catalogue==2.0.10
 	touch $@
 
 bench-loss: setup  ## Time the loss against eager PyTorch and torch.compile
@@ -70,7 +70,8 @@ check: setup  ## Hold losses, decoding and loading against references on this ma
 	$(BIN)/polydpo-fast check $(ARGS)
 
 gpu:  ## On a machine with a GPU, with what it has: tests, check and benchmark of the losses (8 minutes at most)
-	$(PYTHON) scripts/gpu.py
+	@for python in $(PYTHON) $(BIN)/python; do $$python -c 'import torch' 2>/dev/null && break; python=$(PYTHON); done; \
+	$$python scripts/gpu.py
 
 docs: setup  ## Build the documentation, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

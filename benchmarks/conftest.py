@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+SKIPPED: list[dict[str, str]] = []  # of this run, with their reasons
+
 
 @pytest.fixture(scope="module", autouse=True)
 def threads():
@@ -8,3 +10,18 @@ def threads():
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.skipped:
+        way = item.callspec.params.get("way", "") if hasattr(item, "callspec") else ""
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        SKIPPED.append({"case": item.name, "way": getattr(way, "__name__", way), "reason": reason})
+    return report
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-benchmark
+def pytest_benchmark_update_json(output_json):
+    output_json["skipped"] = SKIPPED

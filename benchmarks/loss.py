@@ -8,14 +8,14 @@ one replay of a CUDA graph, with nothing left in the L2 cache and again with wha
 of the kernels, without Python's. Host time is measured apart.
 
 Traffic: with S the bytes of one (2B, ...) tensor, a fused forward and backward must at least read the prediction, the
-reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two passes that find nothing in
-the cache move 6 S (12 bytes per element), which is what the GPU kernels do. `bytes` below is 4 S on a CPU and 6 S on a
-GPU, 3 S for a forward alone. What it is held against is the machine's copy bandwidth: 2 x 256 MB, more than caches
-hold, copied in the same rounds. Where dtypes are mixed, each tensor counts with its own.
+reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two launches of which the
+second finds nothing in the cache move 6 S (12 bytes per element). `bytes` below is 4 S on a CPU, and on a GPU where the
+three inputs fit in the L2 cache; else 6 S; 3 S for a forward alone. What it is held against is the machine's copy
+bandwidth: 2 x 256 MB, more than caches hold, copied in the same rounds; what fits in a CPU's caches may go beyond it.
+Where dtypes are mixed, each tensor counts with its own.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from timing import Measured, Times, cpu_and_wall, interleaved, row
 from torch import Tensor
 
 import polydpo_fast
+from polydpo_fast.bench import write
 
 SHAPES = {
     "SD1.5": (8, 4, 64, 64),
@@ -71,7 +72,8 @@ def jobs(device: str) -> list[Job]:
         for model in ("SDXL", "Wan 480p")
     ]
     found += [Job(model, shape, torch.bfloat16, backward=False) for model, shape in SHAPES.items()]
-    found += [Job(f"SDXL, {n} pairs", (2 * n, 4, 128, 128), torch.bfloat16) for n in (1, 2, 4, 8, 16, 32)]
+    for model, numbers in {"SDXL": (1, 2, 4, 8, 16, 32), "SD1.5": (1, 8, 32), "Wan 480p": (4,)}.items():
+        found += [Job(f"{model}, {n} pairs", (2 * n, *SHAPES[model][1:]), torch.bfloat16) for n in numbers]
     return found
 
 
@@ -87,8 +89,8 @@ COMPILED: dict[str, Callable[[], Callable[..., Tensor]]] = {
 }
 
 
-def measure(job: Job, device: str, rounds: int) -> list[Measured]:
-    """All ways, and a copy of 256 MB."""
+def measure(job: Job, device: str, rounds: int) -> tuple[list[Measured], list[dict[str, str]]]:
+    """All ways and a copy of 256 MB; and the ways that failed, with their reasons."""
     tensors = drawn(job.shape, job.dtype, device, job.constants)
     torch._dynamo.reset()
     losses = {"ours": polydpo_fast.loss, "eager": trainers.eager, "Salesforce's formula": trainers.salesforce_loss}
@@ -103,7 +105,7 @@ def measure(job: Job, device: str, rounds: int) -> list[Measured]:
 
         return step
 
-    ways, peaks = {}, {}
+    ways, peaks, failed = {}, {}, []
     for name, loss in losses.items():
         step = stepping(loss)
         try:
@@ -114,7 +116,9 @@ def measure(job: Job, device: str, rounds: int) -> list[Measured]:
             if device == "cpu" or name not in job.compiled:
                 raise
             # A compiler that fails on this GPU is not to cost the figures of the others.
-            print(f"{job.case}: {name} failed: {type(error).__name__}: {error}".split("\n")[0], flush=True)
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            failed.append({"case": job.case, "way": name, "reason": reason})
+            print(f"{job.case}: {name} failed: {reason}", flush=True)
     source, destination = (torch.ones(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
     ways["copy"] = lambda: destination.copy_(source)
     times = interleaved(ways, rounds, STEPS, stopwatch(device))
@@ -128,15 +132,23 @@ def measure(job: Job, device: str, rounds: int) -> list[Measured]:
     of_way = {name: {**facts, "peak_bytes": peak} for name, peak in peaks.items()}
     of_way["copy"] = {**facts, "bytes": 2 * COPIED}
     clock = "wall" if device == "cpu" else "gpu"
-    return [Measured(job.case, name, times[name], clock, facts=of_way[name]) for name in times]
+    return [Measured(job.case, name, times[name], name == "ours", clock, facts=of_way[name]) for name in times], failed
 
 
 def moved(job: Job, device: str) -> int:
     """Bytes: what is read and written at least, see above."""
     own, other = job.dtype.itemsize, (job.constants or job.dtype).itemsize
-    forward = own + 2 * other
-    backward = own if device == "cpu" else 2 * own + other  # the gradient; on a GPU prediction and target once more
-    return math.prod(job.shape) * (forward + (backward if job.backward else 0))
+    elements = math.prod(job.shape)
+    inputs = elements * (own + 2 * other)
+    if not job.backward:
+        return inputs
+    # The gradient; and prediction and target once more, where the first launch cannot have left them in the L2 cache.
+    again = own + other if device != "cpu" and inputs > l2_bytes(device) else 0
+    return inputs + elements * (own + again)
+
+
+def l2_bytes(device: str) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def drawn(
@@ -158,9 +170,11 @@ def stopwatch(device: str) -> Callable[[Callable[[], object]], dict[str, float]]
 
     def gpu(run: Callable[[], object]) -> dict[str, float]:
         cold, warm, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        # 256 MB are read: nothing of the last step is left in the L2 cache, nor anything that were to be written back.
-        # That takes 0.1 ms, in which all else is queued: what it takes to launch is not in the times.
-        flush.sum()
+        # 256 MB are read, more than an L2 cache has: nothing of the last step is left in it, nor anything that were to
+        # be written back. Four times, 1 GB, which at 5 TB/s takes 0.2 ms: in that time the host queues all that
+        # follows, so that what it takes to launch is not in the times.
+        for _ in range(4):
+            flush.sum()
         cold.record()
         run()
         warm.record()
@@ -173,7 +187,7 @@ def stopwatch(device: str) -> Callable[[Callable[[], object]], dict[str, float]]
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """The same as the replay of a CUDA graph."""
+    """The same as the replay of a CUDA graph, captured on a stream of its own: one that failed spoils no other."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -181,7 +195,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         run()
     return graph.replay
 
@@ -234,7 +248,7 @@ def host(device: str, calls: int = 3000) -> list[Measured]:
             loss(*tensors).backward()
             if call >= calls // 10:
                 kept["wall"].append(time.perf_counter() - begin)
-    return [Measured("host time, 16 elements", name, kept, "wall") for name, kept in times.items()]
+    return [Measured("host time, 16 elements", name, kept, name == "ours", "wall") for name, kept in times.items()]
 
 
 def printed(rows: list[dict], device: str) -> None:
@@ -263,19 +277,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further measurement after that")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    begin, left = time.monotonic(), []
+    begin, skipped = time.monotonic(), []
     rows = [row(measured) for measured in host(options.device)]
     for job in jobs(options.device):
         if time.monotonic() - begin > options.seconds:
-            left.append(job)
+            skipped.append({"case": job.case, "way": "", "reason": f"no time was left of {options.seconds:.0f} s"})
         else:
             print(job.case, flush=True)
-            rows += [row(measured) for measured in measure(job, options.device, options.rounds)]
+            found, failed = measure(job, options.device, options.rounds)
+            rows += map(row, found)
+            skipped += failed
         if options.json:  # what was measured is kept if the process is stopped
-            options.json.write_text(json.dumps({"rows": rows, "left out": len(left)}, indent=1) + "\n")
+            write(options.json, {"rows": rows, "skipped": skipped})
     printed(rows, options.device)
-    if left:
-        print(f"no time was left for {len(left)} of {len(jobs(options.device))} cases")
+    for case, way, reason in (one.values() for one in skipped):
+        print(f"not measured: {case}{way and ', '}{way}: {reason}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from tables import named, rows_of
+from tables import named, rows_of, steps
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442"]
 STYLE = {
@@ -31,11 +31,12 @@ STYLE = {
 
 def roofline(results: dict) -> Figure:
     """Bandwidth of the loss, forward and backward, against the size of the tensors."""
-    cases = [ways for ways in rows_of(results, "loss").values() if ways["ours"].get("backward")]
+    cases = steps(results)
     figure, axes = plt.subplots(figsize=(7, 3.6))
     for way, colour in zip(("ours", "torch.compile", "eager"), COLOURS, strict=False):
         points = sorted((ways[way]["bytes"], ways[way]["bytes"] / ways[way]["median"]) for ways in cases if way in ways)
-        axes.plot(*zip(*points, strict=True), "o", label=way, color=colour, alpha=0.85, markersize=5)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", label=way, color=colour, alpha=0.85, markersize=5)
     copy = statistics.median(ways["copy"]["bytes"] / ways["copy"]["median"] for ways in cases)
     axes.axhline(copy, color="black", linewidth=1, linestyle="--")
     axes.annotate("copying 256 MB", (1, copy), (-4, 4), ("axes fraction", "data"), "offset points", ha="right")
@@ -46,11 +47,7 @@ def roofline(results: dict) -> Figure:
 
 
 def loss_ratios(results: dict) -> Figure:
-    cases = {
-        f"{ways['ours']['model']}, {ways['ours']['dtype']}": ways
-        for ways in rows_of(results, "loss").values()
-        if ways["ours"].get("backward")
-    }
+    cases = {f"{ways['ours']['model']}, {ways['ours']['dtype']}": ways for ways in steps(results)}
     return _ratios(cases, "Forward and backward of the loss: time, in times of ours")
 
 
@@ -154,7 +151,8 @@ def save(results: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         for name, plot in PLOTS.items():
-            if {"roofline": "loss"}.get(name, name.removesuffix("_ratios")) not in results["suites"]:
+            suite = {"roofline": "loss"}.get(name, name.removesuffix("_ratios"))
+            if suite not in results["suites"] or (suite == "loss" and not steps(results)):
                 continue
             figure = plot(results)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

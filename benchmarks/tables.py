@@ -21,12 +21,12 @@ NAMES = {
     "dali": "DALI, CPU",
     "dali_decoder": "our geometry through DALI, CPU",
     "torchcodec": "torchcodec + torch",
-    "photograph": "JPEG photograph",
+    "photograph": "JPEG, smooth",
     "photograph, progressive": "the same, progressive",
     "dense": "JPEG, dense",
     "dense, progressive": "the same, progressive",
     "2048 x 2048 resized": "JPEG, 2048 x 2048, resized",
-    "photograph, PNG": "PNG photograph",
+    "photograph, PNG": "PNG, smooth",
     "dense, PNG": "PNG, dense",
     "bare_decoding": "bare decoding, through PyAV",
     "ours_cthw": "ours, bfloat16 (C, T, H, W)",
@@ -78,6 +78,18 @@ def against(row: Row | None, ours: Row) -> str:
     return f"{ms(row)} ({row['median'] / ours['median']:.1f}x)" if row else ""
 
 
+def skipped(results: dict, suite: str) -> str:
+    """What could not be measured, and why: a way in a line, or nothing."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for one in results["suites"][suite].get("skipped", ()):
+        cases.setdefault((one["way"], one["reason"]), []).append(one["case"])
+    lines = []
+    for (way, reason), of in cases.items():
+        which = f"`{of[0]}`" if len(of) == 1 else f"{len(of)} cases"
+        lines.append(f"- {named(way)}{way and ', '}{which}: {reason}")
+    return "\n".join(["Not measured:", "", *lines]) if lines else ""
+
+
 def repeat(results: dict, *suites: str) -> str:
     """The line under a table."""
     commands = dict.fromkeys(results["suites"][name]["command"] for name in suites)
@@ -88,21 +100,22 @@ def repeat(results: dict, *suites: str) -> str:
 
 
 def measured(results: dict) -> str:
-    demo = rows_of(results, "demo")["the demo"]["ours"]
+    demo, machine = rows_of(results, "demo")["the demo"]["ours"], results["machine"]
     photograph = rows_of(results, "decode")["photograph"]
     low, high = demo["win_rate_95"]
     wins = f"{demo['win_rate']:.1%} of {demo['samples']} (95% interval {low:.1%} to {high:.1%})"
     body = [
         ["demo: samples in which the policy beats its reference by the true reward", wins],
         ["demo: legible digits before, after", f"{demo['legible_before']:.1%}, {demo['legible_after']:.1%}"],
-        ["demo: time on two CPU cores, once set up", f"{demo['median']:.0f} s"],
-        ["1024 x 1024 JPEG photograph to normalised bfloat16 planes, CPU time", f"{ms(photograph['ours'])} ms"],
+        [f"demo: time on {machine['processors']} processors, once set up", f"{demo['median']:.0f} s"],
+        ["1024 x 1024 JPEG (synthetic) to normalised bfloat16 planes, one thread", f"{ms(photograph['ours'])} ms"],
         ["libjpeg-turbo alone, decoding it", f"{ms(photograph['bare_libjpeg'])} ms"],
         ["the recipe of Diffusers' scripts (Pillow, ToTensor, Normalize)", f"{ms(photograph['diffusers_recipe'])} ms"],
     ]
     if "dali" in photograph:
         body.append(["NVIDIA DALI's CPU pipeline", f"{ms(photograph['dali'])} ms"])
-    return f"{table(['what', 'figure'], body, left=2)}\n\n{repeat(results, 'demo', 'decode')}"
+    head = ["what", f"{machine['cpu']}, {machine['processors']} processors"]
+    return f"{table(head, body, left=2)}\n\n{repeat(results, 'demo', 'decode')}"
 
 
 def precision(results: dict) -> str:
@@ -122,19 +135,34 @@ MIXED = "float32 and bfloat16"
 
 
 def loss(results: dict, dtypes: Sequence[str] = ("bfloat16", "float32", MIXED)) -> str:
-    """Forward and backward of the models' shapes."""
-    head = ["model", "shape", "dtype", "ours", "torch.compile", "eager", "Salesforce's formula"]
-    cases = [
-        ways for ways in rows_of(results, "loss").values() if ways["ours"].get("backward") and not _pairs(ways["ours"])
-    ]
+    """Forward and backward of the models' shapes; on a GPU with what the last replay left in its cache, too."""
+    peers, both = ("torch.compile", "eager", "Salesforce's formula"), ("ours", "torch.compile")
+    cases = [ways for ways in steps(results) if not _pairs(ways["ours"])]
+    warm = both if any(WARM in ways["ours"] for ways in cases) else ()
     body = []
     for dtype in dtypes:
         for ways in cases:
             ours = ways["ours"]
             if ours["dtype"] == dtype:
-                peers = (against(ways.get(way), ours) for way in head[4:])
-                body.append([ours["model"], " x ".join(map(str, ours["shape"])), dtype, f"**{ms(ours)}**", *peers])
-    return f"{table(head, body, left=3)}\n\n{_loss_limits(results)}\n\n{repeat(results, 'loss')}"
+                cells = [ours["model"], " x ".join(map(str, ours["shape"])), dtype, f"**{ms(ours)}**"]
+                cells += [against(ways.get(way), ours) for way in peers]
+                body.append([*cells, *(warm_ms(ways.get(way)) for way in warm)])
+    head = ["model", "shape", "dtype", "ours", *peers, *(f"{way}, warm L2" for way in warm)]
+    return "\n\n".join(filter(None, (table(head, body, left=3), _loss_limits(results), repeat(results, "loss"))))
+
+
+WARM = "gpu, warm L2"
+
+
+def warm_ms(row: Row | None) -> str:
+    return f"{1e3 * row[WARM]:.3f}" if row and WARM in row else ""
+
+
+def steps(results: dict) -> list[dict[str, Row]]:
+    """The cases of forward and backward, if the suite of the loss has any."""
+    if "loss" not in results["suites"]:
+        return []
+    return [ways for ways in rows_of(results, "loss").values() if ways["ours"].get("backward")]
 
 
 def _pairs(row: Row) -> int | None:
@@ -145,13 +173,16 @@ def _pairs(row: Row) -> int | None:
 
 def _loss_limits(results: dict) -> str:
     rows = rows_of(results, "loss")
-    video = rows["Wan 480p, bfloat16, forward and backward"]
-    rate, copy = (video[way]["bytes"] / video[way]["median"] for way in ("ours", "copy"))
-    per_element = video["ours"]["bytes"] / _elements(video["ours"])
-    sentences = [
-        f"The two passes over Wan 480p in bfloat16 run at {rate / 1e9:.0f} GB/s (counting {per_element:.0f} bytes per "
-        f"element), {rate / copy:.0%} of what copying 256 MB reaches."
-    ]
+    sentences = []
+    if video := rows.get("Wan 480p, bfloat16, forward and backward"):
+        rate, copy = (video[way]["bytes"] / video[way]["median"] for way in ("ours", "copy"))
+        per_element = video["ours"]["bytes"] / _elements(video["ours"])
+        sentences.append(
+            f"The two passes over Wan 480p in bfloat16 run at {rate / 1e9:.0f} GB/s (counting {per_element:.0f} bytes "
+            f"per element), {rate / copy:.0%} of what copying 256 MB reaches."
+        )
+        if rate > copy:
+            sentences.append("(Above 100% what a step reads can still be in the caches; what is copied there cannot.)")
     if any(row.get("dtype") == MIXED for ways in rows.values() for row in ways.values()):
         sentences.append(f"{MIXED.capitalize()}: the policy's prediction under autocast, and reference and target.")
     if "host time, 16 elements" in rows:
@@ -173,7 +204,18 @@ def _elements(row: Row) -> int:
 
 def loss_all(results: dict) -> str:
     """Every case, way and clock; memory beside time."""
-    head = ["case", "way", "ms", "IQR, ms", "CPU ms", "GB/s", "of a copy", "peak MB"]
+    warm = [WARM] if any(WARM in ways["ours"] for ways in steps(results)) else []
+    head = [
+        "case",
+        "way",
+        "ms",
+        "IQR, ms",
+        *(f"{clock}, ms" for clock in warm),
+        "CPU ms",
+        "GB/s",
+        "of a copy",
+        "peak MB",
+    ]
     body = []
     for case, ways in rows_of(results, "loss").items():
         for way, row in ways.items():
@@ -184,7 +226,8 @@ def loss_all(results: dict) -> str:
                 rate, copy = (r["bytes"] / r["median"] for r in (row, ways["copy"]))
                 cells = [f"{rate / 1e9:.1f}", f"{rate / copy:.0%}", significant(row["peak_bytes"] / 1e6)]
             cpu = f"{1e3 * row['cpu']:.3f}" if "cpu" in row else ""
-            body.append([case, way, f"{1e3 * row['median']:.3f}", f"{1e3 * row['iqr']:.3f}", cpu, *cells])
+            times = [f"{1e3 * row['median']:.3f}", f"{1e3 * row['iqr']:.3f}", *(warm_ms(row) for _ in warm), cpu]
+            body.append([case, way, *times, *cells])
     return table(head, body, left=2)
 
 
@@ -248,7 +291,7 @@ def loader(results: dict) -> str:
         ]
         for kind, row in million.items()
     ]
-    head = ["a million pairs", "index, once", "first batch", "resume in mid-epoch", "bytes of memory per pair"]
+    head = ["a million pairs", "index, once", "first batch", "resume in mid-epoch", "the process grows, bytes per pair"]
     return "\n\n".join(
         (
             table(
@@ -297,40 +340,41 @@ def scaling(results: dict) -> str:
     for curve, rows in curves.items():
         quantity = curve.rpartition(", ")[2]
         body = [[f"{row['at']:,}", ms(row), significant(1e3 * row["iqr"])] for row in rows]
-        blocks.append(f"**{curve}**\n\n{table([quantity, 'ms', 'IQR'], body, left=0)}\n\n{limit(curve, rows)}")
+        text = limit(curve, rows, results["machine"]["processors"])
+        blocks.append(f"**{curve}**\n\n{table([quantity, 'ms', 'IQR'], body, left=0)}\n\n{text}")
     return "\n\n".join([*blocks, repeat(results, "scaling")])
 
 
-def limit(curve: str, rows: list[Row]) -> str:
-    """What bounds a curve, in a sentence with its own figures."""
+def limit(curve: str, rows: list[Row], processors: int) -> str:
+    """The ends of a curve, in a sentence that says no more than its figures do."""
     first, last = rows[0], rows[-1]
     if curve.startswith("loss"):
         share = last["copy"]["median"] / last["median"]
         return (
-            f"Small inputs cost the host's time, {1e6 * first['median']:.0f} us; large ones the memory's: at the end "
-            f"of the curve {last['bytes'] / last['median'] / 1e9:.0f} GB/s, {share:.0%} of a copy of as many bytes."
+            f"The smallest takes {1e6 * first['median']:.0f} us; the largest runs at "
+            f"{last['bytes'] / last['median'] / 1e9:.0f} GB/s, {share:.0%} of a copy of as many bytes."
         )
     if curve.startswith("decoding, one thread"):
         rates = [row["at"] ** 2 / row["median"] / 1e6 for row in (first, last)]
         return (
-            f"The time follows the pixels: {rates[0]:.0f} megapixels per second at {first['at']} x {first['at']}, "
-            f"where each call's own cost still shows, {rates[1]:.0f} at {last['at']} x {last['at']}."
+            f"{rates[0]:.0f} megapixels per second at {first['at']} x {first['at']}, "
+            f"{rates[1]:.0f} at {last['at']} x {last['at']}."
         )
     if "threads" in curve and curve.endswith("threads"):
         best = max(rows, key=lambda row: first["median"] / row["median"])
         return (
-            f"The processors are the limit: {first['median'] / best['median']:.2f} times one thread's speed with "
-            f"{best['at']} threads; more threads than processors gain nothing."
+            f"At best {first['median'] / best['median']:.2f} times one thread's speed, with {best['at']} threads on "
+            f"{processors} processors."
         )
     if curve.startswith("decoding, two threads"):
         return (
             f"An image costs {1e3 * first['median']:.1f} ms in a batch of one pair and {1e3 * last['median']:.1f} ms "
-            f"in one of {last['at']}: the pool shares images, so that two suffice for two threads."
+            f"in one of {last['at']}."
         )
     if curve.endswith("pairs in the source"):
         return (
             f"From {first['at']:,} to {last['at']:,} pairs the first batch goes from {1e3 * first['median']:.0f} to "
-            f"{1e3 * last['median']:.0f} ms: what grows is reading the index; a pair after the first batch costs "
+            f"{1e3 * last['median']:.0f} ms; a pair after the first batch costs "
             f"{1e6 * first['seconds per pair']:.0f} and {1e6 * last['seconds per pair']:.0f} us of CPU time."
         )
     return (
@@ -356,9 +400,17 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     )
 }
 
-_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_START, _END = "<!-- results: ", "<!-- end of results -->"
+_BLOCK = re.compile(rf"({_START}(\w+) -->\n).*?({_END})", re.DOTALL)
 
 
 def filled(text: str, results: dict) -> str:
-    """The text with its blocks made anew. Raises KeyError for a block that there is not, or a suite without results."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{BLOCKS[found[2]](results)}\n\n{found[3]}", text)
+    """The text with its blocks made anew.
+
+    Raises KeyError for a block that there is not, or a suite without results; ValueError where a mark has no other.
+    """
+    new, count = _BLOCK.subn(lambda found: f"{found[1]}\n{BLOCKS[found[2]](results)}\n\n{found[3]}", text)
+    marks = count, text.count(_START), text.count(_END)
+    if len(set(marks)) > 1:
+        raise ValueError(f"{count} blocks of results, but {marks[1]} times {_START!r} and {marks[2]} times {_END!r}")
+    return new

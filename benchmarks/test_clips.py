@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finishing import finish
 from timing import Measured, interleaved, report
 
 import polydpo_fast
@@ -120,7 +121,7 @@ def only_writing(data):
 
 def normalise(frames, out):
     for to, frame in zip(out, frames, strict=True):
-        to.copy_(torch.from_numpy(frame).permute(2, 0, 1).float().div_(127.5).sub_(1))
+        finish(frame, to)
 
 
 def pyav_and_torch(data):
@@ -202,8 +203,8 @@ def measured(megabits):
     found = {}
     for name in ways:
         shares = [bare / t for bare, t in zip(per_frame["bare_decoding"], per_frame[name], strict=True)]
-        facts = {"of bare decoding": statistics.median(shares)}
-        found[name] = Measured(f"720p at {megabits} Mb/s", name, times[name], per=frames[name], facts=facts)
+        facts, own = {"of bare decoding": statistics.median(shares)}, name.startswith("ours")
+        found[name] = Measured(f"720p at {megabits} Mb/s", name, times[name], own, per=frames[name], facts=facts)
     return found
 
 
@@ -227,7 +228,7 @@ def measured_on_threads(megabits, threads):
     ways = {"ours": lambda: ours(data, layout="TCHW", out=out, threads=threads), "bare_decoding": bare}
     times = interleaved(ways, ROUNDS)
     case = f"a pair of 720p clips at {megabits} Mb/s, {threads} thread(s)"
-    return {name: Measured(case, name, times[name], "wall", 2 * FRAMES) for name in ways}
+    return {name: Measured(case, name, times[name], name == "ours", "wall", 2 * FRAMES) for name in ways}
 
 
 @pytest.mark.parametrize("way", ["ours", "bare_decoding"])
@@ -301,7 +302,7 @@ def measured_sparsely(kind):
             ways[name] = way(data)
     times = interleaved(ways, ROUNDS)
     case = f"{SPARSE} of {LONG} frames of both clips of a pair{kind}"
-    return {name: Measured(case, name, times[name]) for name in ways}
+    return {name: Measured(case, name, times[name], name.startswith("ours")) for name in ways}
 
 
 @pytest.mark.parametrize("way", SPARSELY)
@@ -356,7 +357,7 @@ def measured_on_a_gpu(megabits):
             ways[way.__name__] = lambda run=run: (run(), torch.cuda.synchronize())
     times = interleaved(ways, ROUNDS)
     case = f"four pairs of 720p clips at {megabits} Mb/s, to a GPU"
-    return {name: Measured(case, name, times[name], "wall", 8 * FRAMES) for name in ways}
+    return {name: Measured(case, name, times[name], True, "wall", 8 * FRAMES) for name in ways}
 
 
 @pytest.mark.gpu

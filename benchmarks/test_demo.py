@@ -12,4 +12,4 @@ def test_demo(benchmark, tmp_path):
     times = {name: [seconds] for name, seconds in cpu_and_wall(lambda: subprocess.run(command, check=True)).items()}
     figures = json.loads((tmp_path / "demo.json").read_text())
     del figures["curves"], times["cpu"]  # the time of another process
-    report(benchmark, Measured("the demo", "ours", times, "wall", facts=figures))
+    report(benchmark, Measured("the demo", "ours", times, True, "wall", facts=figures))

@@ -17,6 +17,7 @@ def measured(dtypes):
             f"{policy} policy, {other} reference and target",
             name,
             times[name],
+            name == "polydpo_fast",
             facts={"policy": policy, "other": other, **precision.survival(formula, tensors)},
         )
         for name, formula in precision.FORMULAS.items()

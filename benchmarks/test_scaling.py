@@ -42,7 +42,7 @@ def loss_of(curve, at, shape):
     ways = {"ours": stepping(tensors), "copy": lambda: destination.copy_(source)}
     times = interleaved(ways, rounds=5, calls=5)
     facts = {"curve": curve, "at": at, "bytes": moved}
-    return {way: Measured(f"{curve} {at}", way, times[way], "wall", facts=facts) for way in ways}
+    return {way: Measured(f"{curve} {at}", way, times[way], way == "ours", "wall", facts=facts) for way in ways}
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def decoded():
     found = {}
     for (curve, at), (data, pairs, _) in places.items():
         facts = {"curve": curve, "at": at, "encoded_bytes": len(data)}
-        measured = Measured(f"{curve} {at}", "ours", times[curve, at], "wall", 2 * pairs, facts)
+        measured = Measured(f"{curve} {at}", "ours", times[curve, at], True, "wall", 2 * pairs, facts)
         found[curve, at] = measured
     return found
 
@@ -145,7 +145,7 @@ def loaded(path, curve, at, world, folder):
     cpu, wall, pair_cpu, pair_wall = (list(values) for values in zip(*runs[1:], strict=True))
     facts = {"curve": curve, "at": at, "seconds per pair": statistics.median(pair_cpu)}
     facts["wall seconds per pair"] = statistics.median(pair_wall)
-    return Measured(f"{curve} {at}", "ours", {"wall": wall, "cpu": cpu}, "wall", facts=facts)
+    return Measured(f"{curve} {at}", "ours", {"wall": wall, "cpu": cpu}, True, "wall", facts=facts)
 
 
 @pytest.mark.parametrize("pairs", [10**3, 10**4, 10**5, 10**6])

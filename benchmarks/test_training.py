@@ -123,12 +123,12 @@ def measured():
 @pytest.mark.parametrize("way", WAYS)
 def test_steps(benchmark, measured, way):
     facts = {"peak MB": peak_mb(way)}
-    report(benchmark, Measured("training step, 142 M parameters", way, measured[way], facts=facts))
+    report(benchmark, Measured("training step, 142 M parameters", way, measured[way], True, facts=facts))
 
 
 @pytest.mark.parametrize("part", ["VAE", "reference", "policy, forward and backward", "optimizer"])
 def test_parts(benchmark, measured, part):
-    report(benchmark, Measured("parts of the step", part, measured[part]))
+    report(benchmark, Measured("parts of the step", part, measured[part], False))
 
 
 class UNet2DConditionModel(torch.nn.Module):
@@ -177,4 +177,5 @@ def test_overhead(benchmark, measured, shape):
         step = statistics.median(measured[next(iter(WAYS))]["cpu"])
         facts["share of the step"] = (median["drawn"] - median["bare"]) / step
     overhead = [max(0.0, drawn - median["bare"]) for drawn in times["drawn"]["wall"]]
-    report(benchmark, Measured("PairObjective beside models and loss", shape, {"wall": overhead}, "wall", facts=facts))
+    times = {"wall": overhead}
+    report(benchmark, Measured("PairObjective beside models and loss", shape, times, True, "wall", facts=facts))

@@ -40,11 +40,15 @@ def interleaved(
 
 
 class Measured(NamedTuple):
-    """The times of a way to do a case's work, of `per` things each; and what else is to be kept of it."""
+    """The times of a way to do a case's work, of `per` things each; and what else is to be kept of it.
+
+    `ours` says whether the way is this library's, which `bench --compare` judges, or a peer's, which it judges by.
+    """
 
     case: str
     way: str
     times: Times
+    ours: bool
     clock: str = "cpu"
     per: int = 1
     facts: Mapping[str, object] = {}
@@ -52,12 +56,12 @@ class Measured(NamedTuple):
 
 def row(measured: Measured) -> dict:
     """What is kept in a file of results: median and interquartile range of the clock, medians of the others."""
-    case, way, times, clock, per, facts = measured
+    case, way, times, ours, clock, per, facts = measured
     seconds = [t / per for t in times[clock]]
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     others = {name: statistics.median(values) / per for name, values in times.items() if name != clock}
     kept = {"median": statistics.median(seconds), "iqr": high - low, "rounds": len(seconds)}
-    return {"case": case, "way": way, "clock": clock, **kept, **others, **facts}
+    return {"case": case, "way": way, "ours": ours, "clock": clock, **kept, **others, **facts}
 
 
 def report(benchmark, measured: Measured) -> None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .bench import Change
+    from .bench import Comparison
 
 app = typer.Typer(
     name="polydpo-fast",
@@ -170,38 +171,48 @@ def check(
 def bench(
     suites: Annotated[list[str] | None, typer.Argument(help="loss, decode, loader ...; all if none is named.")] = None,
     out: Annotated[Path | None, typer.Option(help="File of results; benchmarks/results/MACHINE.json.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Also where the file has ways that are lacking now.")
+    ] = False,
+    dirty: Annotated[bool, typer.Option("--dirty", help="Also where the source differs from its commit.")] = False,
     compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Two files of results, before and after.")] = None,
 ) -> None:
-    """Run the benchmarks and keep their results; or compare two files, and exit with 1 if something is slower."""
+    """Run the benchmarks and keep their results; or compare two files, and exit with 1 if something is worse."""
     from . import bench as benchmarks
 
     try:
         if compare is None:
-            Console().print(f"results: {benchmarks.run(suites or (), out)}", highlight=False, soft_wrap=True)
+            path = benchmarks.run(suites or (), out, replace=replace, dirty=dirty)
+            Console().print(f"results: {path}", highlight=False, soft_wrap=True)
             return
-        changes = benchmarks.compare(*map(benchmarks.read_results, compare))
+        found = benchmarks.compare(*map(benchmarks.read_results, compare))
     except (OSError, RuntimeError, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    _print_changes(changes)
-    raise typer.Exit(1 if any(change.slower for change in changes) else 0)
+    _print_comparison(found)
+    raise typer.Exit(1 if found.worse else 0)
 
 
-def _print_changes(changes: list[Change]) -> None:
-    table = Table("suite", "case", "way", title="Time after / before, the machine's own drift taken out", box=None)
-    for column in ("ratio", "noise", "peak memory", ""):
+def _print_comparison(found: Comparison) -> None:
+    table = Table(
+        "suite", "case", "way", "what", title="After / before, above 1 is worse; times without drift", box=None
+    )
+    for column in ("ratio", "noise", ""):
         table.add_column(column, justify="right")
-    for change in changes:
-        verdict = "[red]slower[/red]" if change.slower else "[green]faster[/green]" if change.faster else ""
-        peaks = f"{change.bytes[1] / change.bytes[0]:.2f}" if change.bytes and change.bytes[0] else ""
-        figures = (f"{change.ratio:.2f}", f"{change.noise:.0%}", peaks, verdict)
-        table.add_row(change.suite, change.case, change.way, *figures)
+    for change in found.changes:
+        verdict = "[red]worse[/red]" if change.worse else "[green]better[/green]" if change.better else ""
+        names = (change.suite, change.case, change.way, change.what)
+        table.add_row(*map(escape, names), f"{change.ratio:.2f}", f"{change.noise:.0%}", verdict)
     console = Console()
     if not console.is_terminal:
         console.width = 160
     console.print(table)
-    counts = (sum(change.slower for change in changes), sum(change.faster for change in changes), len(changes))
-    console.print("{} slower, {} faster of {} that both have".format(*counts), highlight=False)
+    for title, lines in (("gone", found.vanished), ("note", found.warnings)):
+        for line in lines:
+            console.print(f"{title}: {line}", style="red" if lines is found.vanished else "yellow", markup=False)
+    worse, better = (sum(getattr(change, name) for change in found.changes) for name in ("worse", "better"))
+    of = f"of {len(found.changes)} that both have, {len(found.vanished)} gone"
+    console.print(f"{worse} worse, {better} better {of}", highlight=False)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from ._version import __version__
 from .functional import available_backends
 
-__all__ = ["collect"]
+__all__ = ["collect", "versions"]
 
 _PACKAGES = (
     "torch",
@@ -29,21 +30,22 @@ _PACKAGES = (
 def collect() -> dict[str, dict[str, str]]:
     """Sections of name -> text, in the order in which they are shown."""
     return {
-        "versions": {"polydpo-fast": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {"polydpo-fast": __version__, "python": platform.python_version(), **versions(_PACKAGES)},
         "devices": _devices(),
         "backends of the loss": _backends(),
         "decoder": _decoder(),
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of each its version, or "not installed"."""
+    found = {}
+    for package in packages:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+            found[package] = "not installed"
+    return found
 
 
 def _devices() -> dict[str, str]:

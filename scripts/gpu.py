@@ -4,7 +4,8 @@ Builds the C++ extension if it can, runs the tests that are marked gpu, those of
 (compiling kernels is what takes their time), then the benchmark of the losses alone, within 8 minutes. Writes
 gpu-NAME.json and gpu-NAME.log to $OUT, or to benchmarks/results/. What could not run, and why, is in both.
 
-Exits with 0 if all that ran passed, 1 if something failed, 3 if there is no GPU. Only the standard library is needed.
+Exits with 0 if all that ran passed, 1 if something failed, 3 if there is no GPU or no PyTorch. Of the Python that runs
+it only the standard library is needed.
 """
 
 import importlib.util
@@ -28,9 +29,14 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 NO_GPU = 3
 
 PROBE = """
-import json, platform, torch
-found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-         "hip": torch.version.hip, "gpu": None}
+import json, platform, sys
+found = {"python": platform.python_version(), "torch": None, "gpu": None}
+try:
+    import torch
+except ImportError as error:
+    print(json.dumps(found))
+    sys.exit()
+found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
 try:
     import triton
     found["triton"] = triton.__version__
@@ -61,8 +67,8 @@ if not report.passed:
 RESULTS = """
 import json, sys
 from polydpo_fast.bench import machine, suite
-rows = json.load(open(sys.argv[1]))["rows"]
-print(json.dumps({"machine": machine(), "suites": {"loss": suite(rows, "make gpu")}}))
+found = json.load(open(sys.argv[1]))
+print(json.dumps({"machine": machine(), "suites": {"loss": suite(found["rows"], "make gpu", found["skipped"])}}))
 """
 PYTEST_INI = """[pytest]
 markers =
@@ -174,8 +180,9 @@ def main() -> int:
     run = Run(log)
 
     found = run.part("machine", [sys.executable, "-c", PROBE], 60)
-    machine = json.loads(found.splitlines()[-1]) if found else {"gpu": None}
+    machine = json.loads(found.splitlines()[-1]) if found else {"gpu": None, "torch": None}
     gpu = machine["gpu"]
+    lacking = "there is no CUDA or ROCm device" if machine["torch"] else "PyTorch cannot be imported"
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(WORK), "--build-temp", str(WORK / "o")]
     run.part("C++ extension", build, 120, ("setuptools", "pybind11"), folder=ROOT)
     extension = run.parts["C++ extension"]
@@ -186,7 +193,7 @@ def main() -> int:
     results = {}
     if gpu is None:
         for name in ("gpu tests", "tests of the losses", "check", "benchmark of the losses"):
-            run.skip(name, "there is no CUDA or ROCm device")
+            run.skip(name, lacking)
     elif run.parts["import"]["status"] == "passed":
         results = on_gpu(run)
 
@@ -201,9 +208,11 @@ def main() -> int:
         "suites": {},
         **results,
     }
-    (target / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    part = target / f"{name}.json.part"
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(part, target / f"{name}.json")
     shutil.copyfile(log, target / f"{name}.log")
-    print(f"{gpu or 'no GPU'}, {report['seconds']} s; results: {target / name}.json, .log")
+    print(f"{gpu or lacking}, {report['seconds']} s; results: {target / name}.json, .log")
     if gpu is None:
         return NO_GPU
     return 1 if any(part["status"] == "failed" for part in run.parts.values()) else 0

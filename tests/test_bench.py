@@ -1,11 +1,16 @@
 """`polydpo-fast bench`: what is kept of a run, how two are compared; and that the documents show what was measured."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import report
 import tables
+import torch
+from finishing import finish
 from timing import Measured, interleaved, row
 from typer.testing import CliRunner
 
@@ -15,67 +20,127 @@ from polydpo_fast.cli import app
 ROOT = Path(__file__).parent.parent
 
 
-def results(ours, peers=(2.0, 3.0), iqr=0.0, peak=100):
-    """One case of a suite: medians of our way and of its peers."""
-    ways = {"ours": ours, **{f"peer {number}": median for number, median in enumerate(peers)}}
+def results(ours, peers=(2.0, 3.0), iqr=0.0, **facts):
+    """One case of a suite: medians of our way, whose name does not say so, and of its peers."""
+    ways = {"mine": ours, **{f"peer {number}": median for number, median in enumerate(peers)}}
     rows = [
         {
             "case": "c",
             "way": way,
+            "ours": way == "mine",
             "clock": "cpu",
             "median": median,
             "iqr": iqr * median,
             "rounds": 9,
-            "peak_bytes": peak,
+            **(facts if way == "mine" else {}),
         }
         for way, median in ways.items()
     ]
-    return {"machine": {"name": "m"}, "suites": {"s": {"rows": rows}}}
+    return {"machine": {"name": "m"}, "suites": {"s": {"versions": {"torch": "2"}, "rows": rows}}}
 
 
 def only(before, after):
-    (change,) = bench.compare(before, after)
+    (change,) = bench.compare(before, after).changes
     return change
 
 
 def test_a_slower_way_is_told_from_a_slower_machine():
     change = only(results(1.0), results(1.5))
-    assert change.slower
+    assert change.worse
     assert change.ratio == pytest.approx(1.5)
     change = only(results(1.0), results(1.5, peers=(3.0, 4.5)))  # all take half as long again
-    assert not change.slower
-    assert not change.faster
+    assert not change.worse
+    assert not change.better
     assert change.ratio == pytest.approx(1.0)
-    assert only(results(1.0), results(1.0, peers=(3.0, 4.5))).faster
+    assert only(results(1.0), results(1.0, peers=(3.0, 4.5))).better
 
 
 def test_what_may_be_chance_is_no_change():
-    assert not only(results(1.0), results(1.04)).slower  # less than a twentieth
-    assert only(results(1.0), results(1.06)).slower
+    assert not only(results(1.0), results(1.04)).worse  # less than a twentieth
+    assert only(results(1.0), results(1.06)).worse
     noisy = only(results(1.0, iqr=0.3), results(1.3, iqr=0.3))
     # Of a median: 0.93 * 0.3 / sqrt(9) = 0.093. Ours in two runs, and half of that of four medians of peers.
     assert noisy.noise == pytest.approx(3 * (2 * 0.093**2 + 4 * 0.093**2 / 4) ** 0.5)
-    assert not noisy.slower
-    assert only(results(1.0, iqr=0.3), results(2.0, iqr=0.3)).slower
+    assert not noisy.worse
+    assert only(results(1.0, iqr=0.3), results(2.0, iqr=0.3)).worse
 
 
-def test_more_memory_is_a_loss_whatever_the_noise():
-    assert only(results(1.0, iqr=2.0), results(0.5, iqr=2.0, peak=102)).slower
-    assert not only(results(1.0), results(1.0, peak=100)).slower
+def test_one_odd_peer_hides_nothing_and_peers_that_disagree_are_noise():
+    before, odd = results(1.0, peers=(1.0, 1.0, 1.0)), results(1.5, peers=(1.0, 1.0, 9.0))
+    assert only(before, odd).ratio == 1.5
+    assert only(before, odd).worse
+    apart = only(before, results(1.3, peers=(0.8, 1.0, 1.2)))
+    assert apart.noise == pytest.approx(3 * 1.48 * 0.2)
+    assert not apart.worse
+
+
+def test_without_a_peer_only_twice_the_time_is_slower():
+    """The machine may be a slower one now: nothing tells."""
+    assert not only(results(1.0, peers=()), results(1.9, peers=())).worse
+    assert only(results(1.0, peers=()), results(2.1, peers=())).worse
+    # Peers of another case of the suite were there in the same run.
+    before, after = results(1.0, peers=(1.0,)), results(1.3, peers=(1.3,))
+    for found in (before, after):
+        found["suites"]["s"]["rows"][0]["case"] = "alone"
+    assert only(before, after).ratio == 1.0
+
+
+def test_medians_that_are_zero_or_no_numbers():
+    nan = float("nan")
+    assert only(results(1.0), results(nan)).worse
+    assert only(results(1.0), results(1.5, peers=(nan, 3.0))).worse  # of that peer nothing is known
+    assert only(results(0.0), results(1.0)).worse
+    assert not only(results(0.0), results(0.0)).worse
+    assert not only(results(1.0), results(1.0, peers=(0.0, 3.0))).worse
+
+
+@pytest.mark.parametrize(
+    ("fact", "before", "bad", "fine"),
+    [
+        ("peak_bytes", 100, 102, 100),
+        ("peak MB", 100, 120, 105),
+        ("bytes of memory per pair", 50, 70, 55),
+        ("seconds to resume", 0.01, 0.03, 0.015),
+        ("win_rate", 1.0, 0.9, 0.99),
+        ("mean error", 1e-8, 4e-4, 1.5e-8),
+        ("gpu, warm L2", 1.0, 1.2, 1.05),
+    ],
+)
+def test_other_facts_may_be_worse_whatever_the_time(fact, before, bad, fine):
+    for after, worse in ((bad, True), (fine, False), (before, False)):
+        found = bench.compare(results(1.0, iqr=2.0, **{fact: before}), results(0.5, iqr=2.0, **{fact: after}))
+        assert {change.what: change.worse for change in found.changes} == {"time": False, fact: worse}
+
+
+def test_what_vanished_is_listed_and_other_machines_and_versions_are_told():
+    before, after = results(1.0), results(1.0, peers=(2.0,))
+    before["suites"]["t"] = {"rows": []}
+    after["machine"]["name"], after["suites"]["s"]["versions"]["torch"] = "n", "3"
+    found = bench.compare(before, after)
+    assert found.vanished == ["s: c: peer 1", "t: the whole suite"]
+    assert found.worse
+    assert found.warnings == ["name: m before, n after", "torch: 2 before, 3 after"]
+    assert not bench.compare(after, before).worse
+    for kept in (*before["suites"]["s"]["rows"], *after["suites"]["s"]["rows"]):
+        del kept["ours"]
+    assert "nothing was judged" in bench.compare(before, after).warnings[0]
 
 
 def test_the_command_compares_and_exits_with_what_it_found(tmp_path):
-    for name, found in (("a", results(1.0)), ("b", results(2.0))):
+    files = {"a": results(1.0), "b": results(2.0), "c": [], "less": {**results(1.0), "suites": {}}}
+    for name, found in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    (tmp_path / "c.json").write_text("[]")
 
     def compared(*names):
         return CliRunner().invoke(app, ["bench", "--compare", *(str(tmp_path / f"{name}.json") for name in names)])
 
     worse = compared("a", "b")
     assert worse.exit_code == 1
-    assert "1 slower, 0 faster of 1" in worse.output
+    assert "1 worse, 0 better of 1" in worse.output
     assert compared("b", "a").exit_code == 0
+    gone = compared("a", "less")
+    assert gone.exit_code == 1
+    assert "gone: s: the whole suite" in gone.output
     wrong = compared("a", "c")
     assert wrong.exit_code == 2
     assert "c.json is no file of results" in wrong.output
@@ -93,20 +158,30 @@ def test_without_the_source_the_error_says_where_it_is(monkeypatch, tmp_path):
         bench.suites()
 
 
-def test_a_suite_is_run_and_kept_beside_the_others(monkeypatch, tmp_path):
-    """A suite of one test, through pytest-benchmark, in a process of its own."""
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Suites of a test or two, through pytest-benchmark, in processes of their own."""
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    (folder / "timing.py").write_text((ROOT / "benchmarks" / "timing.py").read_text())
+    for name in ("timing.py", "conftest.py"):
+        (folder / name).write_text((ROOT / "benchmarks" / name).read_text())
     (folder / "test_small.py").write_text(
+        "import os, pytest\n"
         "from timing import Measured, report\n"
-        "def test_small(benchmark):\n"
+        "@pytest.mark.parametrize('way', ['mine', 'peer'])\n"
+        "def test_small(benchmark, way):\n"
+        "    if way == 'peer' and 'PEER' not in os.environ:\n"
+        "        pytest.skip('it does not load')\n"
         "    times = {'cpu': [2.0, 4.0, 3.0], 'wall': [5.0]}\n"
-        "    report(benchmark, Measured('c', 'ours', times, per=2, facts={'more': 7}))\n"
+        "    report(benchmark, Measured('c', way, times, way == 'mine', per=2, facts={'more': 7}))\n"
     )
     (folder / "test_broken.py").write_text("def test_broken():\n    assert False\n")
     monkeypatch.setattr(bench, "benchmarks_folder", lambda: folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
+def test_a_suite_is_run_and_kept_beside_the_others(folder, tmp_path):
     path = tmp_path / "results.json"
     bench.merge(path, {"other": bench.suite([], "a command")})
     with pytest.raises(RuntimeError, match="broken"):
@@ -116,9 +191,77 @@ def test_a_suite_is_run_and_kept_beside_the_others(monkeypatch, tmp_path):
     kept = found["suites"]["small"]
     # The quartiles of 2, 3, 4 are 2 and 4; all per two things.
     times = {"median": 1.5, "iqr": 1.0, "rounds": 3, "wall": 2.5}
-    assert kept["rows"] == [{"case": "c", "way": "ours", "clock": "cpu", **times, "more": 7}]
+    assert kept["rows"] == [{"case": "c", "way": "mine", "ours": True, "clock": "cpu", **times, "more": 7}]
+    assert kept["skipped"] == [{"case": "test_small[peer]", "way": "peer", "reason": "it does not load"}]
+    assert "- peer, `test_small[peer]`: it does not load" in tables.skipped(found, "small")
     assert kept["command"] == "polydpo-fast bench small"
     assert kept["versions"]["torch"]
+    assert set(bench.PEERS) <= set(kept["versions"])
+
+
+def test_a_run_without_a_peer_does_not_drop_its_figures(folder, monkeypatch, tmp_path):
+    path = tmp_path / "results.json"
+    monkeypatch.setenv("PEER", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{tmp_path / 'build' / 'peers'}")
+    bench.run(["small"], path)
+    full = path.read_text()
+    assert bench.read_results(path)["suites"]["small"]["command"] == "make bench-peers SUITES=small"
+    monkeypatch.delenv("PEER")
+    with pytest.raises(RuntimeError, match=r"peer \(1 of its cases\)"):
+        bench.run(["small"], path)
+    assert path.read_text() == full
+    aside = bench.read_results(tmp_path / "results.json.refused")
+    assert [row["way"] for row in aside["suites"]["small"]["rows"]] == ["mine"]
+    bench.run(["small"], path, replace=True)
+    assert bench.read_results(path)["suites"] == aside["suites"]
+
+
+def test_the_kept_results_are_of_a_commit(folder, monkeypatch):
+    monkeypatch.setattr(bench, "commit", lambda: "0123-dirty")
+    result = CliRunner().invoke(app, ["bench", "small"])
+    assert result.exit_code == 2
+    assert "the source differs from its commit" in result.output
+    assert not (folder / "results").exists()
+    assert CliRunner().invoke(app, ["bench", "small", "--dirty"]).exit_code == 0
+    (path,) = (folder / "results").glob("*.json")
+    assert bench.read_results(path)["suites"]["small"]["commit"] == "0123-dirty"
+
+
+def test_pages_and_results_do_not_make_a_source_another(monkeypatch, tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *arguments], cwd=tmp_path, check=True)
+
+    files = [tmp_path / name for name in ("README.md", "docs/benchmarks.md", "benchmarks/results/m.json", "bench.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "c")
+    monkeypatch.setattr(bench, "__file__", str(files[-1]))
+    for file in files:
+        assert not bench.commit().endswith("-dirty")
+        file.write_text("2")
+    assert bench.commit().endswith("-dirty")
+
+
+def test_what_peers_are_finished_by_is_the_same_normalisation():
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    out = torch.empty((3, 5, 7))
+    finish(rgb, out)
+    torch.testing.assert_close(out, (torch.from_numpy(rgb).permute(2, 0, 1) / 255 - 0.5) / 0.5)
+
+
+def test_peers_are_pinned_and_their_versions_kept():
+    makefile = (ROOT / "Makefile").read_text()
+    rule = makefile[makefile.index("$(PEERS)/installed:") :].partition("touch")[0]
+    words = [word for line in rule.splitlines() if "#" not in line for word in line.split()]
+    packages = [
+        word for word in words if re.fullmatch(r"[a-z][a-z0-9-]+(==\S+)?", word) and word not in ("pip", "install")
+    ]
+    assert all("==" in word for word in packages), packages
+    pinned = {word.partition("==")[0] for word in packages}
+    assert set(bench.PEERS) - {"torchcodec"} <= pinned  # that one is timed where somebody has it
 
 
 def test_ways_take_turns_and_first_calls_do_not_count():
@@ -127,7 +270,7 @@ def test_ways_take_turns_and_first_calls_do_not_count():
     times = interleaved(ways, rounds=2, calls=2, stopwatch=lambda run: {"cpu": run() or float(len(calls))})
     assert "".join(calls) == "aaabbbccc" + "bbbcccaaa" + "cccaaabbb"
     assert times["b"]["cpu"] == [11.0, 12.0, 26.0, 27.0]
-    assert row(Measured("c", "b", times["b"]))["median"] == 19.0
+    assert row(Measured("c", "b", times["b"], True))["median"] == 19.0
 
 
 # ------------------------------------------------------------------------------------------------- the documents
@@ -152,11 +295,83 @@ def test_the_readme_has_its_tables():
         assert f"<!-- results: {name} -->" in text
 
 
+def test_figures_that_are_arithmetic():
+    """Bytes of a pair in an index, on the page of the data; numbers of a cached pair, on that of trainings."""
+    from polydpo_fast.data.manifest import ManifestPairs
+    from polydpo_fast.data.tar import TarPairs
+
+    data, training = (" ".join((ROOT / "docs" / f"{name}.md").read_text().split()) for name in ("data", "training"))
+    assert f"{TarPairs.row.itemsize} for shards and {ManifestPairs.row.itemsize} for manifests" in data
+    assert f"A pair takes {4 * (2 * 4 * 64 * 64 + 77 * 768) / 1000:.0f} kB for SD1.5" in training
+
+
 def test_the_page_of_benchmarks_is_the_reports():
-    machines = [bench.read_results(path) for path in sorted(report.RESULTS.glob("*.json"))]
-    assert report.PAGE.read_text() == report.page(machines), "run `make report`"
-    for results in machines:
-        assert results["suites"].keys() & {"loss", "decode"}
+    assert report.PAGE.read_text() == report.page(report.machines()), "run `make report`"
+
+
+@pytest.mark.parametrize("wrong", ["<!-- end of result -->", "<!-- end of results-->", ""])
+def test_a_mark_without_its_other_is_noticed(shown, wrong):
+    text = "<!-- results: precision -->\n\n<!-- end of results -->\n" * 2
+    assert tables.filled(text, shown).count("polydpo_fast |") == 6
+    with pytest.raises(ValueError, match="blocks of results, but 2 times '<!-- results: ' and 1 times"):
+        tables.filled(text.replace("<!-- end of results -->", wrong, 1), shown)
+    with pytest.raises(ValueError, match="1 blocks of results, but 1 times"):
+        tables.filled(text.replace("<!-- results: ", "<!-- result: ", 1), shown)
+
+
+def gpu_results(shown, suites=True):
+    """As `make gpu` writes them: two small cases, one of a compiler that failed."""
+    cases = ("SD1.5, bfloat16, forward and backward", "SD1.5, bfloat16, forward")
+    suite = {
+        **shown["suites"]["loss"],
+        "rows": [
+            {**found, "clock": "gpu", "gpu, warm L2": found["median"] / 2}
+            for found in shown["suites"]["loss"]["rows"]
+            if found["case"] in cases and found["way"] != "torch.compile"
+        ],
+        "skipped": [{"case": cases[0], "way": "torch.compile", "reason": "no such instruction"}],
+    }
+    counts = {"tests": 5, "failures": 1, "errors": 0, "skipped": 2, "failed": ["a.b: 1 is not 2"]}
+    return {
+        "machine": {"gpu": "NVIDIA Some GPU", "torch": "2.9", "memory_gib": 80},
+        "commit": "0123",
+        "parts": {
+            "gpu tests": {"status": "failed", "seconds": 3.5, "reason": "exit code 1: a | b"},
+            "C++ extension": {"status": "not run", "reason": "pybind11 not installed"},
+        },
+        "suites": {"loss": suite} if suites else {},
+        "gpu tests": counts,
+        "check": {"passed": False, "seed": 7, "seconds": 40.0, "broken": ["loss on triton"]},
+    }
+
+
+@pytest.mark.parametrize("suites", [True, False])
+def test_a_gpu_is_reported_with_what_it_has(shown, monkeypatch, tmp_path, suites):
+    """No Wan 480p, no time of the host, no torch.compile; or no suite at all; and no name of the processor."""
+    import plots
+
+    (tmp_path / "gpu-some.json").write_text(json.dumps(gpu_results(shown, suites)))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (machine,) = report.machines()
+    page = report.page([machine])
+    assert "## NVIDIA Some GPU" in page
+    assert "| C++ extension | not run | | pybind11 not installed |" in page
+    assert "| gpu tests | failed | 3.5 s | exit code 1: a \\| b |" in page
+    assert "gpu tests: 5 tests, 1 failures, 0 errors, 2 skipped." in page
+    assert "check, seed 7, 40.0 s: loss on triton." in page
+    assert ("ours, warm L2" in page) == suites
+    assert ("gpu, warm L2, ms" in page) == suites
+    assert ("- torch.compile, `SD1.5, bfloat16, forward and backward`: no such instruction" in page) == suites
+    assert ("No suite was measured." in page) != suites
+    plots.save(machine, tmp_path / "plots")
+    drawn = {path.stem for path in (tmp_path / "plots").glob("*.svg")}
+    assert drawn == ({"roofline", "loss_ratios"} if suites else set())
+    assert drawn == set(re.findall(r"benchmarks/gpu-some/(\w+)\.svg", page))
+
+
+def test_results_of_a_changed_source_are_marked(shown):
+    page = report.page([{**shown, "suites": {"precision": {**shown["suites"]["precision"], "commit": "0123-dirty"}}}])
+    assert "`-dirty`: the source differed from that commit." in page
 
 
 def test_a_changed_figure_is_noticed(shown):

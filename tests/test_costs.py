@@ -145,14 +145,92 @@ else:
         assert not failed
     print(module.build_info()["simd"])
 """
+LOSS = """
+import ast, ctypes, importlib.util, sys
+extension, count, arms, sizes, program, parameters, reduction, passes = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("_C", extension)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+read = ast.literal_eval
+bound = module.BoundLoss(read(arms), read(sizes), module.Head(*read(program)), read(parameters), read(reduction))
+pairs, elements, _ = read(sizes)
+ones = [ctypes.create_string_buffer(bytes([0x80, 0x3F]) * (2 * pairs * elements)) for _ in range(4)]  # bfloat16
+pred, ref, target, grad = map(ctypes.addressof, ones)
+room = [ctypes.create_string_buffer(1 << 16) for _ in range(3)]
+loss, metrics, table = map(ctypes.addressof, room)
+one = ctypes.c_float(1)
+given = {
+    "errors": (pred, ref, target, loss, metrics, table, 1),
+    "gradient": (pred, target, table, ctypes.addressof(one), 0, grad, 1),
+}
+for _ in range(int(count)):
+    for name in passes.split():
+        getattr(bound, name)(*given[name])
+print(module.build_info()["simd"])
+"""
 # What would count differently from run to run: the order of sets, and threads that OpenBLAS keeps spinning.
 STEADY = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
 # Measured with GCC 12 and libjpeg-turbo 2.1.5: 0.98 and 1.25 times libjpeg-turbo's 35 instructions per pixel. Which
 # clones run is valgrind's choice: those of the processors that it knows, AVX2 at most.
 MOST_OF_BARE = {"x86-64-v3": 1.04, "baseline": 1.3}
+MOST_OF_A_STEP = 7.0  # per element; GCC 12: 6.3, of which 4.2 are the forward pass's, on x86-64-v3
+
+counts_instructions = pytest.mark.skipif(
+    shutil.which("valgrind") is None, reason="valgrind, which counts instructions, is not installed"
+)
 
 
-@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind, which counts instructions, is not installed")
+def instructions(script, *arguments):
+    """Of a Python without PyTorch that runs the script; and the last line that it prints."""
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, "-c", script]
+    command += map(str, arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **STEADY})
+    return int(re.search(r"Collected : (\d+)", done.stderr)[1]), done.stdout.strip()
+
+
+@counts_instructions
+def test_a_step_of_the_loss_takes_few_instructions_per_element(monkeypatch):
+    """Forward and backward of SD1.5's size in bfloat16, as often as a step runs each of the two passes over them."""
+    from polydpo_fast import _C, cpu
+    from polydpo_fast.objectives import program
+
+    given, passes = [], []
+    bound = _C.BoundLoss
+
+    class Recorder:
+        def __init__(self, arms, sizes, head, parameters, reduction):
+            self._bound = bound(arms, sizes, head, parameters, reduction)
+            given[:] = arms, sizes, program("poly_dpo"), parameters, reduction
+
+        def errors(self, *addresses):
+            passes.append("errors")
+            self._bound.errors(*addresses)
+
+        def gradient(self, *addresses):
+            passes.append("gradient")
+            self._bound.gradient(*addresses)
+
+    monkeypatch.setattr(cpu._C, "BoundLoss", Recorder)
+    functional._bound_loss.cache_clear()
+    batch = tensors()
+    step(batch)
+    passes.clear()
+    step(batch)
+    functional._bound_loss.cache_clear()
+
+    def per_element(passes):
+        many, once = (instructions(LOSS, _C.__file__, n, *map(repr, given), " ".join(passes)) for n in (6, 1))
+        if once[1] != "x86-64-v3":
+            pytest.skip(f"the bound is for x86-64-v3, and this runs as {once[1]}")
+        return (many[0] - once[0]) / 5 / batch[0].numel()
+
+    counted, forward = per_element(passes), per_element(["errors"])
+    assert forward > 1 / 16  # a vector of 16 elements takes an instruction: something was counted
+    assert counted <= MOST_OF_A_STEP
+    assert counted + forward > MOST_OF_A_STEP, "the bound would not notice a forward pass that runs twice"
+
+
+@counts_instructions
 def test_the_whole_way_takes_no_more_instructions_than_bare_libjpeg(tmp_path, monkeypatch):
     """From bytes to normalised bfloat16 planes, against libjpeg-turbo that decodes to rows and drops them.
 
@@ -176,20 +254,10 @@ def test_the_whole_way_takes_no_more_instructions_than_bare_libjpeg(tmp_path, mo
     flags = subprocess.run(["pkg-config", "--cflags", "--libs", "libjpeg"], capture_output=True, text=True, check=True)
     subprocess.run(["gcc", "-O3", "-shared", "-fPIC", source, "-o", bare, *flags.stdout.split()], check=True)
 
-    def instructions(calls, library):
-        command = [
-            "valgrind",
-            "--tool=callgrind",
-            "--callgrind-out-file=/dev/null",
-            sys.executable,
-            "-c",
-            DECODING,
-        ]
-        command += [_C.__file__, str(tmp_path / "photograph.jpg"), str(calls), repr(given), str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **STEADY})
-        return int(re.search(r"Collected : (\d+)", done.stderr)[1]), done.stdout.strip()
+    def counted(calls, library):
+        return instructions(DECODING, _C.__file__, tmp_path / "photograph.jpg", calls, repr(given), library)
 
-    (ours, level), (alone, _) = (instructions(5, library) for library in ("", bare))
-    ours, alone = ours - instructions(1, "")[0], alone - instructions(1, bare)[0]
+    (ours, level), (alone, _) = (counted(5, library) for library in ("", bare))
+    ours, alone = ours - counted(1, "")[0], alone - counted(1, bare)[0]
     assert alone > 8 * 256 * 256  # an image takes tens of instructions per pixel: something was counted
     assert ours <= MOST_OF_BARE[level] * alone

@@ -42,7 +42,7 @@ def test_a_part_passes_or_says_why_not(run, tmp_path):
 
 def test_parts_find_what_was_built_not_the_source(gpu, monkeypatch, tmp_path):
     """Python looks into the folder it is started in before anywhere else; the source has neither kernels nor _C."""
-    monkeypatch.setattr(gpu, "PROBE", "import json; print(json.dumps({'gpu': 'X'}))")
+    monkeypatch.setattr(gpu, "PROBE", "import json; print(json.dumps({'gpu': 'X', 'torch': '2.9'}))")
     where = "import polydpo_fast; print(polydpo_fast.__file__)"
     found = []
     monkeypatch.setattr(
@@ -124,8 +124,15 @@ def test_nothing_begins_when_no_time_is_left(gpu, run, monkeypatch):
     assert run.parts["late"] == {"status": "not run", "reason": "no time was left of 4 s"}
 
 
-@pytest.mark.parametrize(("found", "code"), [({"gpu": None}, 3), ({"gpu": "NVIDIA Some GPU"}, 0)])
-def test_results_and_log_are_written(gpu, monkeypatch, tmp_path, found, code):
+@pytest.mark.parametrize(
+    ("found", "code", "reason"),
+    [
+        ({"gpu": None, "torch": "2.9"}, 3, "there is no CUDA or ROCm device"),
+        ({"gpu": None, "torch": None}, 3, "PyTorch cannot be imported"),
+        ({"gpu": "NVIDIA Some GPU", "torch": "2.9"}, 0, None),
+    ],
+)
+def test_results_and_log_are_written(gpu, monkeypatch, tmp_path, found, code, reason):
     """The extension is not built here, and the parts that need a GPU are not run: what is told of them is."""
     monkeypatch.setattr(gpu, "PROBE", f"import json; print(json.dumps({found!r}))")
     monkeypatch.setattr(gpu, "on_gpu", lambda run: {"check": {"passed": True}})
@@ -138,12 +145,31 @@ def test_results_and_log_are_written(gpu, monkeypatch, tmp_path, found, code):
     assert report["parts"]["import"]["status"] == "passed"  # without the extension, kernels/ in its place
     assert (report.get("check") is None) == bool(code)
     if code:
-        assert report["parts"]["check"] == {"status": "not run", "reason": "there is no CUDA or ROCm device"}
+        assert report["parts"]["check"] == {"status": "not run", "reason": reason}
     assert (tmp_path / "out" / f"{name}.log").read_text()
 
 
+def test_a_machine_without_pytorch_is_told_from_one_without_a_gpu(gpu):
+    code = f"import sys; sys.modules['torch'] = None{gpu.PROBE}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(found)["torch"] is json.loads(found)["gpu"] is None
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (False, True), (False, False)])
+def test_make_takes_the_first_python_that_has_pytorch(tmp_path, first, second):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name, imports in (("first", first), (".venv/bin/python", second)):
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {1 - imports}\necho {name} runs "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "-s", "gpu", f"PYTHON={tmp_path / 'first'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    name = ".venv/bin/python" if second and not first else "first"
+    assert done.stdout == f"{name} runs scripts/gpu.py\n"
+
+
 def test_a_failed_part_fails_the_whole(gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "PROBE", 'print(\'{"gpu": "X"}\')')
+    monkeypatch.setattr(gpu, "PROBE", 'print(\'{"gpu": "X", "torch": "2.9"}\')')
     monkeypatch.setattr(
         gpu, "on_gpu", lambda run: run.part("check", [sys.executable, "-c", "raise SystemExit(1)"], 60) or {}
     )
@@ -214,7 +240,12 @@ def test_the_benchmark_on_a_gpu_times_what_is_queued_and_survives_a_compiler_tha
     monkeypatch.setattr(loss, "peak_bytes", lambda *_: 7)
     monkeypatch.setitem(loss.COMPILED, "torch.compile", lambda: fails)
     job = loss.Job("tiny", (2, 3), torch.float32)
-    rows = {found.way: loss.row(found) for found in loss.measure(job, "cpu:0", rounds=2)}
+    monkeypatch.setattr(loss, "l2_bytes", lambda device: 6 * 3 * 4 - 1)
+    found, failed = loss.measure(job, "cpu:0", rounds=2)
+    rows = {one.way: loss.row(one) for one in found}
+    assert failed == [{"case": job.case, "way": "torch.compile", "reason": "ValueError: no such instruction"}]
+    assert rows["ours"]["bytes"] == 6 * 6 * 4  # six elements; the cache lacks a byte for the three inputs
+    assert loss.moved(job._replace(shape=(2, 2)), "cpu:0") == 4 * 4 * 4
     assert set(rows) == {"ours", "eager", "Salesforce's formula", "copy"}
     assert rows["ours"]["median"] == rows["ours"]["gpu, warm L2"] == 2.0
     assert rows["ours"]["clock"] == "gpu"

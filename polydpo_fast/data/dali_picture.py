@@ -56,12 +56,12 @@ class Finish:
         """levels: (h, w, 3), the whole image as stored. out: (3, H, W)."""
         if levels.shape != (where.height, where.width, 3):
             raise RuntimeError(f"DALI gave {tuple(levels.shape)}; expected {(where.height, where.width, 3)}")
-        pixels = levels.permute(2, 0, 1)
         if where.is_resized():
-            pixels = self._resized(pixels, where)
+            levels = self._resized(levels, where)
         else:
             top, left = where.crop_top, where.crop_left
-            pixels = pixels[:, top : top + where.crop_height, left : left + where.crop_width]
+            levels = levels[top : top + where.crop_height, left : left + where.crop_width]
+        pixels = levels.permute(2, 0, 1)
         reversed_ = [axis for axis, turned in ((1, where.rows_reversed), (2, where.cols_reversed)) if turned]
         if reversed_:
             pixels = pixels.flip(reversed_)
@@ -72,13 +72,14 @@ class Finish:
             out.copy_(self._element(self._background))
         out[:, where.to_top : where.to_top + h, where.to_left : where.to_left + w] = self._element(pixels)
 
-    def _resized(self, pixels: Tensor, where: Plan) -> Tensor:
-        """The crop of the resized image, float32."""
+    def _resized(self, levels: Tensor, where: Plan) -> Tensor:
+        """The crop of the resized image, (h, w, 3) float32."""
         across = self._filter(where.width, where.resized_width, where.crop_left, where.crop_width)
         down = self._filter(where.height, where.resized_height, where.crop_top, where.crop_height)
-        part = pixels[:, down.begin : down.end, across.begin : across.end].float()
-        # As there: in this order, and clamped in between.
-        for axis, way in ((1, down), (2, across)) if where.down_first else ((2, across), (1, down)):
+        part = levels[down.begin : down.end, across.begin : across.end].float()
+        # Of a cubic filter in the order of csrc/, as what comes of the first pass is clamped; else down is cheaper.
+        down_first = where.down_first or self._interpolation == 0
+        for axis, way in ((0, down), (1, across)) if down_first else ((1, across), (0, down)):
             part = way.along(axis, part).clamp_(0, 255)
         return part
 
@@ -113,7 +114,7 @@ class _Filter(NamedTuple):
     def along(self, axis: int, pixels: Tensor) -> Tensor:
         shape = [-1 if dim == axis else 1 for dim in range(3)]
         # Not a matrix product: where TF32 is allowed, or within autocast, its numbers would be cut to 11 or 8 bits.
-        result = pixels.new_zeros(())
-        for taps, weights in zip(self.taps, self.weights, strict=True):
-            result = torch.addcmul(result, pixels.index_select(axis, taps), weights.view(shape))
+        result = pixels.index_select(axis, self.taps[0]).mul_(self.weights[0].view(shape))
+        for taps, weights in zip(self.taps[1:], self.weights[1:], strict=True):
+            result.addcmul_(pixels.index_select(axis, taps), weights.view(shape))
         return result
