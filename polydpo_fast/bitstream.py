@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing_extensions import Buffer
 
-__all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key"]
+__all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key", "siting_in"]
 
 _SPS = {"h264": 7, "hevc": 33}  # types of units: sequence parameter sets
 _MOST_HEADER = 1 << 12  # bytes of parameters that are looked at
@@ -166,17 +166,32 @@ def chroma_siting(codec: str, header: bytes | None) -> int:
     the first one is meant.
     """
     header = header or b""
+    if codec == "av1":  # 2: in the place of a pixel, as 2 of H.264
+        return 2 if len(header) > 2 and header[0] == 0x81 and header[2] & 3 == 2 else 0
     try:
-        if codec == "av1":  # 2: in the place of a pixel, as 2 of H.264
-            return 2 if header[0] == 0x81 and header[2] & 3 == 2 else 0
-        for unit in _parameters(codec, header):
-            bits = _Bits(unit)
-            (_to_vui_of_h264 if codec == "h264" else _to_vui_of_hevc)(bits)
-            found = _siting_in_vui(bits)
-            return found if found <= 5 else 0
+        return _siting_of(codec, _parameters(codec, header)) or 0
     except (IndexError, ValueError):  # the decoder will say what is wrong
-        pass
-    return 0
+        return 0
+
+
+def siting_in(codec: str, packet: Buffer, header: bytes | None) -> int | None:
+    """The same by the parameters in a packet of H.264 or HEVC; None where there are none, or the header has them."""
+    try:
+        if codec not in _SPS or _parameters(codec, header):
+            return None
+        return _siting_of(codec, [unit for unit in _units(packet) if _type_of(codec, unit) == _SPS[codec]])
+    except (IndexError, ValueError):
+        return None
+
+
+def _siting_of(codec: str, sets: list[bytes]) -> int | None:
+    """By the first of the sets of parameters."""
+    for unit in sets:
+        bits = _Bits(unit)
+        (_to_vui_of_h264 if codec == "h264" else _to_vui_of_hevc)(bits)
+        found = _siting_in_vui(bits)
+        return found if found <= 5 else 0
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- the units

@@ -132,7 +132,7 @@ def check(
     device: Annotated[str | None, typer.Option(help="Only cpu, cuda or cuda:1.")] = None,
     case: Annotated[int | None, typer.Option(min=0, help="Only this case of the losses, of the given seed.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Begin no further cases after that: 40, or none with --thorough.")
+        float | None, typer.Option(min=0.0, help="Begin no further cases after that: 60, or none with --thorough.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all findings to this file.")] = None,
 ) -> None:
@@ -155,7 +155,7 @@ def check(
                 backend=backend,
                 device=device,
                 case=case,
-                seconds=seconds if seconds is not None else math.inf if thorough else 40.0,
+                seconds=seconds if seconds is not None else math.inf if thorough else 60.0,
                 progress=lambda text: status.update(f"checking {text}"),
             )
         if json is not None:

@@ -232,13 +232,14 @@ def decode_clips(
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
     with torch.inference_mode(out.is_inference()):
-        for failure in errors:
-            ok[failure.index] = False
-            out[failure.index] = 0
-            out[pairs + failure.index] = 0
+        for pair in {failure.index for failure in errors}:
+            ok[pair], times[pair] = False, 0
+            for row in (pair, pair + pairs):  # of the other arm nothing is told either
+                out[row] = 0
+                geometry[row], colours[row] = (0, 0, 0, 0), ("bt709", False)
     flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
     numbers = torch.tensor(geometry, dtype=torch.int64, device="cpu")
-    concealed = torch.tensor([clip.concealed for clip in opened], device="cpu")
+    concealed = torch.tensor([max(clip.concealed, clip.is_damaged) for clip in opened], device="cpu")
     matrix, full_range = zip(*colours, strict=True)
     return DecodedClips(out, ok, errors, times, numbers[:, :2], numbers[:, 2:], flipped, concealed, matrix, full_range)
 

@@ -346,7 +346,8 @@ def _pair_gradient(
     backend: str,
 ) -> list[Tensor]:
     """grad_loss * coefficient * (pred - target); the coefficients of a pair are the last two of its columns."""
-    double = torch.float64 in (pred[0].dtype, target[0].dtype)
+    # The loss is of float64 where the reference alone is, too.
+    double = torch.float64 in (pred[0].dtype, target[0].dtype, grad_loss.dtype)
     pred, target = common_order(pred, target)
     if mask is not None:
         mask = dense_mask(mask, pred[0])
@@ -596,6 +597,6 @@ class _FusedErrors(torch.autograd.Function):
         # The reference's error is a constant: model and excess have the same gradient, 2/D (pred - target).
         coefficients = ((grad[:2] + grad[2:]) * (2 / pairs[:, ELEMENTS])).t().contiguous()
         preds = [pred] if pred_lose is None else [pred, pred_lose]
-        one = torch.ones((), dtype=torch.float64, device=pred.device)
+        one = torch.ones((), dtype=grads[0].dtype, device=pred.device)
         result = torch.ops.polydpo_fast.pair_gradient(preds, target, mask, coefficients, one, ctx.layout, ctx.backend)
         return (result[0], None if pred_lose is None else result[1], *(None,) * 7)

@@ -18,8 +18,9 @@ import numpy as np
 from typing_extensions import Buffer
 
 from . import cache
-from .bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key
+from .bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key, siting_in
 from .decode_arguments import ClipLimits
+from .matroska import damage_of
 from .mp4 import check_counts
 from .timeline import Timeline
 
@@ -44,7 +45,8 @@ _FORMAT = 3  # of what is kept of a clip; another after each change
 class Clip:
     """A clip in bytes or in a local file.
 
-    timeline: known after `index`. concealed: how many of the `frames` were replaced or marked as corrupt by FFmpeg.
+    timeline: known after `index`; is_damaged too: whether the index was made of what strict would have refused.
+    concealed: how many of the `frames` were replaced or marked as corrupt by FFmpeg.
     aspect, siting: width of a pixel by its height, and where chroma lies, as `chroma_siting` has it; known while there
     are frames.
     """
@@ -57,12 +59,15 @@ class Clip:
         self, source: Source, limits: ClipLimits, strict: bool, threads: int, folder: str | os.PathLike[str] | None
     ) -> None:
         self.concealed = 0
+        self.is_damaged = False
         self._source, self._limits, self._strict, self._threads, self._folder = source, limits, strict, threads, folder
         self._left = limits.timeout_s  # seconds, of work on this clip, not of waiting for others
         self._since = 0.0
         self._keys: list[int] = []
         self._depth = 0
         self._shortcut = False
+        self._told_siting: int | None = None  # by parameters among the packets
+        self._trouble: str | None = ""  # with Matroska's elements; "" as long as nobody has looked
         self._form: tuple[int, int, int, float] | None = None
 
     def index(self) -> None:
@@ -81,7 +86,7 @@ class Clip:
         pts, (numerator, denominator) = found["pts"], found["unit"].tolist()
         self._check_frames(len(pts))
         self.timeline, self._keys = Timeline(pts, Fraction(numerator, denominator)), found["keys"].tolist()
-        self._depth = int(found["depth"][0])
+        self._depth, self.is_damaged = int(found["depth"][0]), bool(found["damaged"][0])
         self._left -= time.monotonic() - self._since
 
     def frames(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
@@ -151,6 +156,8 @@ class Clip:
                 # With the sound's, and all edits'.
                 most = 4 * max(self._limits.frames, 1 << 16)
                 check_counts(file, most, self._limits.streams, self.look_at_the_clock)
+            elif self._trouble == "":  # once
+                self._trouble = damage_of(file, 32 * max(self._limits.frames, 1 << 16), self.look_at_the_clock)
             file.seek(0)
             # A decoder is told the limit too: it allocates for what the stream says, whatever the header does. It
             # counts whole blocks, so that a frame may be larger there.
@@ -197,14 +204,17 @@ class Clip:
         keys: list[int] = []
         latest: list[int] = []
         depth, held, is_whole = 0, 0, False
+        troubles: list[str] = []
         with self._open(self._strict, 1) as (container, stream):
-            for packet in _packets(container, stream, self._strict):
+            if self._trouble:
+                troubles.append(self._trouble)
+            for packet in _packets(container, stream, self._strict, troubles):
                 self.look_at_the_clock()
                 held += packet.size > 0 or packet.pts is not None
                 if packet.pts is None:
                     continue
-                if self._strict and packet.is_corrupt:
-                    raise ValueError("one of its packets is cut off")
+                if packet.is_corrupt:
+                    troubles.append("one of its packets is cut off")
                 if held == 1:
                     is_whole = begins_anew(stream.codec_context.name, packet)
                 depth = max(depth, len(latest) - bisect.bisect_right(latest, packet.pts))
@@ -222,8 +232,10 @@ class Clip:
             unit = stream.time_base
             # FFmpeg takes an MP4 that ends between two packets for a shorter one. Of Matroska not all are listed.
             listed = len(getattr(stream, "index_entries", ()))
-            if self._strict and held < listed:
-                raise ValueError(f"it is cut off: it holds {held} of {listed} packets")
+            if held < listed:
+                troubles.append(f"it is cut off: it holds {held} of {listed} packets")
+            if self._strict and troubles:
+                raise ValueError(troubles[0])
         if not pts or not unit:
             raise ValueError("it has no frames with a presentation time")
         self._depth = depth
@@ -233,6 +245,7 @@ class Clip:
             "keys": np.unique(np.array(keys, np.int64)),
             "unit": np.array([unit.numerator, unit.denominator], np.int64),
             "depth": np.array([depth], np.int64),
+            "damaged": np.array([bool(troubles)], np.int64),
         }
 
     def _first(self) -> int:
@@ -244,7 +257,7 @@ class Clip:
 
         refused: list[int] = []
         with self._open(self._strict, 1) as (container, stream):
-            for packet in _packets(container, stream, self._strict):
+            for packet in _packets(container, stream, self._strict, []):
                 self.look_at_the_clock()
                 try:
                     found: list[int] = [frame.pts for frame in packet.decode() if frame.pts is not None]
@@ -275,7 +288,7 @@ class Clip:
                     if frame is None:
                         break
                     if last is None:
-                        self.aspect, self.siting = aspect_of(stream), siting_of(stream)
+                        self.aspect, self.siting = aspect_of(stream), self._told_siting or siting_of(stream)
                     if frame.pts is not None and self._is_fit(frame, aspect_of(stream), strict):
                         last = frame.pts
                         if frame.pts >= wanted[at]:
@@ -309,9 +322,12 @@ class Clip:
         import av
 
         context = stream.codec_context
-        spare = SpareFrames(context.codec.canonical_name, context.extradata)
-        for packet in _packets(container, stream, strict):
+        name = context.codec.canonical_name
+        spare = SpareFrames(name, context.extradata)
+        for packet in _packets(container, stream, strict, []):
             self.look_at_the_clock()
+            if self._told_siting is None and packet.is_keyframe:
+                self._told_siting = siting_in(name, packet, context.extradata)
             if wanted is not None and context.name in _SKIPPING:
                 is_needed = packet.pts is None or packet.pts in wanted
                 context.skip_frame = "DEFAULT" if is_needed else "NONREF"
@@ -365,15 +381,19 @@ def need_av() -> None:
         raise ImportError("decode_clips needs PyAV: pip install 'polydpo-fast[video]'") from None
 
 
-def _packets(container: Any, stream: Any, strict: bool) -> Iterator[Any]:
-    """Those of a stream, and at the end an empty one, for which a decoder gives out all that it holds."""
+def _packets(container: Any, stream: Any, strict: bool, troubles: list[str]) -> Iterator[Any]:
+    """Those of a stream, and at the end an empty one, for which a decoder gives out all that it holds.
+
+    troubles: is told what was wrong, if it is let pass.
+    """
     import av
 
     try:
         yield from container.demux(stream)
-    except av.FFmpegError:
+    except av.FFmpegError as error:
         if strict:
             raise
+        troubles.append(str(error))
         last = av.Packet()
         last.stream = stream
         yield last
@@ -514,11 +534,11 @@ def _open_nothing(url: str, *_: object) -> Any:
 
 def _is_sound(found: Mapping[str, np.ndarray]) -> bool:
     """Whether an index can be one, that was kept where others can write."""
-    arrays = pts, keys, unit, depth = [found[name] for name in ("pts", "keys", "unit", "depth")]
+    arrays = pts, keys, unit, depth, damaged = [found[name] for name in ("pts", "keys", "unit", "depth", "damaged")]
     return (
         all(array.dtype == np.int64 and array.ndim == 1 for array in arrays)
         and len(pts) > 0
-        and (len(unit), len(depth)) == (2, 1)
+        and (len(unit), len(depth), len(damaged)) == (2, 1, 1)
         and bool((unit > 0).all() and (pts[1:] > pts[:-1]).all() and (keys[1:] > keys[:-1]).all())
         and bool(0 <= depth[0] <= _MOST_REORDERED)
     )

@@ -382,6 +382,92 @@ def test_uncompressed_sound_is_counted_by_its_chunks(in_chunk, entries):
             counted(moov, most=count - 1)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
+@pytest.mark.parametrize("live", ["0", "1"])
+def test_matroska_that_is_cut_off_anywhere(codec, live):
+    """FFmpeg takes what is left for the whole: times would be others, and so would the frames in the middle be."""
+    file = io.BytesIO()
+    options = {"live": live, "cluster_time_limit": "200"}
+    with (
+        av.open(io.BytesIO(encode(24, codec=codec))) as source,
+        av.open(file, "w", format="matroska", options=options) as output,
+    ):
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.pts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    data = file.getvalue()
+    assert decoded(data, frames=6, start="center").ok.all()
+    begins = {place + 4 * k for _, place, _, _ in packets(data) for k in range(-3, 1)}
+    passed = []
+    for length in range(40, len(data) - 1, 97 if live == "0" else 41):
+        try:
+            decoded(data[:length], frames=3, start="center")
+        except DecodeError:
+            continue
+        passed.append(length)
+    # One that was written as it came has no lengths but those of its blocks: between two it looks whole.
+    assert not passed if live == "0" else all(min(abs(length - b) for b in begins) < 60 for length in passed)
+    if live == "0":
+        loose = decoded(data[: len(data) * 2 // 3], frames=3, start="center", strict=False, short="repeat")
+        assert loose.concealed[0] > 0
+        assert loose.concealed[1] == 0
+
+
+def test_a_block_that_is_none_any_more_is_missed():
+    """One flipped bit in its type, and FFmpeg passes over it: all frames made from it would be others."""
+    data = encode(24, container="matroska")
+    lost, exact = 0, decoded(data, frames=3, start="center")
+    for _, place, _, _ in packets(data)[1:]:
+        at = data.rindex(b"\xa3", 0, place)
+        for bit in range(8):
+            broken = data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+            try:
+                got = decoded(broken, frames=3, start="center")
+            except DecodeError:
+                lost += 1
+            else:  # another way to say the same
+                assert torch.equal(got.pixels, exact.pixels), (at, bit)
+    assert lost > 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "most"),
+    [
+        (b"\x12\x54\xc3\x67", "tags", 1 << 22),
+        (b"\x1c\x53\xbb\x6b", "cues", 1 << 21),
+        (b"\x19\x41\xa4\x69", "attachments", 1 << 26),
+    ],
+)
+def test_what_ffmpeg_would_keep_of_matroska_is_bounded(kind, name, most):
+    data = encode(4, container="matroska")
+    at = data.index(b"\x1f\x43\xb6\x75")
+    segment = data.index(b"\x18\x53\x80\x67") + 4
+    for size, is_fine in ((1000, True), (most + 1, False)):
+        more = kind + b"\x01" + size.to_bytes(7, "big") + b"\xec\x01" + (size - 9).to_bytes(7, "big") + bytes(size - 9)
+        whole = data[:segment] + b"\x01" + b"\xff" * 7 + data[segment + 8 : at] + more + data[at:]
+        limits = ClipLimits(frames=1 << 16)
+        if is_fine:
+            assert decoded(whole, frames=4, limits=limits, short="repeat").ok.all()
+        else:
+            with pytest.raises(DecodeError, match=f"its {name} have {size} bytes, more than {most}"):
+                decoded(whole, frames=4, limits=limits)
+
+
+def test_of_a_pair_that_failed_nothing_is_told():
+    """Whether it failed before its first frame or after it."""
+    late = overwritten(CLIP, packets(CLIP)[20][1], packets(CLIP)[20][2], 0xFF)
+    for bad in (late, b"no clip"):
+        got = decode_clips([CLIP, bad], [CLIP, CLIP], frames=30, size=16, start=0.0, on_error="mask")
+        assert got.ok.tolist() == [True, False]
+        assert not got.original_size[[1, 3]].any()
+        assert got.original_size[[0, 2]].all()
+        assert not got.times[1].any()
+        assert not got.pixels[[1, 3]].any()
+        assert [got.matrix[k] for k in (1, 3)] == ["bt709"] * 2
+
+
 def test_no_frames_at_all():
     empty = bytearray(CLIP)
     for table, at in ((b"stsz", 12), (b"stts", 8), (b"stsc", 8), (b"stco", 8), (b"stss", 8), (b"ctts", 8)):

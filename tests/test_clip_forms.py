@@ -209,3 +209,27 @@ def test_a_shape_of_pixels_that_changes_is_refused():
         DecodeError, match=r"its frames change from .*1\.0\) to .*2\.0\) \(width, height, orientation, aspect"
     ):
         decode_clips([file.getvalue()], [wide], frames=30, start=0.0, short="repeat", **options)
+
+
+@pytest.mark.parametrize(("codec", "box", "form"), [("libx265", b"hvcC", b"hev1"), ("libx264", b"avcC", b"avc3")])
+def test_chroma_lies_where_parameters_among_the_packets_say(codec, box, form):
+    """As in files whose header has none: what is decoded is the same."""
+    told = {"libx265": "x265-params", "libx264": "x264-params"}[codec]
+    data = encode(4, codec=codec, **{told: "repeat-headers=1:chromaloc=2" + ":log-level=none" * (codec == "libx265")})
+    at = data.index(box) + 4
+    untold = bytearray(data)
+    if codec == "libx265":
+        untold[at + 22] = 0  # arrays of parameters
+        untold = bytes(untold).replace(b"hvc1", form, 1)
+    else:
+        untold[at + 5 : at + 7] = b"\xe0\x00"
+        untold = bytes(untold).replace(b"avc1", form, 1)
+    assert untold != data
+    options = dict(frames=4, start=0.0, size=(48, 64), dtype=torch.uint8)
+    assert torch.equal(
+        decode_clips([untold], [data], **options).pixels[0], decode_clips([data], [data], **options).pixels[0]
+    )
+    plain = encode(4, codec=codec, **{told: "repeat-headers=1" + ":log-level=none" * (codec == "libx265")})
+    assert not torch.equal(
+        decode_clips([untold], [data], **options).pixels[0], decode_clips([plain], [plain], **options).pixels[0]
+    )

@@ -91,6 +91,7 @@ def test_another_folder(path, builds, tmp_path, index_folder):  # noqa: F811
         dict(depth=np.array([17], np.int64)),
         dict(depth=np.array([-1], np.int64)),
         dict(depth=np.array([], np.int64)),
+        dict(damaged=np.array([], np.int64)),
     ],
 )
 def test_kept_indexes_are_checked(path, builds, index_folder, change):  # noqa: F811

@@ -572,3 +572,19 @@ def test_allocates_the_gradient_and_kilobytes(backend, device):
     gradient = pred.numel() * pred.element_size()
     assert max(sizes) == gradient
     assert sum(sizes) - gradient < 8192
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_float64_reference_alone_makes_the_same_gradient_at_each_call(reduction):
+    """The first call looks at its arguments, later ones know them: both compute in float64."""
+    draw = torch.Generator().manual_seed(0)
+    pred, target = (torch.randn(8, 4, 5, 7, generator=draw) for _ in range(2))
+    ref = torch.randn(8, 4, 5, 7, generator=draw, dtype=torch.float64)
+    found = []
+    for _ in range(4):
+        policy = pred.clone().requires_grad_()
+        loss = polydpo_fast.loss(policy, ref, target, beta=3.0, alpha=0.5, reduction=reduction)
+        assert loss.dtype == torch.float64
+        loss.sum().backward()
+        found.append(policy.grad)
+    assert all(torch.equal(found[0], grad) for grad in found)

@@ -1,9 +1,10 @@
-"""`polydpo-fast check`: is the library right on this machine? Everything is held against the float64 reference.
+"""`polydpo-fast check`: is the library right on this machine? All is held against truths that share no code with it.
 
     python -m polydpo_fast.check [--thorough] [--device cuda] [--backend triton] [--seed 7] [--case 12]
 
-`cases` draws what is tried, `losses` holds the losses against the reference, `data` decoding and loading against
-Pillow, PyAV and formulas; `report` gathers the worst of each kind.
+`cases` draws what is tried, `exact` has the losses once more in float64, `losses` holds the backends against that;
+`images` holds decoding against Pillow and the transform, `data` clips against PyAV, `loading` the loader against the
+formula of its order; `run` divides the time among them, `report` gathers the worst of each kind.
 """
 
 from .report import Report

@@ -11,30 +11,30 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..objectives import OBJECTIVES
 
-__all__ = ["Case", "Draw", "arranged", "draw"]
+__all__ = ["LARGE", "MANY", "Case", "Draw", "arranged", "draw"]
 
 T = TypeVar("T")
 Arms = tuple[Tensor, Tensor]
 """(win, lose), (B, ...) each."""
 
-# Of prediction, reference and target. Autocast makes mixed ones: float32 beside bfloat16.
-_BF16, _FP16, _FP32, _FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-_DTYPES = {
-    "bf16": (_BF16, _BF16, _BF16),
-    "fp16": (_FP16, _FP16, _FP16),
-    "fp32": (_FP32, _FP32, _FP32),
-    "fp32/bf16/bf16": (_FP32, _BF16, _BF16),
-    "bf16/fp32/fp16": (_BF16, _FP32, _FP16),
-    "fp64": (_FP64, _FP64, _FP64),
-}
+_FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+# Of prediction, reference and target, where they are not one. Those of autocast have code of their own in C++; "any"
+# draws the three independently.
+_AUTOCAST = "fp32/bf16/bf16"
+_DTYPES = (*_FLOATS, _AUTOCAST, "fp32/bf16/fp32", "fp32/fp32/bf16", "any", "any")
 _EDGES = ("one element", "one pair", "equal", "one ulp", "saturated", "nan", "inf", "tiny", "huge", "cancelling")
 _LAYOUTS = ("halves", "interleaved", "tuple")
 _MEMORY = ("contiguous", "channels_last", "channel slice", "batch slice", "transposed", "rows with gaps")
 _SIZES = ((2, 64), (64, 1500), (1500, 9000))  # elements of a sample
-_LARGE_SIZES = (9000, 150_000)
+_CYCLE = 40  # Of so many successive cases one is large and one has many pairs.
+# Reached by no fewer: several blocks to a program of Triton's (1.18 million elements of a sample), gradients written
+# past the caches by C++ (4 MB), sums of slots and pairs beyond Triton's first block (256 and 64).
+_LARGE, _MANY = (1_200_000, 1_500_000), (65, 90)
+_LARGE_DTYPES = ("bf16", "fp16", "fp32", _AUTOCAST)
+LARGE, MANY = (tuple(range(first, len(_LARGE_DTYPES) * _CYCLE, _CYCLE)) for first in (_CYCLE - 1, _CYCLE // 2 - 1))
+"""The numbers of the first of these, one of each dtype."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Case:
     target: (B, ...) twice the same where `kind` is "shared"; all samples the same where it is "expanded".
     options: of the loss, but for the layout. memory: how prediction, reference and target lie there.
     upstream: (B,) float64, the gradient of the loss of each pair, under reduction="none"; its first otherwise.
+    of_errors: (4, B) float64, the gradients of what `pair_errors` returns.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Case:
     memory: tuple[str, str, str]
     options: dict[str, Any]
     upstream: Tensor
+    of_errors: Tensor
     ref_error: Arms | None = None
     poisoned: str = ""
 
@@ -72,7 +74,7 @@ class Case:
     @property
     def double(self) -> bool:
         """Whether the backends compute in float64."""
-        return self.dtypes == "fp64"
+        return any(arms is not None and arms[0].dtype == torch.float64 for arms in (self.pred, self.ref, self.target))
 
     def only(self, pair: int) -> Case:
         """The same with one pair."""
@@ -95,6 +97,7 @@ class Case:
             ref_error=None if self.ref_error is None else cut(self.ref_error),
             options=options,
             upstream=self.upstream[pair : pair + 1],
+            of_errors=self.of_errors[:, pair : pair + 1],
         )
 
     def __str__(self) -> str:
@@ -118,8 +121,9 @@ class Draw:
         self._random = random.Random(f"polydpo_fast {seed} {number}")
         self._torch = torch.Generator().manual_seed(self._random.getrandbits(62))
 
-    def deal(self, name: str, values: Sequence[T]) -> T:
-        round_, place = divmod(self._number, len(values))
+    def deal(self, name: str, values: Sequence[T], every: int = 1) -> T:
+        """every: the next value only after so many cases."""
+        round_, place = divmod(self._number // every, len(values))
         order = random.Random(f"polydpo_fast {self._seed} {name} {round_}").sample(range(len(values)), len(values))
         return values[order[place]]
 
@@ -147,18 +151,27 @@ class Draw:
 
 
 def draw(seed: int, number: int) -> Case:
-    """Case `number` of `seed`. Every 41st has samples of up to 150,000 elements, the others of up to 9,000."""
+    """Case `number` of `seed`. Of 40 in a row one has samples of over a million elements, and one 65 pairs."""
     d = Draw(seed, number)
     edge = d.deal("edge", (*_EDGES, *("",) * len(_EDGES)))
     objective = d.deal("objective", list(OBJECTIVES))
-    dtypes = d.deal("dtypes", list(_DTYPES))
+    large, many = (number % _CYCLE == numbers[0] for numbers in (LARGE, MANY))
+    if large or many:
+        dtypes = d.deal("large", _LARGE_DTYPES, every=_CYCLE)
+        edge = "" if edge in ("one element", "one pair") else edge
+    else:
+        dtypes = d.deal("dtypes", _DTYPES)
+    if dtypes == "any":
+        of_pred, of_ref, of_target = (d.one_of(list(_FLOATS)) for _ in range(3))
+        dtypes = f"{of_pred}/{of_ref}/{of_target}"
+    of_three = [_FLOATS[name] for name in dtypes.split("/")] * (1 if "/" in dtypes else 3)
     layout = d.deal("layout", _LAYOUTS)
     kind = d.deal("target", ("own", "own", "shared", "expanded"))
     source = "pred" if edge in ("equal", "one ulp", "cancelling") else d.deal("ref", ("pred", "pred", "error", "free"))
-    large = number % 41 == 40
-    pairs = 1 if edge == "one pair" else d.integer(1, 2 if large else 6)
-    sample = (1,) * d.integer(1, 3) if edge == "one element" else _sample(d, large)
-    pred, ref, target = _tensors(d, edge, pairs, sample, _DTYPES[dtypes], kind)
+    pairs = 1 if large or edge == "one pair" else d.integer(*_MANY) if many else d.integer(1, 6)
+    sizes = _LARGE if large else _SIZES[0] if many else d.deal("size", _SIZES)
+    sample = (1,) * d.integer(1, 3) if edge == "one element" else _sample(d, *sizes)
+    pred, ref, target = _tensors(d, edge, pairs, sample, of_three, kind)
     case = Case(
         number,
         edge,
@@ -171,6 +184,7 @@ def draw(seed: int, number: int) -> Case:
         _memory(d),
         {"objective": objective, "reduction": d.deal("reduction", ("mean", "sum", "none"))},
         1 + d.uniform(pairs).float().double(),
+        d.normal(4, pairs).float().double(),
         None if source != "error" else _known_errors(ref, target),
     )
     options = case.options
@@ -190,7 +204,7 @@ def draw(seed: int, number: int) -> Case:
         if d.chance(0.3):
             options[name] = d.between(low, high)
     if d.chance(0.3):
-        options["pair_weight"] = 2 * d.uniform(pairs).to(d.one_of((_FP32, _FP64, _BF16)))
+        options["pair_weight"] = 2 * d.uniform(pairs).to(d.one_of((torch.float32, torch.float64, torch.bfloat16)))
     options["beta"] = _beta(d, case)
     if edge in ("nan", "inf"):
         return _poisoned(d, case)
@@ -211,18 +225,19 @@ def arranged(arms: Sequence[Tensor], layout: str, memory: str, *, shared: bool =
 # ---------------------------------------------------------------------------------------------- tensors
 
 
-def _sample(d: Draw, large: bool) -> tuple[int, ...]:
-    numel = d.log_between(*(_LARGE_SIZES if large else d.deal("size", _SIZES)))
+def _sample(d: Draw, low: int, high: int) -> tuple[int, ...]:
+    """One to four sides, of about as many elements; no fewer than `low`."""
+    numel = d.log_between(low, high)
     sides = []
     for left in range(d.integer(1, 4), 1, -1):
         sides.append(max(1, round(numel ** (1 / left) * d.between(0.5, 1.5))))
         numel /= sides[-1]
-    sides.append(max(1, round(numel)))
+    sides.append(max(1, math.ceil(numel)))
     return tuple(sides)
 
 
 def _tensors(
-    d: Draw, edge: str, pairs: int, sample: tuple[int, ...], dtypes: tuple[torch.dtype, ...], kind: str
+    d: Draw, edge: str, pairs: int, sample: tuple[int, ...], dtypes: Sequence[torch.dtype], kind: str
 ) -> tuple[Arms, Arms, Arms]:
     closeness = d.one_of((1e-3, 1e-2, 1e-1, 1.0))
     half = torch.float16 in dtypes
@@ -270,19 +285,23 @@ def _beta(d: Draw, case: Case) -> float | Tensor:
     """5000, or such that the logits are of the size at which the loss decides something, or beyond all bounds."""
     if case.edge != "saturated" and d.chance(0.3):
         return 5000.0
-    errors = reference.pair_errors(
-        tuple(x.double() for x in case.pred),
-        None if case.ref is None else tuple(x.double() for x in case.ref),
-        tuple(x.double() for x in case.target),
-        reference_free=case.options.get("reference_free", False),
-        ref_error=None if case.ref_error is None else tuple(x.double() for x in case.ref_error),
-        mask=case.options.get("mask"),
-    )
-    size = float(errors.logit(2.0).abs().mean())
+    size = _excess_between_arms(case)
     wanted = d.log_between(30, 1e4) if case.edge == "saturated" else d.log_between(0.1, 6)
     beta = wanted / size if 1e-20 < size < 1e20 else 1.0
     beta = float(torch.tensor(2 * min(max(beta, 1e-12), 1e12)))
     return beta * (0.5 + d.uniform(case.pairs)).float() if d.chance(0.3) else beta
+
+
+def _excess_between_arms(case: Case) -> float:
+    """About the size of (m_w - r_w) - (m_l - r_l), by which beta is to be chosen; masks change it little."""
+    pred, target = (torch.stack(arms).double().flatten(2) for arms in (case.pred, case.target))
+    if case.ref is not None:
+        ref = torch.stack(case.ref).double().flatten(2)
+        excess = ((pred - ref) * (pred - target + ref - target)).mean(dim=2)
+    else:
+        excess = (pred - target).square().mean(dim=2)
+        excess -= 0.0 if case.ref_error is None else torch.stack(case.ref_error).double()
+    return float((excess[0] - excess[1]).abs().mean())
 
 
 def _poisoned(d: Draw, case: Case) -> Case:

@@ -1,15 +1,19 @@
-"""One case of a loss on one backend, against the float64 reference.
+"""One case of a loss on one backend, against the closed forms of `exact`, in float64.
 
 How far a result may be from the exact one, with eps the spacing of the backend's arithmetic at 1 (float32, or float64
 for float64 inputs):
 
     logit       1e-5 |z|, and 4 eps of the terms that cancel in it; 0 where the policy is the reference
-    gradient    1 ulp of its dtype and 1e-6 of its terms, at the logit that came out
+    gradient    half an ulp of its dtype, which is its rounding, and 1e-6 of its terms, at the logit that came out:
+                float32 rounds the coefficient, the residual and their product
+    bias        in 16 bits, 0.02 ulp away from 0 in the mean, of what is nearest
     value       1e-6 of its terms, at the logit that came out
     metrics     as logit and value; shares are exact, unless a logit is as near to their threshold as its error
-    pair_errors as value, logit and gradient
+    pair_errors as value, logit and gradient, under any upstream gradients
 
-For float64 inputs 1e-5 and 1e-6 are 1e-12. Terms are of one sign: the parts of a sum by their size.
+For float64 inputs 1e-5 and 1e-6 are 1e-12. Terms are of one sign: the parts of a sum by their size. Below the smallest
+normal number digits are lost, and may be flushed to 0. The reference backend computes all of it in the backends'
+arithmetic, others the sums above a few hundred elements and the objectives in float64.
 """
 
 from __future__ import annotations
@@ -22,20 +26,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from .. import functional, reference
-from ..metrics import pair_metrics
-from ..objectives import MAX_ALPHAS, OBJECTIVES
+from .. import functional
 from .cases import Arms, Case, arranged
+from .exact import Errors, Exact, exact_of, kept_of, metrics_of, residual_of, upstream_of
 from .report import Finding
 
-__all__ = ["GATES", "examine", "examine_compiled", "examine_operators", "quiet"]
+__all__ = ["GATES", "examine", "examine_compiled", "examine_errors", "examine_operators", "quiet"]
 
 GATES = {
     "logit": "1e-5, 4 eps of terms",
     "value": "1e-6",
-    "gradient": "1 ulp + 1e-6",
+    "gradient": "0.5 ulp + 1e-6",
+    "bias": "0.02 ulp in the mean",
     "metrics": "1e-6, as logit",
     "pair_errors": "as logit, gradient",
     "NaN and Inf": "their pair alone",
@@ -46,6 +49,8 @@ GATES = {
     "runs": "no exception",
 }
 
+_BIAS = 0.02  # ulp; truncation makes 0.5, a bfloat16 gradient that is 0.15% too small about 0.3
+
 
 class _Result(NamedTuple):
     value: Tensor  # () or (B,)
@@ -53,76 +58,98 @@ class _Result(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class _Exact(NamedTuple):
-    """In float64, of B pairs."""
+class _Arithmetic(NamedTuple):
+    """What the backend computes a case with, and how far off it may be by that.
 
-    logit: Tensor
-    value: Tensor
-    gradient: Arms  # of the upstream gradient times the loss, arms (B, ...)
-    metrics: dict[str, Tensor]
-    errors: reference.PairErrors
-    shift: Tensor | float
+    dtype, eps, tiny: of values and metrics. relative: of a result, to its terms.
+    ulps: of a gradient's rounding to its dtype. sums: how far, relative to it, the model's errors may be off where no
+    reference's prediction is given and these cancel with a number.
+    autograd: whether slopes are what autograd adds up.
+    """
+
+    dtype: torch.dtype
+    eps: float
+    tiny: float
+    relative: float
+    ulps: float
+    sums: float
+    autograd: bool
+
+    @classmethod
+    def of(cls, case: Case, backend: str, device: str) -> _Arithmetic:
+        dtype = torch.float64 if case.double else torch.float32
+        eps, relative = torch.finfo(dtype).eps, 1e-12 if case.double else 1e-6
+        # Triton's interpreter truncates float32 to bfloat16 where a GPU rounds.
+        truncated = backend == "triton" and device == "cpu" and case.pred[0].dtype == torch.bfloat16
+        sums = relative if backend == "reference" else 4 * eps
+        tiny = torch.finfo(dtype).tiny
+        return cls(dtype, eps, tiny, relative, 1.0 if truncated else 0.5, sums, backend == "reference")
 
 
-def examine(case: Case, backend: str, device: str) -> Iterator[Finding]:
-    """Everything about one case. Metrics, NaN, determinism and pairs alone where there is something to see."""
-    exact = _exact(case)
-    dtype = torch.float64 if case.double else torch.float32
-    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-    relative = 1e-12 if case.double else 1e-6
+def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[Finding]:
+    """Everything about one case, whose errors these are; pairs alone and the like where there is something to see."""
+    by = _Arithmetic.of(case, backend, device)
+    exact = exact_of(case, errors)
     beta = _double(case.options["beta"])
 
     # "linear" is -z: that is how a logit comes out.
     linear = {"objective": "linear", "reduction": "none", "alpha": 0.0, "label_smoothing": 0.0, "margin": 0.0}
     logit = -_run(case, backend, device, **linear, sft_weight=0.0, pair_weight=None).value.double()
-    terms_win, terms_lose = _cancelling(case, exact.errors)
-    terms = 0.5 * beta * (terms_win + terms_lose)
-    underflow = 0.5 * beta * (1e-300 if case.double else 1e-37) * (terms > 0)
-    noise = 4 * eps * terms + underflow
-    if case.double:
-        noise = 4 * noise  # the reference's own
-    off = (10 * relative) * exact.logit.abs() + noise
-    yield _compared("logit", logit, exact.logit, off, dtype)
+    underflow = 0.5 * beta * (1e-300 if case.double else 1e-37) * (errors.terms.sum(dim=0) > 0)
+    noise = 0.5 * beta * _noise(case, errors, by).sum(dim=0) + underflow
+    off = (10 * by.relative) * exact.logit.abs() + noise
+    yield _compared("logit", logit, exact.logit, off, by.dtype)
 
     # All else is to be right at the logit that came out, or next to it: it was rounded on the way.
-    exact = _exact(case, shift=(logit - exact.logit).nan_to_num(0.0, 0.0, 0.0))
-    rounding = (eps * exact.logit.abs() + underflow).nan_to_num(0.0)
-    nearby = [_exact(case, shift=sign * rounding + exact.shift) for sign in (-1, 1)]
-    value_terms, slope_terms = _terms(case, exact)
+    came_out = logit.where(logit.isfinite() & exact.logit.isfinite(), exact.logit)
+    exact = exact_of(case, errors, came_out)
+    rounding = (by.eps * came_out.abs() + underflow).nan_to_num(0.0)
+    nearby = [exact_of(case, errors, came_out + sign * rounding) for sign in (-1, 1)]
     result = _run(case, backend, device)
-    value_off = relative * value_terms + torch.stack([(n.value - exact.value).abs() for n in nearby]).amax(dim=0)
+    value_off = by.relative * exact.value_terms + by.tiny
+    value_off = value_off + torch.stack([(n.value - exact.value).abs() for n in nearby]).amax(dim=0)
     reduction = case.options["reduction"]
-    yield _compared("value", result.value, _reduced(exact.value, reduction), _reduced(value_off, reduction), dtype)
+    yield _compared("value", result.value, _reduced(exact.value, reduction), _reduced(value_off, reduction), by.dtype)
 
     poisoned = exact.value.isnan()
-    finite = exact.value.abs() <= torch.finfo(dtype).max
-    ulps = 2.0 if _truncates(backend, device, case) else 1.0
-    gradients: list[tuple[Tensor, Tensor, Tensor]] = []
-    for arm in (0, 1):
-        expected = exact.gradient[arm]
-        shape = (-1, *(1,) * (expected.dim() - 1))
-        residual = (case.pred[arm].double() - case.target[arm].double()).abs()
-        allowed = (relative * slope_terms[arm] + tiny * (1 + beta * case.upstream)).view(shape) * residual
-        allowed = allowed + torch.stack([(n.gradient[arm] - expected).abs() for n in nearby]).amax(dim=0)
-        allowed = allowed + ulps * _ulp(expected, case.pred[arm].dtype) + tiny
-        clean = finite.view(shape).expand_as(expected)
-        gradients.append((result.gradient[arm].double()[clean], expected[clean], allowed[clean]))
-    actual, expected, allowed = (torch.cat(x) for x in zip(*gradients, strict=True))
-    yield _compared("gradient", actual, expected, allowed, case.pred[0].dtype)
-
+    yield from _gradient(case, exact, nearby, result.gradient, by)
     if poisoned.any():
         yield _poison_stays(case, backend, device, result, poisoned)
     else:
-        yield _metrics(case, exact, result, off, (terms_win, terms_lose), eps, relative)
-        yield _pair_errors(case, backend, device, exact, (terms_win, terms_lose), eps, relative)
+        yield _metrics(case, came_out, errors, result, off, by)
+        yield examine_errors(case, errors, backend, device)
     if backend != "reference":
-        again = _run(case, backend, device)
+        with _other_threads():
+            again = _run(case, backend, device)
         yield _same("determinism", _bits(result), _bits(again))
         if case.pairs > 1 and reduction == "none":
             pair = case.number % case.pairs
             alone = _run(case.only(pair), backend, device)
             whole = [result.value[pair : pair + 1], *(x[pair : pair + 1] for x in result.gradient)]
             yield _same("one pair alone", whole, [alone.value, *alone.gradient])
+
+
+def examine_errors(case: Case, exact: Errors, backend: str, device: str, gradient: bool = True) -> Finding:
+    """The errors of `pair_errors`, and their gradient under random upstream gradients of all four."""
+    by = _Arithmetic.of(case, backend, device)
+    (pred, ref, target), options = _arguments(case, device)
+    few = {name: options[name] for name in ("reference_free", "ref_error", "mask", "layout") if name in options}
+    leaves = _leaves(pred)
+    given = tuple(leaves) if isinstance(pred, tuple) else leaves[0]
+    errors = torch.stack(functional.pair_errors(given, ref, target, **few, backend=backend))
+    allowed = torch.cat((by.relative * exact.model, _excess_off(case, exact, by))) + by.tiny
+    expected = torch.cat((exact.model, exact.excess))
+    found = [_compared("pair_errors", errors.detach().cpu(), expected, allowed, by.dtype)]
+    if gradient:
+        upstream = case.of_errors.to(errors.device, errors.dtype)
+        given_back = _by_arms(torch.autograd.grad(errors, leaves, upstream), case.layout)
+        for arm in (0, 1):
+            of_model, of_excess = case.of_errors[arm], case.of_errors[2 + arm]
+            scale, terms = 2 * (of_model + of_excess), 2 * (of_model.abs() + of_excess.abs())
+            found += _elements(
+                case, arm, given_back[arm], scale / exact.size[arm], by.relative * terms / exact.size[arm], by
+            )[:1]
+    return max(found, key=lambda finding: finding.share)._replace(check="pair_errors")
 
 
 def examine_compiled(case: Case, backend: str, device: str, compiler: str) -> Finding:
@@ -222,95 +249,19 @@ def _by_arms(grads: tuple[Tensor, ...], layout: str) -> Arms:
     return win, lose
 
 
-def _truncates(backend: str, device: str, case: Case) -> bool:
-    """Triton's interpreter truncates float32 to bfloat16 where a GPU rounds."""
-    return backend == "triton" and device == "cpu" and case.pred[0].dtype == torch.bfloat16
-
-
-# ---------------------------------------------------------------------------------------------- reference
+@contextmanager
+def _other_threads() -> Iterator[None]:
+    """Another number of them for what runs on the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 if threads == 1 else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) else x
-
-
-def _exact(case: Case, shift: Tensor | float = 0.0) -> _Exact:
-    """The reference in float64. shift: (B,), added to the logits in the value and in the gradient."""
-    target = tuple(x.double() for x in case.target)
-    ref, known = (None if x is None else tuple(y.double() for y in x) for x in (case.ref, case.ref_error))
-    options = {name: _double(x) if name != "mask" else x for name, x in case.options.items()}
-    reduction = options.pop("reduction")
-    margin = options.pop("margin", 0.0)
-    leaves = tuple(x.to(torch.float64, copy=True).requires_grad_() for x in case.pred)
-    value = reference.loss(
-        leaves,
-        ref,
-        target,
-        **options,
-        margin=margin - shift,  # a (B,) tensor will do
-        ref_error=known,
-        reduction="none",
-    )
-    assert isinstance(value, Tensor)
-    gradient = torch.autograd.grad(value, leaves, _upstream(case, reduction), retain_graph=True)
-    few = {name: options[name] for name in ("reference_free", "mask") if name in options}
-    with torch.no_grad():
-        errors = reference.pair_errors(leaves, ref, target, ref_error=known, **few)
-        logit = errors.logit(options["beta"])
-        logit = logit * (1 + 0 * logit)
-        metrics = pair_metrics(errors, logit, options["beta"])
-    return _Exact(logit, value.detach(), (gradient[0], gradient[1]), metrics, errors, shift)
-
-
-def _upstream(case: Case, reduction: str) -> Tensor:
-    """The gradient of each pair's loss."""
-    if reduction == "none":
-        return case.upstream
-    return case.upstream[0].expand(case.pairs) / (case.pairs if reduction == "mean" else 1)
-
-
-def _cancelling(case: Case, errors: reference.PairErrors) -> tuple[Tensor, Tensor]:
-    """Of winners and of losers, (B,): the mean size of what is added up in m - r."""
-    if case.ref is None:
-        known = case.ref_error or (torch.zeros(()), torch.zeros(()))
-        return errors.model_win + known[0].double(), errors.model_lose + known[1].double()
-    mask = case.options.get("mask")
-    result = []
-    for p, r, t in zip(case.pred, case.ref, case.target, strict=True):
-        p, r, t = p.double(), r.double(), t.double()
-        size = ((p - r) * ((p - t) + (r - t))).abs()
-        kept = torch.ones_like(size) if mask is None else mask.expand_as(size).double()
-        result.append(size.where(kept > 0, 0.0).flatten(1).sum(dim=1) / kept.flatten(1).sum(dim=1))
-    return result[0], result[1]
-
-
-def _terms(case: Case, exact: _Exact) -> tuple[Tensor, Arms]:
-    """What the value adds up, (B,), and by how much the coefficients (pred - target) of the gradient do, (B,) each."""
-    options = case.options
-    objective = OBJECTIVES[options["objective"]]
-    beta = _double(options["beta"])
-    alpha = options.get("alpha", 0.0)
-    alphas = [abs(_double(a)) for a in (alpha if isinstance(alpha, tuple) else (alpha,))]
-    alphas += [0.0] * (MAX_ALPHAS - len(alphas))
-    z = exact.logit - options.get("margin", 0.0)
-    value, slope = torch.zeros_like(z), torch.zeros_like(z)
-    for share, x in zip(objective.smoothing(options.get("label_smoothing", 0.0)), (z, -z), strict=True):
-        if share:
-            part = objective.head(x, x.sigmoid(), (-x).sigmoid(), -logsigmoid(x), -logsigmoid(-x), beta, *alphas)
-            value, slope = value + abs(share) * part[0].abs(), slope + abs(share) * part[1].abs()
-    if options["objective"] == "ipo":
-        slope = slope + 1 / beta**2  # z - 1/2 cancels
-        value = value + (z.abs() + 0.5) / beta**2
-    elif options["objective"] == "hinge":
-        value = value + 1.0
-    sft = options.get("sft_weight", 0.0)
-    weight = _double(options.get("pair_weight", 1.0))
-    mask = options.get("mask")
-    numel = case.pred[0][0].numel()
-    size: Any = numel if mask is None else mask.expand_as(case.pred[0]).flatten(1).sum(dim=1)
-    scale = weight * _upstream(case, options["reduction"]) / size
-    value = weight * (value + sft * exact.errors.model_win)
-    return value, (scale * (slope * beta + 2 * sft), scale * slope * beta)
 
 
 def _reduced(x: Tensor, reduction: str) -> Tensor:
@@ -347,7 +298,9 @@ def _compared(check: str, actual: Tensor, expected: Tensor, allowed: Tensor, dty
 def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbours of the dtype at each value."""
     info = torch.finfo(dtype)
-    return 2.0 ** x.abs().clamp(info.tiny, info.max).log2().floor() * info.eps
+    # frexp's mantissas are from 1/2 to 1.
+    exponent = x.abs().clamp(info.tiny, info.max).frexp().exponent
+    return torch.ldexp(torch.full_like(x, info.eps / 2), exponent)
 
 
 def _same(check: str, expected: list[Tensor], actual: list[Tensor]) -> Finding:
@@ -373,63 +326,88 @@ def _poison_stays(case: Case, backend: str, device: str, result: _Result, poison
     return Finding("NaN and Inf", 0.0)
 
 
-def _metrics(
-    case: Case, exact: _Exact, result: _Result, off: Tensor, terms: Arms, eps: float, relative: float
-) -> Finding:
-    z, errors, half_beta = exact.logit, exact.errors, 0.5 * _double(case.options["beta"])
-    of_excess = _of_excess(errors, terms, eps, relative)
+def _noise(case: Case, errors: Errors, by: _Arithmetic) -> Tensor:
+    """How far what cancels in the excesses leaves them off, (2, B)."""
+    share = 4 * by.eps if case.ref is not None else by.sums
+    return (4 if case.double else 1) * share * errors.terms  # in float64 the exact one has noise of its own
+
+
+def _excess_off(case: Case, errors: Errors, by: _Arithmetic) -> Tensor:
+    return 10 * by.relative * errors.excess.abs() + _noise(case, errors, by) + (errors.terms > 0) * 1e-37
+
+
+def _gradient(case: Case, exact: Exact, nearby: list[Exact], gradient: Arms, by: _Arithmetic) -> Iterator[Finding]:
+    beyond = exact.value.abs() > torch.finfo(by.dtype).max
+    if beyond.any():  # so may be the gradient
+        return
+    terms = exact.autograd_terms if by.autograd else exact.coefficient_terms
+    off = torch.stack([(n.coefficient - exact.coefficient).abs() for n in nearby]).amax(dim=0)
+    off = off + by.relative * terms + by.tiny * (1 + _double(case.options["beta"]) * upstream_of(case))
+    found = [x for arm in (0, 1) for x in _elements(case, arm, gradient[arm], exact.coefficient[arm], off[arm], by)]
+    for check in ("gradient", "bias"):
+        of_check = [finding for finding in found if finding.check == check]
+        if of_check:
+            yield max(of_check, key=lambda finding: finding.share)
+
+
+def _elements(case: Case, arm: int, actual: Tensor, scale: Tensor, off: Tensor, by: _Arithmetic) -> list[Finding]:
+    """An arm's gradient against scale (B,) times pred - target: each element, and their mean.
+
+    off: (B,), by how much the scale may be off.
+    """
+    dtype = actual.dtype
+    residual = residual_of(case, arm)
+    shape = (-1, *(1,) * (residual.dim() - 1))
+    expected = scale.view(shape) * residual
+    kept = kept_of(case)
+    if kept is not None:
+        expected = expected.where(kept.view_as(residual), 0.0)  # also where the scale is NaN
+    ulp = _ulp(expected, dtype)
+    allowed = off.view(shape) * residual.abs() + by.ulps * ulp + by.tiny
+    if dtype != torch.float64:
+        allowed += 1e-6 * expected.abs()  # from float64 it may be rounded to float32 on the way
+    found = [_compared("gradient", actual, expected, allowed, dtype)]
+    if dtype in (torch.bfloat16, torch.float16) and by.ulps == 0.5:
+        seen = (expected != 0) & (off.view(shape) * residual.abs() < 0.01 * ulp)
+        found += _bias(actual[seen], expected[seen], ulp[seen])
+    return found
+
+
+def _bias(actual: Tensor, expected: Tensor, ulp: Tensor) -> Iterator[Finding]:
+    """The mean distance from the nearest number of the dtype, away from 0, if there are elements enough."""
+    nearest = expected.to(actual.dtype).double()
+    clear = (expected - nearest).abs() < 0.49 * ulp  # a tie may fall to either side
+    away = ((actual.double() - nearest) * expected.sign() / ulp)[clear].nan_to_num(0.0, 0.0, 0.0)
+    if len(away) > 1000:
+        mean = abs(float(away.mean()))
+        yield Finding("bias", mean / _BIAS, mean)
+
+
+def _metrics(case: Case, z: Tensor, errors: Errors, result: _Result, off: Tensor, by: _Arithmetic) -> Finding:
+    """At the logits that came out, off from the exact ones by so much at most."""
+    half_beta = 0.5 * _double(case.options["beta"])
+    of_excess, of_model = _excess_off(case, errors, by), by.relative * errors.model
     allowed = {
-        "implicit_accuracy": (z.abs() <= off) * (off > 0),
+        "implicit_accuracy": (z.abs() <= off) & (off > 0),
         "reward_win": half_beta * of_excess[0],
         "reward_lose": half_beta * of_excess[1],
-        "reward_margin": half_beta * (of_excess[0] + of_excess[1]),
+        "reward_margin": half_beta * of_excess.sum(dim=0),
         "logit_mean": off,
         "p_mean": off,
-        "model_mse_win": relative * errors.model_win,
-        "model_mse_lose": relative * errors.model_lose,
-        "ref_mse_win": of_excess[0] + relative * errors.model_win,
-        "ref_mse_lose": of_excess[1] + relative * errors.model_lose,
+        "model_mse_win": of_model[0],
+        "model_mse_lose": of_model[1],
+        "ref_mse_win": of_excess[0] + of_model[0],
+        "ref_mse_lose": of_excess[1] + of_model[1],
         "saturated": (z.abs() - 10).abs() <= off,
-        "false_success": (z.abs() <= off) | (errors.excess_win.abs() <= of_excess[0]),
+        "false_success": (z.abs() <= off) | (errors.excess[0].abs() <= of_excess[0]),
     }
-    dtype = torch.float64 if case.double else torch.float32
+    expected = metrics_of(errors, z, case.options["beta"])
+    if set(expected) != set(result.metrics):
+        return Finding("metrics", torch.inf, note=f"they are {sorted(result.metrics)}")
     found = []
-    for name, expected in exact.metrics.items():
-        within = allowed[name].double().mean() + relative * expected.abs() + torch.finfo(dtype).tiny
-        finding = _compared("metrics", result.metrics[name], expected, within, dtype)
-        note = f"{name} is {result.metrics[name]:.8g} instead of {expected:.8g}" if finding.share > 1 else ""
+    for name, exact in expected.items():
+        within = allowed[name].double().mean() + by.relative * exact.abs() + by.tiny
+        finding = _compared("metrics", result.metrics[name], exact, within, by.dtype)
+        note = f"{name} is {result.metrics[name]:.8g} instead of {exact:.8g}" if finding.share > 1 else ""
         found.append(finding._replace(note=note))
-    return max(found, key=lambda finding: finding.share)
-
-
-def _of_excess(errors: reference.PairErrors, terms: Arms, eps: float, relative: float) -> list[Tensor]:
-    return [
-        10 * relative * excess.abs() + 4 * eps * term + (term > 0) * 1e-37
-        for excess, term in ((errors.excess_win, terms[0]), (errors.excess_lose, terms[1]))
-    ]
-
-
-def _pair_errors(
-    case: Case, backend: str, device: str, exact: _Exact, terms: Arms, eps: float, relative: float
-) -> Finding:
-    """The errors of `pair_errors`, and the gradient of the sum of all four."""
-    (pred, ref, target), options = _arguments(case, device)
-    few = {name: options[name] for name in ("reference_free", "ref_error", "mask", "layout") if name in options}
-    leaves = _leaves(pred)
-    given = tuple(leaves) if isinstance(pred, tuple) else leaves[0]
-    errors = torch.stack(functional.pair_errors(given, ref, target, **few, backend=backend))
-    gradient = _by_arms(torch.autograd.grad(errors.sum(), leaves), case.layout)
-    dtype = torch.float64 if case.double else torch.float32
-    of_model = (relative * exact.errors.model_win, relative * exact.errors.model_lose)
-    allowed = torch.stack((*of_model, *_of_excess(exact.errors, terms, eps, relative))) + torch.finfo(dtype).tiny
-    found = [_compared("pair_errors", errors.detach().cpu(), torch.stack(exact.errors), allowed, dtype)]
-    mask = case.options.get("mask")
-    ulps = 2.0 if _truncates(backend, device, case) else 1.0
-    for arm in (0, 1):
-        residual = case.pred[arm].double() - case.target[arm].double()
-        kept = torch.ones_like(residual) if mask is None else mask.expand_as(residual).double()
-        size = kept.flatten(1).sum(dim=1).view(-1, *(1,) * (residual.dim() - 1))
-        expected = 4 * residual.where(kept > 0, 0.0) / size
-        within = ulps * _ulp(expected, gradient[arm].dtype) + relative * expected.abs()
-        found.append(_compared("pair_errors", gradient[arm], expected, within, gradient[arm].dtype))
     return max(found, key=lambda finding: finding.share)

@@ -76,9 +76,15 @@ class Report:
         if group.worst is None or not finding.share <= group.worst.share:
             group.worst, group.case, group.what = finding, case, what
 
+    def out_of_time(self, what: str, at: str, done: int, least: int) -> None:
+        """what: a part that ended early. With fewer than `least` cases it was not checked, and that is a failure."""
+        self.skipped[f"{what} from {at} on"] = "no time was left"
+        if done < least:
+            self._broken.append(f"{what}: {done} cases, of {least} at least: no time was left")
+
     @property
     def passed(self) -> bool:
-        """Whether something was checked, and no gate is broken."""
+        """Whether all that is there was checked, if only in a few cases, and no gate is broken."""
         return bool(self._groups) and not self._broken
 
     def as_json(self) -> str:
@@ -115,7 +121,9 @@ class Report:
         for column in ("cases", "ulp", "relative", "of the gate", "worst case"):
             table.add_column(column, justify="right")
         before: tuple[str, str] | None = None
-        for (subject, device, name), group in self._groups.items():
+        subjects = list(dict.fromkeys(key[:2] for key in self._groups))  # some are checked in turns
+        for key in sorted(self._groups, key=lambda key: subjects.index(key[:2])):
+            (subject, device, name), group = key, self._groups[key]
             if before not in (None, (subject, device)):
                 table.add_section()
             assert group.worst is not None

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from .. import functional
-from . import data, losses
-from .cases import Case, draw
+from . import data, images, loading, losses
+from .cases import LARGE, MANY, Case, draw
+from .exact import errors_of
 from .report import Finding, Report
 
 __all__ = ["check"]
 
 _BACKENDS = ("cpp", "triton", "reference")
 # How many cases, by default and thorough; the interpreter of Triton takes a thousand times as long as a kernel.
-_CASES, _INTERPRETED, _COMPILED = (164, 820), (24, 120), (2, 4)
+_CASES, _INTERPRETED, _COMPILED = (164, 820), (24, 120), (4, 8)
 _ON_GPU = 64, 320  # nearly each of them compiles a few kernels
-_IMAGES, _CLIPS, _PLANES = (12, 60), (2, 10), (4, 20)
+_IMAGES, _CLIPS, _PLANES = (24, 120), (2, 10), (4, 20)
+# With fewer a part has not been checked: the slowest machines have time for these.
+_LEAST, _LEAST_SLOW, _LEAST_DATA = 20, 8, 2
 _SMALL = 1 << 14  # elements, few enough for the interpreter
+_MINUTE = 60.0
 
 
 def check(
@@ -32,7 +37,7 @@ def check(
     backend: str | None = None,
     device: str | None = None,
     case: int | None = None,
-    seconds: float = math.inf,
+    seconds: float = _MINUTE,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Checks the losses on the devices of this machine, decoding and loading; see `polydpo_fast.check`.
@@ -43,41 +48,69 @@ def check(
         backend: only this backend of the loss, and no decoding.
         device: only this device, "cpu" or "cuda" (with an index); decoding is checked with "cpu".
         case: only this case of the losses, and no decoding.
-        seconds: after which no further cases of the losses are begun.
+        seconds: after which no further cases are begun. They are divided among backends and data; where one of these
+            gets too few cases, the report has not passed.
         progress: told what is being checked.
 
     Raises ValueError for a backend or device that is not there.
     """
     report = Report(seed, thorough)
     begin = time.monotonic()
-    until = begin + seconds
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])] if device is None else [device]
     for name in devices:
         _check_device(name)
-    jobs = [(name, place) for place in devices for name in _BACKENDS if backend in (None, name)]
-    there = [(name, place) for name, place in jobs if name in functional.available_backends(place)]
+    wanted = [(name, place) for place in devices for name in _BACKENDS if backend in (None, name)]
+    there = [(name, place) for name, place in wanted if name in functional.available_backends(place)]
     if not there:
-        reasons = "; ".join(f"{name} on {place}: {_why(name, place)}" for name, place in jobs)
+        reasons = "; ".join(f"{name} on {place}: {_why(name, place)}" for name, place in wanted)
         raise ValueError(f"backend is {backend!r}; {reasons or 'expected one of ' + ', '.join(map(repr, _BACKENDS))}")
-    for name, place in jobs:
+    for name, place in wanted:
         if (name, place) not in there:
             report.skipped[f"{name} on {place}"] = _why(name, place)
-    for name, place in there:
-        progress(f"{name} on {place}")
+    jobs = _jobs(report, there, backend, devices, case)
+    for index, job in enumerate(jobs):
+        progress(job.name)
+        now = time.monotonic()
+        share = job.weight / sum(later.weight for later in jobs[index:])
         with losses.quiet():
-            _losses(report, name, place, [case] if case is not None else None, until)
-    if case is None:
-        for name, place in there:
-            if backend is None and name == "triton":
-                progress(f"planes on {place}")
-                with losses.quiet():
-                    _planes(report, name, place)
-        if backend is None and "cpu" in devices:
-            _data(report, progress)
-        if device is None and "cuda" not in devices:
-            report.skipped["CUDA or ROCm"] = "there is no such device"
+            job.run(now + share * max(0.0, begin + seconds - now))
+    if case is None and device is None and "cuda" not in devices:
+        report.skipped["CUDA or ROCm"] = "there is no such device"
     report.seconds = time.monotonic() - begin
     return report
+
+
+class _Job(NamedTuple):
+    """A part of the checks. weight: of the time that is left, this part's share. run: until then."""
+
+    name: str
+    weight: float
+    run: Callable[[float], None]
+
+
+def _jobs(
+    report: Report, there: list[tuple[str, str]], backend: str | None, devices: list[str], case: int | None
+) -> list[_Job]:
+    """Data first, whose parts are short and leave to the losses what they do not need."""
+    jobs = []
+    if case is None and backend is None:
+        for name, place in there:
+            if name == "triton":
+                jobs.append(_Job(f"planes on {place}", 1, partial(_planes, report, name, place)))
+        if "cpu" in devices:
+            jobs += _data(report)
+    if case is None:
+        for name, place in there:
+            if name != "reference":
+                jobs.append(_Job(f"torch.compile, {name} on {place}", 2, partial(_compiled, report, name, place)))
+    # The backends that take the same cases take them in turns: drawing them and the truth cost as much as checking.
+    for place in devices:
+        slow = [name for name, at in there if at == place == "cpu" and name == "triton"]
+        for names in (slow, [name for name, at in there if at == place and name not in slow]):
+            if names:
+                job = partial(_losses, report, names, place, None if case is None else [case])
+                jobs.append(_Job(f"{' and '.join(names)} on {place}", 8 if names == slow else 4 * len(names), job))
+    return jobs
 
 
 def _check_device(device: str) -> None:
@@ -99,17 +132,30 @@ def _why(backend: str, device: str) -> str:
 # --------------------------------------------------------------------------------------------------- losses
 
 
-def _losses(report: Report, backend: str, device: str, numbers: list[int] | None, until: float) -> None:
-    interpreted = backend == "triton" and device == "cpu"
+def _losses(report: Report, backends: list[str], device: str, numbers: list[int] | None, until: float) -> None:
+    interpreted = device == "cpu" and backends == ["triton"]
     count = (_INTERPRETED if interpreted else _CASES if device == "cpu" else _ON_GPU)[report.thorough]
-    few = list(itertools.islice((c for c in _cases(report, True, numbers) if c.edge == ""), _COMPILED[report.thorough]))
-    for case in itertools.islice(_cases(report, interpreted, numbers), count):
+    least = _LEAST if device == "cpu" and not interpreted else _LEAST_SLOW
+    if interpreted and numbers is None and time.monotonic() < until:
+        # Of a sample so large that a program reads several blocks, only the errors: all else would take half a minute.
+        case = draw(report.seed, LARGE[0])
+        found = _found(losses.examine_errors, case, errors_of(case), "triton", device, False)
+        _gather(report, "triton", device, losses.GATES, case.number, str(case), found)
+    for done, case in enumerate(itertools.islice(_cases(report, interpreted, numbers), count)):
         if time.monotonic() > until:
-            report.skipped[f"{backend} on {device} from case {case.number} on"] = "no time was left"
+            for backend in backends:
+                where = f"{backend} on {device}"
+                report.out_of_time(where, f"case {case.number}", done, min(least, count))
             break
-        _gather(report, backend, device, losses.GATES, case.number, str(case), losses.examine(case, backend, device))
-    if backend == "reference":
-        return
+        errors = errors_of(case)
+        for backend in backends:
+            found = losses.examine(case, errors, backend, device)
+            _gather(report, backend, device, losses.GATES, case.number, str(case), found)
+
+
+def _compiled(report: Report, backend: str, device: str, until: float) -> None:
+    """torch.compile; and what PyTorch asks of operators, if thorough."""
+    interpreted = backend == "triton" and device == "cpu"
     compilers = ["aot_eager"]
     if report.thorough and not interpreted:
         reason = _no_inductor(device)
@@ -117,19 +163,26 @@ def _losses(report: Report, backend: str, device: str, numbers: list[int] | None
             report.skipped[f"torch.compile with inductor, {backend} on {device}"] = reason
         else:
             compilers.append("inductor")
-    for compiler in compilers:
-        for case in few:
+    plain = (case for case in _cases(report, True, None) if case.edge == "" and case.number not in MANY)
+    few = itertools.islice(plain, _COMPILED[report.thorough] // (2 if interpreted else 1))
+    for done, case in enumerate(few):
+        if time.monotonic() > until:
+            report.out_of_time(f"torch.compile, {backend} on {device}", f"case {case.number}", done, 1)
+            break
+        for compiler in compilers:
             found = _found(losses.examine_compiled, case, backend, device, compiler)
             _gather(report, backend, device, losses.GATES, case.number, f"{compiler}, {case}", found)
-    if report.thorough:
-        for case in few:
+        if report.thorough:
             found = _found(losses.examine_operators, case, backend, device)
             _gather(report, backend, device, losses.GATES, case.number, str(case), found)
 
 
 def _cases(report: Report, small: bool, numbers: list[int] | None) -> Iterator[Case]:
-    """All from 0 on, but for those that are not small, or those of the numbers."""
-    for number in itertools.count() if numbers is None else numbers:
+    """Those of the numbers; or all from 0 on, the large ones after the least; of small ones one has many pairs."""
+    others = (number for number in itertools.count() if number not in (*LARGE, *MANY))
+    large = MANY[:1] if small else (*LARGE, *MANY)
+    in_turn = itertools.chain(itertools.islice(others, _LEAST_SLOW if small else _LEAST), large, others)
+    for number in in_turn if numbers is None else numbers:
         case = draw(report.seed, number)
         if numbers is not None or not small or case.elements <= _SMALL:
             yield case
@@ -170,25 +223,43 @@ def _no_inductor(device: str) -> str:
 # ----------------------------------------------------------------------------------------------------- data
 
 
-def _planes(report: Report, backend: str, device: str) -> None:
-    for number in range(_PLANES[report.thorough]):
-        _pairs(report, f"planes, {backend}", device, (data.planes(report.seed, n, device, backend) for n in [number]))
+def _planes(report: Report, backend: str, device: str, until: float) -> None:
+    def job(number: int) -> Iterator[tuple[Finding, str]]:
+        yield data.planes(report.seed, number, device, backend)
+
+    _numbered(report, f"planes, {backend}", device, _PLANES[report.thorough], job, until)
 
 
-def _data(report: Report, progress: Callable[[str], None]) -> None:
-    jobs: list[tuple[str, tuple[str, ...], int, Callable[[int], Iterator[tuple[Finding, str]]]]] = [
-        ("decode_pairs", ("PIL",), _IMAGES[report.thorough], lambda number: data.image(report.seed, number)),
-        ("decode_clips", ("av",), _CLIPS[report.thorough], lambda number: data.clip(report.seed, number)),
-        ("PairLoader", (), 1, lambda _: data.loader(report.seed)),
+def _data(report: Report) -> list[_Job]:
+    seed = report.seed
+    parts: list[tuple[str, tuple[str, ...], int, float, Callable[[int], Iterator[tuple[Finding, str]]]]] = [
+        ("PairLoader", (), 1, 1, lambda _: loading.loader(seed)),
+        ("decode_clips", ("av",), _CLIPS[report.thorough], 1, lambda number: data.clip(seed, number)),
+        ("decode_pairs", ("PIL",), _IMAGES[report.thorough], 3, lambda number: images.image(seed, number)),
     ]
-    for name, packages, count, job in jobs:
-        progress(name)
+    jobs = []
+    for name, packages, count, weight, part in parts:
         reason = data.missing(*packages)
         if reason:
             report.skipped[name] = reason
-            continue
-        for number in range(count):
-            _pairs(report, name, "cpu", job(number))
+        else:
+            jobs.append(_Job(name, weight, partial(_numbered, report, name, "cpu", count, part)))
+    return jobs
+
+
+def _numbered(
+    report: Report,
+    subject: str,
+    device: str,
+    count: int,
+    part: Callable[[int], Iterator[tuple[Finding, str]]],
+    until: float,
+) -> None:
+    for number in range(count):
+        if time.monotonic() > until:
+            report.out_of_time(f"{subject} on {device}", f"number {number}", number, min(count, _LEAST_DATA))
+            break
+        _pairs(report, subject, device, part(number))
 
 
 def _pairs(report: Report, subject: str, device: str, found: Iterator[tuple[Finding, str]]) -> None:

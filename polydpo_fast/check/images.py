@@ -1,0 +1,362 @@
+"""Decoding of images: whole ones against Pillow or the numbers that were written; from there on, the transform once
+more in float64: the filter of a resize, mirror, crop, background, normalisation.
+
+What is drawn for a pair is its own affair: corners are held to what is promised of them, in the batch and alone.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .cases import Draw
+from .data import picture
+from .report import Finding
+
+__all__ = ["image", "resampled"]
+
+_PAIRS = 8  # copies of the pair, of as many seeds
+_JPEGS: dict[str, dict[str, Any]] = {
+    "JPEG 4:2:0": dict(subsampling="4:2:0"),
+    "JPEG 4:2:2": dict(subsampling="4:2:2"),
+    "JPEG 4:4:4": dict(subsampling="4:4:4"),
+    "progressive JPEG": dict(progressive=True),
+    "grey JPEG": dict(mode="L"),
+    "CMYK JPEG": dict(mode="CMYK"),
+}
+# Colour types of PNG, and their depths; written here, because Pillow writes few of them.
+_PNGS = {"grey": (0, (1, 2, 4, 8, 16)), "RGB": (2, (8, 16)), "palette": (3, (1, 2, 4, 8)), "RGBA": (6, (8, 16))}
+_KINDS = (*_JPEGS, *(f"{name} PNG" for name in _PNGS), "grey and alpha PNG", "PNG of Pillow", "WebP")
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_Found = tuple[Finding, str]
+
+
+class _Image(NamedTuple):
+    """kind: of `_KINDS`. levels: (H, W, 3) float64, upright, on the background. orientation: EXIF's.
+
+    off: levels. Versions of libjpeg differ by one; numbers are rounded once, those of 16 bits and an opacity twice.
+    """
+
+    kind: str
+    data: bytes
+    levels: np.ndarray
+    orientation: int
+    off: float
+
+
+def image(seed: int, number: int) -> Iterator[_Found]:
+    """A pair of images of two formats in a batch of other crops and mirrors, alone, damaged. Needs Pillow."""
+    from ..decode import decode_pairs
+
+    d = Draw(seed, number)
+    resize = d.deal("resize", (None, "cover", "contain", "stretch"))
+    size = [d.integer(8, 60), d.integer(8, 60)]
+    if d.deal("wide", (True, False)):  # rows long enough for the widest stores
+        size[1] = d.integer(64, 200)
+    colour = d.integer(0, 255), d.integer(0, 255), d.integer(0, 255)
+    kinds: tuple[str, str] = d.deal("kind", _KINDS), d.one_of(_KINDS)
+    sides = [[side + d.integer(0, 90) if resize is None else d.integer(8, 250) for side in size] for _ in kinds]
+    if d.chance(0.3):
+        sides[1] = sides[0]
+    arms = [_drawn(d, kind, of[0], of[1], colour) for kind, of in zip(kinds, sides, strict=True)]
+    crop, interpolation = d.deal("crop", ("random", "center", "random")), d.deal("filter", ("bilinear", "bicubic"))
+    seeds = [d.integer(0, 2**62) for _ in range(_PAIRS)]
+    how: Any = dict(
+        size=tuple(size), resize=resize, interpolation=interpolation, crop=crop, hflip=0.5, background=colour
+    )
+    what = (
+        f"{' and '.join(f'{x.kind} turned {x.orientation}' if x.orientation > 1 else x.kind for x in arms)} of "
+        f"{' and '.join('x'.join(map(str, x.levels.shape[:2])) for x in arms)} to {size[0]}x{size[1]}, "
+        f"resize={resize}, {interpolation}, {crop} crop"
+    )
+
+    whole = []
+    for arm in arms:
+        full: Any = dict(size=arm.levels.shape[:2], resize=None, background=colour, dtype=torch.uint8)
+        pixels = decode_pairs([arm.data], [arm.data], **full).pixels[0].numpy().transpose(1, 2, 0)
+        levels = float(np.abs(pixels - arm.levels).max())
+        yield Finding("pixels" if arm.kind in _JPEGS else "pixels, lossless", levels / arm.off, levels), what
+        whole.append(pixels.astype(np.float64))
+
+    win, lose = ([arm.data] * _PAIRS for arm in arms)
+    batch = decode_pairs(win, lose, seeds=seeds, dtype=torch.uint8, threads=d.integer(1, 3), **how)
+    inner = [_inner(x.shape[:2], tuple(size), resize) for x in whole]
+    resized = [x if x.shape[:2] == to else resampled(x, *to, interpolation) for x, to in zip(whole, inner, strict=True)]
+    yield _geometry(arms, batch, [x.shape[:2] for x in resized], tuple(size), crop), what
+    expected = np.stack(
+        [
+            _cut(resized[row // _PAIRS], bool(flip), corner, tuple(size), colour)
+            for row, (flip, corner) in enumerate(
+                zip(batch.flipped.repeat(2).tolist(), batch.crop_top_left.tolist(), strict=True)
+            )
+        ]
+    )
+    levels = float(np.abs(batch.pixels.numpy() - expected).max())
+    if resize is None:
+        yield Finding("geometry", torch.inf if levels else 0.0, levels, note=f"{levels:.0f} levels off"), what
+    else:
+        yield Finding("pixels, resized", levels / 0.6, levels), what
+    yield from _normalised(d, win, lose, {**how, "seeds": seeds}, expected, what)
+
+    pair = d.integer(0, _PAIRS - 1)
+    few: Any = dict(seeds=[seeds[pair]], dtype=torch.uint8, threads=d.integer(1, 3))
+    alone = decode_pairs(win[:1], lose[:1], **few, **how)
+    rows = [pair, _PAIRS + pair]
+    same = torch.equal(alone.pixels, batch.pixels[rows]) and torch.equal(alone.crop_top_left, batch.crop_top_left[rows])
+    yield Finding("threads, batch", 0.0 if same else torch.inf), what
+    yield from _damaged(arms, batch, seeds, how, what)
+    if arms[0].kind == "JPEG 4:2:0":
+        yield _planes(arms[0].data, whole[0]), what
+
+
+# ------------------------------------------------------------------------------------------------ transform
+
+
+def resampled(levels: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    """(H, W, 3) by Pillow's antialiased filters, without its rounding to bytes on the way; clamped there as it does."""
+    down = levels.shape[0] - height
+    down_first = down > 0 and down > 2 * (levels.shape[1] - width)
+    for axis in (0, 1) if down_first else (1, 0):
+        weights = _weights(levels.shape[axis], (height, width)[axis], interpolation)
+        levels = np.moveaxis(np.tensordot(weights, levels, (1, axis)), 0, axis).clip(0, 255)
+    return levels
+
+
+def _weights(count: int, to: int, interpolation: str) -> np.ndarray:
+    """(to, count): a triangle, or Keys's cubic with a = -1/2, as wide as what it takes together."""
+    scale = count / to
+    stretch = max(scale, 1.0)
+    centre = (np.arange(to)[:, None] + 0.5) * scale
+    x = np.abs(np.arange(count)[None, :] + 0.5 - centre) / stretch
+    if interpolation == "bilinear":
+        weights = np.maximum(0.0, 1 - x)
+    else:
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    result: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
+    return result
+
+
+def _inner(of: tuple[int, ...], to: tuple[int, ...], resize: str | None) -> tuple[int, int]:
+    """Height and width after the resize: torchvision's integers."""
+    (h, w), (height, width) = of, to
+    if resize is None:
+        return h, w
+    if resize == "stretch":
+        return height, width
+    if (height * w >= width * h) == (resize == "cover"):  # the height is met
+        side = w * height // h
+        return height, max(width, side) if resize == "cover" else max(1, side)
+    side = h * width // w
+    return max(height, side) if resize == "cover" else max(1, side), width
+
+
+def _cut(
+    levels: np.ndarray, flip: bool, corner: list[int], size: tuple[int, ...], colour: tuple[int, int, int]
+) -> np.ndarray:
+    """(3, H, W)."""
+    levels = levels[:, ::-1] if flip else levels
+    (top, left), (height, width) = corner, size
+    cut = levels[top : top + height, left : left + width]
+    result = np.empty((height, width, 3))
+    result[:] = colour
+    y, x = (height - cut.shape[0]) // 2, (width - cut.shape[1]) // 2
+    result[y : y + cut.shape[0], x : x + cut.shape[1]] = cut
+    return result.transpose(2, 0, 1)
+
+
+def _geometry(
+    arms: list[_Image], batch: Any, resized: list[tuple[int, ...]], size: tuple[int, ...], crop: str
+) -> Finding:
+    """Sizes; corners in the middle, or of each pair at one fraction of both arms' places, not all alike."""
+    check, note = "geometry", ""
+    sizes = [list(arm.levels.shape[:2]) for arm in arms for _ in range(_PAIRS)]
+    if batch.original_size.tolist() != sizes:
+        note = f"original_size is {batch.original_size.tolist()}"
+    corners = batch.crop_top_left.tolist()
+    places = [[max(0, a - b) for a, b in zip(of, size, strict=True)] for of in resized]
+    drawn = set()
+    for pair in range(_PAIRS):
+        both = corners[pair], corners[_PAIRS + pair]
+        drawn.add((*both[0], *both[1], bool(batch.flipped[pair])))
+        for axis in (0, 1):
+            (a, b), (m, n) = (x[axis] for x in both), (x[axis] for x in places)
+            if crop == "center":
+                right = (a, b) == (round(m / 2), round(n / 2))
+            else:  # one of m + 1 places, one of n + 1: some fraction u has both, floor(u (m + 1)) = a and so on
+                m, n = m + 1, n + 1
+                right = 0 <= a < m and 0 <= b < n and a * n < (b + 1) * m and b * m < (a + 1) * n
+            if not right:
+                check, note = "crops", f"corners of pair {pair} are {both}, of {places} places"
+    # Eight seeds of 2 x 20 possibilities and more are all alike once in 10^11 cases.
+    if crop == "random" and max(map(sum, places)) >= 20 and len(drawn) == 1:
+        check, note = "crops", f"all seeds have {drawn}"
+    return Finding(check, torch.inf if note else 0.0, note=note)
+
+
+def _normalised(
+    d: Draw, win: list[bytes], lose: list[bytes], how: dict[str, Any], expected: np.ndarray, what: str
+) -> Iterator[_Found]:
+    """float32 to the levels, and another dtype to float32, or also to the levels where these are whole."""
+    from ..decode import decode_pairs
+
+    means, stds = ([d.between(low, high) for _ in "rgb"] for low, high in ((0, 0.6), (0.2, 1)))
+    dtype = d.deal("float", _FLOATS)
+    single, other = (
+        decode_pairs(win, lose, dtype=x, mean=means, std=stds, **how).pixels.double() for x in (torch.float32, dtype)
+    )
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (means, stds))
+    exact = (torch.from_numpy(expected) / 255 - mean) / std
+    levels = float(((single - exact) * std * 255).abs().max())
+    if how["resize"] is not None:
+        yield Finding("resized in float32", levels / 0.03, levels), what
+        exact = single
+    # float32 rounds 255 mean, a reciprocal and two results.
+    rounding = exact.abs().clamp_min(torch.finfo(dtype).tiny) * torch.finfo(dtype).eps / 2
+    near = rounding + 2.0**-22 * (exact.abs() + (mean + 1) / std) * (how["resize"] is None)
+    share = float(((other - exact).abs() / near).max())
+    yield Finding("normalised", share), f"{dtype}, mean and std by channel, {what}"
+
+
+# ------------------------------------------------------------------------------------------- what is promised
+
+
+def _damaged(arms: list[_Image], batch: Any, seeds: list[int], how: dict[str, Any], what: str) -> Iterator[_Found]:
+    """The middle of three pairs is cut off: refused by name, or masked. A JPEG without its end may be let pass."""
+    from ..decode import DecodeError, decode_pairs
+
+    win, lose = ([arm.data] * 3 for arm in arms)
+    lose[1] = lose[1][: len(lose[1]) // 2]
+    few: Any = dict(seeds=seeds[:3], dtype=torch.uint8, **how)
+    try:
+        decode_pairs(win, lose, **few)
+        yield Finding("damage", torch.inf, note="half an image was decoded"), what
+    except DecodeError as error:
+        right = [(failure.arm, failure.index) for failure in error.failures] == [("lose", 1)]
+        yield Finding("damage", 0.0 if right else torch.inf, note="" if right else str(error)), what
+    masked = decode_pairs(win, lose, on_error="mask", **few)
+    rows = [0, 2, 3, 5]
+    others = batch.pixels[[0, 2, _PAIRS, _PAIRS + 2]]
+    right = masked.ok.tolist() == [True, False, True] and torch.equal(masked.pixels[rows], others)
+    right = right and not masked.pixels[[1, 4]].any() and [(e.arm, e.index) for e in masked.errors] == [("lose", 1)]
+    yield Finding("masked", 0.0 if right else torch.inf), what
+    if arms[0].kind in _JPEGS and arms[0].levels[..., 0].size > 4000:
+        cut = [arms[0].data, arms[0].data[:-20]]
+        passed = decode_pairs([arms[1].data] * 2, cut, size=16, resize="stretch", strict=False)
+        right = bool(passed.ok.all()) and [(x.arm, x.index) for x in passed.damaged] == [("lose", 1)]
+        yield Finding("damage let pass", 0.0 if right else torch.inf, note="" if right else str(passed.damaged)), what
+
+
+def _planes(data: bytes, whole: np.ndarray) -> Finding:
+    from ..decode import decode_pairs
+    from ..yuv import yuv420_to_rgb
+
+    planes = decode_pairs([data], [data], size=whole.shape[:2], resize=None, dtype="yuv420").pixels
+    pixels = yuv420_to_rgb(planes, dtype=torch.uint8)
+    same = torch.equal(pixels[0].double(), torch.from_numpy(whole.transpose(2, 0, 1).copy()))
+    return Finding("planes of JPEG", 0.0 if same else torch.inf)
+
+
+# -------------------------------------------------------------------------------------------------- encoding
+
+
+def _drawn(d: Draw, kind: str, height: int, width: int, background: tuple[int, int, int]) -> _Image:
+    """An image that is upright of that size, or of even sides where its planes are to be compared."""
+    from PIL import Image, features
+
+    if kind == "WebP" and not features.check("webp"):
+        kind = "PNG of Pillow"
+    orientation = 1 if kind in ("WebP", "JPEG 4:2:0") or d.chance(0.3) else d.integer(1, 8)
+    if kind == "JPEG 4:2:0":
+        height, width = height + height % 2, width + width % 2
+    if orientation >= 5:
+        height, width = width, height
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = exif.tobytes() if orientation > 1 else b""
+    stored: np.ndarray = picture(d, height, width)
+    file = io.BytesIO()
+    off = 1.0 if kind in _JPEGS else 0.51
+    if kind in _JPEGS:
+        options = dict(_JPEGS[kind])
+        encoded = Image.fromarray(stored).convert(options.pop("mode", "RGB"))
+        encoded.save(file, "JPEG", quality=d.integer(60, 97), exif=turned, **options)
+        stored = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
+        data, levels = file.getvalue(), stored.astype(np.float64)
+    elif kind in ("PNG of Pillow", "WebP"):
+        options = dict(format="PNG", exif=turned) if kind != "WebP" else dict(format="WEBP", lossless=True)
+        Image.fromarray(stored).save(file, **options)
+        data, levels = file.getvalue(), stored.astype(np.float64)
+    else:
+        data, levels, twice = _png_drawn(d, kind, stored, background, turned[6:])
+        off = 1.01 if twice else off
+    return _Image(kind, data, _upright(levels, orientation), orientation, off)
+
+
+def _upright(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """As EXIF's orientation means it: where the first row and the first column are to be seen."""
+    if orientation >= 5:
+        stored = stored.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        stored = stored[::-1]
+    return stored[:, ::-1] if orientation in (2, 3, 6, 7) else stored
+
+
+def _png_drawn(
+    d: Draw, kind: str, shown: np.ndarray, background: tuple[int, int, int], exif: bytes
+) -> tuple[bytes, np.ndarray, bool]:
+    """A PNG of a drawn depth, interlaced or not, opaque or not; its levels on the background; whether 16 bits of these
+    are mixed."""
+    colour_type, depths = _PNGS.get(kind[:-4], (4, (8, 16)))
+    depth = d.one_of(depths)
+    most = 2**depth - 1
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type]
+    fine = shown.astype(np.int64) * 256 + (256 * d.uniform(*shown.shape)).long().numpy()  # 16 bits
+    numbers = (fine >> (16 - depth))[..., : 1 if channels in (1, 2) else 3]
+    alpha = np.ones((*shown.shape[:2], 1))
+    between = [(b"eXIf", exif)] if exif else []
+    keyed = d.chance(0.5)
+    if channels in (2, 4):
+        opacity = (d.uniform(*alpha.shape) * 2**depth).long().numpy()
+        alpha, numbers = opacity / most, np.concatenate((numbers, opacity), axis=-1)
+    levels = numbers[..., : 1 if channels in (1, 2) else 3] * 255 / most
+    if colour_type == 3:
+        palette, opacities = ((256 * d.uniform(2**depth, n)).long().numpy().astype(np.uint8) for n in (3, 1))
+        between.append((b"PLTE", palette.tobytes()))
+        levels = palette[numbers[..., 0]].astype(np.float64)
+        if keyed:
+            between.append((b"tRNS", opacities.tobytes()))
+            alpha = opacities[numbers[..., 0]] / 255
+    elif keyed and channels in (1, 3):  # one colour is transparent
+        key = numbers[0, 0]
+        between.append((b"tRNS", key.astype(">u2").tobytes()))
+        alpha = 1.0 - (numbers == key).all(axis=-1, keepdims=True)
+    levels = levels * alpha + np.array(background) * (1 - alpha)
+    data = png(numbers, colour_type, depth, d.chance(0.5), between)
+    return data, levels + np.zeros(3), depth == 16 and bool((alpha < 1).any())
+
+
+def png(
+    numbers: np.ndarray, colour_type: int, depth: int, interlaced: bool, between: list[tuple[bytes, bytes]]
+) -> bytes:
+    """A file of the numbers (H, W, channels), of so many bits each; between: chunks that stand before the pixels."""
+    height, width = numbers.shape[:2]
+    rows = []
+    for top, left, down, across in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        part = numbers[top::down, left::across]
+        if part.size:
+            bits = (part.reshape(len(part), -1, 1) >> np.arange(depth - 1, -1, -1)) & 1
+            packed = np.packbits(bits.reshape(len(part), -1).astype(np.uint8), axis=1)
+            rows.append(np.pad(packed, ((0, 0), (1, 0))).tobytes())  # filter 0
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), *between, (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks
+    )

@@ -1,0 +1,142 @@
+"""The loader's batches: which pairs, in which order, on any number of ranks, after a resume, and around a bad pair.
+
+The order is recomputed from its formula, in integers of Python and without `polydpo_fast.data.order`.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .report import Finding
+
+__all__ = ["loader", "place"]
+
+_64 = 2**64
+
+
+def loader(seed: int) -> Iterator[tuple[Finding, str]]:
+    """Tiny pairs whose pixels say which they are: each once whatever the ranks, resumed, one of them damaged."""
+    from ..data import PairLoader
+
+    pairs = 24
+    records = [{"win": _png(number, 0), "lose": _png(number, 1), "prompt": str(number)} for number in range(pairs)]
+    how: Any = dict(seed=seed, size=2, resize=None, dtype=torch.uint8, readers=2, threads=1)
+
+    def read(ranks: int, batch: int, source: list[dict[str, Any]] = records) -> list[list[Any]]:
+        """The batches of all ranks, step by step."""
+        loaders = [PairLoader(source, batch, rank=rank, world_size=ranks, **how) for rank in range(ranks)]
+        return [list(step) for step in zip(*loaders, strict=True)]
+
+    alone = [index for (batch,) in read(1, 4) for index in batch.index.tolist()]
+    for ranks, size in ((1, 4), (2, 3), (4, 2)):
+        steps = read(ranks, size)
+        order = [index for step in steps for batch in step for index in batch.index.tolist()]
+        right = order == alone and sorted(order) == list(range(pairs))
+        shown = all(_shown(batch.pixels) == (batch.index.tolist() * 2, batch.prompts) for s in steps for batch in s)
+        note = "" if right and shown else "pixels or prompts of another pair" if right else f"the order is {order}"
+        yield Finding("each pair once", 0.0 if right and shown else torch.inf, note=note), f"{ranks} ranks of {size}"
+
+    yield from _order(seed, records, alone, how)
+
+    first = PairLoader(records, 4, rank=0, world_size=1, **how)
+    batches = iter(first)
+    before = [next(batches) for _ in range(2)]
+    second = PairLoader(records, 6, rank=0, world_size=1, **how)
+    second.load_state_dict(first.state_dict())
+    order = [index for batch in (*before, *second) for index in batch.index.tolist()]
+    same = order == alone[: len(order)] and len(order) >= pairs - 6
+    yield Finding("resumed", 0.0 if same else torch.inf, note="" if same else str(order)), "after 8 of 24 pairs"
+
+    bad = list(records)
+    bad[5] = {**bad[5], "lose": bad[5]["lose"][:40]}
+    damaged = PairLoader(bad, 4, rank=0, world_size=1, **how)
+    order = [index for batch in damaged for index in batch.index.tolist()]
+    place = alone.index(5)
+    right = [*order[:place], *order[place + 1 :]] == [*alone[:place], *alone[place + 1 :]] and order[place] != 5
+    yield Finding("a bad pair", 0.0 if right else torch.inf, note="" if right else str(order)), "pair 5 cut off"
+
+
+# --------------------------------------------------------------------------------------------------- order
+
+
+def place(position: int, size: int, seed: int, epoch: int) -> int:
+    """The pair at a position: a Feistel network of six rounds on the smallest even number of bits, at least two, that
+    `size` numbers take; of what lands beyond them again. Keys are splitmix64 of seed, epoch and round, chained."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    key = _chained(_chained(0, seed), epoch)
+    while True:
+        left, right = divmod(position, 2**half)
+        for number in range(6):
+            left, right = right, left ^ _splitmix((right + _chained(_chained(0, key), number)) % _64) % 2**half
+        position = left * 2**half + right
+        if position < size:
+            return position
+
+
+def _chained(state: int, number: int) -> int:
+    return _splitmix((state + number + 0x9E3779B97F4A7C15) % _64)
+
+
+def _splitmix(z: int) -> int:
+    """Steele, Lea and Flood 2014, Fig. 16."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % _64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % _64
+    return z ^ (z >> 31)
+
+
+def _order(
+    seed: int, records: list[dict[str, Any]], alone: list[int], how: dict[str, Any]
+) -> Iterator[tuple[Finding, str]]:
+    """Against the formula: epochs, other seeds, no shuffle; and of many pairs, without loading them."""
+    from ..data import PairLoader
+    from ..data.order import order_of
+
+    pairs = len(records)
+    seen = {tuple(alone)}
+    for epoch, of_seed in ((0, seed), (1, seed), (2, seed), (0, seed + 1)):
+        own = PairLoader(records, 6, rank=0, world_size=1, **{**how, "seed": of_seed})
+        own.set_epoch(epoch)
+        order = [index for batch in own for index in batch.index.tolist()]
+        right = order == [place(position, pairs, of_seed, epoch) for position in range(pairs)]
+        seen.add(tuple(order))
+        what = f"epoch {epoch}, seed {of_seed}"
+        yield Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {order}"), what
+    differ = len(seen) == 4
+    note = "" if differ else "epochs or seeds have the same order"
+    yield Finding("order", 0.0 if differ else torch.inf, note=note), "epochs and seeds"
+    plain = PairLoader(records, 6, rank=0, world_size=1, shuffle=False, **how)
+    order = [index for batch in plain for index in batch.index.tolist()]
+    right = order == list(range(pairs))
+    yield Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {order}"), "shuffle=False"
+    for size in (1, 2, 5, 1000, 3_000_017):
+        positions = np.unique(np.linspace(0, size - 1, 40).astype(np.int64))
+        found = order_of(np.array([size]), None, None, seed=seed, epoch=7, window=None)(positions).tolist()
+        right = found == [place(position, size, seed, 7) for position in positions.tolist()]
+        yield Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {found}"), f"{size} pairs"
+
+
+# --------------------------------------------------------------------------------------------------- pairs
+
+
+def _png(number: int, arm: int) -> bytes:
+    """2 x 2 pixels of one colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + bytes([number, arm, 0]) * 2
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row * 2)) + chunk(b"IEND", b"")
+
+
+def _shown(pixels: Tensor) -> tuple[list[int], list[str]]:
+    """The numbers that the rows show, and the prompts that belong to the winners."""
+    numbers = pixels[:, 0, 0, 0].tolist()
+    return numbers, [str(number) for number in numbers[: len(numbers) // 2]]
