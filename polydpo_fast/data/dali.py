@@ -164,6 +164,8 @@ def _check_device(device: str | torch.device | None) -> torch.device:
     found = _parse_device(device)
     if found.type == "cpu":
         return torch.device("cpu")
+    if found.type != "cuda":
+        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', ...")
     if not _has_cuda():
         raise ValueError(f"device is {device!r}; but PyTorch finds no CUDA device here")
     index = torch.cuda.current_device() if found.index is None else found.index
@@ -174,12 +176,9 @@ def _check_device(device: str | torch.device | None) -> torch.device:
 
 def _parse_device(device: str | torch.device) -> torch.device:
     try:
-        found = torch.device(device)
+        return torch.device(device)
     except (RuntimeError, TypeError):
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', ...")
-    return found
+        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', ...") from None
 
 
 def _has_cuda() -> bool:

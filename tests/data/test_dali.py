@@ -213,9 +213,8 @@ def test_a_dali_that_does_not_load(tmp_path):
 @pytest.mark.parametrize("kind", ["auto", "cpp", "dali"])
 def test_a_device_that_is_none(monkeypatch, kind):
     monkeypatch.setattr(dali, "_import_dali", lambda: None)
-    for device in ("nonsense", "meta"):
-        with pytest.raises(ValueError, match=f"device is '{device}'; expected 'cpu', 'cuda', 'cuda:1'"):
-            choose_decoder(kind, device)
+    with pytest.raises(ValueError, match="device is 'nonsense'; expected 'cpu', 'cuda', 'cuda:1'"):
+        choose_decoder(kind, "nonsense")
 
 
 def test_bad_choice():
@@ -641,6 +640,7 @@ def test_clips_have_their_time(decoder, clips):
     assert "limits.timeout_s" in got.errors[0].reason
 
 
+@needs_dali
 @pytest.mark.parametrize("at", [0, -1])
 def test_the_canary_sees_a_wrong_frame_at_either_end(clips, monkeypatch, at):
     decoder, frames = DaliDecoder("cpu", 1), dali_clips._frames
