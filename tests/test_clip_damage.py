@@ -358,6 +358,23 @@ def test_counting_has_a_bound(many):
     assert time.process_time() - begin < 8  # seen: 2, of which nothing is quadratic
 
 
+def test_a_block_of_another_track_is_missed():
+    data = encode(24, container="matroska")
+    at = data.index(b"\xa3", packets(data)[12][1] - 16)
+    track = at + 1 + 9 - data[at + 1].bit_length()
+    assert data[track] == 0x81
+    with pytest.raises(DecodeError, match=r"the block that begins at byte \d+ is of no track"):
+        decoded(data[:track] + b"\x83" + data[track + 1 :], frames=3, start="center")
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_nothing_is_read_when_there_is_no_time(container):
+    clip = Clip(encode(8, container=container), ClipLimits(), True, 1, None)
+    clip.give_up()
+    with pytest.raises(TimeoutError), clip.opened():
+        pass
+
+
 def test_opening_has_its_time():
     """FFmpeg looks for a beginning in what follows, and reads on: by way of a file that looks at the clock."""
     webm = encode(8, container="webm", codec="libvpx")

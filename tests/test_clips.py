@@ -382,9 +382,10 @@ def test_loops_begin_anew_at_the_first_frame(container, fps, count):
     options = dict(frames=5 * count, start=0.0, fps=fps, short="loop", size=(48, 64), dtype=torch.uint8)
     expected = decode_clips([whole], [whole], frames=count, start=0.0, size=(48, 64), dtype=torch.uint8).pixels[0]
     for win, lose in ((clip, clip), (whole, clip), (clip, whole)):
-        got = decode_clips([win], [lose], **options).pixels
-        for arm in got:
+        got = decode_clips([win], [lose], **options)
+        for arm in got.pixels:
             assert torch.equal(arm, expected.repeat(1, 5, 1, 1))
+        assert got.times[0, 4 * count].item() == pytest.approx(4 * count / 24, abs=1e-9)
 
 
 @settings(max_examples=200)
