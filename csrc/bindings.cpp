@@ -20,6 +20,7 @@
 #include "foreign.hpp"
 #include "frame.hpp"
 #include "loss.hpp"
+#include "memory.hpp"
 #include "pool.hpp"
 #include "simd.hpp"
 
@@ -438,6 +439,7 @@ PYBIND11_MODULE(_C, module) {
                       const polydpo::Head&, const std::array<double, 9>&, int>())
         .def("errors", &BoundLoss::errors)
         .def("gradient", &BoundLoss::gradient);
+    module.def("advise_huge_pages", &polydpo::advise_huge_pages);
     module.def("set_team", [](std::uintptr_t entry) { polydpo::set_team(reinterpret_cast<polydpo::GompParallel>(entry)); });
     module.def("pair_loss", &pair_loss);
     module.def("pair_gradient", &pair_gradient);
