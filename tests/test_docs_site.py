@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -10,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -59,6 +62,51 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     if page == "loss":
         assert scope["halves"] == scope["apart"] == scope["interleaved"] != scope["masked"]
         assert scope["cached"].item() == pytest.approx(scope["halves"].item(), rel=1e-5)
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """All its blocks of Python, in their order, on what a script has at hand: images, a manifest, a tiny pipeline."""
+    pytest.importorskip("av")
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    from clip_oracle import encode
+    from diffusion import pipelines
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYDPO_FAST_CACHE", str(tmp_path / "cache"))
+    text = (ROOT / "README.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    (line,) = (json.loads(line) for line in re.findall(r"```json\n(.*?)```", text, re.DOTALL))
+    (tmp_path / "a").mkdir()
+    for arm in ("win", "lose"):
+        PIL.Image.new("RGB", (80, 64), "red").save(tmp_path / line[arm])
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
+    smaller = {
+        "size=1024": "size=16",
+        "frames=81, size=(720, 1280)": "frames=5, size=(24, 32)",
+        "size=512": "size=16",
+        '"pickapic_v2/data/train-*.parquet", 8': '"pairs.jsonl", 1',
+    }
+    for old, new in smaller.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    # The images before the loop over the loader are a batch of one pair, of the same bytes; and the clips, of two.
+    win_bytes, lose_bytes = ([(tmp_path / line[arm]).read_bytes()] for arm in ("win", "lose"))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines.save("sd15", tmp_path))
+    pipe.unet.requires_grad_(False)
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    scope = {
+        "torch": torch,
+        "model_pred": torch.randn(4, 4, 8, 8, requires_grad=True),
+        **{name: torch.randn(4, 4, 8, 8) for name in ("ref_pred", "target")},
+        **{"win_bytes": win_bytes, "lose_bytes": lose_bytes, "pair_ids": [7]},
+        **{"win": [encode(count=12)], "lose": [encode(count=12)]},
+        **{"vae": pipe.vae, "unet": pipe.unet, "scheduler": pipe.scheduler},
+        "encode": lambda pixels: pipe.vae.encode(pixels.float()).latent_dist.sample(),
+        "embed": lambda prompts: torch.cat([pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in prompts] * 2),
+    }
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["latents"].shape[0] == 2 and scope["batch"].prompts == [line["prompt"]]
+    assert scope["loss"].isfinite() and any(p.grad is not None for p in pipe.unet.parameters())
 
 
 def test_the_first_training_runs(tmp_path, monkeypatch):
