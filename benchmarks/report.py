@@ -129,7 +129,11 @@ def ran(results: dict) -> str:
         if name in results
     ]
     if check := results.get("check"):
-        verdict = "passed" if check["passed"] else "; ".join(check["broken"]) or "nothing was checked"
+        verdict = (
+            "passed"
+            if check["passed"]
+            else "; ".join(check["broken"] + check.get("unfinished", [])) or "nothing was checked"
+        )
         lines.append(f"check, seed {check['seed']}, {check['seconds']} s: {verdict}.")
     return "\n\n".join(lines)
 

@@ -25,14 +25,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Config = Annotated[Path | None, typer.Option(help="Settings in YAML; options here take their place.")]
+_Config = Annotated[Path | None, typer.Option(help="YAML file of settings; options on the command line win.")]
 _Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Diffusers pipeline.")]
-_Data = Annotated[list[str] | None, typer.Option(help="Files, globs, a folder or an address of pairs, or of `cache`.")]
-_Size = Annotated[int | None, typer.Option(help="Side of the pixels; the model's own if it is not given.")]
-_Precision = Annotated[str | None, typer.Option(help="no, fp16 or bf16.")]
-_ShardPairs = Annotated[int, typer.Option(min=1, help="Pairs per file, of which a process makes one at a time.")]
-_Seed = Annotated[int | None, typer.Option(help="Of order, crops, noise, timesteps and pictures.")]
-_Assign = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting, in YAML.")]
+_Data = Annotated[list[str] | None, typer.Option(help="Pairs: file, glob, folder or URL; or a folder made by `cache`.")]
+_Size = Annotated[int | None, typer.Option(help="Side in pixels (default: the model's own).")]
+_Precision = Annotated[
+    str | None, typer.Option(help="no, fp16 or bf16 (default: what `accelerate` is configured for).")
+]
+_ShardPairs = Annotated[int, typer.Option(min=1, help="Pairs per output file, the unit of work of a process.")]
+_Seed = Annotated[int | None, typer.Option(help="Random seed (default 0).")]
+_Assign = Annotated[
+    list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting, in YAML; may be repeated.")
+]
 
 
 @app.command()
@@ -53,10 +57,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pairs, the picture and the figures.")] = Path("demo-output"),
     alpha: Annotated[float, typer.Option(help="Poly-DPO's alpha; 0 is Diffusion-DPO.")] = 0.0,
     beta: Annotated[float, typer.Option(min=0.0, help="Strength of the pull to the reference.")] = 2000.0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the alignment.")] = 150,
-    seed: Annotated[int, typer.Option(min=0, help="Of data, models, noise and samples.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the alignment.")] = 150,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     label_noise: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of pairs whose label is flipped.")] = 0.0,
-    device: Annotated[str, typer.Option(help="For the models, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the models: cpu, cuda.")] = "cpu",
 ) -> None:
     """Teach a small diffusion model to prefer bold handwriting, on real scanned digits."""
     from .demo import Settings, run
@@ -66,15 +70,17 @@ def demo(
 
 @app.command()
 def inspect(
-    source: Annotated[list[str], typer.Argument(help="Files, globs, a folder or an address: Parquet, tar, JSON, CSV.")],
-    every: Annotated[bool, typer.Option("--all", help="Decode every pair, and list those that cannot be.")] = False,
-    sample: Annotated[int, typer.Option(min=0, help="Pairs to look into and to time.")] = 64,
-    ties: Annotated[str | None, typer.Option(help="drop, keep or error.")] = None,
-    root: Annotated[str | None, typer.Option(help="Folder of the files that a JSON or CSV names.")] = None,
-    category: Annotated[str | None, typer.Option(help="Column of the category, in Parquet files.")] = None,
-    ledger: Annotated[Path | None, typer.Option(help="A loader's ledger, whose pairs are tried again.")] = None,
+    source: Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")],
+    every: Annotated[bool, typer.Option("--all", help="Decode every pair and list those that fail.")] = False,
+    sample: Annotated[int, typer.Option(min=0, help="Pairs to decode and time.")] = 64,
+    ties: Annotated[
+        str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
+    category: Annotated[str | None, typer.Option(help="Parquet column that holds the category.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Ledger of a loader: try its bad pairs again.")] = None,
 ) -> None:
-    """Tell what preference data holds and what decoding it costs; exit with 1 if a pair cannot be decoded."""
+    """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
     from .data import open_source
     from .data.inspect import report
 
@@ -92,16 +98,18 @@ def inspect(
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="File, glob, folder or address: Parquet, tar, JSON, CSV.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards; that of an interrupted run is continued.")],
-    shard_size: Annotated[str, typer.Option(help="Most bytes of a shard: 500MB, 1GB, 2GiB.")] = "1GB",
-    ties: Annotated[str | None, typer.Option(help="drop, keep or error.")] = None,
-    root: Annotated[str | None, typer.Option(help="Folder of the files that a JSON or CSV names.")] = None,
-    category: Annotated[str | None, typer.Option(help="Column of the category, in Parquet files.")] = None,
-    weight: Annotated[str | None, typer.Option(help="Column of the weight, in Parquet files.")] = None,
-    columns: Annotated[list[str] | None, typer.Option(help="Further column to take along; may be repeated.")] = None,
+    source: Annotated[str, typer.Argument(help="File, glob, folder or URL of Parquet, tar, JSON or CSV.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards; an interrupted run is continued.")],
+    shard_size: Annotated[str, typer.Option(help="Largest size of a shard: 500MB, 1GB, 2GiB.")] = "1GB",
+    ties: Annotated[
+        str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
+    category: Annotated[str | None, typer.Option(help="Parquet column that holds the category.")] = None,
+    weight: Annotated[str | None, typer.Option(help="Parquet column that holds the weight.")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="Further column to keep; may be repeated.")] = None,
 ) -> None:
-    """Write pairs as WebDataset shards; exit with 1 if some could not be read."""
+    """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
     from .data import open_source
     from .data import pack as packing
 
@@ -126,17 +134,21 @@ def pack(
 
 @app.command()
 def check(
-    seed: Annotated[int | None, typer.Option(min=0, help="Repeats a run; drawn anew if it is not given.")] = None,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Five times as many cases, and more kinds.")] = False,
-    backend: Annotated[str | None, typer.Option(help="Only cpp, triton or reference, and no decoding.")] = None,
-    device: Annotated[str | None, typer.Option(help="Only cpu, cuda or cuda:1.")] = None,
-    case: Annotated[int | None, typer.Option(min=0, help="Only this case of the losses, of the given seed.")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Begin no further cases after that: 60, or none with --thorough.")
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of a run to repeat (default: a new one).")] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Five times as many cases, and more kinds of them.")
+    ] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="Check only this backend of the loss (cpp, triton, reference); skips decoding.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all findings to this file.")] = None,
+    device: Annotated[str | None, typer.Option(help="Check only this device: cpu, cuda, cuda:1.")] = None,
+    case: Annotated[int | None, typer.Option(min=0, help="Check only this case of the losses; needs --seed.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Time limit (default 60; none with --thorough).")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
-    """Hold losses, decoding and loading against references on this machine; exit with 1 if a gate is broken."""
+    """Compare losses, decoding and loading with references on this machine. Exits with 1 if a gate is broken."""
     import secrets
 
     from .check import check as run
@@ -169,15 +181,17 @@ def check(
 
 @app.command()
 def bench(
-    suites: Annotated[list[str] | None, typer.Argument(help="loss, decode, loader ...; all if none is named.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File of results; benchmarks/results/MACHINE.json.")] = None,
+    suites: Annotated[list[str] | None, typer.Argument(help="loss, decode, loader ... (default: all).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of results (default benchmarks/results/MACHINE.json).")] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Also where the file has ways that are lacking now.")
+        bool, typer.Option("--replace", help="Overwrite even if this run lacks rows of the old file.")
     ] = False,
-    dirty: Annotated[bool, typer.Option("--dirty", help="Also where the source differs from its commit.")] = False,
-    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Two files of results, before and after.")] = None,
+    dirty: Annotated[bool, typer.Option("--dirty", help="Allow uncommitted changes.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Compare two files of results, before and after.")
+    ] = None,
 ) -> None:
-    """Run the benchmarks and keep their results; or compare two files, and exit with 1 if something is worse."""
+    """Run the benchmarks and keep their results; or compare two files, and exit with 1 if something got worse."""
     from . import bench as benchmarks
 
     try:
@@ -221,28 +235,54 @@ def train(
     config: _Config = None,
     model: _Model = None,
     data: _Data = None,
-    reference_errors: Annotated[str | None, typer.Option(help="Made by `reference`; no reference is asked.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the result, checkpoints and metrics.")] = None,
+    reference_errors: Annotated[
+        str | None, typer.Option(help="Folder made by `reference`; then no reference model is run.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder of the result, checkpoints and metrics (default train-output).")
+    ] = None,
     size: _Size = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Forwards per step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of the optimizer.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Poly-DPO's alpha; 0 is Diffusion-DPO.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Strength of the pull to the reference.")] = None,
-    objective: Annotated[str | None, typer.Option(help="poly_dpo, robust, ipo, hinge or linear.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank; 0 for all weights.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, adamw8bit, paged_adamw8bit or adafactor.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="After the warmup.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward pass (default 1).")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Forward passes per optimizer step (default 1).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps (default 2000).")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Poly-DPO's alpha, above 0 for noisy labels; 0 is Diffusion-DPO (default 0).")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Pull to the reference, with the factor 1/2 of Diffusion-DPO (default 5000).")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="poly_dpo, robust, ipo, hinge or linear (default poly_dpo).")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train LoRA adapters of this rank; 0 trains all weights (default 0).")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw8bit, paged_adamw8bit or adafactor (default adamw).")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="After warmup (default: 1e-5 for LoRA, else 1e-8 per pair of a step).")
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup (default 0).")] = None,
     mixed_precision: _Precision = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of averaged weights; 0 for none.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps; 0 for no checkpoints.")] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints that are kept; 0 for all.")] = None,
-    resume: Annotated[str | None, typer.Option(help="latest, or the folder of a checkpoint.")] = None,
-    validation_prompts: Annotated[list[str] | None, typer.Option(help="Rendered to a sheet. Repeat for more.")] = None,
-    validation_every: Annotated[int | None, typer.Option(help="Steps between two sheets.")] = None,
-    trackers: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb. Repeat for more.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations in backward: less memory, more time (default off).")
+    ] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights; 0 for none (default 0).")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0 for none (default 0).")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(help="Number of checkpoints to keep; 0 for all (default 0).")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Resume from 'latest', or from the folder of a checkpoint.")
+    ] = None,
+    validation_prompts: Annotated[
+        list[str] | None, typer.Option(help="Prompt to render into a grid of images; may be repeated.")
+    ] = None,
+    validation_every: Annotated[
+        int | None, typer.Option(help="Steps between two grids; 0 for none but the last (default 0).")
+    ] = None,
+    trackers: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb; may be repeated.")] = None,
     seed: _Seed = None,
     assign: _Assign = None,
 ) -> None:
@@ -256,16 +296,16 @@ def train(
 @app.command()
 def cache(
     context: typer.Context,
-    out: Annotated[Path, typer.Argument(help="Folder for the latents; what was interrupted is continued.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the latents; an interrupted run is continued.")],
     config: _Config = None,
     model: _Model = None,
     data: _Data = None,
     size: _Size = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per process at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward pass (default 1).")] = None,
     mixed_precision: _Precision = None,
     seed: _Seed = None,
     shard_pairs: _ShardPairs = 128,
-    store: Annotated[str | None, typer.Option(help="Type of stored numbers: float32, bfloat16, float16.")] = None,
+    store: Annotated[str | None, typer.Option(help="Dtype of the stored latents: float32, bfloat16, float16.")] = None,
     assign: _Assign = None,
 ) -> None:
     """Encode images and prompts once; `train --data OUT` needs neither then. Runs under `accelerate launch` too."""
@@ -283,17 +323,21 @@ def cache(
 @app.command()
 def reference(
     context: typer.Context,
-    out: Annotated[Path, typer.Argument(help="Folder for the errors; what was interrupted is continued.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the errors; an interrupted run is continued.")],
     config: _Config = None,
     model: _Model = None,
     data: _Data = None,
     size: _Size = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per process at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward pass (default 1).")] = None,
     mixed_precision: _Precision = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Of the training, whose reference it is.")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="The --lora-rank that the training will have (default 0).")
+    ] = None,
     seed: _Seed = None,
     shard_pairs: _ShardPairs = 1024,
-    draws: Annotated[int, typer.Option(min=1, help="Epochs that have noise of their own.")] = 4,
+    draws: Annotated[
+        int, typer.Option(min=1, help="Draws of noise stored per pair; training reuses them after as many epochs.")
+    ] = 4,
     assign: _Assign = None,
 ) -> None:
     """Compute the reference's errors once, for `train --reference-errors OUT`. Runs under `accelerate launch` too."""
@@ -308,12 +352,12 @@ def geneval(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a Diffusers pipeline of images.")],
     prompts: Annotated[Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl.")],
     out: Annotated[Path, typer.Argument(help="Folder for GenEval's scorer.")],
-    result: Annotated[Path | None, typer.Option(help="Output of `train`, whose weights are to be judged.")] = None,
+    result: Annotated[Path | None, typer.Option(help="Output folder of `train`, whose weights are rendered.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Of the pipeline's sampler.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Scale; the pipeline's own if it is not given.")] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Side; the model's own if it is not given.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the images.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's own).")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels (default: the model's own).")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
 ) -> None:
     """Render GenEval's prompts into the folders that its official scorer reads; goes on where it stopped."""
     console = Console(stderr=True)

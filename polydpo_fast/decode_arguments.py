@@ -113,6 +113,9 @@ def check_images(
     """The arguments of `decode_pairs`; and `device`, where `out` is to be."""
     check_choice("exif", exif, ("apply", "ignore"))
     arms = _check_arms(win, lose, "images", "bytes-like objects")
+    for name, arm in zip(("win", "lose"), arms, strict=True):
+        for index, image in enumerate(arm):
+            _check_image(f"{name}[{index}]", image)
     return _check(arms, (), limits=_check_limits(limits, DecodeLimits), **common)
 
 
@@ -212,6 +215,17 @@ def _check(
 
 
 # ------------------------------------------------------------------------------------------------ one by one
+
+
+def _check_image(name: str, image: object) -> None:
+    if isinstance(image, (bytes, bytearray)):
+        return
+    expected = "expected a contiguous bytes-like object (bytes, memoryview, ...) with the contents of an image file"
+    if not _is_contiguous(image):
+        hint = "; of a path: Path(path).read_bytes()" if isinstance(image, (str, os.PathLike)) else ""
+        raise TypeError(f"{name} is a {type(image).__name__}; {expected}{hint}")
+    if (shape := memoryview(image).shape) is not None and len(shape) != 1:  # type: ignore[arg-type]
+        raise TypeError(f"{name} is an array of shape {shape}; {expected}, not decoded pixels")
 
 
 def check_count(name: str, value: object, most: int) -> None:

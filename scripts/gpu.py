@@ -62,7 +62,8 @@ found = report.as_json()
 open(sys.argv[1], "w").write(found)
 print(found)
 if not report.passed:
-    sys.exit("; ".join(json.loads(found)["broken"]) or "nothing was checked")
+    told = json.loads(found)
+    sys.exit("; ".join(told["broken"] + told["unfinished"]) or "nothing was checked")
 """
 RESULTS = """
 import json, sys

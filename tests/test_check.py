@@ -283,6 +283,8 @@ def test_without_time_no_cases_are_begun_and_that_is_said(few):
     assert result.exit_code == 1
     assert "not run: reference on cpu from case 0 on: no time was left" in result.output
     assert "reference on cpu: 0 cases, of 20 at least: no time was left" in result.output
+    assert "parts not finished (time limit)" in result.output
+    assert " broken" not in result.output
 
 
 @needs_cpp

@@ -1,11 +1,15 @@
+import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import polydpo_fast
 from polydpo_fast.cli import app
+from polydpo_fast.diffusion.config import Settings
 
 runner = CliRunner()
 
@@ -38,3 +42,14 @@ def test_importing_the_library_is_light():
         [sys.executable, "-c", code.replace("polydpo_fast;", "torch;")], capture_output=True, text=True, check=True
     ).stdout
     assert found == import_of_torch
+
+
+def test_the_defaults_in_the_help_of_train_are_those_of_its_settings():
+    """The options have None, so that a file of settings can say otherwise: the help repeats what holds then."""
+    options = {option.name: option.help or "" for option in typer.main.get_command(app).commands["train"].params}
+    told = {name: found[1] for name, text in options.items() if (found := re.search(r"\(default ([^:()]+)\)", text))}
+    defaults = {one.name: one.default for one in dataclasses.fields(Settings)}
+    assert {"steps", "beta", "alpha", "batch_size", "lora_rank", "objective"} <= set(told)
+    for name, text in told.items():
+        value = "off" if defaults[name] is False else defaults[name]
+        assert text == str(value) or float(text) == value, name

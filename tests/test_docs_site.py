@@ -105,8 +105,10 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
         "embed": lambda prompts: torch.cat([pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in prompts] * 2),
     }
     exec(compile(code, "README.md", "exec"), scope)
-    assert scope["latents"].shape[0] == 2 and scope["batch"].prompts == [line["prompt"]]
-    assert scope["loss"].isfinite() and any(p.grad is not None for p in pipe.unet.parameters())
+    assert scope["latents"].shape[0] == 2
+    assert scope["batch"].prompts == [line["prompt"]]
+    assert scope["loss"].isfinite()
+    assert any(p.grad is not None for p in pipe.unet.parameters())
 
 
 def test_the_first_training_runs(tmp_path, monkeypatch):

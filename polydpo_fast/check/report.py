@@ -61,6 +61,7 @@ class Report:
     seconds: float = 0.0
     _groups: dict[tuple[str, str, str], _Group] = field(default_factory=dict)
     _broken: list[str] = field(default_factory=list)
+    _unfinished: list[str] = field(default_factory=list)
 
     def add(
         self, subject: str, device: str, finding: Finding, gate: str, *, case: int | None = None, what: str = ""
@@ -80,12 +81,12 @@ class Report:
         """what: a part that ended early. With fewer than `least` cases it was not checked, and that is a failure."""
         self.skipped[f"{what} from {at} on"] = "no time was left"
         if done < least:
-            self._broken.append(f"{what}: {done} cases, of {least} at least: no time was left")
+            self._unfinished.append(f"{what}: {done} cases, of {least} at least: no time was left")
 
     @property
     def passed(self) -> bool:
         """Whether all that is there was checked, if only in a few cases, and no gate is broken."""
-        return bool(self._groups) and not self._broken
+        return bool(self._groups) and not self._broken and not self._unfinished
 
     def as_json(self) -> str:
         """All of it, in one JSON object. Numbers that are not finite are null."""
@@ -104,6 +105,7 @@ class Report:
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 "groups": [_as_row(key, group) for key, group in self._groups.items()],
                 "broken": self._broken,
+                "unfinished": self._unfinished,
                 "skipped": self.skipped,
             },
             indent=1,
@@ -147,9 +149,12 @@ class Report:
             console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
         if len(self._broken) > _BROKEN_SHOWN:
             console.print(f"and {len(self._broken) - _BROKEN_SHOWN} more", style="red")
+        for line in self._unfinished:
+            console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
         count = sum(group.count for group in self._groups.values())
-        text = "all within their gates" if self.passed else f"{len(self._broken)} broken"
-        console.print(f"{count} comparisons, {text}; {self.seconds:.0f} s, seed {self.seed}", highlight=False)
+        text = f"{len(self._broken)} broken" if self._broken else "all within their gates"
+        parts = f", {len(self._unfinished)} parts not finished (time limit)" if self._unfinished else ""
+        console.print(f"{count} comparisons, {text}{parts}; {self.seconds:.0f} s, seed {self.seed}", highlight=False)
 
 
 def _as_row(key: tuple[str, str, str], group: _Group) -> dict[str, Any]:

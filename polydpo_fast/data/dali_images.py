@@ -29,11 +29,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     options = engine.with_defaults(_DEFAULTS, options)
     asked = check_images(win, lose, device=engine.device, **options)
     pairs, out, limits, draws = len(asked.win), asked.out, asked.limits, asked.draws
-    images = [
-        _bytes_of(f"{name}[{index}]", image)
-        for name, arm in (("win", asked.win), ("lose", asked.lose))
-        for index, image in enumerate(arm)
-    ]
+    images = [memoryview(image).cast("B") for image in (*asked.win, *asked.lose)]
     plans = [
         Plan(*row)
         for row in _C.foreign_plans(
@@ -148,12 +144,3 @@ def _graph(engine: Engine) -> Any:
         jpeg_fancy_upsampling=True,
         **on_gpu,
     )
-
-
-def _bytes_of(name: str, image: Buffer) -> memoryview:
-    try:
-        return memoryview(image).cast("B")
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} is a {type(image).__name__}; expected a contiguous bytes-like object (bytes, memoryview, ...)"
-        ) from None

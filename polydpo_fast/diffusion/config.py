@@ -137,6 +137,8 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
 
         try:
             values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--config is {str(file)!r}: there is no such file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not YAML: {error}") from error
         if not isinstance(values, dict):
@@ -146,7 +148,8 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
     if unknown := sorted(str(name) for name in set(values) - known):
         raise ValueError(f"{', '.join(unknown)}: no setting; expected {', '.join(sorted(known))}")
     if missing := [name for name in ("model", "data") if values.get(name) is None]:
-        raise ValueError(f"{' and '.join(missing)} is not given; expected --{missing[0]}, or {missing[0]}: in the YAML")
+        options, keys = (" and ".join(map(mark.format, missing)) for mark in ("--{}", "{}:"))
+        raise ValueError(f"{' and '.join(missing)} not given; expected {options}, or {keys} in the file of --config")
     hints = typing.get_type_hints(Settings)
     return Settings(**{name: _of_type(name, value, hints[name]) for name, value in values.items()})
 

@@ -767,7 +767,7 @@ def test_accumulation_of_the_environment_is_named(here, tmp_path, monkeypatch):
         (dict(size=[16]), r"size is \[16\]; expected a side, or \[height, width\]"),
         (dict(size="big"), "size is 'big'; expected int | list"),
         (dict(speed=3), "speed: no setting; expected accumulation, "),
-        (dict(data=None), "data is not given; expected --data, or data: in the YAML"),
+        (dict(data=None), "data not given; expected --data, or data: in the file of --config"),
         (dict(loader={"seed": 1}), "loader has seed; expected as settings of their own"),
         (dict(loss={"beta": 1}), "loss has beta; expected as settings of their own"),
         (dict(loader=[1]), r"loader is \[1\]; expected dict"),
