@@ -366,6 +366,9 @@ public:
 
     void errors(std::uintptr_t pred, std::uintptr_t ref, std::uintptr_t target, std::uintptr_t loss,
                 std::uintptr_t metrics, std::uintptr_t table, int threads) const {
+        if (!pred || !ref || !target) {
+            throw py::value_error("a tensor has no memory; expected one whose storage is there");
+        }
         run_loss(batch(pred, ref, target, threads), objective_, loss, metrics, table);
     }
 

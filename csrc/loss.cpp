@@ -612,14 +612,17 @@ void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair)
     in.nlp = positive ? log1p : log1p - in.z;
     in.nlq = positive ? log1p + in.z : log1p;
     const LossAndSlope kept = (*o.head)(in);
-    in.z = -in.z;
-    std::swap(in.p, in.q);
-    std::swap(in.nlp, in.nlq);
-    const LossAndSlope flipped = (*o.head)(in);
+    LossAndSlope flipped{0.0, 0.0};
+    if (o.flip != 0) {
+        in.z = -in.z;
+        std::swap(in.p, in.q);
+        std::swap(in.nlp, in.nlq);
+        flipped = (*o.head)(in);
+    }
     const double slope = o.keep * kept.slope - o.flip * flipped.slope;
     pair[0] = weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w);
     // The metrics, which are not of z but of the logit.
-    const double half_beta = 0.5 * in.beta, distance = std::exp(-std::abs(logit));
+    const double half_beta = 0.5 * in.beta, distance = o.margin == 0 ? e : std::exp(-std::abs(logit));
     pair[1] = logit > 0 ? 1.0 : logit == 0 ? 0.5 : 0.0;
     pair[2] = -half_beta * excess_w;
     pair[3] = -half_beta * excess_l;

@@ -131,7 +131,8 @@ def errors_kernel(
     if mask is not None:
         tl.store(counts + slot, tl.sum(elements).to(tl.float64))
 
-    # The barrier orders this program's stores before its arrival; acq_rel orders them for the last one.
+    # The barrier orders this program's stores before its arrival; acq_rel orders them for the last one. AMD's barrier
+    # does not wait for stores: there the four sums and the arrival are the first wave's, which waits for its own.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + 1 + pair, 1, sem="acq_rel")
     if arrived == n_splits - 1:
@@ -165,7 +166,7 @@ def _finish_pair(
     if REF == "pred":
         excess_w, excess_l = _pick(sums, 2, SUMS), _pick(sums, 3, SUMS)
     elif REF == "error":
-        known = ref_error + pair * ref_error_stride
+        known = ref_error + pair.to(tl.int64) * ref_error_stride
         excess_w = model_w - tl.load(known).to(tl.float64)
         excess_l = model_l - tl.load(known + ref_error_arm).to(tl.float64)
     else:

@@ -1,6 +1,8 @@
 """Fused Poly-DPO / Diffusion-DPO losses and preference-pair decoding for diffusion models."""
 
-from pathlib import Path
+import importlib.util as _importlib
+import sys as _sys
+from pathlib import Path as _Path
 
 from . import reference
 from ._version import __version__
@@ -9,10 +11,16 @@ from .decode import DecodedPairs, DecodeError, DecodeFailure, DecodeLimits, deco
 from .functional import PairErrors, available_backends, loss, pair_errors
 from .yuv import yuv420_to_rgb
 
-# In a checkout that is not installed, polydpo_fast.kernels lies beside the package.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "kernels" / "pair_loss.py").exists():
-    __path__.append(str(_checkout))
+# In a checkout polydpo_fast.kernels lies beside the package.
+_kernels = _Path(__file__).resolve().parent.parent / "kernels"
+if (_kernels / "pair_loss.py").exists():
+    _spec = _importlib.spec_from_file_location(
+        "polydpo_fast.kernels", _kernels / "__init__.py", submodule_search_locations=[str(_kernels)]
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    _sys.modules["polydpo_fast.kernels"] = kernels = _importlib.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
 __all__ = [
     "ClipLimits",

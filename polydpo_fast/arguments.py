@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -116,22 +117,23 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     else:
         raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor or a tuple (win, lose) of two")
     for index, tensor in enumerate(tensors):
-        if tensor.dtype in FLOAT_DTYPES and tensor.layout is torch.strided and not is_lazy(tensor):
-            continue
         place = name if len(tensors) == 1 else f"{name}[{index}]"
         _dense(place, tensor)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
         if is_lazy(tensor):
             raise TypeError(f"{place} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
-        else:
-            raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
     if len(tensors) == 2 and tensors[1].dtype != tensors[0].dtype:
         raise TypeError(f"{name}[1] has dtype {tensors[1].dtype}; expected {tensors[0].dtype} like {name}[0]")
     return tensors
 
 
 def _dense(place: str, x: Tensor) -> None:
-    if x.layout != torch.strided:
-        raise TypeError(f"{place} has layout {x.layout}; expected a dense tensor (torch.strided)")
+    if x.layout != torch.strided or x.is_nested:
+        what = "is nested" if x.is_nested else f"has layout {x.layout}"
+        raise TypeError(f"{place} {what}; expected a dense tensor (torch.strided)")
+    if type(x) is not Tensor and hasattr(x, "to_local"):
+        raise TypeError(f"{place} is a {type(x).__name__}; expected a plain tensor, such as {place}.to_local()")
 
 
 def is_lazy(x: Tensor) -> bool:
@@ -159,6 +161,8 @@ def _same_rows(name: str, tensors: list[Tensor], pairs: int, sample: torch.Size,
 def _check_ref_error(ref_error: Arms, pairs: int, device: torch.device, layout: str) -> Tensor:
     errors = _tensors("ref_error", ref_error)
     _on_device("ref_error", errors, device)
+    if errors[0].dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
+        _warn_rounded_reference(errors[0].dtype)
     rows = 2 * pairs if len(errors) == 1 else pairs
     for index, error in enumerate(errors):
         if tuple(error.shape) != (rows,):
@@ -185,12 +189,29 @@ def _check_mask(mask: Tensor, pairs: int, sample: torch.Size, device: torch.devi
     fits = len(inner) <= len(sample) and all(
         n in (1, m) for n, m in zip(reversed(inner), reversed(sample), strict=False)
     )
+    if fits and _may_be_of_pairs(mask.shape, pairs, sample):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, which could be for all pairs or one for each of {pairs}; "
+            "expected a dimension more: mask[None] if for all, mask.unsqueeze(1) or mask.unsqueeze(-1) if for each"
+        )
     if not fits or rows not in (1, pairs):
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}; expected one that broadcasts to a sample, {tuple(sample)}, "
             f"or to one for each pair, {(pairs, *sample)}"
         )
     return mask.expand(rows, *sample)
+
+
+def _may_be_of_pairs(mask: torch.Size, pairs: int, sample: torch.Size) -> bool:
+    """Whether a mask with the dimensions of a sample may have been meant for each pair, without the channels.
+
+    While B is not C, a (B, H, W) mask is refused; it must not become a (C, H, W) one in the batch in which it is.
+    """
+    if len(mask) != len(sample) or mask[0] != pairs:
+        return False
+    if pairs == 1:  # images: (1, H, W) means the same either way; tokens: (1, N) would be over C
+        return len(sample) == 2 and mask[1] == sample[0] > 1
+    return mask[1:] in (sample[1:], sample[:-1])
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -254,7 +275,7 @@ def check_head(
 
 
 def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} is {_show(value)}; expected a number")
     # Not math.isfinite: torch.compile makes the number symbolic when it changes from call to call.
     if not -_LARGEST <= value <= _LARGEST:
@@ -267,7 +288,8 @@ def _per_pair(name: str, value: Tensor, inputs: Inputs) -> Tensor:
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; expected float64, float32, bfloat16 or float16")
     if tuple(value.shape) != (inputs.pairs,):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(inputs.pairs,)}, one value per pair")
+        hint = " (of all: a float)" if value.dim() == 0 else ""
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(inputs.pairs,)}, one value per pair{hint}")
     if value.device != inputs.pred[0].device:
         raise ValueError(f"{name} is on {value.device}; expected {inputs.pred[0].device} like model_pred")
     if is_lazy(value):
@@ -282,6 +304,14 @@ def _warn_not_monotone() -> None:
     warnings.warn(
         "alpha < -1: the loss is not monotone in the logit, pairs with p > -1/alpha are pushed the wrong way",
         stacklevel=4,
+    )
+
+
+@cache
+def _warn_rounded_reference(dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"ref_error is {dtype}: with beta = 5000 its rounding alone moves the logit by about 1; keep it in float32",
+        stacklevel=5,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -29,21 +30,27 @@ def _head(objective: str) -> Any:
 
 @cache
 def _join_openmp() -> None:
-    """Gives C++ the threads of the OpenMP runtime that PyTorch has loaded, if it can be found."""
+    """Gives C++ the threads of the OpenMP runtime that PyTorch has loaded, if it can be found; else it has its own.
+
+    PyTorch has no handle to its runtime, and a second set of threads would compete with the first for the cores.
+    """
     import ctypes
 
-    with open("/proc/self/maps") as maps:
-        loaded = {line.split(maxsplit=5)[5].rstrip() for line in maps if re.search(r"/lib(g|i|)omp[^/]*\.so", line)}
-    if len(loaded) == 1:  # of two runtimes we could not tell which is PyTorch's
-        entry = getattr(ctypes.CDLL(loaded.pop()), "GOMP_parallel", None)
-        if entry is not None:
-            _C.set_team(ctypes.cast(entry, ctypes.c_void_p).value or 0)
+    with suppress(OSError):  # no /proc, or a library that was replaced under the running process
+        with open("/proc/self/maps") as maps:
+            found = {line.split(maxsplit=5)[5].rstrip() for line in maps if re.search(r"/lib(g|i|)omp[^/]*\.so", line)}
+        if len(found) == 1:  # of two runtimes we could not tell which is PyTorch's
+            entry = getattr(ctypes.CDLL(found.pop()), "GOMP_parallel", None)
+            if entry is not None:
+                _C.set_team(ctypes.cast(entry, ctypes.c_void_p).value or 0)
 
 
 def _address(x: list[Tensor], layout: str, pairs: int) -> tuple[int, int, int, int]:
     """Where the arms begin, their dtype, and the distance from one pair to the next in elements."""
     first = x[0]
     base, stride, dtype = first.data_ptr(), first.stride(0), _DTYPES[first.dtype]
+    if not all(one.data_ptr() for one in x):
+        raise ValueError(f"a tensor of shape {tuple(first.shape)} has no memory; expected one whose storage is there")
     if len(x) == 2:
         return base, x[1].data_ptr(), dtype, stride
     if first.shape[0] == pairs:

@@ -108,9 +108,10 @@ def loss(
         sft_weight: adds sft_weight * m_w, >= 0.
         ref_error: the reference's errors r computed before, in place of ref_pred: (2B,), or a tuple of (B,). The
             difference m - r is then one of two nearly equal numbers: keep them in float32 at least.
-        pair_weight: (B,), factors of the pairs' losses. The mean still divides by B.
-        mask: bool, True where an element counts; errors are means over those. Broadcasts to a sample, or to one for
-            each pair. What is masked may be NaN. A pair with nothing left has a NaN loss.
+        pair_weight: (B,), factors of the pairs' losses. The mean still divides by B. A weight of 0 does not hide a NaN.
+        mask: bool, True where an element counts; errors are means over those. With as many dimensions as a sample or
+            fewer it broadcasts to a sample, and is that of all pairs: (C, H, W), (H, W). With one more it is that of
+            each pair: (B, C, H, W), (B, 1, H, W). What is masked may be NaN. A pair with nothing left has a NaN loss.
         layout: of (2B, ...) tensors: "halves" [w0; w1; ...; l0; l1; ...] or "interleaved" [w0; l0; w1; l1; ...].
         reduction: "mean", "sum", or "none" for a (B,) result.
         return_metrics: also return `polydpo_fast.metrics.METRICS`, a dict of detached 0-dim tensors on the device.
@@ -118,7 +119,7 @@ def loss(
             a CPU, the reference elsewhere.
 
     Returns:
-        The loss, float32 (float64 if an input is float64); with `return_metrics`, (loss, metrics).
+        The loss, float32 (float64 if model_pred, ref_pred or target is); with `return_metrics`, (loss, metrics).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message says
@@ -160,6 +161,8 @@ def loss(
             reduction=reduction,
             return_metrics=return_metrics,
         )
+    if torch.compiler.is_compiling():
+        head = _without_symbols(head, inputs)
     if bound is not None and backend == "cpp":
         _bind(bound, inputs, head, objective, layout, reduction)
     value, metrics = _FusedLoss.apply(  # type: ignore[no-untyped-call]
@@ -199,10 +202,12 @@ def pair_errors(
         z = errors.logit(beta=5000.0)
         loss = torch.nn.functional.softplus(1 - z).square().mean()   # any function of z and the errors
 
-    The sums and the gradient are those of `loss`: two launches, full precision. Arguments as there.
+    The sums over the samples and the gradient are taken by the kernels of `loss`, in their precision; around them are
+    a few operators on (B,) tensors. Arguments as there.
 
     Returns:
-        PairErrors(model_win, model_lose, excess_win, excess_lose), each (B,), float32 (float64 if an input is).
+        PairErrors(model_win, model_lose, excess_win, excess_lose), each (B,), float32 (float64 if model_pred, ref_pred
+        or target is).
         With ref_pred, ref_error or reference_free, the excess is m - r.
     """
     if backend != "reference":
@@ -233,6 +238,23 @@ def pair_errors(
         backend,
     )
     return PairErrors(*errors.unbind())
+
+
+def _without_symbols(head: Head, inputs: Inputs) -> Head:
+    """A beta or alpha that torch.compile has made symbolic, because it changes from call to call, as a tensor of its
+    value: as a number in the operator's arguments it would compile a graph for each value."""
+    try:
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+    except ImportError:  # PyTorch before it: a graph for each value
+        return head
+    beta, alpha = head.beta, head.alpha
+    parameters = list(head.parameters)
+    ones = torch.ones(inputs.pairs, dtype=torch.float64, device=inputs.pred[0].device)
+    if beta is None and not has_static_value(parameters[0]):
+        beta, parameters[0] = ones * parameters[0], 0.0
+    if alpha is None and not has_static_value(parameters[1]):
+        alpha, parameters[1] = ones * parameters[1], 0.0
+    return Head(beta, alpha, head.weight, parameters)
 
 
 # ----------------------------------------------------------------------------------------------- backends
@@ -360,13 +382,17 @@ _library.impl("pair_loss", _pair_loss, "CompositeExplicitAutograd")
 _library.impl("pair_gradient", _pair_gradient, "CompositeExplicitAutograd")
 
 
-def _call(implementation: Callable[..., Any], pred: Tensor) -> Any:
+def _call(implementation: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """The operator, or its implementation itself where nothing would see the difference: it saves microseconds.
 
-    The operator is for those who look at operators: torch.compile, and modes and subclasses that override them.
+    torch.compile and dispatch modes need the operator; so do subclasses such as DTensor or FakeTensor, whose memory,
+    if they have any, is not that of their values.
     """
-    if torch.compiler.is_compiling() or type(pred) not in _PLAIN or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _OPERATORS[implementation]
+    for x in tensors:
+        if x is not None and type(x) not in _PLAIN:
+            return _OPERATORS[implementation]
     return implementation
 
 
@@ -378,8 +404,22 @@ _OPERATORS = {
 
 
 @torch.library.register_fake("polydpo_fast::pair_loss", lib=_library)
-def _(pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    reduction = arguments[-2]
+def _fake_pair_loss(
+    pred: list[Tensor],
+    ref: list[Tensor],
+    target: list[Tensor],
+    ref_error: Tensor | None,
+    mask: Tensor | None,
+    beta: Tensor | None,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    parameters: list[float],
+    objective: str,
+    reference_free: bool,
+    layout: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     first, pairs = pred[0], pairs_in(pred)
     double = any(x.dtype == torch.float64 for x in (first, *ref, target[0]))
     dtype = torch.float64 if double else torch.float32
@@ -391,9 +431,9 @@ def _(pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *arguments: A
 
 
 @torch.library.register_fake("polydpo_fast::pair_gradient", lib=_library)
-def _(pred: list[Tensor], target: list[Tensor], *arguments: Any) -> list[Tensor]:
-    pred, _ = common_order(pred, target)
-    return [empty_dense_like(x) for x in pred]
+def _fake_pair_gradient(pred: list[Tensor], target: list[Tensor], *_: Any) -> list[Tensor]:
+    ordered, *_rest = common_order(pred, target)
+    return [empty_dense_like(x) for x in ordered]
 
 
 # ----------------------------------------------------------------------------------------------- autograd
@@ -453,7 +493,7 @@ class _FusedLoss(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         preds = [pred] if pred_lose is None else [pred, pred_lose]
-        value, metrics, pairs = _call(_pair_loss, pred)(
+        value, metrics, pairs = _call(_pair_loss, *preds, *ref, *target, ref_error, mask, beta, alpha, weight)(
             preds,
             ref,
             target,
@@ -485,7 +525,8 @@ class _FusedLoss(torch.autograd.Function):
         pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
         preds = [pred] if pred_lose is None else [pred, pred_lose]
         grad_loss = _materialised(grad_loss)
-        grad = _call(_pair_gradient, pred)(preds, target, mask, pairs, grad_loss, ctx.layout, ctx.backend)
+        call = _call(_pair_gradient, *preds, *target, mask, pairs, grad_loss)
+        grad = call(preds, target, mask, pairs, grad_loss, ctx.layout, ctx.backend)
         return (grad[0], None if pred_lose is None else grad[1], *(None,) * 13)
 
 
@@ -496,11 +537,12 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _is_plain(tensors: tuple[Any, ...], options: tuple[object, ...]) -> bool:
-    """Whether a loss may take the fast lane: nobody watches, and its arguments can be looked up."""
+    """Whether a loss may take the fast lane: neither torch.compile, a dispatch mode nor torch.func is at work, and its
+    arguments can be looked up."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transforms_active():
         return False
     for x in tensors:
-        if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or is_lazy(x):
+        if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_nested or is_lazy(x):
             return False
     return all(type(option) in _HASHED for option in options)
 
@@ -546,10 +588,11 @@ class _BoundLoss(torch.autograd.Function):
         pred, _, _, table, target = ctx.saved_tensors
         grad_loss = _materialised(grad_loss)
         bound: Any = ctx.bound
-        if _call(_pair_gradient, pred) is _pair_gradient and bound.knows(pred, target, table):
+        call = _call(_pair_gradient, pred, target, table, grad_loss)
+        if call is _pair_gradient and bound.knows(pred, target, table):
             return bound.gradient(pred, target, table, grad_loss), None, None
-        grad = _call(_pair_gradient, pred)([pred], [target], None, table, grad_loss, bound.layout, "cpp")
-        return grad[0], None, None
+        (grad,) = call([pred], [target], None, table, grad_loss, bound.layout, "cpp")
+        return grad, None, None
 
 
 class _FusedErrors(torch.autograd.Function):
@@ -567,7 +610,7 @@ class _FusedErrors(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         preds = [pred] if pred_lose is None else [pred, pred_lose]
-        value, _, pairs = _call(_pair_loss, pred)(
+        value, _, pairs = _call(_pair_loss, *preds, *ref, *target, ref_error, mask)(
             preds,
             ref,
             target,
@@ -598,5 +641,6 @@ class _FusedErrors(torch.autograd.Function):
         coefficients = ((grad[:2] + grad[2:]) * (2 / pairs[:, ELEMENTS])).t().contiguous()
         preds = [pred] if pred_lose is None else [pred, pred_lose]
         one = torch.ones((), dtype=grads[0].dtype, device=pred.device)
-        result = torch.ops.polydpo_fast.pair_gradient(preds, target, mask, coefficients, one, ctx.layout, ctx.backend)
+        call = _call(_pair_gradient, *preds, *target, mask, coefficients)
+        result = call(preds, target, mask, coefficients, one, ctx.layout, ctx.backend)
         return (result[0], None if pred_lose is None else result[1], *(None,) * 7)

@@ -93,5 +93,7 @@ def empty_dense_like(like: Tensor, x: Tensor | None = None) -> Tensor:
 
 
 def dense_mask(mask: Tensor, pred: Tensor) -> Tensor:
-    """The expanded mask as bytes in the element order of the samples: (1 or B, ...)."""
-    return empty_dense_like(pred, mask).copy_(mask).view(torch.uint8)
+    """The expanded mask as bytes in the element order of the samples: (1 or B, ...); a copy if it must be."""
+    if not _same_order(mask.stride()[1:], pred.stride()[1:], pred.shape[1:]):
+        mask = empty_dense_like(pred, mask).copy_(mask)
+    return mask.view(torch.uint8)

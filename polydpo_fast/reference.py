@@ -47,7 +47,9 @@ class PairErrors(NamedTuple):
     excess_lose: Tensor
 
     def logit(self, beta: float | Tensor) -> Tensor:
-        """z = -beta/2 ((m_w - r_w) - (m_l - r_l)), (B,)."""
+        """z = -beta/2 ((m_w - r_w) - (m_l - r_l)), (B,). beta: a float, or a (B,) tensor."""
+        if isinstance(beta, Tensor) and beta.dim() and beta.shape != self.excess_win.shape:
+            raise ValueError(f"beta has shape {tuple(beta.shape)}; expected {tuple(self.excess_win.shape)}")
         return -0.5 * beta * (self.excess_win - self.excess_lose)
 
 

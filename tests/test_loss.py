@@ -470,6 +470,33 @@ def test_compiles_to_one_graph(dynamic, backend, device):
             assert torch.equal(eager, traced)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["beta", "alpha"])
+def test_numbers_that_change_do_not_compile_a_graph_each(name, backend, device):
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def step(pred, ref, target, value):
+        return polydpo_fast.loss(pred, ref, target, **{"beta": 10.0, name: value}, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=counted)
+    tensors = batch((4, 3, 5), torch.float32, device)
+    for value in torch.linspace(0.5, 7.3, 11).tolist():
+        results = []
+        for function in (step, compiled):
+            pred = tensors[0].clone().requires_grad_()
+            loss = function(pred, *tensors[1:], value)
+            loss.backward()
+            results.append((loss.detach(), pred.grad))
+        for eager, traced in zip(*results, strict=True):
+            assert torch.equal(eager, traced) if backend != "reference" else torch.allclose(eager, traced)
+    assert len(graphs) == 2  # of the first value, and of any other
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 

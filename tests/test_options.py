@@ -1,5 +1,6 @@
 """Every option of `polydpo_fast.loss` and `pair_errors`, alone and mixed, on every backend, against the oracle."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_loss import BACKENDS, FUSED
+from torch.utils._pytree import tree_map
 
 import polydpo_fast
-from polydpo_fast import functional
+from polydpo_fast import arguments, functional
 from polydpo_fast.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
@@ -87,6 +89,8 @@ def test_any_mix_of_options(device, data):
         if shape[1:] == (1,) * len(sample):
             mask[:] = True
         options["mask"], expected["mask"] = mask.to(device), mask.numpy()
+        if len(shape) == len(sample) and shape[0] == pairs:  # may look like one for each pair without its channels
+            options["mask"] = options["mask"][None]
     reference = draw(st.sampled_from(["pred", "error", "free"]))
     given_ref = None
     if reference == "pred":
@@ -351,6 +355,11 @@ def test_functional_transforms_take_the_reference(device):
         (dict(mask=torch.ones(5, dtype=torch.bool)), ValueError, r"mask has shape \(5,\)"),
         (dict(mask=True), TypeError, "mask is True"),
         (
+            dict(beta=torch.tensor(2.0)),
+            ValueError,
+            r"beta has shape \(\); expected \(2,\), .* \(of all: a float\)",
+        ),
+        (
             dict(mask=torch.ones(3, 2, dtype=torch.bool).to_sparse()),
             TypeError,
             "mask has layout torch.sparse_coo; expec",
@@ -378,3 +387,127 @@ def test_bad_options_are_named(change, error, message):
     good = dict(model_pred=torch.zeros(4, 3, 2), ref_pred=torch.zeros(4, 3, 2), target=torch.zeros(4, 3, 2))
     with pytest.raises(error, match=message):
         polydpo_fast.loss(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sample", "shape", "fits"),
+    [
+        (4, (4, 6, 5), (4, 6, 5), False),  # (B, H, W) or (C, H, W)
+        (4, (4, 6, 5), (1, 4, 6, 5), True),
+        (4, (4, 6, 5), (4, 1, 6, 5), True),
+        (4, (4, 6, 5), (4, 1, 1), True),  # of channels
+        (4, (4, 6, 5), (6, 5), True),
+        (3, (4, 6, 5), (4, 6, 5), True),
+        (1, (4, 6, 5), (1, 6, 5), True),  # the same for the only pair as for all
+        (6, (6, 6), (6, 6), False),  # (B, N) or (N, C)
+        (1, (6, 6), (1, 6), False),
+        (1, (6, 5), (1, 5), True),
+        (3, (3,), (3,), False),
+    ],
+)
+def test_a_mask_that_could_be_of_pairs_or_of_samples_is_refused(pairs, sample, shape, fits):
+    """With other numbers of pairs one of the two readings is refused: it must not change with the last batch."""
+    tensors = torch.randn(3, 2 * pairs, *sample, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(shape, dtype=torch.bool)
+    if fits:
+        plain = polydpo_fast.loss(*tensors, beta=1.0)
+        assert polydpo_fast.loss(*tensors, beta=1.0, mask=mask) == plain
+    else:
+        with pytest.raises(ValueError, match="could be for all pairs or one for each"):
+            polydpo_fast.loss(*tensors, beta=1.0, mask=mask)
+
+
+def test_rounded_reference_errors_warn_once():
+    arguments._warn_rounded_reference.cache_clear()
+    pred, target = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="ref_error is torch.bfloat16"):
+        polydpo_fast.loss(pred, None, target, ref_error=torch.ones(4).bfloat16())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        polydpo_fast.loss(pred, None, target, ref_error=torch.ones(4).bfloat16())
+        polydpo_fast.loss(pred, None, target, ref_error=torch.ones(4))
+
+
+def test_numbers_of_numpy_are_numbers():
+    tensors = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    plain = polydpo_fast.loss(*tensors, beta=2.0, alpha=0.5)
+    assert polydpo_fast.loss(*tensors, beta=np.float32(2), alpha=np.float16(0.5)) == plain
+
+
+def test_a_beta_that_is_not_of_the_pairs_is_refused_by_the_logit():
+    errors = polydpo_fast.pair_errors(*torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)))
+    assert errors.logit(torch.tensor(2.0)).equal(errors.logit(2.0))
+    with pytest.raises(ValueError, match=r"beta has shape \(2, 1\); expected \(2,\)"):
+        errors.logit(torch.ones(2, 1))
+
+
+# -------------------------------------------------------------------------------- tensors without memory
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose values are another's, as DTensor and FSDP's are: its own address is 0."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*tree_map(lambda x: x.inner if isinstance(x, cls) else x, args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["ref_pred", "target", "beta", "alpha", "pair_weight", "ref_error", "mask"])
+def test_wrapped_tensors_are_not_taken_for_absent_ones(name):
+    random = torch.Generator().manual_seed(0)
+    pred, ref, target = torch.randn(3, 4, 4, 8, generator=random)
+    given = {"ref_pred": ref, "target": target, "beta": torch.tensor([1.0, 3.0])}
+    if name == "alpha":
+        given["alpha"] = torch.tensor([2.0, -0.5])
+    if name == "pair_weight":
+        given["pair_weight"] = torch.tensor([2.0, 0.5])
+    if name == "mask":
+        given["mask"] = torch.rand(2, 4, 8, generator=random) > 0.5
+    if name == "ref_error":
+        given["ref_pred"], given["ref_error"] = None, torch.rand(4, generator=random)
+    grads = []
+    for wrap in (False, True):
+        leaf = pred.clone().requires_grad_()
+        loss = polydpo_fast.loss(leaf, **{**given, **({name: Wrapped(given[name])} if wrap else {})})
+        loss.backward()
+        grads.append((loss.detach(), leaf.grad))
+    assert grads[0][0] == grads[1][0]
+    assert grads[0][1].equal(grads[1][1])
+
+
+@pytest.mark.parametrize("freed", [0, 1, 2])
+@pytest.mark.parametrize("calls", [0, 2])
+def test_freed_memory_is_an_error(freed, calls):
+    """In the first call, and in one that is like an earlier one."""
+    tensors = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for _ in range(calls):
+        polydpo_fast.loss(*tensors)
+    tensors[freed].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="no memory"):
+        polydpo_fast.loss(*tensors)
+
+
+def test_sharded_tensors_are_told_to_be_local():
+    class Sharded(Wrapped):
+        def to_local(self):
+            return self.inner
+
+    pred, ref, target = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        TypeError, match=r"ref_pred is a Sharded; expected a plain tensor, such as ref_pred.to_local\(\)"
+    ):
+        polydpo_fast.loss(pred, Sharded(ref), target)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    pred, ref, target = torch.randn(3, 4, 3, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="ref_pred is nested; expected a dense tensor"):
+        polydpo_fast.loss(pred, torch.nested.nested_tensor(list(ref)), target)

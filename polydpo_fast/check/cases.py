@@ -278,6 +278,8 @@ def _mask(d: Draw, pairs: int, sample: tuple[int, ...]) -> Tensor:
     mask = d.uniform(*shape) < 0.7
     rows = mask[None] if shape == sample else mask
     rows.flatten(1)[:, 0] = True
+    if shape == sample and sample[0] == pairs:  # it could be one for each pair without its channels
+        return mask[None]
     return mask
 
 
