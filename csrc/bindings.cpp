@@ -375,7 +375,7 @@ public:
     void gradient(std::uintptr_t pred, std::uintptr_t target, std::uintptr_t table, std::uintptr_t grad_loss,
                   std::int64_t grad_loss_stride, std::uintptr_t grad, int threads) const {
         const polydpo::Batch tensors = batch(pred, 0, target, threads);
-        const auto* coefficients = reinterpret_cast<const double*>(table) + polydpo::pair_columns - 2;
+        const auto* coefficients = reinterpret_cast<const double*>(table) + polydpo::grad_win;
         const polydpo::Arms to = at(grad, 3);
         const ReleasedGil released;
         polydpo::pair_gradient(tensors, coefficients, polydpo::pair_columns, reinterpret_cast<const void*>(grad_loss),

@@ -594,7 +594,8 @@ void for_each_split(const Batch& batch, bool reversed, Body body) {
 }
 
 void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair) {
-    const double model_w = pair[11], model_l = pair[12], excess_w = pair[13], excess_l = pair[14], size = pair[15];
+    const double model_w = pair[model_mse_win], model_l = pair[model_mse_lose];
+    const double excess_w = pair[excess_win], excess_l = pair[excess_lose], size = pair[elements];
     HeadInputs in;
     in.beta = o.beta ? o.beta[i] : o.beta_value;
     std::copy(o.alphas, o.alphas + 4, in.alpha);
@@ -620,22 +621,22 @@ void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair)
         flipped = (*o.head)(in);
     }
     const double slope = o.keep * kept.slope - o.flip * flipped.slope;
-    pair[0] = weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w);
+    pair[loss_value] = weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w);
     // The metrics, which are not of z but of the logit.
     const double half_beta = 0.5 * in.beta, distance = o.margin == 0 ? e : std::exp(-std::abs(logit));
-    pair[1] = logit > 0 ? 1.0 : logit == 0 ? 0.5 : 0.0;
-    pair[2] = -half_beta * excess_w;
-    pair[3] = -half_beta * excess_l;
-    pair[4] = pair[2] - pair[3];
-    pair[5] = logit;
-    pair[6] = (logit >= 0 ? 1.0 : distance) / (1.0 + distance);
-    pair[7] = std::abs(logit) > 10 ? 1.0 : 0.0;
-    pair[8] = logit > 0 && excess_w > 0 ? 1.0 : 0.0;
-    pair[9] = model_w - excess_w;
-    pair[10] = model_l - excess_l;
+    pair[implicit_accuracy] = logit > 0 ? 1.0 : logit == 0 ? 0.5 : 0.0;
+    pair[reward_win] = -half_beta * excess_w;
+    pair[reward_lose] = -half_beta * excess_l;
+    pair[reward_margin] = pair[reward_win] - pair[reward_lose];
+    pair[logit_mean] = logit;
+    pair[p_mean] = (logit >= 0 ? 1.0 : distance) / (1.0 + distance);
+    pair[saturated] = std::abs(logit) > 10 ? 1.0 : 0.0;
+    pair[false_success] = logit > 0 && excess_w > 0 ? 1.0 : 0.0;
+    pair[ref_mse_win] = model_w - excess_w;
+    pair[ref_mse_lose] = model_l - excess_l;
     // dL/dpred_w = slope dz/dm_w dm_w/dpred = slope (-beta/2) (2/D) (pred - target), the loser's with +.
-    pair[16] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
-    pair[17] = scale * weight / size * slope * in.beta;
+    pair[grad_win] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
+    pair[grad_lose] = scale * weight / size * slope * in.beta;
 }
 
 void finish_batch(const Objective& o, std::int64_t count, const double* pairs, double* total, double* metrics) {
@@ -674,27 +675,29 @@ void pair_loss(const Batch& batch, const Objective& objective, double* pairs, do
         }
         double* pair = pairs + pair_columns * i;
         const double size = batch.mask ? sum.elements : static_cast<double>(batch.numel);
-        pair[11] = sum.win.model / size;
-        pair[12] = sum.lose.model / size;
+        pair[model_mse_win] = sum.win.model / size;
+        pair[model_mse_lose] = sum.lose.model / size;
         if (batch.ref.win) {
-            pair[13] = sum.win.excess / size;
-            pair[14] = sum.lose.excess / size;
+            pair[excess_win] = sum.win.excess / size;
+            pair[excess_lose] = sum.lose.excess / size;
         } else {
-            pair[13] = pair[11] - (objective.ref_error_win ? objective.ref_error_win[i] : 0.0);
-            pair[14] = pair[12] - (objective.ref_error_lose ? objective.ref_error_lose[i] : 0.0);
+            pair[excess_win] = pair[model_mse_win] - (objective.ref_error_win ? objective.ref_error_win[i] : 0.0);
+            pair[excess_lose] = pair[model_mse_lose] - (objective.ref_error_lose ? objective.ref_error_lose[i] : 0.0);
         }
-        pair[15] = size;
+        pair[elements] = size;
         if (objective.head) finish_pair(objective, i, scale, pair);
     }
     if (objective.head) finish_batch(objective, batch.pairs, pairs, total, metrics);
 }
 
 void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t coefficients_stride,
-                   const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride) {
+                   const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_of_win,
+                   void* grad_of_lose, std::int64_t grad_stride) {
     const std::size_t size = size_of(batch.pred.dtype);
     const std::size_t arm = static_cast<std::size_t>((batch.pairs - 1) * grad_stride + batch.numel) * size;
-    const auto first = std::min(reinterpret_cast<std::uintptr_t>(grad_win), reinterpret_cast<std::uintptr_t>(grad_lose));
-    const auto last = std::max(reinterpret_cast<std::uintptr_t>(grad_win), reinterpret_cast<std::uintptr_t>(grad_lose));
+    const auto win_at = reinterpret_cast<std::uintptr_t>(grad_of_win);
+    const auto lose_at = reinterpret_cast<std::uintptr_t>(grad_of_lose);
+    const auto first = std::min(win_at, lose_at), last = std::max(win_at, lose_at);
     if (last - first <= arm) {  // one tensor of both
         advise_huge_pages(first, last + arm);
     } else {
@@ -709,9 +712,9 @@ void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t 
         const double* scales = coefficients + pair * coefficients_stride;
         const std::size_t to = static_cast<std::size_t>(pair * grad_stride + begin) * size;
         scale_split(batch, batch.pred.lose, batch.target.lose, pair, begin, end, upstream * scales[1],
-                    static_cast<char*>(grad_lose) + to);
+                    static_cast<char*>(grad_of_lose) + to);
         scale_split(batch, batch.pred.win, batch.target.win, pair, begin, end, upstream * scales[0],
-                    static_cast<char*>(grad_win) + to);
+                    static_cast<char*>(grad_of_win) + to);
     });
 }
 

@@ -35,15 +35,23 @@ struct Objective {
     enum { mean, sum, none } reduction;
 };
 
-// Per pair, 18 doubles: loss, the metrics in the order of polydpo_fast/metrics.py, of which m_w and m_l are the last,
-// excess_w, excess_l, elements, gradient coefficients of winner and loser. `total` is the reduced loss, `metrics` are
-// the means of the pairs'. Without a head only m_w to elements are written.
-constexpr int pair_columns = 18, metric_count = 12;
+// The columns of the table of pairs, a row of doubles for each: polydpo_fast/layout.py has the same. From
+// implicit_accuracy to model_mse_lose they are the metrics of polydpo_fast/metrics.py.
+enum Column : int {
+    loss_value, implicit_accuracy, reward_win, reward_lose, reward_margin, logit_mean, p_mean, saturated, false_success,
+    ref_mse_win, ref_mse_lose, model_mse_win, model_mse_lose, excess_win, excess_lose, elements, grad_win, grad_lose,
+    pair_columns
+};
+constexpr int metric_count = model_mse_lose;
+
+// `total` is the reduced loss, `metrics` are the means over the pairs. Without a head only the columns from model_mse_win
+// to elements are written.
 void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* total, double* metrics);
 
 // grad = grad_loss * coefficient * (pred - target), of pred's dtype, 0 where masked. grad_loss_stride is 0 for one
 // value for all pairs. Both coefficients of a pair are adjacent. batch.ref is not used.
 void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t coefficients_stride,
-                   const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_win, void* grad_lose, std::int64_t grad_stride);
+                   const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_of_win,
+                   void* grad_of_lose, std::int64_t grad_stride);
 
 }  // namespace polydpo

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polydpo_fast.layout import PAIR_COLUMNS, arms, pairs_in
+from polydpo_fast.layout import PAIR_COLUMNS, Column, arms, pairs_in
 from polydpo_fast.metrics import METRICS
 from polydpo_fast.objectives import OBJECTIVES
 
@@ -48,6 +48,12 @@ HEADS = {name: _jit_head(objective.head) for name, objective in OBJECTIVES.items
 
 COLUMNS = tl.constexpr(PAIR_COLUMNS)
 MEANS = tl.constexpr(len(METRICS))
+# fmt: off
+(LOSS, IMPLICIT_ACCURACY, REWARD_WIN, REWARD_LOSE, REWARD_MARGIN, LOGIT_MEAN, P_MEAN, SATURATED, FALSE_SUCCESS,
+ REF_MSE_WIN, REF_MSE_LOSE, MODEL_MSE_WIN, MODEL_MSE_LOSE, EXCESS_WIN, EXCESS_LOSE, ELEMENTS, GRAD_WIN, GRAD_LOSE) = (
+    tl.constexpr(column.value) for column in Column
+)
+# fmt: on
 
 
 # Triton makes a constant of an integer argument that is 1, which has no dtype and would compile a kernel of its own.
@@ -92,15 +98,15 @@ def errors_kernel(
     for block in range(n_blocks):
         at = block * BLOCK + lane
         inside = at < left
-        pw = tl.load(pred_win + pred_at + at, inside, 0.0).to(ACC)
-        pl = tl.load(pred_lose + pred_at + at, inside, 0.0).to(ACC)
-        tw = tl.load(target_win + target_at + at, inside, 0.0).to(ACC)
+        pred_w = tl.load(pred_win + pred_at + at, inside, 0.0).to(ACC)
+        pred_l = tl.load(pred_lose + pred_at + at, inside, 0.0).to(ACC)
+        target_w = tl.load(target_win + target_at + at, inside, 0.0).to(ACC)
         if SHARED_TARGET:
-            t_l = tw
+            target_l = target_w
         else:
-            t_l = tl.load(target_lose + target_at + at, inside, 0.0).to(ACC)
-        dw = pw - tw
-        dl = pl - t_l
+            target_l = tl.load(target_lose + target_at + at, inside, 0.0).to(ACC)
+        dw = pred_w - target_w
+        dl = pred_l - target_l
         if mask is not None:
             # After loading everything: loads that depend on the mask would be narrow. What is masked may be NaN.
             kept = tl.load(mask + mask_at + at, inside, 0) != 0
@@ -111,11 +117,11 @@ def errors_kernel(
         model_l += dl * dl
         if REF == "pred":
             # The gradient does not need the reference: leave the cache to the others.
-            rw = tl.load(ref_win + ref_at + at, inside, 0.0, eviction_policy="evict_first").to(ACC)
-            rl = tl.load(ref_lose + ref_at + at, inside, 0.0, eviction_policy="evict_first").to(ACC)
+            ref_w = tl.load(ref_win + ref_at + at, inside, 0.0, eviction_policy="evict_first").to(ACC)
+            ref_l = tl.load(ref_lose + ref_at + at, inside, 0.0, eviction_policy="evict_first").to(ACC)
             # (p - t)^2 - (r - t)^2 = (p - r) ((p - t) + (r - t)): no subtraction of nearly equal sums.
-            ew = (pw - rw) * (dw + (rw - tw))
-            el = (pl - rl) * (dl + (rl - t_l))
+            ew = (pred_w - ref_w) * (dw + (ref_w - target_w))
+            el = (pred_l - ref_l) * (dl + (ref_l - target_l))
             if mask is not None:
                 ew = tl.where(kept, ew, 0.0)
                 el = tl.where(kept, el, 0.0)
@@ -172,11 +178,11 @@ def _finish_pair(
     else:
         excess_w = model_w
         excess_l = model_l
-    tl.store(out + 11, model_w)
-    tl.store(out + 12, model_l)
-    tl.store(out + 13, excess_w)
-    tl.store(out + 14, excess_l)
-    tl.store(out + 15, size)
+    tl.store(out + MODEL_MSE_WIN, model_w)
+    tl.store(out + MODEL_MSE_LOSE, model_l)
+    tl.store(out + EXCESS_WIN, excess_w)
+    tl.store(out + EXCESS_LOSE, excess_l)
+    tl.store(out + ELEMENTS, size)
     if REDUCTION != "errors":
         b = beta_value
         if beta is not None:
@@ -209,9 +215,9 @@ def _finish_pair(
         scale = w / size
         if REDUCTION == "mean":
             scale = scale / n_pairs.to(tl.float64)
-        tl.store(out + 16, scale * (2.0 * sft_weight - slope * b))
-        tl.store(out + 17, scale * slope * b)
-        tl.store(out, value)
+        tl.store(out + GRAD_WIN, scale * (2.0 * sft_weight - slope * b))
+        tl.store(out + GRAD_LOSE, scale * slope * b)
+        tl.store(out + LOSS, value)
         if REDUCTION == "none":
             tl.store(loss, value)
 
@@ -219,16 +225,16 @@ def _finish_pair(
         reward_w = -0.5 * b * excess_w
         reward_l = -0.5 * b * excess_l
         e = tl.exp(-tl.abs(logit))
-        tl.store(out + 1, tl.where(logit > 0, 1.0, tl.where(logit == 0, 0.5, 0.0)))
-        tl.store(out + 2, reward_w)
-        tl.store(out + 3, reward_l)
-        tl.store(out + 4, reward_w - reward_l)
-        tl.store(out + 5, logit)
-        tl.store(out + 6, tl.where(logit >= 0, 1.0, e) / (1.0 + e))
-        tl.store(out + 7, tl.where(tl.abs(logit) > 10.0, 1.0, 0.0))
-        tl.store(out + 8, tl.where((logit > 0) & (excess_w > 0), 1.0, 0.0))
-        tl.store(out + 9, model_w - excess_w)
-        tl.store(out + 10, model_l - excess_l)
+        tl.store(out + IMPLICIT_ACCURACY, tl.where(logit > 0, 1.0, tl.where(logit == 0, 0.5, 0.0)))
+        tl.store(out + REWARD_WIN, reward_w)
+        tl.store(out + REWARD_LOSE, reward_l)
+        tl.store(out + REWARD_MARGIN, reward_w - reward_l)
+        tl.store(out + LOGIT_MEAN, logit)
+        tl.store(out + P_MEAN, tl.where(logit >= 0, 1.0, e) / (1.0 + e))
+        tl.store(out + SATURATED, tl.where(tl.abs(logit) > 10.0, 1.0, 0.0))
+        tl.store(out + FALSE_SUCCESS, tl.where((logit > 0) & (excess_w > 0), 1.0, 0.0))
+        tl.store(out + REF_MSE_WIN, model_w - excess_w)
+        tl.store(out + REF_MSE_LOSE, model_l - excess_l)
 
 
 @triton.jit
@@ -289,15 +295,15 @@ def gradient_kernel(
     pred_at = row * pred_stride + first
     target_at = row * target_stride + first
     grad_at = row * grad_stride + first
-    pw = tl.load(pred_win + pred_at + at, inside, 0.0).to(ACC)
-    pl = tl.load(pred_lose + pred_at + at, inside, 0.0).to(ACC)
-    tw = tl.load(target_win + target_at + at, inside, 0.0).to(ACC)
+    pred_w = tl.load(pred_win + pred_at + at, inside, 0.0).to(ACC)
+    pred_l = tl.load(pred_lose + pred_at + at, inside, 0.0).to(ACC)
+    target_w = tl.load(target_win + target_at + at, inside, 0.0).to(ACC)
     if SHARED_TARGET:
-        t_l = tw
+        target_l = target_w
     else:
-        t_l = tl.load(target_lose + target_at + at, inside, 0.0).to(ACC)
-    gw = scale_w * (pw - tw)
-    gl = scale_l * (pl - t_l)
+        target_l = tl.load(target_lose + target_at + at, inside, 0.0).to(ACC)
+    gw = scale_w * (pred_w - target_w)
+    gl = scale_l * (pred_l - target_l)
     if mask is not None:
         kept = tl.load(mask + row * mask_stride + first + at, inside, 0) != 0
         gw = tl.where(kept, gw, 0.0)

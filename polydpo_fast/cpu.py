@@ -122,7 +122,7 @@ def launch_gradient(
         _address(target, layout, pairs),
         _mask_address(mask),
         (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
-        (coefficients.data_ptr() + 8 * (coefficients.shape[1] - 2), coefficients.stride(0)),
+        (coefficients[:, -2:].data_ptr(), coefficients.stride(0)),
         (grad_loss.data_ptr(), grad_loss.dtype == torch.float64, grad_loss.stride(0) if grad_loss.dim() else 0),
         _address(grad, layout, pairs),
     )

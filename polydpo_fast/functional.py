@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from . import reference
 from .arguments import Arms, Head, Inputs, check_head, check_inputs, is_lazy
-from .layout import ELEMENTS, ERRORS, PAIR_COLUMNS, common_order, dense_mask, empty_dense_like, pairs_in
+from .layout import ERRORS, PAIR_COLUMNS, Column, common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS, unpacked
 from .reference import PairErrors
 
@@ -638,7 +638,7 @@ class _FusedErrors(torch.autograd.Function):
         pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
         grad = grads[0].to(torch.float64)
         # The reference's error is a constant: model and excess have the same gradient, 2/D (pred - target).
-        coefficients = ((grad[:2] + grad[2:]) * (2 / pairs[:, ELEMENTS])).t().contiguous()
+        coefficients = ((grad[:2] + grad[2:]) * (2 / pairs[:, Column.ELEMENTS])).t().contiguous()
         preds = [pred] if pred_lose is None else [pred, pred_lose]
         one = torch.ones((), dtype=grads[0].dtype, device=pred.device)
         call = _call(_pair_gradient, *preds, *target, mask, coefficients)

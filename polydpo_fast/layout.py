@@ -1,20 +1,46 @@
-"""How the arms of a batch lie in memory, and how tensors are brought into one element order."""
+"""How the arms of a batch and the table of its pairs lie in memory; how tensors are brought into one element order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-__all__ = ["ELEMENTS", "ERRORS", "PAIR_COLUMNS", "arms", "common_order", "dense_mask", "empty_dense_like", "pairs_in"]
+__all__ = ["ERRORS", "PAIR_COLUMNS", "Column", "arms", "common_order", "dense_mask", "empty_dense_like", "pairs_in"]
 
-PAIR_COLUMNS = 18
-"""Of a row of the table that the error pass writes: loss, the twelve metrics, of which m_w and m_l are the last,
-excess_w, excess_l, elements, and the gradient coefficients of winner and loser. csrc/loss.hpp has the same."""
-ERRORS = slice(11, 15)
-"""Its columns m_w, m_l, excess_w, excess_l."""
-ELEMENTS = 15
+
+class Column(IntEnum):
+    """Of the table that the error pass writes, (B, 18) float64, a row for each pair. csrc/loss.hpp has the same.
+
+    From IMPLICIT_ACCURACY to MODEL_MSE_LOSE they are `metrics.METRICS`. ELEMENTS: those that count in a sample. The
+    gradient is the pair's coefficient, GRAD_WIN or GRAD_LOSE, times pred - target.
+    """
+
+    LOSS = 0
+    IMPLICIT_ACCURACY = 1
+    REWARD_WIN = 2
+    REWARD_LOSE = 3
+    REWARD_MARGIN = 4
+    LOGIT_MEAN = 5
+    P_MEAN = 6
+    SATURATED = 7
+    FALSE_SUCCESS = 8
+    REF_MSE_WIN = 9
+    REF_MSE_LOSE = 10
+    MODEL_MSE_WIN = 11
+    MODEL_MSE_LOSE = 12
+    EXCESS_WIN = 13
+    EXCESS_LOSE = 14
+    ELEMENTS = 15
+    GRAD_WIN = 16
+    GRAD_LOSE = 17
+
+
+PAIR_COLUMNS = len(Column)
+ERRORS = slice(Column.MODEL_MSE_WIN, Column.EXCESS_LOSE + 1)
+"""The four columns of `PairErrors`."""
 
 
 def arms(x: list[Tensor], layout: str, pairs: int) -> tuple[Tensor, Tensor]:

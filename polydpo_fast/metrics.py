@@ -43,7 +43,7 @@ METRICS = (
     "model_mse_win",
     "model_mse_lose",
 )
-"""Names of the metrics, in the order in which the kernels store them (`layout.PAIR_COLUMNS`)."""
+"""Names of the metrics, in the order in which the kernels store them (`layout.Column`)."""
 
 
 def unpacked(metrics: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import polydpo_fast
 from polydpo_fast import arguments
+from polydpo_fast.layout import ERRORS, Column
 from polydpo_fast.metrics import METRICS
 
 BACKENDS = ["reference", "triton"] if torch.cuda.is_available() else ["reference", "triton", "cpp"]
@@ -495,6 +496,12 @@ def test_numbers_that_change_do_not_compile_a_graph_each(name, backend, device):
         for eager, traced in zip(*results, strict=True):
             assert torch.equal(eager, traced) if backend != "reference" else torch.allclose(eager, traced)
     assert len(graphs) == 2  # of the first value, and of any other
+
+
+def test_the_table_of_pairs_has_the_metrics_in_their_order():
+    names = [column.name.lower() for column in Column]
+    assert names[1:13] == list(METRICS)
+    assert names[ERRORS] == ["model_mse_win", "model_mse_lose", "excess_win", "excess_lose"]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
