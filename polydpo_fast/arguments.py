@@ -85,6 +85,8 @@ def check_inputs(
     given = sum((reference_free, ref_pred is not None, ref_error is not None))
     ref: list[Tensor] | None = None
     if ref_pred is not None:
+        if ref_pred is model_pred and isinstance(ref_pred, Tensor) and ref_pred.requires_grad:
+            raise ValueError("ref_pred is model_pred itself; expected the output of the frozen reference")
         ref = _tensors("ref_pred", ref_pred)
         _on_device("ref_pred", ref, device)
         _same_rows("ref_pred", ref, pairs, sample)
@@ -115,7 +117,8 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     elif isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(arm, Tensor) for arm in x):
         tensors = list(x)
     else:
-        raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor or a tuple (win, lose) of two")
+        hint = f": {name}.sample" if isinstance(getattr(x, "sample", None), Tensor) else ""  # an output of Diffusers'
+        raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor{hint} or a tuple (win, lose) of two")
     for index, tensor in enumerate(tensors):
         place = name if len(tensors) == 1 else f"{name}[{index}]"
         _dense(place, tensor)
@@ -262,7 +265,7 @@ def check_head(
         raise ValueError(f"sft_weight is {sft_weight}; expected a number >= 0")
     if pair_weight is not None:
         if not isinstance(pair_weight, Tensor):
-            raise TypeError(f"pair_weight is {_show(pair_weight)}; expected a torch.Tensor")
+            raise TypeError(f"pair_weight is {_show(pair_weight)}; expected a torch.Tensor, one value per pair")
         weight_tensor = _per_pair("pair_weight", pair_weight, inputs)
     keep, flip = OBJECTIVES[objective].smoothing(smoothing)
     alphas += [0.0] * (MAX_ALPHAS - len(alphas))

@@ -541,6 +541,8 @@ def _is_plain(tensors: tuple[Any, ...], options: tuple[object, ...]) -> bool:
     arguments can be looked up."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transforms_active():
         return False
+    if tensors[0] is tensors[1]:  # a forgotten reference
+        return False
     for x in tensors:
         if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_nested or is_lazy(x):
             return False

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -511,3 +512,19 @@ def test_nested_tensors_are_refused():
     pred, ref, target = torch.randn(3, 4, 3, 2, generator=torch.Generator().manual_seed(0))
     with pytest.raises(TypeError, match="ref_pred is nested; expected a dense tensor"):
         polydpo_fast.loss(pred, torch.nested.nested_tensor(list(ref)), target)
+
+
+def test_a_forgotten_reference_is_an_error():
+    """It would train with a loss of log 2 for ever. Equal values are fine: so begins every training."""
+    pred, target = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    pred.requires_grad_()
+    for _ in range(2):  # also where a call of the same form came before
+        with pytest.raises(ValueError, match="ref_pred is model_pred itself"):
+            polydpo_fast.loss(pred, pred, target)
+        assert polydpo_fast.loss(pred, pred.detach(), target).item() == pytest.approx(np.log(2))
+
+
+def test_a_models_whole_output_is_told_where_its_tensor_is():
+    pred, ref, target = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="model_pred is a SimpleNamespace; expected a torch.Tensor: model_pred.sample"):
+        polydpo_fast.loss(SimpleNamespace(sample=pred), ref, target)
