@@ -123,7 +123,7 @@ def _forget_programs():
 @pytest.mark.parametrize(
     ("line", "changed", "check"),
     [
-        ("    gl = scale_l * (pl - t_l)\n", "    gl = scale_l * (pl - tw)\n", "gradient"),
+        ("    gl = scale_l * (pred_l - target_l)\n", "    gl = scale_l * (pred_l - target_w)\n", "gradient"),
         pytest.param("            excess_w += ew\n", "            excess_w += 1.001 * ew\n", "logit", marks=heavy),
         pytest.param("tl.where(tl.abs(logit) > 10.0, 1.0, 0.0)", "1.0", "metrics", marks=heavy),
     ],

@@ -526,5 +526,5 @@ def test_a_forgotten_reference_is_an_error():
 
 def test_a_models_whole_output_is_told_where_its_tensor_is():
     pred, ref, target = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(TypeError, match="model_pred is a SimpleNamespace; expected a torch.Tensor: model_pred.sample"):
+    with pytest.raises(TypeError, match=r"model_pred is a SimpleNamespace; .*: model_pred\.sample or"):
         polydpo_fast.loss(SimpleNamespace(sample=pred), ref, target)
