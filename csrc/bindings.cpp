@@ -28,8 +28,8 @@ namespace py = pybind11;
 
 namespace {
 
-// pybind11's own aborts the process when a daemon thread comes back to an interpreter that is gone: Python then unwinds the
-// thread through this destructor, which therefore may throw.
+// Like py::gil_scoped_release, whose noexcept destructor would call std::terminate: Python unwinds a daemon thread that
+// returns after finalisation through this destructor.
 class ReleasedGil {
 public:
     ReleasedGil() : state_(PyEval_SaveThread()) {}
@@ -221,9 +221,10 @@ public:
         if (planes && (size[0] % 2 || size[1] % 2)) throw py::value_error("size is odd; expected even sides for planes");
     }
 
-    // Y, Cb, Cr (or G, B, R) as buffers, their strides in bytes; height, width, depth, and the shifts of the chroma's width
-    // and height; range, matrix, orientation, siting of the chroma; `shown`: height and width with square pixels, before it is turned, or zeros for those of
-    // the frame. Returns oriented height and width as shown, crop top and left. Throws RuntimeError.
+    // planes: Y, Cb, Cr (or G, B, R) as buffers; strides: in bytes; form: height, width, depth, and the shifts of the
+    // chroma's width and height; siting: of the chroma; shown: height and width with square pixels, before the frame is
+    // turned, or zeros for the frame's own. Returns oriented height and width as shown, crop top and left. Throws
+    // RuntimeError.
     std::array<int, 4> store(const py::sequence& planes, const std::array<std::ptrdiff_t, 3>& strides,
                              const std::array<int, 5>& form, bool full_range, int matrix, int orientation,
                              std::uintptr_t out, std::size_t plane, const std::array<int, 2>& shown, int siting) const {
@@ -410,7 +411,8 @@ py::dict build_info() {
 #else
     const char* jpeg = "libjpeg API " POLYDPO_TEXT(JPEG_LIB_VERSION);
 #endif
-    return py::dict("compiler"_a = __VERSION__, "simd"_a = polydpo::simd_level(), "jpeg"_a = jpeg, "png"_a = "libdeflate " LIBDEFLATE_VERSION_STRING);
+    return py::dict("compiler"_a = __VERSION__, "simd"_a = polydpo::simd_level(), "jpeg"_a = jpeg,
+                    "png"_a = "libdeflate " LIBDEFLATE_VERSION_STRING);
 }
 
 }  // namespace
@@ -443,7 +445,9 @@ PYBIND11_MODULE(_C, module) {
         .def("errors", &BoundLoss::errors)
         .def("gradient", &BoundLoss::gradient);
     module.def("advise_huge_pages", &polydpo::advise_huge_pages);
-    module.def("set_team", [](std::uintptr_t entry) { polydpo::set_team(reinterpret_cast<polydpo::GompParallel>(entry)); });
+    module.def("set_openmp", [](std::uintptr_t entry) {
+        polydpo::set_openmp(reinterpret_cast<polydpo::GompParallel>(entry));
+    });
     module.def("pair_loss", &pair_loss);
     module.def("pair_gradient", &pair_gradient);
     module.def("build_info", &build_info);

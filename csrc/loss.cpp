@@ -1,5 +1,5 @@
-// What decodes must give the same bytes on every processor. Here a fused multiplication and addition is one instruction
-// and one rounding less.
+// The rest of csrc/ is built with -ffp-contract=off, so that decoded pixels are the same on every processor. The loss
+// promises no such thing: a fused multiply-add is faster, and rounds once less.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")
 #endif
@@ -22,7 +22,7 @@
 #include "simd.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(POLYDPO_NO_CLONES)
-#define POLYDPO_HALVES
+#define POLYDPO_F16C_BUILD
 #include <immintrin.h>
 #endif
 
@@ -242,10 +242,10 @@ POLYDPO_SCALE(stream_autocast, true, Floats, Float32, Bfloat16)
 //
 // The processor's own conversions, eight at a time. Results differ from ours only in the payload of a NaN.
 
-#ifdef POLYDPO_HALVES
+#ifdef POLYDPO_F16C_BUILD
 #define POLYDPO_F16C __attribute__((target("avx2,fma,f16c")))
 
-const bool has_halves =
+const bool has_f16c =
     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 
 POLYDPO_F16C inline __m256 load_halves(const Float16* from) {
@@ -335,15 +335,15 @@ POLYDPO_F16C void scale_halves(const void* pred, const void* target, double scal
 
 // Null where the processor does not convert.
 Add add_float16() {
-#ifdef POLYDPO_HALVES
-    if (has_halves) return add_halves;
+#ifdef POLYDPO_F16C_BUILD
+    if (has_f16c) return add_halves;
 #endif
     return nullptr;
 }
 
 Scale scale_float16([[maybe_unused]] bool streamed) {
-#ifdef POLYDPO_HALVES
-    if (has_halves) return streamed ? scale_halves<true> : scale_halves<false>;
+#ifdef POLYDPO_F16C_BUILD
+    if (has_f16c) return streamed ? scale_halves<true> : scale_halves<false>;
 #endif
     return nullptr;
 }
@@ -402,8 +402,8 @@ POLYDPO_CLONES int count_kept(const std::uint8_t* mask, int n) {
 }
 
 void widen(const void* from, Float dtype, int n, Float32* to) {
-#ifdef POLYDPO_HALVES
-    if (dtype == Float::float16 && has_halves) return halves_to_float32(from, n, to);
+#ifdef POLYDPO_F16C_BUILD
+    if (dtype == Float::float16 && has_f16c) return halves_to_float32(from, n, to);
 #endif
     if (dtype == Float::float32) {
         std::memcpy(to, from, sizeof *to * static_cast<std::size_t>(n));
@@ -422,8 +422,8 @@ void widen(const void* from, Float dtype, int n, Float64* to) {
 }
 
 void narrow(const Float32* from, Float dtype, int n, void* to) {
-#ifdef POLYDPO_HALVES
-    if (dtype == Float::float16 && has_halves) return float32_to_halves(from, n, to);
+#ifdef POLYDPO_F16C_BUILD
+    if (dtype == Float::float16 && has_f16c) return float32_to_halves(from, n, to);
 #endif
     if (dtype == Float::float32) {
         std::memcpy(to, from, sizeof *from * static_cast<std::size_t>(n));
@@ -586,7 +586,7 @@ std::int64_t splits_of(const Batch& batch) { return (batch.numel + split_size - 
 template <class Body>
 void for_each_split(const Batch& batch, bool reversed, Body body) {
     const std::int64_t splits = splits_of(batch), all = batch.pairs * splits;
-    team_for(static_cast<std::size_t>(all), threads_for(batch), [&](std::size_t index) {
+    parallel_for_openmp(static_cast<std::size_t>(all), threads_for(batch), [&](std::size_t index) {
         const std::int64_t at = reversed ? all - 1 - static_cast<std::int64_t>(index) : static_cast<std::int64_t>(index);
         const std::int64_t begin = at % splits * split_size;
         body(at / splits, begin, std::min(begin + split_size, batch.numel));

@@ -15,7 +15,7 @@ namespace polydpo {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::milliseconds between_questions{50};
+constexpr std::chrono::milliseconds stop_poll_interval{50};
 
 struct Job {
     Job(std::size_t count, const std::function<void(std::size_t)>& body) : count(count), body(body) {}
@@ -30,7 +30,7 @@ struct Job {
         auto asked = Clock::now();
         for (std::size_t index; (index = next.fetch_add(1)) < count;) {
             body(index);
-            if (Clock::now() - asked < between_questions) continue;
+            if (Clock::now() - asked < stop_poll_interval) continue;
             if (stop()) next.store(count);
             asked = Clock::now();
         }
@@ -49,20 +49,20 @@ public:
         Job job(count, body);
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            hire(helpers);
-            invitations_.insert(invitations_.end(), helpers, &job);
+            ensure_workers(helpers);
+            queue_.insert(queue_.end(), helpers, &job);
         }
-        invited_.notify_all();
+        work_available_.notify_all();
         job.work(stop);
         std::unique_lock<std::mutex> lock(mutex_);
-        // Invitations that nobody has taken would outlive the job: withdraw them.
-        invitations_.erase(std::remove(invitations_.begin(), invitations_.end(), &job), invitations_.end());
-        left_.wait(lock, [&job] { return job.helpers == 0; });
+        // Entries that no worker has taken would outlive the job: withdraw them.
+        queue_.erase(std::remove(queue_.begin(), queue_.end(), &job), queue_.end());
+        job_done_.wait(lock, [&job] { return job.helpers == 0; });
     }
 
 private:
-    // Workers are never stopped: they sleep until there is work, and the process ends under them.
-    void hire(int wanted) {
+    // Workers are never joined: they sleep until there is work, and end with the process.
+    void ensure_workers(int wanted) {
         try {
             for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
         } catch (const std::system_error&) {
@@ -73,20 +73,20 @@ private:
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            invited_.wait(lock, [this] { return !invitations_.empty(); });
-            Job* job = invitations_.front();
-            invitations_.pop_front();
+            work_available_.wait(lock, [this] { return !queue_.empty(); });
+            Job* job = queue_.front();
+            queue_.pop_front();
             ++job->helpers;
             lock.unlock();
             job->work();
             lock.lock();
-            if (--job->helpers == 0) left_.notify_all();
+            if (--job->helpers == 0) job_done_.notify_all();
         }
     }
 
     std::mutex mutex_;
-    std::condition_variable invited_, left_;
-    std::deque<Job*> invitations_;
+    std::condition_variable work_available_, job_done_;
+    std::deque<Job*> queue_;
     int workers_ = 0;
 };
 
@@ -94,22 +94,22 @@ private:
 Pool* pool = nullptr;
 
 // A forked child has the parent's pool without its threads, perhaps with a locked mutex: it gets a new one.
-void renew() { pool = new Pool; }
+void make_pool() { pool = new Pool; }
 
 std::atomic<GompParallel> team{nullptr};
 
-Pool& the_pool() {
+Pool& shared_pool() {
     static std::once_flag once;
     std::call_once(once, [] {
-        renew();
-        pthread_atfork(nullptr, nullptr, renew);
+        make_pool();
+        pthread_atfork(nullptr, nullptr, make_pool);
     });
     return *pool;
 }
 
 }  // namespace
 
-void team_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body) {
+void parallel_for_openmp(std::size_t count, int threads, const std::function<void(std::size_t)>& body) {
     const GompParallel entry = team.load();
     const auto members = static_cast<unsigned>(std::min<std::size_t>(std::max(threads, 1), count));
     if (entry == nullptr || members < 2) return parallel_for(count, threads, body);
@@ -117,13 +117,13 @@ void team_for(std::size_t count, int threads, const std::function<void(std::size
     entry([](void* data) { static_cast<Job*>(data)->work(); }, &job, members, 0);
 }
 
-void set_team(GompParallel entry) { team.store(entry); }
+void set_openmp(GompParallel entry) { team.store(entry); }
 
 void parallel_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body,
                   const std::function<bool()>& stop) {
     const auto helpers = static_cast<int>(std::min<std::size_t>(std::max(threads, 1), count)) - 1;
     if (helpers > 0) {
-        the_pool().run(count, helpers, body, stop);
+        shared_pool().run(count, helpers, body, stop);
     } else {
         Job(count, body).work(stop);
     }

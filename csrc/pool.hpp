@@ -18,10 +18,10 @@ void parallel_for(std::size_t count, int threads, const std::function<void(std::
 // The same on the threads of the OpenMP runtime that PyTorch computes with, if its entry point has been given: they
 // are awake between two operators, and would compete for the cores with threads of our own. For work of microseconds
 // on the thread that runs PyTorch; not after fork.
-void team_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body);
+void parallel_for_openmp(std::size_t count, int threads, const std::function<void(std::size_t)>& body);
 
 // GOMP_parallel of that runtime (libgomp; LLVM's and Intel's have it too), or null for parallel_for's threads.
 using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
-void set_team(GompParallel entry);
+void set_openmp(GompParallel entry);
 
 }  // namespace polydpo

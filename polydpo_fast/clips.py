@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ from .colour import MATRICES
 from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipLimits, check_clips
 from .timeline import TooShortError, plan
-from .video import Clip, Source, need_av, orientation
+from .video import Clip, Source, orientation, require_av
 
 if TYPE_CHECKING:
     from . import _C
@@ -148,100 +148,145 @@ def decode_clips(
     """
     from . import _C
 
-    need_av()
+    require_av()
     asked = check_clips(
         win, lose, frames=frames, size=size, fps=fps, start=start, short=short, resize=resize,
         interpolation=interpolation, crop=crop, hflip=hflip, seeds=seeds, dtype=dtype, mean=mean, std=std,
         background=background, layout=layout, out=out, strict=strict, limits=limits, on_error=on_error,
         threads=threads, cache=cache,
     )  # fmt: skip
-    clips, planes, (height, width), out = [*asked.win, *asked.lose], asked.planes, asked.size, asked.out
-    pairs = len(asked.win)
+    pairs, out, planes = len(asked.win), asked.out, asked.planes
     stores = [
         _C.FrameStore(draw=draw, apply_orientation=True, memory=1 << 30, planes=planes, **asked.native)
         for draw in asked.draws
     ]
-
-    reasons: dict[int, str] = {}
-    geometry, colours = [(0, 0, 0, 0)] * (2 * pairs), [("bt709", False)] * (2 * pairs)
-    times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
     # FFmpeg's own threads only where there are more processors than clips.
-    own_threads = min(max(1, asked.threads // len(clips)), _MOST_THREADS)
-    opened = [Clip(clip, asked.limits, strict, own_threads, cache) for clip in clips]
-    in_order = planes or layout == "TCHW"
-    frame_bytes = math.prod(out.shape[2:] if in_order else out.shape[3:]) * out.element_size()
-    plane = 0 if planes else height * width * (1 if in_order else frames)
-
-    def attempt(row: int, work: Any) -> None:
+    own_threads = min(max(1, asked.threads // (2 * pairs)), _MOST_THREADS)
+    frames_of = out if planes or layout == "TCHW" else out.transpose(1, 2)
+    rows = [
+        _Row(
+            Clip(source, asked.limits, strict, own_threads, cache), stores[row % pairs], frames_of[row], resize, planes
+        )
+        for row, source in enumerate([*asked.win, *asked.lose])
+    ]
+    times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
+    with ThreadPoolExecutor(min(asked.threads, 2 * pairs)) as pool:
         try:
-            work()
-        except Exception as error:  # FFmpeg's errors are of many classes, OSError and ValueError among them
-            reasons.setdefault(row, f"{error}" or type(error).__name__)
-
-    def decode(row: int) -> None:
-        clip, pair = opened[row], row % pairs
-        clock = opened[pair].timeline.unit if fps is None else Fraction(0)
-        chosen = clip.timeline.shown_at(plans[pair], short, clock)
-        base = out[row].data_ptr()
-        first_place: dict[int, int] = {}
-        stored = False
-        for k, pts in enumerate(chosen):
-            first_place.setdefault(pts, k)
-        for pts, frame in clip.frames(sorted(first_place)):
-            _check_frame(frame, clip, resize, planes)
-            place = base + first_place[pts] * frame_bytes
-            shown_in, geometry[row] = _store(stores[pair], frame, clip, place, plane)
-            if planes and stored and shown_in != colours[row]:
-                raise ValueError(f"what its YCbCr means changes from {colours[row]} to {shown_in} (matrix, full range)")
-            colours[row], stored = shown_in, True
-            del frame
-        with torch.inference_mode(out.is_inference()):  # a thread has a mode of its own
-            shown = out[row] if in_order else out[row].transpose(0, 1)
-            for k, pts in enumerate(chosen):
-                if first_place[pts] != k:
-                    shown[k] = shown[first_place[pts]]
-
-    plans: dict[int, list[Fraction]] = {}
-    with ThreadPoolExecutor(min(asked.threads, len(clips))) as pool:
-        try:
-            list(pool.map(lambda row: attempt(row, opened[row].index), range(2 * pairs)))
-            for pair in range(pairs):
-                if pair in reasons or pair + pairs in reasons:
-                    continue
-                arms = opened[pair].timeline, opened[pair + pairs].timeline
-                try:
-                    plans[pair] = plan(arms, frames, fps, start, asked.starts[pair], short)
-                except TooShortError as early:
-                    reasons[pair if early.arm == 0 else pair + pairs] = str(early)
-                else:
-                    times[pair] = torch.tensor([float(t) for t in plans[pair]], dtype=torch.float64, device="cpu")
-            rows = [row for row in range(2 * pairs) if row % pairs in plans]
-            list(pool.map(lambda row: attempt(row, lambda: decode(row)), rows))
-        except BaseException:  # somebody is in a hurry: the clips that are under way are not decoded to their end
-            for clip in opened:
-                clip.give_up()
+            list(pool.map(_Row.index, rows))
+            plans = [
+                _plan_of(rows[pair], rows[pair + pairs], frames, fps, start, asked.starts[pair], short)
+                for pair in range(pairs)
+            ]
+            for pair, moments in enumerate(plans):
+                if moments:
+                    times[pair] = torch.tensor([float(moment) for moment in moments], dtype=torch.float64, device="cpu")
+            # The resolution of the winner's times: what is not on a grid of its own is on that.
+            clocks = [
+                rows[pair].clip.timeline.unit if fps is None and plans[pair] else Fraction(0) for pair in range(pairs)
+            ]
+            list(pool.map(_Row.decode, rows, plans * 2, [short] * 2 * pairs, clocks * 2))
+        except BaseException:  # an interrupt: clips that are under way are not decoded to their end
+            for row in rows:
+                row.clip.cancel()
             raise
         finally:
             if not out.is_inference():
                 torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
 
     errors = tuple(
-        DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in sorted(reasons.items())
+        DecodeFailure("win" if index < pairs else "lose", index % pairs, row.reason)
+        for index, row in enumerate(rows)
+        if row.reason
     )
     if errors and on_error == "raise":
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
-    with torch.inference_mode(out.is_inference()):
-        for pair in {failure.index for failure in errors}:
-            ok[pair], times[pair] = False, 0
-            for row in (pair, pair + pairs):  # of the other arm nothing is told either
-                out[row] = 0
-                geometry[row], colours[row] = (0, 0, 0, 0), ("bt709", False)
+    for pair in {failure.index for failure in errors}:
+        ok[pair], times[pair] = False, 0
+        for row in (rows[pair], rows[pair + pairs]):  # nothing is told of the other arm either
+            row.clear()
     flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
-    numbers = torch.tensor(geometry, dtype=torch.int64, device="cpu")
-    concealed = torch.tensor([max(clip.concealed, clip.is_damaged) for clip in opened], device="cpu")
-    matrix, full_range = zip(*colours, strict=True)
-    return DecodedClips(out, ok, errors, times, numbers[:, :2], numbers[:, 2:], flipped, concealed, matrix, full_range)
+    geometry = torch.tensor([row.geometry for row in rows], dtype=torch.int64, device="cpu")
+    concealed = torch.tensor([max(row.clip.concealed, row.clip.is_damaged) for row in rows], device="cpu")
+    matrix, full_range = zip(*(row.colours for row in rows), strict=True)
+    return DecodedClips(
+        out, ok, errors, times, geometry[:, :2], geometry[:, 2:], flipped, concealed, matrix, full_range
+    )
+
+
+def _plan_of(
+    win: _Row,
+    lose: _Row,
+    frames: int,
+    fps: float | Fraction | None,
+    start: str | float,
+    start_fraction: float,
+    short: str,
+) -> list[Fraction]:
+    """The times of a pair's frames, in seconds; none where an arm has failed, or is too short."""
+    if win.reason or lose.reason:
+        return []
+    try:
+        return plan((win.clip.timeline, lose.clip.timeline), frames, fps, start, start_fraction, short)
+    except TooShortError as error:
+        (win, lose)[error.arm].reason = str(error)
+        return []
+
+
+class _Row:
+    """A clip of the batch: where its frames go, and what became of it.
+
+    frames: (T, 3, H, W), or (T, H * 3/2, W) of stored planes, in whatever order of memory.
+    reason: why it failed, or "". geometry: original height, width, crop top, left. colours: matrix and full range.
+    """
+
+    def __init__(self, clip: Clip, store: _C.FrameStore, frames: Tensor, resize: str | None, planes: bool) -> None:
+        self.clip, self._store, self._frames, self._resize, self._planes = clip, store, frames, resize, planes
+        self.reason = ""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.geometry, self.colours = (0, 0, 0, 0), ("bt709", False)
+
+    def clear(self) -> None:
+        """As of a clip that failed."""
+        with torch.inference_mode(self._frames.is_inference()):
+            self._frames.zero_()
+        self._forget()
+
+    def index(self) -> None:
+        with self._failing():
+            self.clip.index()
+
+    def decode(self, times: list[Fraction], short: str, clock: Fraction) -> None:
+        """The frames that are shown at these times, each decoded once; none if there are no times."""
+        if times:
+            with self._failing():
+                self._decode(self.clip.timeline.shown_at(times, short, clock))
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # FFmpeg's errors are of many classes, OSError and ValueError among them
+            self.reason = self.reason or f"{error}" or type(error).__name__
+
+    def _decode(self, chosen: list[int]) -> None:
+        first_place: dict[int, int] = {}
+        for place, pts in enumerate(chosen):
+            first_place.setdefault(pts, place)
+        stored = False
+        for pts, frame in self.clip.frames(sorted(first_place)):
+            _check_frame(frame, self.clip, self._resize, self._planes)
+            colours, self.geometry = _store(self._store, frame, self.clip, self._frames[first_place[pts]])
+            if self._planes and stored and colours != self.colours:
+                raise ValueError(f"what its YCbCr means changes from {self.colours} to {colours} (matrix, full range)")
+            self.colours, stored = colours, True
+            del frame
+        with torch.inference_mode(self._frames.is_inference()):  # a thread has a mode of its own
+            for place, pts in enumerate(chosen):
+                if first_place[pts] != place:
+                    self._frames[place] = self._frames[first_place[pts]]
 
 
 def _check_frame(frame: Any, clip: Clip, resize: str | None, planes: bool) -> None:
@@ -266,9 +311,9 @@ def _colours_of(frame: Any) -> tuple[str, bool]:
 
 
 def _store(
-    store: _C.FrameStore, frame: Any, clip: Clip, place: int, plane: int
+    store: _C.FrameStore, frame: Any, clip: Clip, out: Tensor
 ) -> tuple[tuple[str, bool], tuple[int, int, int, int]]:
-    """Matrix and range; original height and width, crop top and left."""
+    """Writes a frame to (3, H, W) or to stored planes. Matrix and range; original height and width, crop top and left."""
     name, height, width = frame.format.name, frame.height, frame.width
     planes, strides = list(frame.planes), [plane.line_size for plane in frame.planes]
     if name in _RGB:
@@ -291,8 +336,8 @@ def _store(
         full_range,
         _MATRIX_NAMES.index(matrix),
         orientation(frame),
-        place,
-        plane,
+        out.data_ptr(),
+        out.stride(0) if out.dim() == 3 else 0,
         (height, max(1, round(width * clip.aspect))),
         clip.siting if form[1:] == (1, 1) else 0,
     )

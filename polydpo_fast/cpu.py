@@ -42,7 +42,7 @@ def _join_openmp() -> None:
         if len(found) == 1:  # of two runtimes we could not tell which is PyTorch's
             entry = getattr(ctypes.CDLL(found.pop()), "GOMP_parallel", None)
             if entry is not None:
-                _C.set_team(ctypes.cast(entry, ctypes.c_void_p).value or 0)
+                _C.set_openmp(ctypes.cast(entry, ctypes.c_void_p).value or 0)
 
 
 def _address(x: list[Tensor], layout: str, pairs: int) -> tuple[int, int, int, int]:

@@ -19,8 +19,16 @@ __all__ = ["DecodeError", "DecodeFailure", "DecodeLimits", "DecodedPairs", "deco
 _NATIVE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 _PILLOW_FORMATS = ("WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "QOI")
 _EXIF_ORIENTATION = 0x0112
-# Pillow's Image.Transpose that undoes each orientation.
-_UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+# Of each EXIF orientation, the name in Pillow's Image.Transpose of what undoes it.
+_UNDONE = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_90",
+    7: "TRANSVERSE",
+    8: "ROTATE_270",
+}
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,7 @@ def _through_pillow(
             data = memoryview(image).cast("B")
         except (TypeError, ValueError):
             continue  # C++ says what is wrong with it
-        if len(data) < 4 or len(data) > limits.bytes or bytes(data[:8]).startswith((*_NATIVE, _NATIVE[1][: len(data)])):
+        if len(data) < 4 or len(data) > limits.bytes or _is_native(bytes(data[:8])):
             continue
         try:
             images[row], *facts = _pillow_pixels(data, background, limits, strict)
@@ -211,6 +219,10 @@ def _through_pillow(
         else:
             raw.append((row, facts[0], facts[1], facts[2]))
     return images, raw, refused
+
+
+def _is_native(head: bytes) -> bool:
+    return head.startswith(_NATIVE) or _NATIVE[1].startswith(head)  # a cut-off PNG is native too
 
 
 def _pillow_pixels(
@@ -244,7 +256,7 @@ def _pillow_pixels(
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
         if image.format == "TIFF" and orientation in _UNDONE:  # Pillow turns these by itself: turned back
             upright: Image.Image = image.copy()
-            turned = upright.transpose(Image.Transpose(_UNDONE[orientation]))
+            turned = upright.transpose(Image.Transpose[_UNDONE[orientation]])
         else:
             turned = image
         width, height = turned.size

@@ -35,10 +35,11 @@ MAX_ALPHAS = 4
 
 def poly_dpo(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
     loss = nlp + q * (a1 + q * (a2 + q * (a3 + q * a4)))
-    pull = a1 + q * (2.0 * a2 + q * (3.0 * a3 + q * (4.0 * a4)))
-    # -q (1 + p pull), in terms of one sign: near -1 the pull leaves q^2 of q, which 1 - p would have no digits of.
-    below = (pull < 0.0) * pull
-    slope = -q * ((1.0 + below) - q * below + p * (pull - below))
+    c = a1 + q * (2.0 * a2 + q * (3.0 * a3 + q * (4.0 * a4)))  # sum_j j a_j q^(j-1)
+    # slope = -q (1 + p c). Near c = -1 and p = 1 that sum cancels; with p = 1 - q it is (1 + c) - q c, which keeps its
+    # digits. Only the negative part of c needs it.
+    below = (c < 0.0) * c
+    slope = -q * ((1.0 + below) - q * below + p * (c - below))
     return loss, slope
 
 

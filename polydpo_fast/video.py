@@ -24,12 +24,12 @@ from .matroska import damage_of
 from .mp4 import check_counts
 from .timeline import Timeline
 
-__all__ = ["Clip", "Source", "aspect_of", "need_av", "orientation", "siting_of"]
+__all__ = ["Clip", "Source", "aspect_of", "orientation", "require_av", "siting_of"]
 
 Source = Buffer | str | os.PathLike[str]
 
-# Told apart by their first bytes, so that no other demuxer of FFmpeg's ever sees what somebody sent: some of them open
-# further files and addresses. Those that are left are told not to.
+# The demuxer is chosen here, by the first bytes: others of FFmpeg's can open further files and URLs. So can these two,
+# unless they are told not to.
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 _OPTIONS = {"mp4": {"enable_drefs": "0", "use_absolute_path": "0", "ignore_chapters": "1"}, "matroska": {}}
 _CODECS = ("h264", "hevc", "vp9", "vp8", "av1", "mpeg4")
@@ -37,7 +37,7 @@ _DECODERS = (*_CODECS, "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9")  # as F
 # Whose decoders can tell packets that no other frame is made from.
 _SKIPPING = ("h264", "mpeg4", "vp8")
 _MOST_ASPECT = 16
-_FEW = 3  # frames that are sooner decoded than a seek is done
+_MIN_FRAMES_TO_SEEK = 3  # fewer are sooner decoded than a seek is done
 _MOST_REORDERED = 16  # frames, by H.264
 _FORMAT = 3  # of what is kept of a clip; another after each change
 
@@ -67,7 +67,7 @@ class Clip:
         self._depth = 0
         self._shortcut = False
         self._told_siting: int | None = None  # by parameters among the packets
-        self._trouble: str | None = ""  # with Matroska's elements; "" as long as nobody has looked
+        self._trouble: str | None = ""  # what is wrong with Matroska's elements, or None; "" before anybody has looked
         self._form: tuple[int, int, int, float] | None = None
 
     def index(self) -> None:
@@ -120,7 +120,7 @@ class Clip:
                 return
         raise failure
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Soon ends what another thread does with it."""
         self._left = -math.inf
 
@@ -132,7 +132,7 @@ class Clip:
             yield found
         self._left -= time.monotonic() - self._since
 
-    def look_at_the_clock(self) -> None:
+    def check_timeout(self) -> None:
         """Raises TimeoutError where the limits give it no more time."""
         if time.monotonic() - self._since > self._left:
             raise TimeoutError(f"it took more than {self._limits.timeout_s} s (limits.timeout_s)")
@@ -146,7 +146,7 @@ class Clip:
 
         source = self._source
         with _file(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else _in_memory(source) as inner:
-            file = _Clocked(inner, self.look_at_the_clock)
+            file = _Clocked(inner, self.check_timeout)
             size = file.seek(0, io.SEEK_END)
             if size > self._limits.bytes:
                 raise ValueError(f"it has {size} bytes, more than {self._limits.bytes} (limits.bytes)")
@@ -155,9 +155,9 @@ class Clip:
             if format == "mp4":
                 # With the sound's, and all edits'.
                 most = 4 * max(self._limits.frames, 1 << 16)
-                check_counts(file, most, self._limits.streams, self.look_at_the_clock)
+                check_counts(file, most, self._limits.streams, self.check_timeout)
             elif self._trouble == "":  # once
-                self._trouble = damage_of(file, 32 * max(self._limits.frames, 1 << 16), self.look_at_the_clock)
+                self._trouble = damage_of(file, 32 * max(self._limits.frames, 1 << 16), self.check_timeout)
             file.seek(0)
             # A decoder is told the limit too: it allocates for what the stream says, whatever the header does. It
             # counts whole blocks, so that a frame may be larger there.
@@ -209,7 +209,7 @@ class Clip:
             if self._trouble:
                 troubles.append(self._trouble)
             for packet in _packets(container, stream, self._strict, troubles):
-                self.look_at_the_clock()
+                self.check_timeout()
                 held += packet.size > 0 or packet.pts is not None
                 if packet.pts is None:
                     continue
@@ -228,7 +228,7 @@ class Clip:
                     continue
                 pts.append(packet.pts)
                 self._check_frames(len(pts))
-            self.look_at_the_clock()  # where it has run out FFmpeg may see an end
+            self.check_timeout()  # where it has run out FFmpeg may see an end
             unit = stream.time_base
             # FFmpeg takes an MP4 that ends between two packets for a shorter one. Of Matroska not all are listed.
             listed = len(getattr(stream, "index_entries", ()))
@@ -258,7 +258,7 @@ class Clip:
         refused: list[int] = []
         with self._open(self._strict, 1) as (container, stream):
             for packet in _packets(container, stream, self._strict, []):
-                self.look_at_the_clock()
+                self.check_timeout()
                 try:
                     found: list[int] = [frame.pts for frame in packet.decode() if frame.pts is not None]
                 except av.FFmpegError:
@@ -325,7 +325,7 @@ class Clip:
         name = context.codec.canonical_name
         spare = SpareFrames(name, context.extradata)
         for packet in _packets(container, stream, strict, []):
-            self.look_at_the_clock()
+            self.check_timeout()
             if self._told_siting is None and packet.is_keyframe:
                 self._told_siting = siting_in(name, packet, context.extradata)
             if wanted is not None and context.name in _SKIPPING:
@@ -349,7 +349,7 @@ class Clip:
         if last is None or key < 0 or self._keys[key] <= last:
             return False
         between = np.searchsorted(self.timeline.pts, (last, self._keys[key]))
-        return int(between[1] - between[0]) > _FEW + 2 * self._threads
+        return int(between[1] - between[0]) > _MIN_FRAMES_TO_SEEK + 2 * self._threads
 
     def _is_fit(self, frame: Any, aspect: Fraction, strict: bool) -> bool:
         """Whether it is of the same form as those before."""
@@ -373,7 +373,7 @@ class Clip:
             raise ValueError(f"it has {count} pixels, more than {self._limits.pixels} (limits.pixels)")
 
 
-def need_av() -> None:
+def require_av() -> None:
     """Raises ImportError, which names the extra, where there is no PyAV."""
     try:
         import av  # noqa: F401

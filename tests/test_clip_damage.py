@@ -370,7 +370,7 @@ def test_a_block_of_another_track_is_missed():
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
 def test_nothing_is_read_when_there_is_no_time(container):
     clip = Clip(encode(8, container=container), ClipLimits(), True, 1, None)
-    clip.give_up()
+    clip.cancel()
     with pytest.raises(TimeoutError), clip.opened():
         pass
 

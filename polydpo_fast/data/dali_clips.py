@@ -18,7 +18,7 @@ from ..clips import DecodedClips, decode_clips
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, check_clips
 from ..timeline import plan
-from ..video import Clip, Source, aspect_of, need_av, orientation, siting_of
+from ..video import Clip, Source, aspect_of, orientation, require_av, siting_of
 from .dali_canary import compare, to_709
 from .dali_engine import Engine, for_cpp, reason
 from .dali_picture import Finish, Plan
@@ -32,7 +32,7 @@ _TILE = 32  # pixels: on a GPU chroma may lie half a pixel off, which must even 
 
 def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], options: dict[str, Any]) -> DecodedClips:
     """`decode_clips`, by DALI where it may have the clips."""
-    need_av()
+    require_av()
     options = engine.with_defaults(_DEFAULTS, options)
     asked = check_clips(win, lose, device=engine.device, **options)
     pairs, out, frames, short = len(asked.win), asked.out, options["frames"], options["short"]
@@ -175,7 +175,7 @@ def _open_clip(source: Source, clip: Clip, is_gpu: bool) -> _Side:
         is_only = len(container.streams.video) == 1  # else DALI may choose another
         packets, frame = 0, None
         for packet in container.demux(stream):
-            clip.look_at_the_clock()
+            clip.check_timeout()
             packets += packet.size > 0
             if frame is None:
                 frame = next(iter(packet.decode()), None)
