@@ -313,7 +313,7 @@ def _colours_of(frame: Any) -> tuple[str, bool]:
 def _store(
     store: _C.FrameStore, frame: Any, clip: Clip, out: Tensor
 ) -> tuple[tuple[str, bool], tuple[int, int, int, int]]:
-    """Writes a frame to (3, H, W) or to stored planes. Matrix and range; original height and width, crop top and left."""
+    """Writes a frame to (3, H, W), or stored planes. Matrix and range; original height and width, crop top and left."""
     name, height, width = frame.format.name, frame.height, frame.width
     planes, strides = list(frame.planes), [plane.line_size for plane in frame.planes]
     if name in _RGB:
