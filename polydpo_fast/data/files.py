@@ -20,6 +20,7 @@ __all__ = ["File", "Location", "contents", "find", "names"]
 Location = str | os.PathLike[str]
 _MAX_FILE = 1 << 30
 _WEB = ("http://", "https://")
+_LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond what is asked for
 _ASKING = 16  # questions to a storage at once
 # What storages call it: S3 and Google, the web, Azure, the Hugging Face hub, disks.
 _STAMPS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "blob_id", "mtime", "created")
@@ -56,7 +57,7 @@ class File:
         length = max(0, self.size - start) if length is None else length
         if not self.is_local:
             try:
-                data = bytes(self._filesystem().cat_file(self.path, start=start, end=start + length))
+                data = bytes(_part(self._filesystem(), self.path, start, start + length))
             except (OSError, ImportError, SourceError):
                 raise
             except Exception as error:  # the storages' clients have exceptions of their own
@@ -78,6 +79,10 @@ class File:
             return open(self.path, "rb")
         return self._filesystem().open(self.path, "rb")
 
+    def open_to_skip(self) -> Any:
+        """As `open`, for going through the file once, forwards, while passing over much of it."""
+        return open(self.path, "rb") if self.is_local else _Skipping(self)
+
     def changed(self) -> bool:
         """Whether another file is there now, by its size and stamp. Raises OSError where there is none."""
         if self.is_local:
@@ -88,6 +93,46 @@ class File:
 
     def _filesystem(self) -> Any:
         return _filesystem(self.path)[0]
+
+
+class _Skipping:
+    """A remote file of which nothing is fetched twice, and what is passed over hardly at all.
+
+    A part is fetched from where it is asked for, and somewhat more. That grows while little lies between two parts, so
+    that a file of small members takes few requests; it is small again after a large member was passed over.
+    """
+
+    def __init__(self, file: File) -> None:
+        self._file, self._at = file, 0
+        self._begin, self._data, self._ahead = 0, b"", _LEAST_AHEAD
+
+    def __enter__(self) -> _Skipping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._data = b""
+
+    def seek(self, at: int) -> None:
+        self._at = at
+
+    def read(self, length: int) -> bytes:
+        parts = []
+        while length > 0 and self._at < self._file.size:
+            if not self._begin <= self._at < self._begin + len(self._data):
+                self._fetch(length)
+            part = self._data[self._at - self._begin :][:length]
+            if not part:  # the file has become shorter
+                break
+            parts.append(part)
+            self._at, length = self._at + len(part), length - len(part)
+        return b"".join(parts)
+
+    def _fetch(self, length: int) -> None:
+        passed_over = self._at - self._begin - len(self._data)
+        is_near = 0 <= passed_over < self._ahead
+        self._ahead = min(2 * self._ahead, _MOST_AHEAD) if is_near else _LEAST_AHEAD
+        wanted = min(max(length, self._ahead), self._file.size - self._at)
+        self._begin, self._data = self._at, self._file.read(self._at, wanted)
 
 
 def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[File]:
@@ -191,6 +236,15 @@ def _info(filesystem: Any, path: str) -> Mapping[str, Any]:
         return info
     except FileNotFoundError as error:  # whatever a web server answered: that is the cause
         raise FileNotFoundError(f"no such file: {error.__cause__ or error}") from error
+
+
+def _part(filesystem: Any, path: str, start: int, end: int) -> Any:
+    from fsspec.spec import AbstractFileSystem
+
+    if not filesystem.async_impl and type(filesystem).cat_file is AbstractFileSystem.cat_file:
+        # This one opens the file, and would read a block ahead: of 50 MB, with some storages.
+        return filesystem.cat_file(path, start=start, end=end, cache_type="none", block_size=_LEAST_AHEAD)
+    return filesystem.cat_file(path, start=start, end=end)
 
 
 def _stamp(info: Mapping[str, Any]) -> str:

@@ -6,19 +6,27 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
+from fractions import Fraction
 from typing import Any
 
-__all__ = ["Ledger", "read_ledger"]
+import numpy as np
+import torch
+
+from ..decode_arguments import ClipLimits, DecodeLimits
+
+__all__ = ["Ledger", "options_as_json", "options_of_json", "read_ledger"]
 
 
 class Ledger:
     """Appends one line of JSON per bad pair, each in a single write, so that ranks and workers may share the file.
 
     A line has: time (UTC, ISO 8601), key, arm ("win", "lose" or null), position (file and row), index (in the
-    source), error (class), reason (text), and what else is given. A disk that is full, or a folder that is gone later,
-    is a warning, once: the training matters more. ValueError where there is no such folder at the beginning. What is
-    written after a line that was cut off begins on a line of its own.
+    source), error (class), reason (text), and what else is given: a loader adds epoch, step_position, rank, the
+    source's fingerprint (`source`) and how the pair was to be decoded (`decode`). A disk that is full, or a folder
+    that is gone later, is a warning, once: the training matters more. ValueError where there is no such folder at the
+    beginning. What is written after a line that was cut off begins on a line of its own.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
@@ -32,6 +40,10 @@ class Ledger:
             raise ValueError(f"ledger is {os.fspath(path)!r}; its folder does not exist")
         if os.path.isdir(self._path):
             raise ValueError(f"ledger is {os.fspath(path)!r}, a folder; expected a file")
+
+    @property
+    def is_kept(self) -> bool:
+        return self._path is not None
 
     def add(self, **facts: Any) -> None:
         if self._path is None:
@@ -65,3 +77,36 @@ def read_ledger(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
                 continue
             if isinstance(facts, dict):
                 yield facts
+
+
+# Of the decoder's options, those that are no matter of what decodes.
+_NOT_KEPT = ("threads", "cache")
+
+
+def options_as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A decoder's options as JSON can hold them."""
+    return {name: _as_json(value) for name, value in options.items() if name not in _NOT_KEPT}
+
+
+def options_of_json(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The options again. Raises ValueError or TypeError for what `options_as_json` did not make."""
+    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+    if isinstance(dtype := options.get("dtype"), str) and dtype != "yuv420":
+        options["dtype"] = getattr(torch, dtype, dtype)
+    if isinstance(fps := options.get("fps"), str):
+        options["fps"] = Fraction(fps)
+    if isinstance(limits := options.get("limits"), Mapping):
+        options["limits"] = (ClipLimits if "frames" in options else DecodeLimits)(**limits)
+    return options
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Fraction):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    return list(value) if isinstance(value, (tuple, list)) else value

@@ -20,7 +20,7 @@ from ..decode import decode_pairs
 from .batch import PairBatch
 from .buffers import Buffers
 from .dali import Decoder, choose_decoder
-from .ledger import Ledger
+from .ledger import Ledger, options_as_json
 from .order import Order, Shuffled, order_of
 from .pipeline import LoaderError, LoaderStats, Pipeline, Plan, Step
 from .source import Source
@@ -30,7 +30,7 @@ __all__ = ["LoaderError", "LoaderStats", "PairLoader"]
 
 _CPU = torch.device("cpu")
 _STATE_VERSION = 1
-_NOT_PIXELS = frozenset(("win", "lose", "seeds", "out", "on_error", "limits", "threads", "cache"))
+_NOT_PART_OF_TRANSFORM = frozenset(("win", "lose", "seeds", "out", "on_error", "limits", "threads", "cache"))
 _DEFAULT_WINDOW = 8  # row groups, where single pairs cannot be read
 
 
@@ -236,7 +236,7 @@ class PairLoader(IterableDataset[PairBatch]):
             return {}
         parameters = inspect.signature(self._decode_function()).parameters
         chosen = {name: parameter.default for name, parameter in parameters.items()} | self._options
-        return {name: value for name, value in chosen.items() if name not in _NOT_PIXELS}
+        return {name: value for name, value in chosen.items() if name not in _NOT_PART_OF_TRANSFORM}
 
     def walk(self, indices: np.ndarray) -> Generator[PairBatch, None, None]:
         """These pairs, (N,) int64, once and in this order, in batches of batch_size; nothing of the loader changes.
@@ -295,6 +295,7 @@ class PairLoader(IterableDataset[PairBatch]):
             rank=self._rank,
             clips="frames" in options,
             replace_bad=True,
+            options=options_as_json(self._options),
             decode=partial(decoder.decode_clips if "frames" in options else decoder.decode_pairs, **options),
             batch_shape=self._shape,
             dtype=self._dtype,

@@ -24,6 +24,11 @@ class Order(Protocol):
         """The pair at each position, int64; positions from 0 to one less than the number of pairs."""
         ...
 
+    def window(self, position: int) -> tuple[int, int]:
+        """The positions, from the first to before the last, whose pairs are shuffled among each other with that one's,
+        so that their blocks are in memory together; a block's where nothing is shuffled."""
+        ...
+
 
 def mix(*numbers: int) -> int:
     """64 well mixed bits of the numbers: splitmix64's finaliser (Steele, Lea and Flood 2014), chained."""
@@ -64,6 +69,7 @@ class Shuffled:
     def __init__(self, blocks: np.ndarray, key: int, window: int | None) -> None:
         self._key, self._window = key, window
         self._size = int(blocks.sum())
+        self._group_ends = np.cumsum(blocks) if window == 0 else np.array([self._size])
         if window:
             self._order = permute(np.arange(len(blocks)), len(blocks), mix(key, 1))
             self._begins = (np.cumsum(blocks) - blocks)[self._order]
@@ -88,6 +94,10 @@ class Shuffled:
         before = np.where(block > 0, self._ends[block - 1], 0)
         result: np.ndarray = self._begins[block] + shuffled - before
         return result
+
+    def window(self, position: int) -> tuple[int, int]:
+        group = int(np.searchsorted(self._group_ends, position, side="right"))
+        return int(self._group_ends[group - 1]) if group else 0, int(self._group_ends[group])
 
 
 class Balanced:
@@ -121,6 +131,9 @@ class Balanced:
                 member = permute(turn[now] % count, count, mix(self._seed, 4, code, lap))
                 result[np.flatnonzero(here)[now]] = self._members[self._begins[code] + member]
         return result
+
+    def window(self, position: int) -> tuple[int, int]:
+        return 0, self._size
 
 
 def order_of(

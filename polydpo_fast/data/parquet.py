@@ -21,12 +21,14 @@ import numpy as np
 from ..cache import load_or_build
 from .columns import HAS_LABEL, TIE, WINS, Layout, check_options, counted, keep, layout_of, verdicts, weight_of
 from .files import File, Location, find, names
+from .reading import was_given_up
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
 __all__ = ["ParquetPairs"]
 
 _FORMAT = 1  # of the kept index
 _FORGET_S = 60.0
+_LOOK_S = 0.05  # after which a thread that waits looks whether the one that reads was given up
 _READ_AHEAD = 1 << 20  # bytes; halves the memory of a read and is faster than whole column chunks at once
 
 
@@ -222,7 +224,7 @@ class ParquetPairs(Source):
                 table.nbytes,
             )
         except Exception as error:  # pyarrow's, and those of the storages' clients
-            raise PairError(f"{what}: {error or type(error).__name__}") from error
+            raise PairError(f"{what}: {error or type(error).__name__}", whole_block=True) from error
 
 
 # ------------------------------------------------------------------------------------------ row groups in memory
@@ -273,10 +275,12 @@ class _Group:
     size: int  # in bytes
 
 
-class _Slot:
+class _Kept:
+    """What is known of one row group."""
+
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.group: _Group | None = None
+        self.reader: threading.Thread | None = None  # the thread that reads it now
         self.error = ""
         self.until = 0.0  # by time.monotonic(), the error is taken for granted
 
@@ -286,13 +290,14 @@ class _Memory:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.lock = threading.Lock()
-        self.slots: OrderedDict[tuple[int, int], _Slot] = OrderedDict()
+        self.changed = threading.Condition()  # holds the lock of all that follows
+        self.kept: OrderedDict[tuple[int, int], _Kept] = OrderedDict()
 
 
 class _Groups:
     """The row groups read last, of up to `limit` bytes. Threads that ask for the same one wait for one of them to read
-    it. A copy, by fork or pickle, begins empty."""
+    it. No lock is held during a read: where the thread that reads is given up, because its storage hangs, another one
+    reads the row group again. A copy, by fork or pickle, begins empty."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -304,30 +309,53 @@ class _Groups:
     def get(self, key: tuple[int, int], read: Callable[[], _Group], forget_s: float) -> _Group:
         """forget_s: how long a failure is remembered, which makes it cheap for the other pairs of the row group."""
         memory = self._memory
-        if memory.process != os.getpid():  # another thread may have held a lock when the process was forked
+        if memory.process != os.getpid():  # another thread may have held the lock when the process was forked
             memory = self._memory = _Memory()
-        with memory.lock:
-            slot = memory.slots.setdefault(key, _Slot())
-            memory.slots.move_to_end(key)
-        with slot.lock:
-            if slot.group is not None:
-                return slot.group
-            if time.monotonic() < slot.until:
-                raise PairError(slot.error)
-            try:
-                slot.group = group = read()
-            except PairError as error:
-                slot.error, slot.until = error.reason, time.monotonic() + forget_s
-                raise
-        with memory.lock:
-            loaded = [(key, slot.group.size) for key, slot in memory.slots.items() if slot.group is not None]
-            size = sum(size for _, size in loaded)
-            for old, freed in loaded[:-1]:
-                if size <= self._limit:
-                    break
-                del memory.slots[old]
-                size -= freed
+        me = threading.current_thread()
+        with memory.changed:
+            kept = memory.kept.setdefault(key, _Kept())
+            memory.kept.move_to_end(key)
+            if (group := self._wait(memory, kept, me)) is not None:
+                return group
+        error = ""
+        try:
+            group = read()
+        except PairError as failure:
+            error = failure.reason
+            raise
+        finally:
+            with memory.changed:
+                if kept.reader is me:  # it was not given up in the meantime
+                    kept.reader, kept.error = None, error
+                    kept.until = time.monotonic() + forget_s if error else 0.0
+                kept.group = kept.group or group
+                self._evict(memory)
+                memory.changed.notify_all()
         return group
+
+    def _wait(self, memory: _Memory, kept: _Kept, me: threading.Thread) -> _Group | None:
+        """Until another thread has read the row group; None: this one is to read it."""
+        while kept.group is None:
+            if time.monotonic() < kept.until:
+                raise PairError(kept.error, whole_block=True)
+            reader = kept.reader
+            if reader is None or was_given_up(reader) or not reader.is_alive():
+                kept.reader = me
+                return None
+            if was_given_up(me):  # the read takes longer than this thread was to wait: the next one reads it anew
+                kept.reader = None
+                raise PairError("its row group was being read for too long by another thread")
+            memory.changed.wait(_LOOK_S)
+        return kept.group
+
+    def _evict(self, memory: _Memory) -> None:
+        loaded = [(key, kept.group.size) for key, kept in memory.kept.items() if kept.group is not None]
+        size = sum(size for _, size in loaded)
+        for old, freed in loaded[:-1]:
+            if size <= self._limit:
+                break
+            del memory.kept[old]
+            size -= freed
 
 
 # ------------------------------------------------------------------------------------------------------ the index

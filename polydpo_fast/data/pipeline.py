@@ -29,7 +29,8 @@ from .source import Pair, PairError, Source
 __all__ = ["LoaderError", "LoaderStats", "Pipeline", "Plan", "Step"]
 
 _STEPS = 32  # whose pairs are worked out together
-_REACH = 4096  # replacements come from so many positions ahead: read soon anyway, but hardly in the same batch
+_REPLACEMENT_WINDOW = 4096  # positions ahead: read soon anyway, but hardly in the same batch
+_NEARBY_ATTEMPTS = 4  # with pairs of the blocks that are in memory already
 _MOST_ATTEMPTS = 1000
 _THREAD = "polydpo-load"
 _NO_COLOURS = "bt709", False  # as `decode_clips` has it where a clip fails
@@ -81,6 +82,7 @@ class Plan:
     epoch: int
     rank: int
     decode: Callable[..., Any]  # decode_pairs or decode_clips, or DALI's, with the user's options
+    options: Mapping[str, Any]  # of the decoder, as the ledger has them
     clips: bool
     replace_bad: bool  # or leave their rows without a pair
     batch_shape: tuple[int, ...]  # of the pixels
@@ -103,6 +105,7 @@ class _Slot:
     index: int = -1
     pair: Pair | None = None
     attempt: int = 0
+    lost: set[int] = field(default_factory=set)  # blocks of which nothing can be read
     reading: Reading | None = field(default=None, repr=False)
 
 
@@ -165,6 +168,8 @@ class Pipeline:
         self._stop = threading.Event()
         self._seen, self._bad = 0, 0
         self._unread, self._undecoded = 0, 0  # in a row: all of a batch are read before any is decoded
+        self._unread_blocks: set[int] = set()  # of that row: all pairs of a block that cannot be read count as one
+        self._failed: dict[int, str] = {}  # the pairs of a source that is smaller than a row of bad pairs may be
         self._stream = _stream_of(plan.device) if plan.device and plan.device.type == "cuda" else None
         self._process = os.getpid()
         self._copies: deque[tuple[Any, Tensor]] = deque()  # events, and the host memory that is being copied from
@@ -224,9 +229,9 @@ class Pipeline:
                 for step, pairs in self._in_order():
                     waiting.append((step, self._ask(step, pairs, readers)))
                     if len(waiting) > plan.prefetch:
-                        self._emit(*waiting.popleft(), readers)
+                        self._finish_batch(*waiting.popleft(), readers)
                 while waiting:
-                    self._emit(*waiting.popleft(), readers)
+                    self._finish_batch(*waiting.popleft(), readers)
             self._put(None)
         except _Stopped:
             pass
@@ -240,14 +245,14 @@ class Pipeline:
             if readers is not None:
                 readers.close()
 
-    def _look(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self._stop.is_set():
             raise _Stopped
 
     def _put(self, item: Any) -> None:
         began = time.monotonic()
         while True:
-            self._look()
+            self._raise_if_stopped()
             try:
                 self._batches.put(item, timeout=0.05)
                 break
@@ -271,7 +276,7 @@ class Pipeline:
                 slot.reading = readers.ask(slot.index)
         return slots
 
-    def _emit(self, step: Step, slots: list[_Slot], readers: Readers) -> None:
+    def _finish_batch(self, step: Step, slots: list[_Slot], readers: Readers) -> None:
         real = [slot for slot in slots if slot.index >= 0]
         began = time.monotonic()
         for slot in real:
@@ -287,59 +292,94 @@ class Pipeline:
     def _read(self, slot: _Slot, readers: Readers) -> None:
         """Waits for the slot's pair, or for the first of those that take its place that can be read."""
         while slot.pair is None and slot.index >= 0:
-            self._look()
+            self._raise_if_stopped()
             assert slot.reading is not None
-            readers.wait(slot.reading, self._look)
-            slot.pair, error = slot.reading.pair, slot.reading.error
+            readers.wait(slot.reading, self._raise_if_stopped)
+            slot.pair, error, block = slot.reading.pair, slot.reading.error, slot.reading.block
             slot.reading = None
             self._seen += 1
-            if error is None:
-                self._unread = self._unread if slot.attempt else 0  # what takes another's place says nothing
-            else:
-                self._unread += 1
-                self._note(slot, "", error.arm if isinstance(error, PairError) else None, error, self._unread)
+            if error is not None:
+                self._count_unread(slot, block, error)
+                self._record_bad(slot, "", error.arm if isinstance(error, PairError) else None, error, self._unread)
                 self._substitute(slot, readers)
+            elif not slot.attempt:  # what takes another's place says nothing
+                self._unread = 0
+                self._unread_blocks.clear()
+
+    def _count_unread(self, slot: _Slot, block: int, error: Exception) -> None:
+        if isinstance(error, PairError) and error.whole_block:
+            self._unread += block not in self._unread_blocks
+            self._unread_blocks.add(block)
+            slot.lost.add(block)
+        else:
+            self._unread += 1
 
     def _substitute(self, slot: _Slot, readers: Readers) -> None:
         """Another pair for the slot, which depends on seed, epoch, position and attempt alone; or none."""
-        plan, size = self._plan, len(self._plan.source)
-        if not plan.replace_bad:
-            slot.index, slot.pair, slot.reading = -1, None, None
+        slot.pair, slot.reading = None, None
+        if not self._plan.replace_bad:
+            slot.index = -1
             return
-        slot.attempt += 1
-        if slot.attempt > _MOST_ATTEMPTS or size < 2:
-            raise LoaderError(f"no pair was found to replace {plan.source.position(slot.index)}")
-        ahead = 1 + mix(plan.seed, plan.epoch, slot.position, slot.attempt) % min(size - 1, _REACH)
-        slot.index = int(plan.order(np.array([(slot.position + ahead) % size]))[0])
-        slot.pair, slot.reading = None, readers.ask(slot.index)
+        while True:
+            slot.attempt += 1
+            if slot.attempt > _MOST_ATTEMPTS or len(self._plan.source) < 2:
+                raise LoaderError(f"no pair was found to replace {self._plan.source.position(slot.index)}")
+            slot.index = self._candidate(slot)
+            if not slot.lost or readers.block_of(slot.index) not in slot.lost:
+                break
+        slot.reading = readers.ask(slot.index)
 
-    def _note(self, slot: _Slot, key: str, arm: str | None, error: Exception, run: int) -> None:
-        """run: how many pairs in a row have the same trouble, this one among them."""
+    def _candidate(self, slot: _Slot) -> int:
+        """First of the blocks that are being read, where reading another one for a single pair takes long."""
         plan = self._plan
+        begin, end = 0, len(plan.source)
+        if not plan.source.random_access and slot.attempt <= _NEARBY_ATTEMPTS:
+            nearby = plan.order.window(slot.position)
+            begin, end = nearby if nearby[1] - nearby[0] > 1 else (begin, end)
+        size = end - begin
+        ahead = 1 + mix(plan.seed, plan.epoch, slot.position, slot.attempt) % min(size - 1, _REPLACEMENT_WINDOW)
+        return int(plan.order(np.array([begin + (slot.position - begin + ahead) % size]))[0])
+
+    def _record_bad(self, slot: _Slot, key: str, arm: str | None, error: Exception, run: int) -> None:
+        """run: how many pairs in a row have the same trouble, this one among them."""
+        plan, pairs = self._plan, len(self._plan.source)
         self._bad += 1
         self._stats.bad += 1
         where = plan.source.position(slot.index)
         reason = error.reason if isinstance(error, PairError) else f"{error}"
-        plan.ledger.add(
-            key=key,
-            arm=arm,
-            position=where,
-            index=slot.index,
-            error=type(error).__name__,
-            reason=reason,
-            epoch=plan.epoch,
-            step_position=slot.position,
-            rank=plan.rank,
-        )
-        last = f"the last was {key or where}: {reason}"
+        if plan.ledger.is_kept:
+            plan.ledger.add(
+                key=key,
+                arm=arm,
+                position=where,
+                index=slot.index,
+                error=type(error).__name__,
+                reason=reason,
+                epoch=plan.epoch,
+                step_position=slot.position,
+                rank=plan.rank,
+                source=plan.source.fingerprint,
+                decode={**plan.options, "seed": self._seed_of(slot)},
+            )
+        this = f"{key} ({where}): {reason}" if key else f"{where}: {reason}"
+        last = f"the last was {this}"
+        if pairs <= plan.max_bad_run:
+            self._failed.setdefault(slot.index, this)
+        if run > plan.max_bad_run and len(self._failed) == pairs:
+            raise LoaderError(
+                f"all {pairs} pairs of the source failed; the first was {next(iter(self._failed.values()))}"
+            )
         if run > plan.max_bad_run:
             raise LoaderError(f"{run} pairs in a row are bad, more than {plan.max_bad_run} (max_bad_run); {last}")
-        if self._seen >= _RATE_AFTER and self._bad > plan.max_bad_rate * max(
-            self._seen, min(len(plan.source), _RATE_OF)
-        ):
+        enough = self._seen >= _RATE_AFTER or not plan.max_bad_rate
+        if enough and self._bad > plan.max_bad_rate * max(self._seen, min(pairs, _RATE_OF)):
             raise LoaderError(
                 f"{self._bad} of {self._seen} pairs are bad, more than {plan.max_bad_rate:.1%} (max_bad_rate); {last}"
             )
+
+    def _seed_of(self, slot: _Slot) -> int:
+        """Of what is drawn for the pair in this place: crop, mirror, start."""
+        return mix(self._plan.seed, self._plan.epoch, slot.position) >> 1
 
     def _decode(self, slots: list[_Slot], real: list[_Slot], readers: Readers) -> PairBatch:
         plan, pairs = self._plan, len(slots)
@@ -355,17 +395,19 @@ class Pipeline:
                 rows.pixels = pixels.to(result.pixels.device)
                 rows.put([slots.index(slot) for slot in real], result)
         if real:
-            self._mend(result, slots, real, rows, readers)
+            self._replace_undecodable(result, slots, real, rows, readers)
         return self._batch(slots, rows)
 
     def _decoded(self, slots: list[_Slot], out: Tensor | None) -> Any:
         if self._plan.source.ready is not None:
             return stack_pairs([slot.pair for slot in slots if isinstance(slot.pair, ReadyPair)], out)
         wins, loses = zip(*((slot.pair.win, slot.pair.lose) for slot in slots if slot.pair is not None), strict=True)
-        seeds = [mix(self._plan.seed, self._plan.epoch, slot.position) >> 1 for slot in slots]
+        seeds = [self._seed_of(slot) for slot in slots]
         return self._plan.decode(list(wins), list(loses), seeds=seeds, out=out, on_error="mask")
 
-    def _mend(self, result: Any, slots: list[_Slot], real: list[_Slot], rows: _Rows, readers: Readers) -> None:
+    def _replace_undecodable(
+        self, result: Any, slots: list[_Slot], real: list[_Slot], rows: _Rows, readers: Readers
+    ) -> None:
         """Puts others in the place of pairs that did not decode."""
         failures = {failure.index: failure for failure in reversed(result.errors)}
         for number, slot in enumerate(real):
@@ -373,10 +415,12 @@ class Pipeline:
             if failure is None and not slot.attempt:
                 self._undecoded = 0
             while failure is not None:
-                self._look()
+                self._raise_if_stopped()
                 assert slot.pair is not None
                 self._undecoded += 1
-                self._note(slot, slot.pair.key, failure.arm, PairError(failure.reason, failure.arm), self._undecoded)
+                self._record_bad(
+                    slot, slot.pair.key, failure.arm, PairError(failure.reason, failure.arm), self._undecoded
+                )
                 self._substitute(slot, readers)
                 self._read(slot, readers)
                 if slot.index < 0:

@@ -7,18 +7,22 @@ import os
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from itertools import islice
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from .source import Arm, Pair, PairError, Source
 
-__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading"]
+__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading", "was_given_up"]
 
 READING_THREAD = "polydpo-read"
 
 _PATIENCE_S = 0.002  # that is waited for a pair until all threads read
+_LOOKED_AT = 256  # of those that wait to be read, for one whose block nobody reads
 _MOST_STUCK = 64  # threads that were given up; a source that hangs this often is gone
 
 
@@ -26,13 +30,23 @@ class LoaderError(RuntimeError):
     """Too many pairs are bad, or take too long to read, for a training to go on."""
 
 
+class _Thread(threading.Thread):
+    """One that reads. given_up: nobody waits for it any more, so that sources need not either."""
+
+    given_up = False
+
+
+def was_given_up(thread: threading.Thread) -> bool:
+    return isinstance(thread, _Thread) and thread.given_up
+
+
 class Reading:
     """A pair that was asked for: when it is done, the pair or an error."""
 
-    __slots__ = ("done", "error", "index", "pair")
+    __slots__ = ("block", "done", "error", "index", "pair")
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, index: int, block: int) -> None:
+        self.index, self.block = index, block  # of `Source.blocks`; -1 where blocks say nothing
         self.pair: Pair | None = None
         self.error: Exception | None = None
         self.done = threading.Lock()  # held until then: a tenth of what an Event costs
@@ -40,7 +54,8 @@ class Reading:
 
 
 class Readers:
-    """Daemon threads that read pairs of a source in the order in which they are asked for.
+    """Daemon threads that read pairs of a source in the order in which they are asked for; but of a source whose pairs
+    are read in blocks, pairs of a block that no other thread is reading come first.
 
     One of them reads as long as nobody waits long for a pair: from a local disk it is quick enough, and several threads
     would spend more time on handing the interpreter to each other. Where pairs are waited for, all of them read.
@@ -52,6 +67,7 @@ class Readers:
 
     def __init__(self, source: Source, clips: bool, threads: int, timeout_s: float) -> None:
         self._source, self._clips, self._timeout_s = source, clips, timeout_s
+        self._block_ends = None if source.random_access else np.cumsum(source.blocks)
         self._tasks = _Tasks()
         self._workers: list[_Worker] = []
         self._given_up: list[_Worker] = []
@@ -63,9 +79,13 @@ class Readers:
             raise
 
     def ask(self, index: int) -> Reading:
-        reading = Reading(index)
+        reading = Reading(index, self.block_of(index))
         self._tasks.put(reading)
         return reading
+
+    def block_of(self, index: int) -> int:
+        """-1 where pairs are cheap to read without their neighbours."""
+        return -1 if self._block_ends is None else int(np.searchsorted(self._block_ends, index, side="right"))
 
     def wait(self, reading: Reading, look: Callable[[], None]) -> None:
         """Until it is done; calls `look` now and then. Raises LoaderError where one pair after the other hangs."""
@@ -82,6 +102,7 @@ class Readers:
         until = time.monotonic() + 1.0
         for worker in self._workers:
             worker.thread.join(max(0.0, until - time.monotonic()))
+            worker.thread.given_up = True  # if it hangs
 
     def _replace_stuck(self) -> None:
         # All of them: what is waited for may stand in the queue behind what hangs.
@@ -108,6 +129,7 @@ class _Tasks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pending: deque[Reading] = deque()
+        self._blocks: Counter[int] = Counter()  # that are being read from
         self._awake = 0  # threads that have not been given up
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()  # one for each thread that is to wake up, or to end
 
@@ -139,18 +161,28 @@ class _Tasks:
     def take(self, worker: _Worker) -> Reading | None:
         """The next one to read; None: there is nothing more to do for this thread."""
         with self._lock:
-            if worker.abandoned:
+            if worker.thread.given_up:
                 return None
             if self._pending:
-                return self._pending.popleft()
+                reading = self._next()
+                self._blocks[reading.block] += 1
+                return reading
             self._awake -= 1
             return None
 
+    def _next(self) -> Reading:
+        for place, reading in enumerate(islice(self._pending, _LOOKED_AT)):
+            if reading.block < 0 or not self._blocks[reading.block]:
+                del self._pending[place]
+                return reading
+        return self._pending.popleft()
+
     def finish(self, worker: _Worker, reading: Reading, pair: Pair | None, error: Exception | None) -> None:
         with self._lock:
-            if not worker.abandoned:
+            if not worker.thread.given_up:
                 reading.pair, reading.error = pair, error
                 worker.at = None, 0.0
+                self._blocks[reading.block] -= 1
                 reading.done.release()
 
     def give_up(self, worker: _Worker, reading: Reading, error: Exception) -> bool:
@@ -158,8 +190,9 @@ class _Tasks:
         with self._lock:
             if worker.at[0] is not reading:
                 return False
-            worker.abandoned = True
+            worker.thread.given_up = True
             self._awake -= 1
+            self._blocks[reading.block] -= 1
             reading.error = error
             reading.done.release()
             return True
@@ -167,13 +200,12 @@ class _Tasks:
 
 class _Worker:
     def __init__(self, source: Source, clips: bool, tasks: _Tasks) -> None:
-        self.abandoned = False
         self.at: tuple[Reading | None, float] = None, 0.0  # what it reads, and since when
-        self.thread = threading.Thread(target=self._run, args=(source, clips, tasks), name=READING_THREAD, daemon=True)
+        self.thread = _Thread(target=self._run, args=(source, clips, tasks), name=READING_THREAD, daemon=True)
         self.thread.start()
 
     def _run(self, source: Source, clips: bool, tasks: _Tasks) -> None:
-        while not self.abandoned and tasks.called():
+        while not self.thread.given_up and tasks.called():
             while (reading := tasks.take(self)) is not None:
                 self.at = reading, time.monotonic()
                 pair, error = None, None

@@ -29,11 +29,12 @@ class PairError(ValueError):
     """One pair that cannot be read; the others can. A loader replaces it and writes it down.
 
     arm: the one that is at fault, or None where it is both or neither.
+    whole_block: whether no pair of the same block (`Source.blocks`) can be read.
     """
 
-    def __init__(self, reason: str, arm: Arm | None = None) -> None:
+    def __init__(self, reason: str, arm: Arm | None = None, *, whole_block: bool = False) -> None:
         super().__init__(reason, arm)
-        self.reason, self.arm = reason, arm
+        self.reason, self.arm, self.whole_block = reason, arm, whole_block
 
     def __str__(self) -> str:
         return self.reason if self.arm is None else f"{self.arm}: {self.reason}"

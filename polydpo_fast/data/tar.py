@@ -83,7 +83,7 @@ class TarPairs(IndexedSource):
         return lengths[lengths > 0].astype(np.int64)
 
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:
-        with file.open() as opened:
+        with file.open_to_skip() as opened:
             begin = opened.read(8)
             for magic, name in _COMPRESSED.items():
                 if begin.startswith(magic):

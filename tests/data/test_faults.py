@@ -15,6 +15,7 @@ from data.pairs import Tiny, png, which
 from PIL import Image
 
 from polydpo_fast.data import Pair, PairLoader, open_source, read_ledger
+from polydpo_fast.data.parquet import ParquetPairs
 
 TINY = dict(size=2, dtype=torch.uint8, max_bad_rate=1.0, max_bad_run=10**6, prefetch=1, readers=1)
 
@@ -92,6 +93,62 @@ def test_a_damaged_row_group_costs_its_own_pairs(tmp_path):
     assert bad == set(range(10, 20))
     assert [i for i in range(40) if got[i] != i] == list(range(10, 20))
     assert not bad & set(got)
+
+
+def row_groups(path, groups, each, bad=()):
+    """Pairs of numbered pixels in row groups; of the bad ones the winner is none."""
+    rows = [
+        {"win": b"no image" if i in bad else png(i % 256, i // 256, 0), "lose": png(i % 256, i // 256, 1)}
+        for i in range(groups * each)
+    ]
+    schema = pa.schema([("win", pa.binary()), ("lose", pa.binary())])
+    table = pa.Table.from_pylist(rows, schema)
+    pq.write_table(table, path, row_group_size=each, compression="none", use_dictionary=False)
+
+
+def test_a_damaged_row_group_alone_in_its_window_ends_no_training(tmp_path):
+    """It counts once among bad pairs in a row, and no replacement is looked for in it."""
+    path = tmp_path / "pairs.parquet"
+    row_groups(path, 3, 60)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    with open(path, "r+b") as file:
+        file.seek(column.data_page_offset)
+        file.write(b"\xff" * 40)
+    alone = 0
+    for epoch in range(6):
+        loader = PairLoader(path, 10, window=2, size=2, dtype=torch.uint8, max_bad_rate=1.0)
+        loader.set_epoch(epoch)
+        alone += loader._order()(np.arange(120, 180)).tolist()[0] in range(60, 120)
+        got = [number for batch in loader for number in which(batch.pixels)[0][:10]]
+        assert len(got) == 180
+        assert not set(range(60, 120)) & set(got)
+        assert loader.stats.bad == 60
+    assert 1 <= alone < 6
+
+
+def test_replacements_are_of_the_row_groups_that_are_in_memory(tmp_path, monkeypatch):
+    path, bad = tmp_path / "pairs.parquet", set(range(5, 320, 10))
+    row_groups(path, 16, 20, bad)
+    size = ParquetPairs(path)._read(ParquetPairs(path)._blocks[0]).size
+
+    def indices(world_size, rank, reads):
+        source = ParquetPairs(path, memory_bytes=8 * size + size // 2)  # of two windows
+        read = source._read
+        monkeypatch.setattr(source, "_read", lambda block: reads.append(block.number) or read(block))
+        options = {**TINY, "window": 4, "world_size": world_size, "rank": rank}
+        return [batch.index.tolist() for batch in PairLoader(source, 16 // world_size, **options)]
+
+    reads = []
+    got = [index for batch in indices(1, 0, reads) for index in batch]
+    assert sorted(reads) == list(range(16)), "each once"
+    halves = [indices(2, rank, []) for rank in range(2)]
+    assert [index for pair in zip(*halves, strict=True) for half in pair for index in half] == got
+    order = PairLoader(path, 16, window=4, **TINY)._order()(np.arange(320)).tolist()
+    for position, (index, planned) in enumerate(zip(got, order, strict=True)):
+        assert index not in bad
+        assert planned in bad or index == planned
+        window = order[position // 80 * 80 : position // 80 * 80 + 80]
+        assert index in window
 
 
 def defects():

@@ -199,10 +199,18 @@ def test_too_many_bad_pairs_end_it():
     source = Tiny(400, dict.fromkeys(range(60, 200), "read"))
     with pytest.raises(LoaderError, match=r"8 pairs in a row are bad, more than 7 \(max_bad_run\); the last was tiny"):
         list(PairLoader(source, 4, shuffle=False, max_bad_run=7, max_bad_rate=1, **TINY))
-    with pytest.raises(LoaderError, match="in a row are bad"):
+    with pytest.raises(LoaderError, match=r"all 3 pairs of the source failed; the first was tiny\.tar:\d: its shard"):
         list(PairLoader(Tiny(3, dict.fromkeys(range(3), "read")), 1, **TINY))
     with pytest.raises(LoaderError, match=r"no pair was found to replace tiny\.tar:0"):
         list(PairLoader(Tiny(1, {0: "read"}), 1, **TINY))
+
+
+def test_a_share_of_no_bad_pairs_at_all_ends_it_at_the_first():
+    loader = PairLoader(Tiny(2000, {1: "win"}), 4, max_bad_rate=0.0, shuffle=False, **TINY)
+    with pytest.raises(
+        LoaderError, match=r"1 of \d+ pairs are bad, more than 0.0% .* the last was k1 \(tiny\.tar:1\): "
+    ):
+        next(iter(loader))
 
 
 def test_scattered_pairs_that_cannot_be_read_are_not_in_a_row():

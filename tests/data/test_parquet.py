@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.pairs import everything, plain
+import torch
+from data.pairs import everything, plain, png
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from polydpo_fast.data import PairLoader
 from polydpo_fast.data import parquet as module
 from polydpo_fast.data.parquet import ParquetPairs
+from polydpo_fast.data.reading import Readers
 from polydpo_fast.data.source import PairError, SourceError
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -441,6 +444,60 @@ def test_threads_share_a_read_and_do_not_wait_for_others(tmp_path, monkeypatch):
     assert sorted(reads) == [(0, 0), (0, 1), (0, 2), (0, 3)]
     assert time.perf_counter() - started < 0.7, "four reads of 0.2 s each, side by side"
     assert found == dict(enumerate(chain(*expected([path], "drop"))))
+
+
+def test_one_read_that_hangs_costs_the_pairs_that_waited_for_it(tmp_path, monkeypatch):
+    """Another thread reads the row group again: for the rest of it, and for the next pass."""
+    images = [{"win": png(i, 0, 0), "lose": png(i, 0, 1)} for i in range(80)]
+    source = ParquetPairs(write(tmp_path / "pairs.parquet", pa.Table.from_pylist(images), rows_per_group=20))
+    read, hung, let_go = source._read, [], threading.Event()
+
+    def once(block):
+        if block.number == 1 and not hung:
+            hung.append(block.number)
+            let_go.wait(60)
+        return read(block)
+
+    monkeypatch.setattr(source, "_read", once)
+    loader = PairLoader(source, 4, size=2, dtype=torch.uint8, shuffle=False, timeout_s=0.3, max_bad_rate=1.0)
+    try:
+        got = [i for batch in loader for i in batch.index.tolist()]
+        lost = [i for i in range(80) if got[i] != i]
+        assert 1 <= len(lost) <= 4, "as many as threads read"
+        assert set(lost) <= set(range(20, 40))
+        assert loader.stats.bad == len(lost)
+        assert [i for batch in loader for i in batch.index.tolist()] == list(range(80))
+        assert loader.stats.bad == len(lost)
+    finally:
+        let_go.set()
+
+
+def test_a_read_that_takes_longer_than_a_thread_may_wait_is_begun_anew(tmp_path, monkeypatch):
+    """Also where the one that hangs is no loader's, so that nobody gives it up."""
+    source = ParquetPairs(write(tmp_path / "pairs.parquet", pick_a_pic([(1.0, True)] * 8)))
+    read, entered, let_go = source._read, threading.Event(), threading.Event()
+
+    def slow(block):
+        if threading.current_thread().name == "stranger":
+            entered.set()
+            let_go.wait(60)
+        return read(block)
+
+    monkeypatch.setattr(source, "_read", slow)
+    stranger = threading.Thread(target=lambda: source[0], name="stranger")
+    stranger.start()
+    assert entered.wait(30)
+    readers = Readers(source, False, 1, 0.2)
+    try:
+        first, second = readers.ask(1), readers.ask(2)
+        for reading in (first, second):
+            readers.wait(reading, lambda: None)
+        assert "more than 0.2 s" in str(first.error)
+        assert bytes(second.pair.win) == b"zero 2"
+    finally:
+        let_go.set()
+        stranger.join()
+        readers.close()
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

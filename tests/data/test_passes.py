@@ -490,6 +490,29 @@ def test_one_thread_reads_until_somebody_waits():
     readers.close()
 
 
+def test_threads_read_different_blocks():
+    """Not all of them the first block, one after the other, while the others wait for nobody."""
+    reading, at_once = [], []
+
+    class Blocks(Tiny):
+        random_access = False
+
+        def __getitem__(self, index):
+            reading.append(index // 10)
+            at_once.append(sorted(reading))
+            time.sleep(0.05)
+            reading.remove(index // 10)
+            return super().__getitem__(index)
+
+    readers = Readers(Blocks(40, blocks=[10] * 4), False, 4, 60.0)
+    asked = [readers.ask(index) for index in range(40)]
+    for one in asked:
+        readers.wait(one, lambda: None)
+    assert [one.pair.key for one in asked] == [f"k{index}" for index in range(40)]
+    assert sum(len(set(blocks)) == 4 for blocks in at_once) > 20
+    readers.close()
+
+
 def test_a_source_that_hangs_for_good_ends_it(tmp_path, monkeypatch):
     """And not as so many bad pairs: those that wait behind the ones that hang have no fault."""
     monkeypatch.setattr(reading_module, "_MOST_STUCK", 3)

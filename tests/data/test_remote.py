@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import http.server
+import io
+import itertools
 import json
 import os
 import pickle
@@ -16,6 +18,7 @@ import torch
 from data.pairs import everything, plain, png, which
 
 from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger
+from polydpo_fast.data.files import File
 
 fsspec = pytest.importorskip("fsspec")
 pa = pytest.importorskip("pyarrow")
@@ -199,6 +202,52 @@ def test_servers_without_ranges_are_told(web):
     server.whole = True
     with pytest.raises(PairError, match="its server sends the whole file, also where a part of it is asked for"):
         source[1]
+
+
+@pytest.mark.parametrize(("count", "length", "share"), [(300, 20_000, 1.0), (6, 3_000_000, 0.1)])
+def test_indexing_a_shard_fetches_no_byte_twice_and_passes_over_large_members(folder, web, count, length, share):
+    server, address = web
+    with tarfile.open(folder / "large.tar", "w") as shard:
+        for i in range(count):
+            for name, size in ((f"{i:04}.win.jpg", length), (f"{i:04}.lose.jpg", length), (f"{i:04}.txt", 3)):
+                facts = tarfile.TarInfo(name)
+                facts.size = size
+                shard.addfile(facts, io.BytesIO(bytes(size)))
+    size = (folder / "large.tar").stat().st_size
+    remote = open_source(f"{address}/large.tar")
+    ranges = [re.fullmatch(r"bytes=(\d+)-(\d+)", part) for path, part in server.asked if path.endswith("large.tar")]
+    fetched = [(int(part[1]), int(part[2]) + 1) for part in ranges]
+    assert sum(end - begin for begin, end in fetched) <= share * size
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(fetched))
+    assert len(fetched) < 20
+    local = open_source(folder / "large.tar")
+    assert [remote._rows[i].tolist() for i in range(count)] == [local._rows[i].tolist() for i in range(count)]
+    assert len(remote) == len(local) == count
+
+
+def test_a_part_of_a_file_costs_no_block_of_its_storage(monkeypatch):
+    """Where a file system has no way of its own to read parts, fsspec opens the file, which reads ahead."""
+    from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+
+    fetched = []
+
+    class Buffered(AbstractBufferedFile):
+        def _fetch_range(self, start, end):
+            fetched.append(end - start)
+            return bytes(end - start)
+
+    class Blocks(AbstractFileSystem):
+        protocol = "blocks"
+
+        def info(self, path, **_):
+            return {"name": path, "size": 100 << 20, "type": "file"}
+
+        def _open(self, path, mode="rb", block_size=None, **more):
+            return Buffered(self, path, mode, block_size or 50 << 20, size=100 << 20, **more)
+
+    fsspec.register_implementation("blocks", Blocks, clobber=True)
+    assert len(File("blocks://bucket/a.tar", 100 << 20, "").read(5 << 20, 1000)) == 1000
+    assert fetched == [1000]
 
 
 @pytest.mark.parametrize("name", NAMES)
