@@ -77,58 +77,69 @@ def inspect(
         str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
-    category: Annotated[str | None, typer.Option(help="Parquet column that holds the category.")] = None,
+    category: Annotated[
+        str | None, typer.Option(help="Parquet column that holds the category (default: category, if there is one).")
+    ] = None,
+    weight: Annotated[
+        str | None, typer.Option(help="Parquet column that holds the weight (default: weight, if there is one).")
+    ] = None,
     ledger: Annotated[Path | None, typer.Option(help="Ledger of a loader: try its bad pairs again.")] = None,
 ) -> None:
     """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
     from .data import open_source
-    from .data.inspect import report
+    from .data.inspect import report, safe
 
     console = Console()
-    given = {"ties": ties, "root": root, "category": category}
+    given = {"ties": ties, "root": root, "category": category, "weight": weight}
     options = {name: value for name, value in given.items() if value is not None}
     try:
         pairs = open_source(source[0] if len(source) == 1 else source, **options)
         fine = report(pairs, every=every, count=sample, ledger=ledger, console=console)
     except (OSError, TypeError, ValueError, ImportError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(safe(str(error)), style="red", soft_wrap=True)
         raise typer.Exit(2) from error
     raise typer.Exit(0 if fine else 1)
 
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="File, glob, folder or URL of Parquet, tar, JSON or CSV.")],
+    source: Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; an interrupted run is continued.")],
     shard_size: Annotated[str, typer.Option(help="Largest size of a shard: 500MB, 1GB, 2GiB.")] = "1GB",
     ties: Annotated[
         str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
-    category: Annotated[str | None, typer.Option(help="Parquet column that holds the category.")] = None,
-    weight: Annotated[str | None, typer.Option(help="Parquet column that holds the weight.")] = None,
+    category: Annotated[
+        str | None, typer.Option(help="Parquet column that holds the category (default: category, if there is one).")
+    ] = None,
+    weight: Annotated[
+        str | None, typer.Option(help="Parquet column that holds the weight (default: weight, if there is one).")
+    ] = None,
     columns: Annotated[list[str] | None, typer.Option(help="Further column to keep; may be repeated.")] = None,
 ) -> None:
     """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
     from .data import open_source
     from .data import pack as packing
+    from .data.inspect import safe
 
     given = {"ties": ties, "root": root, "category": category, "weight": weight, "columns": columns}
     try:
         for name in {"category", "weight"}.intersection(columns or ()):
             raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
         size = packing.bytes_of(shard_size)
-        pairs = open_source(source, **{name: value for name, value in given.items() if value is not None})
+        where = source[0] if len(source) == 1 else source
+        pairs = open_source(where, **{name: value for name, value in given.items() if value is not None})
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as progress:
             task = progress.add_task("pairs", total=len(pairs))
             done = packing.pack(
                 pairs, out, shard_size=size, progress=lambda number: progress.update(task, completed=number)
             )
     except (OSError, TypeError, ValueError, ImportError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(safe(str(error)), style="red", soft_wrap=True)
         raise typer.Exit(2) from error
-    where = f"; {done.unreadable} could not be read: {out / packing.UNREADABLE}" if done.unreadable else ""
-    Console().print(f"{done.pairs} pairs in {done.shards} shards in {out}{where}", highlight=False, soft_wrap=True)
+    left_out = f"; {done.unreadable} could not be read: {out / packing.UNREADABLE}" if done.unreadable else ""
+    Console().print(f"{done.pairs} pairs in {done.shards} shards in {out}{left_out}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if done.unreadable else 0)
 
 

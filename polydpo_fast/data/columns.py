@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from ..decode_arguments import check_choice
-from .source import Arm, PairError, SourceError
+from .source import Arm, PairError, SourceError, weight_of
 
 __all__ = [
+    "CATEGORY",
     "HAS_LABEL",
     "TIE",
     "TIE_WEIGHT",
+    "WEIGHT",
     "WINS",
     "Layout",
     "check_options",
@@ -24,12 +24,15 @@ __all__ = [
     "is_labelled",
     "keep",
     "layout_of",
+    "row_weight",
     "verdicts",
-    "weight_of",
 ]
 
 NONE, WINS, LOSES, TIE = range(4)
 """What a row says of its first image; NONE where it has no label."""
+
+WEIGHT, CATEGORY = "weight", "category"
+"""Columns that count where they are there, without being asked for."""
 
 TIES = ("drop", "keep", "error")
 TIE_WEIGHT = 0.5
@@ -119,9 +122,9 @@ def counted(found: np.ndarray, pairs: int, where: str) -> dict[str, int]:
     return counts
 
 
-def weight_of(values: Mapping[str, Any], column: str | None, verdict: int) -> float:
-    """What stands in the column, 1 without one; half of it for a tie. Raises PairError."""
-    weight = 1.0 if column is None else values[column]
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
-        raise PairError(f"{column} is {weight!r}; expected a number >= 0")
-    return float(weight) * (TIE_WEIGHT if verdict == TIE else 1.0)
+def row_weight(value: Any, name: str, verdict: int) -> float:
+    """Of what stands in the column of that name, 1 for nothing; half of it for a tie. Raises PairError."""
+    try:
+        return weight_of(1.0 if value is None else value, name) * (TIE_WEIGHT if verdict == TIE else 1.0)
+    except ValueError as error:
+        raise PairError(str(error)) from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from .source import weight_of
 
 __all__ = ["MAX_RECORD_BYTES", "Fields", "parse_json", "text_of"]
 
@@ -70,10 +72,7 @@ def text_of(record: Record, name: str) -> str | None:
 def _weight(value: Any) -> float:
     if value is None or value == "":
         return 1.0
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"weight is {value!r}; expected a number, 0 or more")
-    return weight
+    if isinstance(value, str):  # of a table
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return weight_of(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from rich.text import Text
 
 from ..clips import decode_clips
 from ..decode import decode_pairs
-from .ledger import read_ledger
+from .ledger import options_of_json, read_ledger
 from .media import CLIP_SUFFIXES, suffix_of
-from .source import Pair, PairError, Source
+from .reading import checked
+from .source import Pair, PairError, Source, SourceError
 
-__all__ = ["Problem", "Sample", "check", "replay", "report", "sample", "sampled_indices"]
+__all__ = ["Problem", "Replayed", "Sample", "check", "replay", "report", "safe", "sample", "sampled_indices"]
 
 _BATCH = 16  # pairs decoded together
 _FRAMES = 16  # of a clip
@@ -120,28 +122,76 @@ def check(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, list[Pr
         yield len(batch), _undecodable(source, batch)
 
 
-def replay(source: Source, ledger: str | os.PathLike[str]) -> Iterator[tuple[Any, str, bool]]:
-    """For each pair of a ledger, in the order of their first lines: the line, what has become of the pair, and whether
-    it is still bad. Raises OSError where there is no such file."""
+@dataclass(frozen=True)
+class Replayed:
+    """What has become of a pair of a ledger. outcome: in words. bad: it still cannot be used. foreign: the line is not
+    of this source as it is opened now, so that nothing was tried."""
+
+    line: Mapping[str, Any]
+    outcome: str
+    bad: bool = False
+    foreign: bool = False
+
+
+def replay(source: Source, ledger: str | os.PathLike[str]) -> Iterator[Replayed]:
+    """Each pair of a ledger, in the order of their first lines, decoded with the options and the seed of its line.
+
+    Raises OSError where there is no such file, and SourceError where it is no ledger.
+    """
+    _check_ledger(ledger)
     seen = set()
     for line in read_ledger(ledger):
-        index = line.get("index")
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(source):
-            yield line, f"index is {index!r}; the source has {len(source)} pairs", True
+        index, options = line.get("index"), line.get("decode")
+        this = index, json.dumps({**options, "seed": None}) if isinstance(options, dict) else ""
+        if this in seen:  # by another epoch or rank
             continue
-        if index in seen:  # by another epoch or rank
-            continue
-        seen.add(index)
+        seen.add(this)
+        yield _replayed(source, line)
+
+
+def _check_ledger(path: str | os.PathLike[str]) -> None:
+    """An empty file is one, and so is one whose last line was cut off."""
+    wanted = ("index", "position", "reason")
+    if os.path.getsize(path) and not any(line.keys() >= {*wanted} for line in read_ledger(path)):
+        raise SourceError(f"{path} is no ledger: it has no line of JSON with {', '.join(wanted)}")
+
+
+def _replayed(source: Source, line: Mapping[str, Any]) -> Replayed:
+    index = line.get("index")
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(source):
+        return Replayed(line, f"index is {index!r}; the source has {len(source)} pairs", foreign=True)
+    # A file that was repaired gives another fingerprint, and a folder that was moved another position.
+    if line.get("source") != source.fingerprint and line.get("position") != source.position(index):
+        return Replayed(
+            line, f"another source, or opened with other options: pair {index} is another one", foreign=True
+        )
+    try:
+        options = options_of_json(line["decode"]) if isinstance(line.get("decode"), dict) else None
         pair, problems = _read(source, index)
-        if pair is not None and line.get("key") not in ("", pair.key):  # "" where it could not be read
-            yield line, f"another pair has its index now: {pair.key}", True
-            continue
+        if pair is not None and line.get("key") not in ("", None, pair.key):  # "" where it could not be read
+            return Replayed(line, f"another source: pair {index} is {pair.key} now", foreign=True)
         if pair is not None:
-            problems = _undecodable(source, [(index, pair)])
-        reasons = [
-            problem.reason if problem.arm is None else f"{problem.arm}: {problem.reason}" for problem in problems
-        ]
-        yield line, "; ".join(reasons) or "it can be decoded", bool(problems)
+            problems = _tried(source, index, pair, options)
+    except (TypeError, ValueError) as error:
+        return Replayed(line, f"it cannot be tried again: {error}", bad=True)
+    reasons = [problem.reason if problem.arm is None else f"{problem.arm}: {problem.reason}" for problem in problems]
+    return Replayed(line, "; ".join(reasons) or "it can be decoded", bad=bool(problems))
+
+
+def _tried(source: Source, index: int, pair: Pair, options: dict[str, Any] | None) -> list[Problem]:
+    """As a loader would decode it; without its options, as `check` does."""
+    if options is None:
+        return _undecodable(source, [(index, pair)])
+    try:
+        checked(pair, index, "frames" in options)
+    except PairError as error:
+        return [_problem(source, index, pair.key, error.arm, error.reason)]
+    seed = options.pop("seed", 0)
+    decode = decode_clips if "frames" in options else decode_pairs
+    wins: list[Any] = [pair.win]
+    loses: list[Any] = [pair.lose]
+    decoded = decode(wins, loses, seeds=[seed], on_error="mask", **options)
+    return [_problem(source, index, pair.key, error.arm, error.reason) for error in decoded.errors]
 
 
 def report(source: Source, *, every: bool, count: int, ledger: Path | None, console: Console) -> bool:
@@ -149,7 +199,7 @@ def report(source: Source, *, every: bool, count: int, ledger: Path | None, cons
     facts = Table(show_header=False, box=None)
     facts.add_row("source", source.kind)
     for name, number in source.counts.items():
-        facts.add_row(_safe(name), f"{number:,}")
+        facts.add_row(safe(name), f"{number:,}")
     console.print(facts)
     _report_categories(source, console)
     fine = True
@@ -234,7 +284,7 @@ def _report_categories(source: Source, console: Console) -> None:
     numbers = Counter(dict(enumerate(np.bincount(codes, minlength=len(names)).tolist())))
     table = Table("category", "pairs", "share", box=None)
     for code, number in numbers.most_common(_SHOWN):
-        table.add_row(_safe(names[code] or "(none)"), f"{number:,}", f"{number / len(source):.1%}")
+        table.add_row(safe(names[code] or "(none)"), f"{number:,}", f"{number / len(source):.1%}")
     if len(names) > _SHOWN:
         rest = sum(number for _, number in numbers.most_common()[_SHOWN:])
         table.add_row(f"{len(names) - _SHOWN:,} others", f"{rest:,}", f"{rest / len(source):.1%}")
@@ -275,20 +325,25 @@ def _report_check(source: Source, console: Console) -> bool:
 
 
 def _report_replay(source: Source, ledger: Path, console: Console) -> bool:
-    lines = still = 0
-    for line, outcome, bad in replay(source, ledger):
-        lines, still = lines + 1, still + bad
-        console.print(_safe(f"{line.get('position') or line.get('key')}: {outcome}"), soft_wrap=True)
-    console.print(f"{still:,} of {lines:,} pairs of the ledger are still bad")
-    return not still
+    pairs = bad = foreign = 0
+    for one in replay(source, ledger):
+        pairs, bad, foreign = pairs + 1, bad + one.bad, foreign + one.foreign
+        console.print(safe(f"{one.line.get('position') or one.line.get('key')}: {one.outcome}"), soft_wrap=True)
+    console.print(f"{bad:,} of {pairs - foreign:,} pairs of the ledger are still bad")
+    if foreign:
+        console.print(
+            f"{foreign:,} others are of another source, or of one that was opened with other options (ties, columns, "
+            "root, the files and their order)"
+        )
+    return not bad and not foreign
 
 
 def _report_problems(problems: Iterable[Problem], console: Console) -> None:
     for problem in problems:
         arm = f"{problem.arm}: " if problem.arm else ""
-        console.print(_safe(f"{problem.position}: {arm}{problem.reason}"), soft_wrap=True)
+        console.print(safe(f"{problem.position}: {arm}{problem.reason}"), soft_wrap=True)
 
 
-def _safe(text: str) -> Text:
+def safe(text: str) -> Text:
     """Names in files are anybody's: no markup, and no control sequences for the terminal."""
     return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import urllib.parse
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ class ManifestPairs(IndexedSource):
 
 
 def _resolved(name: str, manifest: File, root: str | None) -> str:
-    free = "://" in name or os.path.isabs(name)
+    free = "://" in name or os.path.isabs(name)  # given whole: taken as it is
     if root is not None and (free or os.path.normpath(name).split("/", 1)[0] == ".."):
         raise ValueError(f"it is not within root, {root}")
     if free:
@@ -136,6 +137,8 @@ def _resolved(name: str, manifest: File, root: str | None) -> str:
     if "://" not in folder:
         return os.path.join(folder, name)
     protocol, _, folder = folder.partition("://")
+    if protocol in ("http", "https"):  # where # ? and % would mean something else than a part of the name
+        name = urllib.parse.quote(name)
     return f"{protocol}://{'/'.join(part for part in (folder.rstrip('/'), name) if part)}"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from .media import suffix_of
-from .source import Arm, Pair, PairError, Source, SourceError
+from .source import Arm, Pair, PairError, Source, SourceError, weight_of
 from .tar import KEY_FIELD, PACK_STATE
 
 __all__ = ["UNREADABLE", "Packed", "bytes_of", "pack"]
@@ -137,6 +137,10 @@ def _read_ahead(source: Source, start: int) -> Generator[tuple[int, Pair | PairE
 def _members(index: int, pair: Pair | PairError) -> Members | PairError:
     if isinstance(pair, PairError):
         return pair
+    try:
+        weight_of(pair.weight)
+    except ValueError as error:
+        return PairError(str(error))
     members: Members = []
     arms: tuple[tuple[Arm, Any], ...] = (("win", pair.win), ("lose", pair.lose))
     for arm, stored in arms:

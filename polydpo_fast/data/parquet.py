@@ -9,6 +9,7 @@ import os
 import re
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ..cache import load_or_build
-from .columns import HAS_LABEL, TIE, WINS, Layout, check_options, counted, keep, layout_of, verdicts, weight_of
+from .columns import (
+    CATEGORY,
+    HAS_LABEL,
+    TIE,
+    WEIGHT,
+    WINS,
+    Layout,
+    check_options,
+    counted,
+    keep,
+    layout_of,
+    row_weight,
+    verdicts,
+)
 from .files import File, Location, find, names
 from .reading import was_given_up
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
@@ -29,6 +43,8 @@ __all__ = ["ParquetPairs"]
 _FORMAT = 1  # of the kept index
 _FORGET_S = 60.0
 _LOOK_S = 0.05  # after which a thread that waits looks whether the one that reads was given up
+_LEAST_BOUND, _MOST_EXPANSION = 1 << 28, 64  # bytes that a row group may have as it is read, and times those stored
+_MOST_ROWS = 1024
 _READ_AHEAD = 1 << 20  # bytes; halves the memory of a read and is faster than whole column chunks at once
 
 
@@ -49,8 +65,9 @@ class ParquetPairs(Source):
     ties: "drop" leaves them out, "keep" gives them weight 0.5 and the arms in the order of the columns, "error" is a
         SourceError.
     columns: further ones, for `Pair.extra`.
-    category, weight: columns of text or integers, and of numbers >= 0, or None. Without a text a pair's category is
-        ""; the weight of a tie is half of what stands there.
+    category, weight: columns of text or integers, and of numbers >= 0; None for none. Those that are named `category`
+        and `weight` need not be there. Without a text a pair's category is "", and without a number its weight is 1;
+        a tie has half of it.
     cache: folder for the index; the user's cache folder if None.
     memory_bytes: row groups of up to so many bytes in all are kept in memory; the latest is in any case. It should be
         enough for as many as a loader shuffles together, or they are read again and again.
@@ -71,8 +88,8 @@ class ParquetPairs(Source):
         *,
         ties: Literal["drop", "keep", "error"] = "drop",
         columns: Sequence[str] = (),
-        category: str | None = None,
-        weight: str | None = None,
+        category: str | None = CATEGORY,
+        weight: str | None = WEIGHT,
         cache: str | os.PathLike[str] | None = None,
         memory_bytes: int = 1 << 32,
     ) -> None:
@@ -84,7 +101,7 @@ class ParquetPairs(Source):
         self._names = names(self._files)
         if isinstance(where, (str, os.PathLike)):
             _check_splits(self._files)
-        self._extra, self._category, self._weight = tuple(columns), category, weight
+        self._extra = tuple(columns)
 
         # Side by side: what takes time is waiting for the storage.
         with ThreadPoolExecutor(min(16, len(self._files))) as pool:
@@ -94,6 +111,7 @@ class ParquetPairs(Source):
         for name in (self._layout.first, self._layout.second):
             if name in self._extra:
                 raise ValueError(f"columns has {name}, an image of the pair; expected others")
+        self._weight = weight if any(weight in schema.names for schema in schemas) or weight != WEIGHT else None
         for file, schema in zip(self._files, schemas, strict=True):
             self._check_columns(schema, file)
 
@@ -112,12 +130,14 @@ class ParquetPairs(Source):
         self._ends = np.cumsum([block.pairs for block in blocks], dtype=np.int64)
         found = np.sum([np.bincount(index["verdict"], minlength=4) for index in indexes], axis=0)
         self._counts = {"files": len(self._files), **counted(found, len(self._rows), self._files[0].path)}
+        if all(len(index.get("codes", ())) == 0 for index in indexes):
+            category = None
         self._categories = _merged_categories(indexes, rows) if category is not None else None
         facts = [
             (name, file.size, index["digest"].tobytes(), hashlib.sha256(index["verdict"].tobytes()).digest())
             for name, file, index in zip(self._names, self._files, indexes, strict=True)
         ]
-        self._fingerprint = fingerprint_of("parquet", [_FORMAT, ties, category, weight, *facts])
+        self._fingerprint = fingerprint_of("parquet", [_FORMAT, ties, category, self._weight, *facts])
         self._groups = _Groups(memory_bytes)
 
     def __len__(self) -> int:
@@ -131,6 +151,7 @@ class ParquetPairs(Source):
         row = int(self._rows[index])
         verdict = int(self._verdicts[index])
         win, lose = (self._image(group, row - block.begin, column, arm) for arm, column in self._layout.arms(verdict))
+        where = f"row {row}: {self._weight}"
         try:
             values = {name: column[row - block.begin].as_py() for name, column in group.others.items()}
         except Exception as error:  # text that is not UTF-8, times beyond Python's, whatever a conversion raises
@@ -140,7 +161,7 @@ class ParquetPairs(Source):
             win=win,
             lose=lose,
             prompt=values.get(self._layout.prompt) or "",
-            weight=weight_of(values, self._weight, verdict),
+            weight=row_weight(values.get(self._weight or ""), where, verdict),
             category=self._category_of(index),
             extra={name: values[name] for name in self._extra},
         )
@@ -182,7 +203,8 @@ class ParquetPairs(Source):
             raise SourceError(
                 f"{file.path} has {other.first} and {other.second}; the first file {layout.first} and {layout.second}"
             )
-        for name in [*layout.needed, *self._extra, self._category, self._weight]:
+        has_weight = self._weight in schema.names
+        for name in [*layout.needed, *self._extra, *([self._weight] if has_weight or self._weight != WEIGHT else [])]:
             if name is not None and schema.get_field_index(name) < 0:
                 twice = " once" if name in schema.names else ""
                 raise SourceError(f"{file.path} does not have {name}{twice}; its columns are {', '.join(schema.names)}")
@@ -193,10 +215,10 @@ class ParquetPairs(Source):
                 )
         if layout.prompt in schema.names and not _is_text(schema.field(layout.prompt).type):
             raise SourceError(f"{file.path}: {layout.prompt} is {schema.field(layout.prompt).type}; expected text")
-        if self._weight is not None:
+        if has_weight:
             kind = schema.field(self._weight).type
-            if not (types.is_floating(kind) or types.is_integer(kind)):
-                raise SourceError(f"{file.path}: {self._weight} is {kind}; expected numbers")
+            if not (types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind)):
+                raise SourceError(f"{file.path}: {self._weight} is {kind}; expected numbers, or weight=None")
 
     def _read(self, block: _Block) -> _Group:
         """A row group, with the columns that pairs are made of. Raises PairError."""
@@ -213,8 +235,7 @@ class ParquetPairs(Source):
                 # Of a struct only its bytes: the path is of no use, and other fields may be large.
                 wanted = [f"{n}.bytes" if pa.types.is_struct(schema.field(n).type) else n for n in images]
                 wanted += [name for name in others if name in schema.names]
-                # Arrow's own threads are left alone: the reader's run side by side already, and these survive a fork.
-                table = parquet.read_row_group(block.number, columns=wanted, use_threads=False)
+                table = pa.Table.from_batches(_batches(parquet, block.number, wanted, file.size))
             _check_unchanged(file)  # it may have been replaced in between
             if table.num_rows != block.rows:
                 raise ValueError(f"it has {table.num_rows} rows; expected {block.rows}")
@@ -247,6 +268,7 @@ class _Binary:
     def __init__(self, column: Any) -> None:
         pa = _pyarrow()
         self._chunks = []
+        self._ends: list[int] = []  # of the chunks, in rows
         for chunk in column.chunks:
             if pa.types.is_struct(chunk.type):
                 chunk = pa.compute.struct_field(chunk, "bytes")  # null where the struct is
@@ -257,15 +279,15 @@ class _Binary:
             kind = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
             # An empty array may have no offsets at all.
             places = np.frombuffer(offsets, kind)[chunk.offset :] if len(chunk) else np.zeros(1, kind)
-            self._chunks.append((len(chunk), places, memoryview(data or b"").cast("B").toreadonly(), valid))
+            begin = self._ends[-1] if self._ends else 0
+            self._chunks.append((begin, places, memoryview(data or b"").cast("B").toreadonly(), valid))
+            self._ends.append(begin + len(chunk))
 
     def get(self, row: int) -> memoryview | None:
         """The bytes, read-only; None for null. What holds them keeps the whole column alive."""
-        for length, places, data, valid in self._chunks:
-            if row < length:
-                return None if valid is not None and not valid[row] else data[int(places[row]) : int(places[row + 1])]
-            row -= length
-        raise IndexError(row)
+        begin, places, data, valid = self._chunks[bisect_right(self._ends, row)]
+        row -= begin
+        return None if valid is not None and not valid[row] else data[int(places[row]) : int(places[row + 1])]
 
 
 @dataclass(frozen=True)
@@ -374,19 +396,22 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
 
     verdict: (rows,) uint8, of `columns.verdicts`. groups: (row groups,) int64, their rows. schema: Arrow's, serialised.
     digest: of the footer, which says where each column begins and how long it is, and so changes with the content.
-    With a category: codes, (rows,) int32, and texts, a list in JSON.
+    With a category: codes, (rows,) int32, and texts, a list in JSON; both empty in a file without that column.
     """
     pa = _pyarrow()
     try:
-        with _open(file) as parquet:
+        with _open(file, () if category is None else (category,)) as parquet:
             facts, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
             layout = layout_of(schema.names, file.path)
             if facts.num_rows >= min(2**32, 64 * file.size):  # so many rows of images cannot be in there
                 raise SourceError(f"{file.path} says that it has {facts.num_rows} rows in {file.size} bytes")
             labels = [name for name in (layout.label, HAS_LABEL) if name in schema.names and layout.label is not None]
-            if category is not None and category not in schema.names:
+            has_category = category in schema.names
+            if category not in (None, CATEGORY) and not has_category:
                 raise SourceError(f"{file.path} has no column {category}; its columns are {', '.join(schema.names)}")
-            wanted = labels + ([category] if category is not None else [])
+            if has_category and pa.types.is_nested(kind := schema.field(category).type):
+                raise SourceError(f"{file.path}: {category} is {kind}; expected text or integers, or category=None")
+            wanted = labels + ([category] if has_category else [])
             table = parquet.read(columns=wanted, use_threads=False)  # without any, no rows either
             groups = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
         length = int.from_bytes(file.read(file.size - 8, 4), "little")
@@ -401,9 +426,9 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
             "digest": np.frombuffer(hashlib.sha256(footer).digest(), np.uint8),
         }
         if category is not None:
-            coded = table.column(category).cast(pa.large_string()).fill_null("").combine_chunks().dictionary_encode()
-            index["codes"] = coded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
-            index["texts"] = np.frombuffer(json.dumps(coded.dictionary.to_pylist()).encode(), np.uint8)
+            codes, texts = _coded(table.column(category)) if has_category else (np.zeros(0, np.int32), [])
+            index["codes"] = codes
+            index["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         return index
     except (SourceError, ImportError):
         raise
@@ -418,7 +443,7 @@ def _is_index(arrays: Mapping[str, np.ndarray], category: str | None) -> bool:
     fits = verdict.dtype == np.uint8 and verdict.shape == (rows,) and groups.ndim == 1 and bool((groups >= 0).all())
     if fits and category is not None:
         codes, texts = arrays["codes"], json.loads(arrays["texts"].tobytes())
-        fits = codes.shape == (rows,) and bool(((codes >= 0) & (codes < len(texts))).all())
+        fits = codes.shape == (rows if len(texts) else 0,) and bool(((codes >= 0) & (codes < len(texts))).all())
     return fits and bool((verdict <= TIE).all()) and {"schema", "digest"} <= arrays.keys()
 
 
@@ -440,12 +465,28 @@ def _verdicts(table: Any, layout: Layout, rows: int, file: File) -> np.ndarray:
     return verdicts(labels, labelled, layout.label, file.path)
 
 
+def _coded(column: Any) -> tuple[np.ndarray, list[str]]:
+    """The number of each row's text, (rows,) int32, and the texts; "" for null. Equal texts may have two numbers."""
+    pa = _pyarrow()
+    if not pa.types.is_dictionary(column.type):
+        column = column.cast(pa.large_string()).dictionary_encode()
+    coded = column.unify_dictionaries().combine_chunks()
+    texts = [text or "" for text in coded.dictionary.cast(pa.large_string()).to_pylist()]
+    codes = coded.indices.cast(pa.int64())
+    if codes.null_count:
+        codes, texts = codes.fill_null(len(texts)), [*texts, ""]
+    return codes.to_numpy(zero_copy_only=False).astype(np.int32), texts
+
+
 def _merged_categories(
     indexes: Sequence[Mapping[str, np.ndarray]], rows: Sequence[np.ndarray]
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """The texts that pairs have, sorted, and the number of each pair's."""
-    texts = [json.loads(index["texts"].tobytes()) for index in indexes]
-    codes = [index["codes"][kept] for index, kept in zip(indexes, rows, strict=True)]
+    texts = [json.loads(index["texts"].tobytes()) or [""] for index in indexes]
+    codes = [
+        index["codes"][kept] if len(index["codes"]) else np.zeros(len(kept), np.int32)
+        for index, kept in zip(indexes, rows, strict=True)
+    ]
     used = [[text[code] for code in np.unique(code_of_pair)] for text, code_of_pair in zip(texts, codes, strict=True)]
     merged = sorted({text for file in used for text in file})
     number = {text: n for n, text in enumerate(merged)}
@@ -461,15 +502,40 @@ def _merged_categories(
 # ------------------------------------------------------------------------------------------------------- the files
 
 
+def _batches(parquet: Any, group: int, columns: list[str], file_size: int) -> Iterator[Any]:
+    """The rows of a row group, some at a time. Raises ValueError where they grow far beyond what the file holds: a
+    value that is stored once may stand in any number of rows, and zeros compress to nothing."""
+    stored = parquet.metadata.row_group(group).total_byte_size  # not of its columns: damaged ones abort the process
+    bound = max(_MOST_EXPANSION * min(stored, file_size), _LEAST_BOUND)
+    # No value is larger than all of them together: so many rows keep within the bound even if all are that one.
+    rows = min(max(1, bound // max(1, stored)), _MOST_ROWS)
+    size = 0
+    # Arrow's own threads are left alone: the reader's run side by side already, and these survive a fork.
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+        size += batch.nbytes
+        if size > bound:
+            raise ValueError(f"it has {stored} bytes in the file of {file_size}, and more than {bound} as it is read")
+        yield batch
+
+
 @contextlib.contextmanager
-def _open(file: File) -> Iterator[Any]:
-    """Opened for each read: no descriptor or lock is shared with a forked process, and none is kept per shard."""
+def _open(file: File, coded: Sequence[str] = ()) -> Iterator[Any]:
+    """Opened for each read: no descriptor or lock is shared with a forked process, and none is kept per shard.
+
+    coded: columns of text that are read as numbers and a dictionary, where they are there.
+    """
     pa = _pyarrow()
+    # A network is asked once for all that a row group needs.
+    options = {"pre_buffer": not file.is_local, "buffer_size": _READ_AHEAD}
     with (
         pa.OSFile(file.path) if file.is_local else file.open() as handle,
-        # A network is asked once for all that a row group needs.
-        pa.parquet.ParquetFile(handle, pre_buffer=not file.is_local, buffer_size=_READ_AHEAD) as parquet,
+        pa.parquet.ParquetFile(handle, **options) as parquet,
     ):
+        schema = parquet.schema_arrow
+        found = [name for name in coded if schema.get_field_index(name) >= 0 and _is_text(schema.field(name).type)]
+        if found:
+            facts = parquet.metadata
+            parquet = pa.parquet.ParquetFile(handle, metadata=facts, read_dictionary=found, **options)
         yield parquet
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import queue
 import threading
@@ -10,14 +9,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from itertools import islice
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from .source import Arm, Pair, PairError, Source
+from .source import Arm, Pair, PairError, Source, weight_of
 
-__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading", "was_given_up"]
+__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading", "checked", "was_given_up"]
 
 READING_THREAD = "polydpo-read"
 
@@ -210,23 +208,24 @@ class _Worker:
                 self.at = reading, time.monotonic()
                 pair, error = None, None
                 try:
-                    pair = _checked(source[reading.index], reading.index, clips)
+                    pair = checked(source[reading.index], reading.index, clips)
                 except BaseException as raised:  # a source may raise anything: OSError, ArrowInvalid, a panic of Rust's
                     error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
                 tasks.finish(self, reading, pair, error)
                 del reading, pair, error  # not to be kept while waiting for the next
 
 
-def _checked(pair: Any, index: int, clips: bool) -> Pair:
+def checked(pair: Any, index: int, clips: bool) -> Pair:
     """The pair; what the decoder and the batch could not take is an error of this pair, not of its batch."""
     if not isinstance(pair, Pair):
         raise TypeError(f"source[{index}] is a {type(pair).__name__}; expected a Pair")
     for name, kind, wanted in (("prompt", str, "text"), ("category", str, "text"), ("extra", Mapping, "a mapping")):
         if not isinstance(value := getattr(pair, name), kind):
             raise PairError(f"{name} is a {type(value).__name__}; expected {wanted}")
-    weight: Any = pair.weight  # whatever a source of somebody's has put there
-    if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
-        raise PairError(f"weight is {weight!r}; expected a number >= 0")
+    try:
+        weight_of(pair.weight)
+    except ValueError as error:
+        raise PairError(str(error)) from None
     arms: tuple[tuple[Arm, Any], ...] = (("win", pair.win), ("lose", pair.lose))
     for arm, data in arms:
         if isinstance(data, (str, os.PathLike)):

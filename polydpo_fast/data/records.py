@@ -12,7 +12,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from typing_extensions import Buffer
 
-from .columns import HAS_LABEL, WINS, check_options, counted, is_labelled, keep, layout_of, verdicts, weight_of
+from .columns import (
+    CATEGORY,
+    HAS_LABEL,
+    WEIGHT,
+    WINS,
+    check_options,
+    counted,
+    is_labelled,
+    keep,
+    layout_of,
+    row_weight,
+    verdicts,
+)
 from .files import contents
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
@@ -31,8 +43,8 @@ class RecordPairs(Source):
         Columns of a `datasets.Dataset` that would be decoded to PIL images are switched to bytes; other PIL images
         are refused. Reading from several threads must be safe, as it is for lists and datasets.
     ties, columns: as of `ParquetPairs`.
-    category, weight: columns of text or integers, and of numbers >= 0, or None. With a category, or with labels, each
-        record is looked at once at opening.
+    category, weight: as of `ParquetPairs`; the first record says whether there are any. With a category, or with
+        labels, each record is looked at once at opening.
 
     The key of a pair is the number of its record. Five bytes of memory per pair, six to nine with categories.
 
@@ -50,8 +62,8 @@ class RecordPairs(Source):
         *,
         ties: Literal["drop", "keep", "error"] = "drop",
         columns: Sequence[str] = (),
-        category: str | None = None,
-        weight: str | None = None,
+        category: str | None = CATEGORY,
+        weight: str | None = WEIGHT,
     ) -> None:
         check_options(ties, columns)
         if isinstance(records, Mapping):  # a DatasetDict too
@@ -73,6 +85,8 @@ class RecordPairs(Source):
         if not isinstance(first, Mapping):
             raise SourceError(f"records[0] is a {type(first).__name__}; expected a mapping")
         self._layout = layout_of([str(name) for name in first], "records[0]")
+        category = None if category == CATEGORY and category not in first else category
+        weight = None if weight == WEIGHT and weight not in first else weight
         self._extra, self._category, self._weight = tuple(columns), category, weight
         for name in (*self._extra, category, weight):
             if name is not None and name not in first:
@@ -108,7 +122,7 @@ class RecordPairs(Source):
         row, verdict = int(self._rows[index]), int(self._verdicts[index])
         record = self._record(row)
         win, lose = (self._image(record, column, arm) for arm, column in self._layout.arms(verdict))
-        missing = [name for name in (*self._extra, self._weight) if name is not None and name not in record]
+        missing = [name for name in (*self._extra, self._weight) if name not in (None, WEIGHT) and name not in record]
         if missing:
             raise PairError(f"it does not have {missing[0]}")
         prompt = record.get(self._layout.prompt)
@@ -119,7 +133,7 @@ class RecordPairs(Source):
             win=win,
             lose=lose,
             prompt=prompt or "",
-            weight=weight_of(record, self._weight, verdict),
+            weight=row_weight(None if self._weight is None else record.get(self._weight), str(self._weight), verdict),
             category="" if self._categories is None else self._categories[0][int(self._categories[1][index])],
             extra={name: record[name] for name in self._extra},
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,9 +18,11 @@ from typing_extensions import Buffer
 if TYPE_CHECKING:
     from .ready import Ready
 
-__all__ = ["Pair", "PairError", "Source", "SourceError"]
+__all__ = ["Pair", "PairError", "Source", "SourceError", "weight_of"]
 
 Arm = Literal["win", "lose"]
+
+_LEAST_WEIGHT, _MOST_WEIGHT = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # of float32
 
 
 class SourceError(ValueError):
@@ -40,13 +44,27 @@ class PairError(ValueError):
         return self.reason if self.arm is None else f"{self.arm}: {self.reason}"
 
 
+def weight_of(value: Any, name: str = "weight") -> float:
+    """A pair's weight. Raises ValueError for what is no number >= 0, or is so large or small that it would be infinite
+    or 0 in float32, which batches have."""
+    try:
+        weight = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        weight = math.inf
+    if not weight >= 0:
+        raise ValueError(f"{name} is {value!r}; expected a number >= 0")
+    if weight and not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+        raise ValueError(f"{name} is {weight:g}; expected 0, or a number that float32 can hold: 1.4e-45 to 3.4e38")
+    return weight
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt, a winner and a loser, encoded as they are stored.
 
     key: names the pair within its source, and is unique there.
     win, lose: the bytes of an image or a clip; for clips in local files also a path, which is then read in parts.
-    weight: of the pair in the loss; 0.5 for a tie that was kept.
+    weight: of the pair in the loss, >= 0 and as a batch holds it, in float32; 0.5 for a tie that was kept.
     category: "" where the source has none.
     extra: further columns that were asked for.
     """

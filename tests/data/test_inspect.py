@@ -2,13 +2,18 @@
 
 import io
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from polydpo_fast import DecodeLimits
 from polydpo_fast.cli import app
+from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data.inspect import check, replay, sample, sampled_indices
+from polydpo_fast.data.ledger import options_of_json
 from polydpo_fast.data.records import RecordPairs
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -136,36 +141,90 @@ def test_many_pairs_in_batches():
     assert bad == [i for i in range(40) if i % 7 == 3]
 
 
+def line_of(opened, index, key, **more):
+    """As a loader writes it."""
+    facts = {"position": opened.position(index) if index < len(opened) else "beyond", "arm": None, "error": "E"}
+    return {"index": index, "key": key, "reason": "r", **facts, **more}
+
+
 def test_the_ledger_is_replayed(bad, tmp_path):
-    ledger = tmp_path / "ledger.jsonl"
+    ledger, source = tmp_path / "ledger.jsonl", module_source(bad)
     lines = [
-        {"index": 2, "key": "bad.parquet:4", "position": "the cut one", "arm": "win", "error": "E", "reason": "r"},
-        {"index": 2, "key": "bad.parquet:4", "position": "the same again", "arm": "win", "error": "E", "reason": "r"},
-        {"index": 0, "key": "bad.parquet:0", "position": "a good one", "arm": None, "error": "E", "reason": "r"},
-        {"index": 1, "key": "bad.parquet:9", "position": "another key", "arm": None, "error": "E", "reason": "r"},
-        {"index": 99, "key": "x", "position": "beyond", "arm": None, "error": "E", "reason": "r"},
+        line_of(source, 2, "bad.parquet:4"),
+        line_of(source, 2, "bad.parquet:4", note="the same again"),
+        line_of(source, 0, "bad.parquet:0"),
+        line_of(source, 1, "bad.parquet:9"),
+        line_of(source, 99, "x"),
         {"index": None, "position": "nowhere"},
+        line_of(source, 3, "bad.parquet:5", position="elsewhere, row 5"),
+        line_of(source, 4, "bad.parquet:6", position="moved since, row 6", source=source.fingerprint),
     ]
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"index": 3, "ke')
-    source = module_source(bad)
-    found = {line["position"]: (outcome, still) for line, outcome, still in replay(source, ledger)}
-    assert {position: still for position, (_, still) in found.items()} == {
-        "the cut one": True,
-        "a good one": False,
-        "another key": True,
-        "beyond": True,
-        "nowhere": True,
-    }
-    assert found["a good one"][0] == "it can be decoded"
-    assert found["the cut one"][0].startswith("win: ")
+    found = [(one.line["index"], one.bad, one.foreign) for one in replay(source, ledger)]
+    assert found == [
+        *((2, True, False), (0, False, False), (1, False, True), (99, False, True)),
+        *((None, False, True), (3, False, True), (4, True, False)),
+    ]
+    outcomes = [one.outcome for one in replay(source, ledger)]
+    assert outcomes[0].startswith("win: ")
+    assert outcomes[1] == "it can be decoded"
+    assert "another source, or opened with other options" in outcomes[5]
     code, output = run(bad, "--sample", "0", "--ledger", ledger)
     assert code == 1
-    assert "4 of 5 pairs of the ledger are still bad" in output
+    assert "2 of 3 pairs of the ledger are still bad" in output
+    assert "4 others are of another source" in output
     ledger.write_text(json.dumps(lines[2]) + "\n")
     assert run(bad, "--sample", "0", "--ledger", ledger)[0] == 0
     ledger.write_text(json.dumps({**lines[2], "key": ""}) + "\n")  # it could not be read then
     assert run(bad, "--sample", "0", "--ledger", ledger)[0] == 0
     assert run(bad, "--sample", "0", "--ledger", tmp_path / "none")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["hello\nworld\n", '{"win": "a.png", "lose": "b.png"}\n', "[1, 2]\n"])
+def test_what_is_no_ledger_is_an_error(good, tmp_path, text):
+    (tmp_path / "other.jsonl").write_text(text)
+    code, output = run(good, "--sample", "0", "--ledger", tmp_path / "other.jsonl")
+    assert code == 2
+    assert "other.jsonl is no ledger" in output
+
+
+def test_a_ledger_of_a_source_with_other_options_is_told(tmp_path):
+    """Its pairs have other numbers: with the ties dropped, pair 3 is another one, and fine."""
+    rows = [(JPEG, PNG, 0.5), (JPEG, PNG, 1.0), (JPEG, PNG, 1.0), (CUT, PNG, 1.0), (JPEG, PNG, 1.0)] * 2
+    path, ledger = tmp_path / "pairs.parquet", tmp_path / "bad.jsonl"
+    pq.write_table(table(rows), path)
+    kept = open_source(str(path), ties="keep")
+    list(PairLoader(kept, 2, size=8, ledger=ledger, max_bad_rate=1.0))
+    code, output = run(path, "--sample", "0", "--ledger", ledger)
+    assert code == 1
+    assert "2 others are of another source, or of one that was opened with other options" in output
+    code, output = run(path, "--sample", "0", "--ledger", ledger, "--ties", "keep")
+    assert code == 1
+    assert "2 of 2 pairs of the ledger are still bad" in output
+    assert "others" not in output
+
+
+def test_a_ledger_is_replayed_with_the_loaders_own_options(tmp_path):
+    rows = [(encode("PNG", (48, 48), seed), JPEG, 1.0) for seed in range(6)]
+    rows[2] = (encode("PNG", (16, 16)), JPEG, 1.0)
+    path, ledger = tmp_path / "pairs.parquet", tmp_path / "bad.jsonl"
+    pq.write_table(table(rows), path)
+    options = dict(size=(32, 40), resize=None, crop="random", dtype=torch.uint8, limits=DecodeLimits(bytes=1 << 20))
+    list(PairLoader(path, 2, ledger=ledger, max_bad_rate=1.0, background=(1, 2, 3), threads=1, **options))
+    (line,) = read_ledger(ledger)
+    assert line["index"] == 2
+    kept = options_of_json({name: value for name, value in line["decode"].items() if name != "seed"})
+    assert kept == {**options, "background": (1, 2, 3)}
+    (one,) = replay(open_source(path), ledger)
+    assert one.bad
+    assert one.outcome == f"win: {line['reason']}"
+    ledger.write_text(json.dumps({**line, "decode": {"size": 8, "seed": 0}}) + "\n")
+    (one,) = replay(open_source(path), ledger)
+    assert (one.bad, one.outcome) == (False, "it can be decoded")
+    ledger.write_text(json.dumps({**line, "decode": {"sise": 8}}) + "\n")
+    (one,) = replay(open_source(path), ledger)
+    assert one.bad
+    assert "it cannot be tried again: " in one.outcome
 
 
 def module_source(path):
@@ -185,6 +244,25 @@ def test_what_cannot_be_opened(tmp_path, good):
         code, output = run(*arguments)
         assert code == 2
         assert reason in output
+
+
+def test_a_column_of_weights(good, tmp_path):
+    pq.write_table(table(GOOD, w=["a", "b", "c", "d"]), tmp_path / "w.parquet")
+    code, output = run(tmp_path / "w.parquet", "--weight", "w")
+    assert code == 2
+    assert "w is string; expected numbers" in output
+    assert run(good, "--weight", "label_0")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "pack"])
+def test_errors_have_no_control_sequences(tmp_path, command):
+    pq.write_table(pa.table({"\x1b[31mred\x1b]0;title\x07": [1]}), tmp_path / "c.parquet")
+    out = [str(tmp_path / "out")] if command == "pack" else []
+    result = CliRunner().invoke(app, [command, str(tmp_path / "c.parquet"), *out])
+    assert result.exit_code == 2
+    assert "\\x1b[31mred" in result.output
+    assert "\x1b" not in result.output
+    assert "\x07" not in result.output
 
 
 def test_several_files(good, bad):
@@ -224,3 +302,12 @@ def test_clips(tmp_path):
     assert found.problems == []
     problems = [problem for _, some in check(source, range(3)) for problem in some]
     assert [(problem.index, problem.arm) for problem in problems] == [(1, "lose")]
+    # Of eight frames, nine are too many for the loader; `check` repeats them.
+    ledger, clips = tmp_path / "bad.jsonl", RecordPairs([{"win": clip, "lose": path}] * 2)
+    loader = PairLoader(clips, 1, frames=9, size=16, fps=Fraction(8), ledger=ledger, max_bad_rate=1.0, max_bad_run=1)
+    with pytest.raises(LoaderError):
+        next(iter(loader))
+    one = next(replay(clips, ledger))
+    assert one.bad
+    assert one.line["decode"]["fps"] == "8"
+    assert one.line["reason"] in one.outcome

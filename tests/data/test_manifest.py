@@ -43,7 +43,7 @@ rows = st.lists(
     st.fixed_dictionaries(
         {"win": st.sampled_from(["a.jpg", "b.jpg"]), "lose": st.sampled_from(["c.jpg", "./d.jpg"]), "prompt": texts},
         optional={
-            "weight": st.floats(0, 1e6),
+            "weight": st.floats(0, 1e6, width=32),
             "category": st.sampled_from(["", "people", "\u98a8\u666f"]),
             "note": texts,
         },
@@ -239,7 +239,10 @@ def test_files_that_cannot_be_read(folder):
         ("m.jsonl", '{"win": ["a"], "lose": "b"}', r"m\.jsonl:1: win is of type list; expected text"),
         ("m.jsonl", '{"prompt": "x"}', r"m\.jsonl:1: it has neither win and lose, nor path1"),
         ("m.jsonl", '{"win": "a", "lose": "b", "weight": "x"}', r"m\.jsonl:1: weight is 'x'; expected a number"),
-        ("m.jsonl", '{"win": "a", "lose": "b", "weight": -1}', r"m\.jsonl:1: weight is -1; expected a number, 0 or"),
+        ("m.jsonl", '{"win": "a", "lose": "b", "weight": -1}', r"m\.jsonl:1: weight is -1; expected a number >= 0"),
+        ("m.jsonl", '{"win": "a", "lose": "b", "weight": 1e39}', r"m\.jsonl:1: weight is 1e\+39; expected 0, or a num"),
+        ("m.jsonl", '{"win": "a", "lose": "b", "weight": 1e-60}', r"m\.jsonl:1: weight is 1e-60; expected 0, or a nu"),
+        ("m.csv", "win,lose,weight\na,b,3.5e38\n", r"m\.csv:2: weight is 3.5e\+38; expected 0, or a number that fl"),
         ("m.jsonl", '{"win": "a", "lose": "\\ud800"}', r"m\.jsonl:1: lose is not Unicode text"),
         ("m.jsonl", b'{"win": "\xe4", "lose": "b"}', r"m\.jsonl:1: it is not UTF-8"),
         ("m.jsonl", "{" + " " * (1 << 24), r"m\.jsonl:1: it has more than 16777216 bytes"),

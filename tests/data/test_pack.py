@@ -91,7 +91,7 @@ media = st.builds(
             win=media,
             lose=media,
             prompt=texts,
-            weight=st.floats(0, 1e30),
+            weight=st.floats(0, float(np.float32(1e30)), width=32),
             category=texts,
             extra=st.fixed_dictionaries({"model": texts, "n": st.integers() | st.none(), "weight": st.just("heavy")}),
         ),
@@ -356,6 +356,16 @@ def test_the_command(tmp_path):
     for arguments in (["out"], ["bad", "--shard-size", "big"], ["bad", "--ties", "both"]):
         run = CliRunner().invoke(app, ["pack", str(tmp_path / "m.jsonl"), str(tmp_path / arguments[0]), *arguments[1:]])
         assert run.exit_code == 2
+
+
+def test_the_command_takes_several_sources(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(image(1))
+    for name in ("m", "n"):
+        (tmp_path / f"{name}.jsonl").write_text('{"win": "a.jpg", "lose": "a.jpg", "weight": 2}\n')
+    sources = [str(tmp_path / "m.jsonl"), str(tmp_path / "n.jsonl")]
+    run = CliRunner().invoke(app, ["pack", *sources, str(tmp_path / "out")])
+    assert run.exit_code == 0, run.output
+    assert [TarPairs(tmp_path / "out")[i].key for i in range(2)] == ["m.jsonl:1", "n.jsonl:1"]
 
 
 def test_the_folder_can_be_opened_as_it_is(tmp_path):

@@ -350,24 +350,88 @@ def test_splits_are_not_mixed_by_accident(tmp_path):
     assert len(both) == 2 * len(train)
 
 
-def test_weight_and_category(tmp_path):
+@pytest.mark.parametrize("names", [{"weight": "w", "category": "kind"}, {}])
+def test_weight_and_category(tmp_path, names):
     table = pick_a_pic([(1.0, True), (0.5, True), (None, True), (0.0, True), (0.0, True), (1.0, True)])
     weights = [2.0, 3.0, 1.0, None, -1.0, 0.0]
     kinds = ["dog", "cat", "never", None, "dog", "Ünï"]
-    table = table.append_column("w", [weights]).append_column("kind", pa.array(kinds).dictionary_encode())
+    table = table.append_column(names.get("weight", "weight"), [weights])
+    table = table.append_column(names.get("category", "category"), pa.array(kinds).dictionary_encode())
     first = write(tmp_path / "0.parquet", table)
     second = write(tmp_path / "1.parquet", table.slice(4))
     for _ in range(2):
-        source = ParquetPairs([first, second], ties="keep", weight="w", category="kind")
-        names, codes = source.categories
-        assert names == ("", "cat", "dog", "Ünï")
-        assert [names[code] for code in codes] == ["dog", "cat", "", "dog", "Ünï", "dog", "Ünï"]
-        assert [source[i].weight for i in (0, 1, 4)] == [2.0, 1.5, 0.0]
+        source = ParquetPairs([first, second], ties="keep", **names)
+        texts, codes = source.categories
+        assert texts == ("", "cat", "dog", "Ünï")
+        assert [texts[code] for code in codes] == ["dog", "cat", "", "dog", "Ünï", "dog", "Ünï"]
+        assert [source[i].weight for i in (0, 1, 2, 4)] == [2.0, 1.5, 1.0, 0.0]
         assert [source[i].category for i in (0, 1, 4)] == ["dog", "cat", "Ünï"]
-        for index, value in ((2, None), (3, "-1.0")):
-            with pytest.raises(PairError, match=f"w is {value}; expected a number >= 0"):
-                source[index]
-    assert ParquetPairs(first).categories[0] == ("",)
+        with pytest.raises(PairError, match=r"row 4: w(eight)? is -1.0; expected a number >= 0"):
+            source[3]
+    plain_source = ParquetPairs(first, category=None, weight=None)
+    assert plain_source.categories[0] == ("",)
+    assert [plain_source[i].weight for i in range(4)] == [1.0] * 4
+    assert source.fingerprint != ParquetPairs([first, second], ties="keep", category=None, weight=None).fingerprint
+
+
+def test_weight_and_category_in_some_of_the_files(tmp_path):
+    table = pick_a_pic([(1.0, True)] * 3)
+    paths = [
+        write(tmp_path / "0.parquet", table),
+        write(tmp_path / "1.parquet", table.append_column("category", [[7, None, 5]])),
+        write(tmp_path / "2.parquet", table.append_column("weight", [[7, None, 5]])),
+        write(tmp_path / "3.parquet", table.append_column("category", [["7", "", None]])),
+    ]
+    for _ in range(2):  # from the kept index, too
+        source = ParquetPairs(paths)
+        pairs = [source[i] for i in range(12)]
+        assert [pair.category for pair in pairs] == ["", "", "", "7", "", "5", "", "", "", "7", "", ""]
+        assert [pair.weight for pair in pairs] == [1.0] * 6 + [7.0, 1.0, 5.0] + [1.0] * 3
+        texts, codes = source.categories
+        assert [texts[code] for code in codes] == [pair.category for pair in pairs]
+    assert ParquetPairs(paths[0]).fingerprint == ParquetPairs(paths[0], category=None, weight=None).fingerprint
+    for column, values, wanted in (
+        ("category", [["a"], ["b"], []], "category is list.*; expected text or integers"),
+        ("weight", ["a", "b", "c"], "weight is string; expected numbers"),
+    ):
+        path = write(tmp_path / "wrong.parquet", table.append_column(column, [values]))
+        with pytest.raises(SourceError, match=wanted):
+            ParquetPairs(path)
+
+
+@pytest.mark.parametrize("value", [1e39, 1e300, 1e-60])
+def test_weights_that_float32_cannot_hold_are_refused(tmp_path, value):
+    table = pick_a_pic([(1.0, True)] * 3).append_column("weight", [[3.4e38, 1e-44, value]])
+    source = ParquetPairs(write(tmp_path / "pairs.parquet", table))
+    assert [np.float32(source[i].weight) for i in (0, 1)] == [np.float32(3.4e38), np.float32(1e-44)]
+    with pytest.raises(PairError, match=r"row 2: weight is 1e[-+]\d+; expected 0, or a number that float32 can hold"):
+        source[2]
+
+
+def test_a_row_group_that_grows_without_bound_is_refused(tmp_path, monkeypatch):
+    """A value that the file has once stands in all of its rows."""
+    monkeypatch.setattr(module, "_LEAST_BOUND", 1 << 22)
+    many = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2000, np.int32)), pa.array([os.urandom(1 << 16)]))
+    table = pa.table({"win": many, "lose": pa.array([b"small"] * 2000)})
+    options = dict(store_schema=False, dictionary_pagesize_limit=1 << 20)
+    path = write(tmp_path / "bomb.parquet", table, rows_per_group=2000, **options)
+    assert os.path.getsize(path) < 1 << 17
+    source = ParquetPairs(path)
+    most = pa.default_memory_pool().max_memory()
+    with pytest.raises(
+        PairError, match=r"row group 0: it has \d+ bytes in the file of \d+, and more than \d+"
+    ) as caught:
+        source[0]
+    assert caught.value.whole_block
+    assert pa.default_memory_pool().max_memory() < most + (1 << 25), "of 131 MB"
+    few = write(tmp_path / "few.parquet", table.slice(0, 40), rows_per_group=40, **options)
+    assert len(ParquetPairs(few)[39].win) == 1 << 16
+    texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20000, np.int32)), pa.array(["x" * (1 << 16)]))
+    table = pa.table({"win": [b"w"] * 20000, "lose": [b"l"] * 20000, "category": texts})
+    path = write(tmp_path / "texts.parquet", table, rows_per_group=20000, **options)
+    most = pa.default_memory_pool().max_memory()
+    assert ParquetPairs(path).categories[0] == ("x" * (1 << 16),)
+    assert pa.default_memory_pool().max_memory() < most + (1 << 25), "of 1.3 GB"
 
 
 def test_the_bytes_are_views_that_outlive_the_source(tmp_path):

@@ -430,6 +430,11 @@ def panic(_):
         (lambda pair: dataclasses.replace(pair, prompt=None), None, "prompt is a NoneType; expected text"),
         (lambda pair: dataclasses.replace(pair, weight=None), None, "weight is None; expected a number >= 0"),
         (lambda pair: dataclasses.replace(pair, weight=float("nan")), None, "weight is nan"),
+        (
+            lambda pair: dataclasses.replace(pair, weight=1e39),
+            None,
+            r"weight is 1e\+39; expected 0, or a number that fl",
+        ),
         (lambda pair: dataclasses.replace(pair, category=None), None, "category is a NoneType; expected text"),
         (lambda pair: dataclasses.replace(pair, extra=None), None, "extra is a NoneType; expected a mapping"),
         (lambda pair: dataclasses.replace(pair, lose=None), "lose", "it is a NoneType; expected bytes or a path"),

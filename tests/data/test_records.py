@@ -201,6 +201,23 @@ def test_names_of_columns_are_checked():
         RecordPairs(records, ties=None)
 
 
+def test_weight_and_category_are_taken_where_they_are_there():
+    image = {"win": b"w", "lose": b"l"}
+    records = [{**image, "weight": 2, "category": "cat"}, {**image, "weight": None, "category": None}, image]
+    source = RecordPairs(records)
+    assert [source[i].weight for i in range(3)] == [2.0, 1.0, 1.0]
+    assert [source[i].category for i in range(3)] == ["cat", "", ""]
+    assert [source.categories[0][code] for code in source.categories[1]] == ["cat", "", ""]
+    bare = RecordPairs(records, weight=None, category=None)
+    assert [(bare[i].weight, bare[i].category) for i in range(3)] == [(1.0, "")] * 3
+    assert RecordPairs([image]).fingerprint == RecordPairs([image], weight=None, category=None).fingerprint
+    with pytest.raises(SourceError, match="does not have kind"):
+        RecordPairs(records, category="kind")
+    for weight in (1e39, 1e-60, 10**400):
+        with pytest.raises(PairError, match=r"weight is .*; expected 0, or a number that float32 can hold"):
+            RecordPairs([{**image, "weight": weight}])[0]
+
+
 def test_categories():
     kinds = ["dog", None, 7, "dog", "never"]
     records = [{**pick(i, 1.0 if kind != "never" else None), "kind": kind} for i, kind in enumerate(kinds)]

@@ -151,6 +151,25 @@ def test_folders_globs_and_queries(folder, web):
     assert any("signature" in path for path, _ in server.asked)
 
 
+def test_names_that_mean_something_else_in_an_address(tmp_path, folder, web):
+    _, address = web
+    names = ["a b.png", "c#1.png", "d?2.png", "e%41.png", "ü+&.png", "f%2541.png"]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(png(number, 0, 0))
+    for other in ("c", "d", "eA.png", "e%2541.png", "f%41.png"):
+        (folder / other).write_bytes(png(99, 9, 9))
+    records = [json.dumps({"win": name, "lose": "c"}) for name in names]
+    for manifest in (tmp_path / "names.jsonl", folder / "names.jsonl"):
+        manifest.write_text("\n".join(records))
+    for source in (open_source(tmp_path / "names.jsonl", root=address), open_source(f"{address}/names.jsonl")):
+        assert [bytes(source[i].win) for i in range(len(names))] == [png(i, 0, 0) for i in range(len(names))]
+    whole = {"win": f"{address}/e%2541.png", "lose": f"{address}/c?x=1#2"}
+    (folder / "whole.jsonl").write_text(json.dumps(whole))
+    source = open_source(folder / "whole.jsonl")
+    assert bytes(source[0].win) == png(3, 0, 0)
+    assert bytes(source[0].lose) == png(99, 9, 9)
+
+
 def test_a_manifest_with_a_query_and_a_root(folder, web):
     _, address = web
     want = everything(open_source(folder / "pairs.jsonl"))

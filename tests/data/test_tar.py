@@ -93,7 +93,7 @@ keys = st.builds(
 records = st.fixed_dictionaries(
     {"prompt": st.text(st.characters(exclude_categories=["Cs"]), max_size=40)},
     optional={
-        "weight": st.floats(0, 1e9),
+        "weight": st.floats(0, 1e9, width=32),
         "category": st.sampled_from(["", "style", "caf\u00e9"]),
         "tags": st.lists(st.integers(), max_size=3),
     },
