@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..clips import decode_clips
 from ..decode import decode_pairs
@@ -31,6 +33,7 @@ __all__ = ["LoaderError", "LoaderStats", "PairLoader"]
 _CPU = torch.device("cpu")
 _STATE_VERSION = 1
 _NOT_PART_OF_TRANSFORM = frozenset(("win", "lose", "seeds", "out", "on_error", "limits", "threads", "cache"))
+_OF_SOURCES = ("ties", "root", "columns", "category", "weight", "memory_bytes")
 _DEFAULT_WINDOW = 8  # row groups, where single pairs cannot be read
 
 
@@ -46,7 +49,9 @@ class PairLoader(IterableDataset[PairBatch]):
 
     `state_dict()` says what was yielded so far, in a few numbers; `load_state_dict()` continues there, also with
     another number of ranks or another batch size. Iterating begins at the epoch's start, or where a state that was
-    loaded last says. Each complete iteration goes on to the next epoch, as `set_epoch` does.
+    loaded last says. Each complete iteration goes on to the next epoch, as `set_epoch` does. One that is left early,
+    by `break` or `next(iter(loader))`, does not: the next iteration begins the same epoch again. To go on behind what
+    was yielded, `loader.load_state_dict(loader.state_dict())` first; for epochs of fewer steps, `set_epoch(n)`.
 
     Args:
         source: what `open_source` takes, or a Source.
@@ -103,24 +108,19 @@ class PairLoader(IterableDataset[PairBatch]):
         max_bad_run: int = 50,
         **decode: Any,
     ) -> None:
-        for name, count in (("batch_size", batch_size), ("prefetch", prefetch), ("readers", readers)):
-            if not _is_int(count) or not 1 <= count <= 1 << 16:
-                raise ValueError(f"{name} is {count!r}; expected an int from 1 to {1 << 16}")
-        for name, share in (("prompt_dropout", prompt_dropout), ("max_bad_rate", max_bad_rate)):
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                raise ValueError(f"{name} is {share!r}; expected a number from 0 to 1")
-        if not isinstance(shuffle, bool):
-            raise ValueError(f"shuffle is {shuffle!r}; expected True or False")
-        if not _is_int(seed) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed!r}; expected an int from 0 to 2^63 - 1")
-        if window is not None and (not _is_int(window) or window < 0):
-            raise ValueError(f"window is {window!r}; expected a number of blocks, 0 for all pairs, or None")
-        if not _is_int(max_bad_run) or max_bad_run < 0:
-            raise ValueError(f"max_bad_run is {max_bad_run!r}; expected an int >= 0")
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds > 0")
-        if last not in ("drop", "pad", "wrap"):
-            raise ValueError(f"last is {last!r}; expected 'drop', 'pad' or 'wrap'")
+        _check_arguments(
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            window=window,
+            last=last,
+            prompt_dropout=prompt_dropout,
+            prefetch=prefetch,
+            readers=readers,
+            timeout_s=timeout_s,
+            max_bad_rate=max_bad_rate,
+            max_bad_run=max_bad_run,
+        )
         self._device = _checked_device(device)
         choose_decoder(decoder, self._device or "cpu")  # one that is not there shows now
         self.source: Source = open_source(source)
@@ -134,6 +134,8 @@ class PairLoader(IterableDataset[PairBatch]):
             self._window = None if self.source.random_access else _DEFAULT_WINDOW
         else:
             self._window = window or None
+        if self._window and categories is None:
+            self.source.expect_window(self._window)
         if categories is not None and (not shuffle or window):
             raise ValueError(
                 f"categories is {str(categories)[:99]!r} with shuffle={shuffle} and window={window}; expected "
@@ -164,6 +166,8 @@ class PairLoader(IterableDataset[PairBatch]):
         self._position = 0  # of the epoch, after what was yielded last
         self._begin = 0  # where the workers of a DataLoader began to take turns
         self._resumed = False
+        self._begins_anew = False  # because somebody said so
+        self._warned = False
         self._pass = 0  # the number of the iteration whose progress is the loader's
         self._ordered: tuple[int, Order] | None = None
         self._order()  # an error in `categories` shows now
@@ -179,6 +183,7 @@ class PairLoader(IterableDataset[PairBatch]):
         """The epoch that the next iteration yields, from its start; nothing changes if it is that one already."""
         if not _is_int(epoch) or epoch < 0:
             raise ValueError(f"epoch is {epoch!r}; expected an int >= 0")
+        self._begins_anew = True
         if epoch != self.epoch:
             self.epoch, self._position, self._begin, self._resumed = epoch, 0, 0, False
             self._pass += 1
@@ -263,14 +268,28 @@ class PairLoader(IterableDataset[PairBatch]):
     def __iter__(self) -> Iterator[PairBatch]:
         worker = get_worker_info()
         if not self._resumed:
+            if self._position and not self._begins_anew and worker is None:
+                self._warn_of_the_beginning()
             self._position = self._begin = 0
-        self._resumed = False
+        self._resumed = self._begins_anew = False
         self._pass += 1
         share, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
         plan = self._plan(worker)
         return _Iteration(
             self, Pipeline(plan, self._steps(self._position, self._begin, share, of), self._buffers, self.stats)
         )
+
+    def _warn_of_the_beginning(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"epoch {self.epoch} was left at position {self._position} of {len(self.source)}, and begins again "
+                "with the same batches; loader.load_state_dict(loader.state_dict()) goes on where it was left, "
+                f"loader.set_epoch({self.epoch + 1}) with the next epoch, and set_epoch({self.epoch}) says that it is "
+                "meant so",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory and threads stay in their process.
@@ -371,7 +390,7 @@ class PairLoader(IterableDataset[PairBatch]):
         if unknown:
             raise TypeError(
                 f"{', '.join(unknown)}: no argument of PairLoader, nor of {function.__name__}, which takes "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(sorted(known))}{_hint(unknown)}"
             )
         one = dict(self._options)
         if "frames" in one:
@@ -411,6 +430,56 @@ class _Iteration(Iterator[PairBatch]):
     def state_dict(self) -> dict[str, Any]:
         """The loader's."""
         return self._loader.state_dict()
+
+
+def _check_arguments(
+    *,
+    batch_size: Any,
+    shuffle: Any,
+    seed: Any,
+    window: Any,
+    last: Any,
+    prompt_dropout: Any,
+    prefetch: Any,
+    readers: Any,
+    timeout_s: Any,
+    max_bad_rate: Any,
+    max_bad_run: Any,
+) -> None:
+    for name, count in (("batch_size", batch_size), ("prefetch", prefetch), ("readers", readers)):
+        if not _is_int(count) or not 1 <= count <= 1 << 16:
+            raise ValueError(f"{name} is {count!r}; expected an int from 1 to {1 << 16}")
+    for name, share in (("prompt_dropout", prompt_dropout), ("max_bad_rate", max_bad_rate)):
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share!r}; expected a number from 0 to 1")
+    if not isinstance(shuffle, bool):
+        raise ValueError(f"shuffle is {shuffle!r}; expected True or False")
+    if not _is_int(seed) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; expected an int from 0 to 2^63 - 1")
+    if window is not None and (not _is_int(window) or window < 0):
+        raise ValueError(f"window is {window!r}; expected a number of blocks, 0 for all pairs, or None")
+    if not _is_int(max_bad_run) or max_bad_run < 0:
+        raise ValueError(f"max_bad_run is {max_bad_run!r}; expected an int >= 0")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds > 0")
+    if last not in ("drop", "pad", "wrap"):
+        raise ValueError(f"last is {last!r}; expected 'drop', 'pad' or 'wrap'")
+
+
+def _hint(unknown: list[str]) -> str:
+    """What may have been meant by arguments that nobody knows."""
+    if of_source := [name for name in unknown if name in _OF_SOURCES]:
+        return f". Options of a source go to open_source: PairLoader(open_source(where, {of_source[0]}=...), ...)"
+    if {"num_workers", "workers"}.intersection(unknown):
+        return ". Threads do the work here: threads= of them decode, and readers= read"
+    return ""
+
+
+def _refuse_to_collate(batch: Any, **_: Any) -> Any:
+    raise TypeError("a PairLoader yields batches already; expected DataLoader(loader, batch_size=None)")
+
+
+default_collate_fn_map[PairBatch] = _refuse_to_collate
 
 
 def _checked_device(device: torch.device | str | int | None) -> torch.device | None:

@@ -9,6 +9,7 @@ import os
 import re
 import threading
 import time
+import warnings
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -173,6 +174,9 @@ class ParquetPairs(Source):
     def position(self, index: int) -> str:
         return f"{self._files[self._block_of(index).file].path}, row {self._rows[index]}"
 
+    def expect_window(self, blocks: int) -> None:
+        self._groups.window = max(self._groups.window, min(blocks, len(self._blocks)))
+
     @property
     def blocks(self) -> np.ndarray:
         """The pairs of each row group that has any."""
@@ -321,12 +325,13 @@ class _Groups:
     it. No lock is held during a read: where the thread that reads is given up, because its storage hangs, another one
     reads the row group again. A copy, by fork or pickle, begins empty."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, window: int = 0) -> None:
+        self._limit, self.window = limit, window  # how many are to be read among each other
+        self._warned = False
         self._memory = _Memory()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._limit,)
+        return type(self), (self._limit, self.window)
 
     def get(self, key: tuple[int, int], read: Callable[[], _Group], forget_s: float) -> _Group:
         """forget_s: how long a failure is remembered, which makes it cheap for the other pairs of the row group."""
@@ -351,8 +356,17 @@ class _Groups:
                     kept.reader, kept.error = None, error
                     kept.until = time.monotonic() + forget_s if error else 0.0
                 kept.group = kept.group or group
-                self._evict(memory)
+                held = self._evict(memory)
                 memory.changed.notify_all()
+        if held < self.window and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"memory_bytes is {self._limit}, which holds {held} row groups such as the last one, of {group.size} "
+                f"bytes, while {self.window} are shuffled together: they are read again and again; expected "
+                f"memory_bytes={self.window * group.size} and some more, or a loader with a smaller window",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return group
 
     def _wait(self, memory: _Memory, kept: _Kept, me: threading.Thread) -> _Group | None:
@@ -370,14 +384,17 @@ class _Groups:
             memory.changed.wait(_LOOK_S)
         return kept.group
 
-    def _evict(self, memory: _Memory) -> None:
+    def _evict(self, memory: _Memory) -> int:
+        """Returns how many are left, or `window` where nothing had to go."""
         loaded = [(key, kept.group.size) for key, kept in memory.kept.items() if kept.group is not None]
         size = sum(size for _, size in loaded)
+        left = len(loaded)
         for old, freed in loaded[:-1]:
             if size <= self._limit:
                 break
             del memory.kept[old]
-            size -= freed
+            size, left = size - freed, left - 1
+        return left if left < len(loaded) else max(left, self.window)
 
 
 # ------------------------------------------------------------------------------------------------------ the index

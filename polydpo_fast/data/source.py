@@ -112,6 +112,10 @@ class Source(ABC):
         as a Parquet file's row groups. They add up to len."""
         return np.array([len(self)], dtype=np.int64)
 
+    def expect_window(self, blocks: int) -> None:
+        """Told by a loader: pairs of so many blocks will be read in any order, before others are."""
+        return None
+
     @property
     def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
         """The names, and for each pair the number of its own, (len,) of an integer dtype."""

@@ -126,6 +126,19 @@ def test_a_damaged_row_group_alone_in_its_window_ends_no_training(tmp_path):
     assert 1 <= alone < 6
 
 
+def test_too_little_memory_for_a_window_is_told_once(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    row_groups(path, 8, 20)
+    size = ParquetPairs(path)._read(ParquetPairs(path)._blocks[0]).size
+    enough = open_source(path, memory_bytes=4 * size + size // 2)
+    assert len(list(PairLoader(enough, 16, window=4, size=2, dtype=torch.uint8))) == 10
+    little = open_source(path, memory_bytes=3 * size + size // 2)
+    with pytest.warns(RuntimeWarning, match=r"holds 3 row groups .* while 4 are shuffled together") as caught:
+        assert len(list(PairLoader(little, 16, window=4, size=2, dtype=torch.uint8))) == 10
+    assert len(caught) == 1
+    assert len(list(PairLoader(little, 16, shuffle=False, size=2, dtype=torch.uint8))) == 10
+
+
 def test_replacements_are_of_the_row_groups_that_are_in_memory(tmp_path, monkeypatch):
     path, bad = tmp_path / "pairs.parquet", set(range(5, 320, 10))
     row_groups(path, 16, 20, bad)

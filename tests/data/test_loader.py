@@ -113,9 +113,26 @@ def test_epochs_go_on_by_themselves_and_start_anew_after_a_break():
         assert [i for batch in loader for i in yielded(batch)] == expected(20, 5, epoch, group=4)
     first = yielded(next(iter(loader)))
     assert loader.epoch == 3
-    assert yielded(next(iter(loader))) == first == expected(20, 5, 3)[:4]
+    with pytest.warns(UserWarning, match="epoch 3 was left at position 4 of 20, and begins again") as caught:
+        assert yielded(next(iter(loader))) == first == expected(20, 5, 3)[:4]
+    assert caught[0].filename == __file__
+    assert yielded(next(iter(loader))) == first, "and no second warning"
     loader.set_epoch(1)
     assert [i for batch in loader for i in yielded(batch)] == expected(20, 5, 1, group=4)
+
+
+def test_an_epoch_that_was_left_early_goes_on_as_the_warning_says():
+    loader = PairLoader(Tiny(20), 4, seed=5, **TINY)
+    want, got = expected(20, 5, 0), []
+    for _ in range(5):
+        got += yielded(next(iter(loader)))
+        loader.load_state_dict(loader.state_dict())
+    assert got == want
+    for epoch in (1, 2):
+        loader.set_epoch(epoch)
+        assert yielded(next(iter(loader))) == expected(20, 5, epoch)[:4]
+    loader.set_epoch(2)
+    assert yielded(next(iter(loader))) == expected(20, 5, 2)[:4]
 
 
 def test_without_shuffling_the_order_is_that_of_the_source():
@@ -260,6 +277,7 @@ def test_no_thread_outlives_its_pass(how):
             if number == 3 and how == "exception":
                 raise KeyError
             if number == 3 and how == "garbage":
+                loader.set_epoch(0)
                 return iter([iter(loader)])
         return None
 
@@ -490,6 +508,12 @@ def test_batches_move():
         (dict(device="gpu"), ValueError, "device is 'gpu'; expected None, 'cpu', 'cuda'"),
         (dict(device="cuda:99"), ValueError, r"device is 'cuda:99'; PyTorch finds (no|\d+) CUDA devices here"),
         (dict(sise=3), TypeError, "sise: no argument of PairLoader, nor of decode_pairs, which takes background, crop"),
+        (
+            dict(ties="keep"),
+            TypeError,
+            r"ties: no argument .*: PairLoader\(open_source\(where, ties=\.\.\.\), \.\.\.\)",
+        ),
+        (dict(num_workers=4), TypeError, "num_workers: no argument .* threads= of them decode, and readers= read"),
         (dict(size=0), ValueError, "size is 0; expected sides from 1"),
         (dict(frames=0), ValueError, "frames is 0; expected an int from 1"),
         (dict(seeds=[1]), TypeError, "seeds: no argument"),
@@ -499,6 +523,12 @@ def test_bad_arguments_are_named_at_once(change, error, message):
     options = {**dict(source=Tiny(20), batch_size=4), **TINY, **change}
     with pytest.raises(error, match=message):
         PairLoader(**options)
+
+
+def test_a_dataloader_that_would_make_batches_of_batches_is_told():
+    outer = torch.utils.data.DataLoader(PairLoader(Tiny(8), 4, **TINY))
+    with pytest.raises(TypeError, match=r"yields batches already; expected DataLoader\(loader, batch_size=None\)"):
+        next(iter(outer))
 
 
 def test_empty_and_missing_sources_are_named(tmp_path):
