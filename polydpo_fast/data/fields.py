@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .source import weight_of
+from .source import is_unicode, weight_of
 
 __all__ = ["MAX_RECORD_BYTES", "Fields", "parse_json", "text_of"]
 
@@ -40,15 +40,29 @@ class Fields(NamedTuple):
 def parse_json(data: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8. Raises ValueError for anything else."""
     try:
-        record = json.loads(data.removeprefix(b"\xef\xbb\xbf").decode())
+        record = json.loads(data.removeprefix(b"\xef\xbb\xbf").decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8: {error.reason}") from error
     except RecursionError:
         raise ValueError("it is not JSON that can be read: too deeply nested") from None
+    except _RepeatedNameError:
+        raise
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"it is a JSON {type(record).__name__}; expected an object")
+    return record
+
+
+class _RepeatedNameError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedNameError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
     return record
 
 
@@ -58,11 +72,8 @@ def text_of(record: Record, name: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:  # JSON can spell half of a pair of surrogates
-                raise ValueError(f"{name} is not Unicode text: {value!a}") from None
+        if not is_unicode(value):
+            raise ValueError(f"{name} is not Unicode text: {value!a}")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .media import CLIP_SUFFIXES
-from .source import SourceError
+from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from .source import SourceError, is_unicode
 
-__all__ = ["File", "Location", "contents", "find", "names"]
+__all__ = ["File", "Location", "contents", "find", "names", "suffix_of_path"]
 
 Location = str | os.PathLike[str]
 _MAX_FILE = 1 << 30
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_NUMBERED = 1 << 20
 _WEB = ("http://", "https://")
 _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond what is asked for
 _ASKING = 16  # questions to a storage at once
@@ -143,10 +146,41 @@ def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[
     if not isinstance(where, (str, os.PathLike)):
         return [file for one in where for file in find(one, suffixes)]
     place = _without_file_protocol(os.fspath(where))
+    if not os.path.exists(place) and (numbered := _numbered(place)):
+        return [file for one in numbered for file in find(one, suffixes)]
     files = _find_local(place, suffixes) if "://" not in place else _find_remote(place, suffixes)
     if not files:
-        raise SourceError(f"{place}: no such file, or no {' or '.join(suffixes)} in it")
+        raise SourceError(f"{place}: {_missing(os.path.expanduser(place), suffixes)}")
     return files
+
+
+def _numbered(place: str) -> list[str]:
+    """Of shards-{000..123}.tar all names, as WebDataset writes it; none where there are no such braces."""
+    found = _BRACES.search(place)
+    if found is None:
+        return []
+    first, last = found[1], found[2]
+    if not 0 <= int(last) - int(first) < _MOST_NUMBERED:
+        raise SourceError(
+            f"{place}: {found[0]} means {int(last) - int(first) + 1} files; expected 1 to {_MOST_NUMBERED}"
+        )
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [f"{place[: found.start()]}{number}{place[found.end() :]}" for number in numbers]
+
+
+def _missing(place: str, suffixes: Sequence[str]) -> str:
+    """Why nothing was found there."""
+    wanted = " or ".join(suffixes)
+    if not os.path.isdir(place):
+        return f"no such file, or no {wanted} in it"
+    reason = f"the folder has no {wanted} in it"
+    for _, _, inside in os.walk(place):
+        if any(name.rpartition(".")[2].lower() in IMAGE_SUFFIXES | CLIP_SUFFIXES for name in inside):
+            return (
+                f"{reason}; for files of images or clips write a manifest, pairs.jsonl, of lines such as "
+                '{"win": "a.jpg", "lose": "b.jpg", "prompt": "..."}'
+            )
+    return reason
 
 
 def contents(path: str) -> bytes | Path:
@@ -200,8 +234,10 @@ def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
     for path in sorted(found):
         if os.path.isfile(path):
             facts = os.stat(path)
-            # Absolute: a program may go to another folder while it is being read.
-            files.append(File(os.path.abspath(path), facts.st_size, str(facts.st_mtime_ns)))
+            path = os.path.abspath(path)  # a program may go to another folder while it is being read
+            if not is_unicode(path):
+                raise SourceError(f"{path!a}: the file's name is not UTF-8; expected one that is")
+            files.append(File(path, facts.st_size, str(facts.st_mtime_ns)))
     return files
 
 
@@ -256,6 +292,11 @@ def _parts(path: str) -> list[str]:
     if _is_web(path):
         path = path.partition("?")[0]
     return path.rstrip("/").split("/")
+
+
+def suffix_of_path(path: str) -> str:
+    """In small letters, without its dot."""
+    return _parts(path)[-1].rpartition(".")[2].lower()
 
 
 def _outer(address: str, inner: str) -> str:

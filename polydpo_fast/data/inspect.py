@@ -22,7 +22,7 @@ from ..clips import decode_clips
 from ..decode import decode_pairs
 from .ledger import options_of_json, read_ledger
 from .media import CLIP_SUFFIXES, suffix_of
-from .reading import checked
+from .reading import checked, read_ahead
 from .source import Pair, PairError, Source, SourceError
 
 __all__ = ["Problem", "Replayed", "Sample", "check", "replay", "report", "safe", "sample", "sampled_indices"]
@@ -109,10 +109,9 @@ def check(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, list[Pr
     """Reads and decodes these pairs whole, of clips 16 frames. Yields, time and again, how many more are done, and what
     is wrong with them."""
     batch: list[tuple[int, Pair]] = []
-    for index in indices:
-        pair, problems = _read(source, index)
-        if pair is None:
-            yield 1, problems
+    for index, pair in read_ahead(source, indices):
+        if isinstance(pair, PairError):
+            yield 1, [_problem(source, index, "", pair.arm, pair.reason)]
             continue
         batch.append((index, pair))
         if len(batch) == _BATCH:

@@ -6,18 +6,19 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 import urllib.parse
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 from typing_extensions import Buffer
 
-from .columns import TIE_WEIGHT
+from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
 from .files import File, Location, contents, find
 from .indexed import COMMON, IndexedSource, Notes, key_hash
@@ -36,7 +37,8 @@ class ManifestPairs(IndexedSource):
     begins with "{" has a JSON object in each line, one that ends in .csv is a table with a header. In UTF-8.
     A record has one of
         win, lose                   files
-        path1, path2                the same: HPDv3
+        chosen, rejected; path1, path2 (HPDv3)  the same
+        jpg_0, jpg_1, label_0       files, and 1 where the first wins, 0 where the second does, 0.5 for a tie
         file_path or image_path     a list of up to 256 files, and `human_preference`, greater for better, or `rank`,
                                     less for better: HPDv2. Every file is paired with every one that is worse; two that
                                     are equal are a tie
@@ -44,7 +46,7 @@ class ManifestPairs(IndexedSource):
     root: the folder, or its address, that files are sought in; those that lead out of it, by .. or as absolute paths or
     addresses, are PairErrors then (links within it are followed). If None the folder of the manifest, and then files
     may be anywhere: who wrote the manifest decides what is read.
-    ties: of ranked files: "drop", "keep" (as listed, half the weight), or "error".
+    ties: of labelled or ranked files: "drop", "keep" (as listed, half the weight), or "error".
     columns: further fields for `Pair.extra`; None in records that do not have them.
     cache: the folder of the kept index; `cache_folder()` if None.
 
@@ -166,12 +168,16 @@ class _Ranked(NamedTuple):
     tie: bool
 
 
+_ARMS = (("win", "lose"), ("chosen", "rejected"), ("path1", "path2"))
+_EXPECTED = "win and lose, chosen and rejected, path1 and path2, jpg_0, jpg_1 and label_0, or a list file_path"
+_IN_TABLES = (*_ARMS, ("jpg_0", "jpg_1", "label_0"))
+_EXPECTED_IN_TABLES = "win, lose, or chosen, rejected, or path1, path2, or jpg_0, jpg_1, label_0"
 _ONE_PAIR = [_Ranked(0, 1, False)]
 
 
 class _Listed(NamedTuple):
     files: list[str]
-    pairs: list[_Ranked]
+    pairs: Iterable[_Ranked]  # to be gone through once; not worked out where only one of them is read
     ranked: bool
 
     def suffix(self, pair: _Ranked) -> str:
@@ -180,7 +186,7 @@ class _Listed(NamedTuple):
 
 def _listed(record: dict[str, Any]) -> _Listed:
     """Raises ValueError."""
-    for names in (("win", "lose"), ("path1", "path2")):
+    for names in _ARMS:
         if names[0] in record or names[1] in record:
             first, second = text_of(record, names[0]), text_of(record, names[1])
             if not first or not second:
@@ -189,7 +195,28 @@ def _listed(record: dict[str, Any]) -> _Listed:
     for name in ("file_path", "image_path"):
         if name in record:
             return _ranked(name, record)
-    raise ValueError("it has neither win and lose, nor path1 and path2, nor file_path")
+    if "jpg_0" in record or "jpg_1" in record:
+        return _labelled(record)
+    raise ValueError(f"it has {', '.join(record) or 'no fields'}; expected {_EXPECTED}")
+
+
+def _labelled(record: dict[str, Any]) -> _Listed:
+    """Pick-a-Pic's columns."""
+    files = [text_of(record, name) or "" for name in ("jpg_0", "jpg_1")]
+    if not all(files):
+        raise ValueError(f"it has no {'jpg_1' if files[0] else 'jpg_0'}")
+    label, has_label = record.get("label_0"), record.get(HAS_LABEL)
+    if isinstance(label, str) or isinstance(has_label, str):  # of a table
+        label, has_label = label or None, str(has_label or "true").lower() not in ("false", "0")
+    if label is None or not is_labelled(has_label):
+        return _Listed(files, [], False)
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number not in (0, 0.5, 1):
+        raise ValueError(f"label_0 is {label!r}; expected 1, 0, or 0.5 for a tie")
+    return _Listed(files, [_Ranked(1, 0, False) if number == 0 else _Ranked(0, 1, number == 0.5)], False)
 
 
 def _ranked(name: str, record: dict[str, Any]) -> _Listed:
@@ -202,11 +229,13 @@ def _ranked(name: str, record: dict[str, Any]) -> _Listed:
     if not 2 <= len(files) <= _MAX_RANKED:
         raise ValueError(f"{name} has {len(files)} files; expected 2 to {_MAX_RANKED}")
     values = scores if by == "human_preference" else [-rank for rank in scores]
-    pairs = []
-    for a, b in itertools.combinations(range(len(files)), 2):
+    return _Listed(files, _ranked_pairs(values), len(files) > 2)
+
+
+def _ranked_pairs(values: list[Any]) -> Iterator[_Ranked]:
+    for a, b in itertools.combinations(range(len(values)), 2):
         first, second = (b, a) if values[b] > values[a] else (a, b)
-        pairs.append(_Ranked(first, second, values[a] == values[b]))
-    return _Listed(files, pairs, len(files) > 2)
+        yield _Ranked(first, second, values[a] == values[b])
 
 
 def _is_number(value: Any) -> bool:
@@ -288,8 +317,10 @@ def _table(file: BinaryIO, offset: int) -> Records:
             taken.clear()
             if row and header is None:
                 header = row
-                if len(set(header)) < len(header) or "win" not in header or "lose" not in header:
-                    raise ValueError(f"the header is {header}; expected win, lose and others, all different")
+                if len(set(header)) < len(header) or not any({*names} <= {*header} for names in _IN_TABLES):
+                    raise ValueError(
+                        f"the header is {header}; expected {_EXPECTED_IN_TABLES} and others, all different"
+                    )
             elif row:
                 assert header is not None
                 yield first, offset, data, _named(row, header)

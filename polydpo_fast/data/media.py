@@ -46,6 +46,26 @@ def suffix_of(data: Buffer) -> str:
             return "mov" if brand == b"qt  " else "mp4"
     if begin[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip"):  # from before there were brands
         return "mov"
+    if _is_tga(data):
+        return "tga"
     raise ValueError(
         f"it is no image or clip that is known: it begins with {begin[:8].hex(' ')}" if begin else "it is empty"
+    )
+
+
+def _is_tga(data: Buffer) -> bool:
+    """By its header, as it begins with no mark of its own."""
+    whole = memoryview(data).cast("B")
+    if len(whole) <= 18:
+        return False
+    _, palette, kind = whole[:3]
+    width, height, depth = int.from_bytes(whole[12:14], "little"), int.from_bytes(whole[14:16], "little"), whole[16]
+    has_palette = kind in (1, 9)
+    return (
+        kind in (1, 2, 3, 9, 10, 11)
+        and palette == has_palette
+        and (has_palette or not any(whole[3:8]))
+        and width > 0
+        and height > 0
+        and depth in (8, 15, 16, 24, 32)
     )

@@ -6,12 +6,11 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import tarfile
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from .media import suffix_of
+from .reading import read_ahead
 from .source import Arm, Pair, PairError, Source, SourceError, weight_of
 from .tar import KEY_FIELD, PACK_STATE
 
@@ -27,7 +27,6 @@ __all__ = ["UNREADABLE", "Packed", "bytes_of", "pack"]
 
 UNREADABLE, _STATE = "unreadable.jsonl", PACK_STATE
 _VERSION = 2
-_READERS, _AHEAD = 4, 8
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ def pack(
     """Writes pairs-000000.tar, pairs-000001.tar, ... into the folder `out`, for `TarPairs`.
 
     A pair becomes NUMBER.win.EXT, NUMBER.lose.EXT and NUMBER.json with pair_key, prompt, weight, category and what it
-    has in `extra`. Images and clips are copied as they are; EXT is told from their first bytes. The same source makes
-    the same bytes.
+    has in `extra`, where floats that are not finite become null. Images and clips are copied as they are; EXT is told
+    from their first bytes. The same source makes the same bytes.
     shard_size: in bytes, that a shard has at most, unless a single pair is larger.
     progress: called with the number of pairs that are done, whenever it grows.
 
@@ -73,7 +72,7 @@ def pack(
     with _alone_in(folder):
         state = _begin(folder, source, shard_size)
         shard, faults = _Shard(folder), list[bytes]()
-        pairs = _read_ahead(source, state.next)
+        pairs = read_ahead(source, range(state.next, len(source)))
         try:
             for index, pair in pairs:
                 members = _members(index, pair)
@@ -110,30 +109,6 @@ def bytes_of(text: str) -> int:
 Members = list[tuple[str, Buffer]]
 
 
-def _read_ahead(source: Source, start: int) -> Generator[tuple[int, Pair | PairError], None, None]:
-    """In order, a few at a time; nothing more than PairError is caught."""
-
-    def read(index: int) -> Pair | PairError:
-        try:
-            return source[index]
-        except PairError as error:
-            return error
-
-    readers = ThreadPoolExecutor(_READERS)
-    waiting: deque[tuple[int, Future[Pair | PairError]]] = deque()
-    try:
-        for index in range(start, len(source)):
-            waiting.append((index, readers.submit(read, index)))
-            if len(waiting) == _AHEAD:
-                first, reading = waiting.popleft()
-                yield first, reading.result()
-        while waiting:
-            first, reading = waiting.popleft()
-            yield first, reading.result()
-    finally:
-        readers.shutdown(cancel_futures=True)
-
-
 def _members(index: int, pair: Pair | PairError) -> Members | PairError:
     if isinstance(pair, PairError):
         return pair
@@ -151,8 +126,29 @@ def _members(index: int, pair: Pair | PairError) -> Members | PairError:
             return PairError(str(error), arm)
     record = {KEY_FIELD: pair.key, "prompt": pair.prompt, "weight": pair.weight, "category": pair.category}
     # Twice, so that a column which has the name of one of these does not take its place, but the order is the same.
-    text = json.dumps({**record, **pair.extra, **record}, default=_plain)
+    record = {**record, **pair.extra, **record}
+    try:
+        text = json.dumps(record, default=_plain, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(record), allow_nan=False)
+    try:
+        json.dumps(record, default=_plain, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can spell, but nothing reads as text
+        return PairError("its prompt or another text is not Unicode text")
     return [*members, (f"{index:09d}.json", text.encode())]
+
+
+def _without_nan(value: Any) -> Any:
+    """null in the place of floats that are not finite, which JSON does not have."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return value if isinstance(value, (str, int, type(None))) else _plain(value)
 
 
 def _plain(value: Any) -> Any:

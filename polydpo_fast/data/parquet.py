@@ -115,6 +115,7 @@ class ParquetPairs(Source):
         self._weight = weight if any(weight in schema.names for schema in schemas) or weight != WEIGHT else None
         for file, schema in zip(self._files, schemas, strict=True):
             self._check_columns(schema, file)
+        self._has_paths = any("path" in str(schema.field(self._layout.first).type) for schema in schemas)
 
         rows, flags, blocks = [], [], []
         for number, (file, index) in enumerate(zip(self._files, indexes, strict=True)):
@@ -190,7 +191,8 @@ class ParquetPairs(Source):
     def _image(self, group: _Group, row: int, column: str, arm: Arm) -> memoryview:
         data = group.images[column].get(row)
         if not data:
-            raise PairError(f"{column} has no bytes", arm)
+            paths = "; paths are not followed: embed the files, or write a .jsonl or .csv manifest of the paths"
+            raise PairError(f"{column} has no bytes{paths if self._has_paths else ''}", arm)
         return data
 
     def _category_of(self, index: int) -> str:
@@ -216,6 +218,7 @@ class ParquetPairs(Source):
             if not _is_image(schema.field(name).type):
                 raise SourceError(
                     f"{file.path}: {name} is {schema.field(name).type}; expected binary, or a struct with bytes"
+                    + ("; for paths of files write a .jsonl or .csv manifest" * _is_text(schema.field(name).type))
                 )
         if layout.prompt in schema.names and not _is_text(schema.field(layout.prompt).type):
             raise SourceError(f"{file.path}: {layout.prompt} is {schema.field(layout.prompt).type}; expected text")

@@ -7,19 +7,21 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from .source import Arm, Pair, PairError, Source, weight_of
+from .source import Arm, Pair, PairError, Source, is_unicode, weight_of
 
-__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading", "checked", "was_given_up"]
+__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading", "checked", "read_ahead", "was_given_up"]
 
 READING_THREAD = "polydpo-read"
 
 _PATIENCE_S = 0.002  # that is waited for a pair until all threads read
+_READERS, _AHEAD = 4, 8  # of `read_ahead`
 _LOOKED_AT = 256  # of those that wait to be read, for one whose block nobody reads
 _MOST_STUCK = 64  # threads that were given up; a source that hangs this often is gone
 
@@ -119,6 +121,30 @@ class Readers:
                 )
             self._workers[place] = _Worker(self._source, self._clips, self._tasks)
             self._tasks.hurry(len(self._workers))
+
+
+def read_ahead(source: Source, indices: Iterable[int]) -> Generator[tuple[int, Pair | PairError], None, None]:
+    """The pairs, in order, read by a few threads a few at a time. Nothing more than PairError is caught."""
+
+    def read(index: int) -> Pair | PairError:
+        try:
+            return source[index]
+        except PairError as error:
+            return error
+
+    readers = ThreadPoolExecutor(_READERS)
+    waiting: deque[tuple[int, Future[Pair | PairError]]] = deque()
+    try:
+        for index in indices:
+            waiting.append((index, readers.submit(read, index)))
+            if len(waiting) == _AHEAD:
+                first, reading = waiting.popleft()
+                yield first, reading.result()
+        while waiting:
+            first, reading = waiting.popleft()
+            yield first, reading.result()
+    finally:
+        readers.shutdown(cancel_futures=True)
 
 
 class _Tasks:
@@ -222,6 +248,8 @@ def checked(pair: Any, index: int, clips: bool) -> Pair:
     for name, kind, wanted in (("prompt", str, "text"), ("category", str, "text"), ("extra", Mapping, "a mapping")):
         if not isinstance(value := getattr(pair, name), kind):
             raise PairError(f"{name} is a {type(value).__name__}; expected {wanted}")
+        if isinstance(value, str) and not is_unicode(value):
+            raise PairError(f"{name} is not Unicode text: {value!a}")
     try:
         weight_of(pair.weight)
     except ValueError as error:

@@ -18,7 +18,7 @@ from typing_extensions import Buffer
 if TYPE_CHECKING:
     from .ready import Ready
 
-__all__ = ["Pair", "PairError", "Source", "SourceError", "weight_of"]
+__all__ = ["Pair", "PairError", "Source", "SourceError", "is_unicode", "weight_of"]
 
 Arm = Literal["win", "lose"]
 
@@ -42,6 +42,14 @@ class PairError(ValueError):
 
     def __str__(self) -> str:
         return self.reason if self.arm is None else f"{self.arm}: {self.reason}"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it has no half of a pair of surrogates, which JSON and Python can hold, and nothing else."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def weight_of(value: Any, name: str = "weight") -> float:

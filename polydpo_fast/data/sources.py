@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .files import find
+from .files import find, suffix_of_path
 from .source import Source, SourceError
 
 __all__ = ["open_source"]
@@ -16,7 +16,8 @@ __all__ = ["open_source"]
 def open_source(where: Any, **options: Any) -> Source:
     """The pairs of files, by their suffix, or of records.
 
-    where: a path, a glob, a folder, an address that fsspec knows, or a list of those:
+    where: a path, a glob, a folder, an address that fsspec knows, numbered files such as s-{000..099}.tar, or a list
+        of those:
         .parquet  Pick-a-Pic's or Open Image Preferences' columns (`ParquetPairs`)
         .tar      WebDataset shards, KEY.win.jpg and KEY.lose.jpg (`TarPairs`)
         .jsonl, .csv, .json  a manifest of files: win, lose, prompt, weight, category; or HPDv2's or HPDv3's list
@@ -35,6 +36,7 @@ def open_source(where: Any, **options: Any) -> Source:
         from .records import RecordPairs
 
         return _make(RecordPairs, where, options)
+    _check_no_dataset(where)
     kinds = _kinds(where, _SUFFIXES)
     if len(kinds) > 1:
         # A folder of shards or tables often has a JSON beside them that is none of the data.
@@ -69,7 +71,26 @@ _SUFFIXES = {"parquet": _parquet, "tar": _tar, "jsonl": _manifest, "csv": _manif
 
 
 def _kinds(where: Any, suffixes: Iterable[str]) -> set[str]:
-    return {file.name.rsplit(".", 1)[-1].lower() for file in find(where, [f".{suffix}" for suffix in suffixes])}
+    """Told by the names alone where these end in a suffix; else by the files."""
+    kinds: set[str] = set()
+    for one in where if isinstance(where, (list, tuple)) else [where]:
+        suffix = suffix_of_path(os.fspath(one))
+        if suffix in suffixes and not os.path.isdir(os.path.expanduser(one)):
+            kinds.add(suffix)
+        else:
+            kinds |= {suffix_of_path(file.path) for file in find(one, [f".{suffix}" for suffix in suffixes])}
+    return kinds
+
+
+def _check_no_dataset(where: Any) -> None:
+    """A folder that `datasets` wrote has JSON files, which are no manifests."""
+    if isinstance(where, (str, os.PathLike)):
+        folder = os.path.expanduser(os.fspath(where))
+        if any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "dataset_dict.json")):
+            raise SourceError(
+                f"{folder} was written by save_to_disk of the package datasets; expected what "
+                f"datasets.load_from_disk({folder!r}) returns (of a DatasetDict one of its splits)"
+            )
 
 
 def _is_location(where: Any) -> bool:

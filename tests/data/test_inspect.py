@@ -2,11 +2,13 @@
 
 import io
 import json
+import time
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from data.pairs import Tiny
 from typer.testing import CliRunner
 
 from polydpo_fast import DecodeLimits
@@ -139,6 +141,15 @@ def test_many_pairs_in_batches():
         bad += [problem.index for problem in problems]
     assert done == 40
     assert bad == [i for i in range(40) if i % 7 == 3]
+
+
+def test_pairs_are_read_side_by_side():
+    source = Tiny(40, slow=dict.fromkeys(range(40), 0.03), bad={7: "read", 9: "win"})
+    began = time.monotonic()
+    found = list(check(source, range(40)))
+    assert time.monotonic() - began < 0.8, "of 1.2 s, one after the other"
+    assert sum(done for done, _ in found) == 40
+    assert sorted(problem.index for _, problems in found for problem in problems) == [7, 9]
 
 
 def line_of(opened, index, key, **more):

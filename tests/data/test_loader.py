@@ -547,3 +547,21 @@ def test_empty_and_missing_sources_are_named(tmp_path):
     (tmp_path / "c.txt").touch()
     with pytest.raises(SourceError, match=r"ends in .txt; expected .parquet, .tar"):
         PairLoader(tmp_path / "c.txt", 1)
+
+
+def test_folders_of_something_else_are_told(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(
+        SourceError, match=r"photos: the folder has no .parquet or .tar or .jsonl or .csv or .json in it$"
+    ):
+        PairLoader(tmp_path / "photos", 1)
+    (tmp_path / "photos" / "a.JPG").touch()
+    with pytest.raises(SourceError, match=r'in it; for files of images .* lines such as \{"win": "a.jpg", "lose": "b'):
+        PairLoader(tmp_path / "photos", 1)
+    (tmp_path / "saved").mkdir()
+    for name in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "saved" / name).touch()
+    with pytest.raises(
+        SourceError, match=r"saved was written by save_to_disk .*; expected .*load_from_disk\('/.*saved'\)"
+    ):
+        PairLoader(tmp_path / "saved", 1)

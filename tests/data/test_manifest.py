@@ -15,6 +15,7 @@ from data.pairs import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polydpo_fast.data import manifest as module
 from polydpo_fast.data.manifest import ManifestPairs
 from polydpo_fast.data.source import PairError, SourceError
 
@@ -68,6 +69,35 @@ def check(source, expected, numbers, name):
         assert source.position(index).endswith((f"{name}:{number}", f"{name}: record {number}"))
     names, codes = source.categories
     assert [names[code] for code in codes] == [record.get("category", "") for record in expected]
+
+
+def test_records_with_the_columns_of_tables(folder):
+    """As Parquet and records have them; and in CSV, where all is text."""
+    columns = ["jpg_0", "jpg_1", "label_0", "has_label", "caption"]
+    rows = [
+        ("a.jpg", "b.jpg", label, has, f"p{i}")
+        for i, (label, has) in enumerate([(1, True), (0, True), (0.5, True), (None, None), (1.0, False), (0.0, None)])
+    ]
+    lines(folder / "pick.jsonl", *(dict(zip(columns, row, strict=True)) for row in rows))
+    table = [",".join("" if value is None else str(value) for value in row) for row in rows]
+    (folder / "pick.csv").write_text("\n".join([",".join(columns), *table]))
+    for name in ("pick.jsonl", "pick.csv"):
+        source = ManifestPairs(folder / name, ties="keep")
+        pairs = [source[i] for i in range(len(source))]
+        assert [(bytes(pair.win), pair.prompt, pair.weight) for pair in pairs] == [
+            *((b"a", "p0", 1.0), (b"b", "p1", 1.0), (b"a", "p2", 0.5), (b"b", "p5", 1.0)),
+        ], name
+        assert len(ManifestPairs(folder / name)) == 3
+    lines(folder / "oip.jsonl", {"chosen": "b.jpg", "rejected": "a.jpg", "prompt": "p"})
+    (folder / "oip.csv").write_text("chosen,rejected,prompt\nb.jpg,a.jpg,p\n")
+    for name in ("oip.jsonl", "oip.csv"):
+        assert plain(ManifestPairs(folder / name)[0])[1:4] == (b"b", b"a", "p")
+
+
+def test_the_pairs_of_a_list_are_not_worked_out_for_each_of_them(folder, monkeypatch):
+    source = ManifestPairs(lines(folder / "m.jsonl", {"file_path": ["a.jpg", "b.jpg"] * 100, "rank": [*range(200)]}))
+    monkeypatch.setattr(module.itertools, "combinations", lambda *_: pytest.fail("worked out"))
+    assert bytes(source[0].win) == b"a"
 
 
 @settings(max_examples=60)
@@ -237,12 +267,14 @@ def test_files_that_cannot_be_read(folder):
         ("m.jsonl", '{"win": "a"}', r"m\.jsonl:1: it has no lose"),
         ("m.jsonl", '{"win": "", "lose": "b"}', r"m\.jsonl:1: it has no win"),
         ("m.jsonl", '{"win": ["a"], "lose": "b"}', r"m\.jsonl:1: win is of type list; expected text"),
-        ("m.jsonl", '{"prompt": "x"}', r"m\.jsonl:1: it has neither win and lose, nor path1"),
+        ("m.jsonl", '{"prompt": "x"}', r"m\.jsonl:1: it has prompt; expected win and lose, chosen and r"),
         ("m.jsonl", '{"win": "a", "lose": "b", "weight": "x"}', r"m\.jsonl:1: weight is 'x'; expected a number"),
         ("m.jsonl", '{"win": "a", "lose": "b", "weight": -1}', r"m\.jsonl:1: weight is -1; expected a number >= 0"),
         ("m.jsonl", '{"win": "a", "lose": "b", "weight": 1e39}', r"m\.jsonl:1: weight is 1e\+39; expected 0, or a num"),
         ("m.jsonl", '{"win": "a", "lose": "b", "weight": 1e-60}', r"m\.jsonl:1: weight is 1e-60; expected 0, or a nu"),
         ("m.csv", "win,lose,weight\na,b,3.5e38\n", r"m\.csv:2: weight is 3.5e\+38; expected 0, or a number that fl"),
+        ("m.jsonl", '{"win": "a", "lose": "b", "win": "c"}', r"m\.jsonl:1: it has 'win' twice"),
+        ("m.jsonl", '{"jpg_0": "a", "jpg_1": "b", "label_0": 2}', r"m\.jsonl:1: label_0 is 2; expected 1, 0, or 0.5"),
         ("m.jsonl", '{"win": "a", "lose": "\\ud800"}', r"m\.jsonl:1: lose is not Unicode text"),
         ("m.jsonl", b'{"win": "\xe4", "lose": "b"}', r"m\.jsonl:1: it is not UTF-8"),
         ("m.jsonl", "{" + " " * (1 << 24), r"m\.jsonl:1: it has more than 16777216 bytes"),

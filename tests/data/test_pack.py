@@ -148,6 +148,19 @@ def test_pairs_that_cannot_be_read_are_written_down(tmp_path):
     assert [back[i].key for i in range(18)] == [f"k.{n}" for n in range(20) if n not in (3, 11)]
 
 
+def test_what_json_cannot_hold(tmp_path):
+    """Half of a pair of surrogates is no text, and NaN no JSON: the first costs the pair, the second becomes null."""
+    extra = {"x": float("nan"), "y": [np.float32("inf"), {"z": np.array([1.0, np.nan])}], "t": "é"}
+    prompts = ["a \ud83d b", "good \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")]
+    done = pack(Listed([Pair(f"{i}", image(1), image(2), p, extra=extra) for i, p in enumerate(prompts)]), tmp_path)
+    assert (done.pairs, done.unreadable) == (1, 1)
+    with tarfile.open(tmp_path / "pairs-000000.tar") as shard:
+        text = shard.extractfile("000000001.json").read().decode()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert (record["x"], record["y"], record["t"]) == (None, [None, {"z": [1.0, None]}], "é")
+    assert TarPairs(tmp_path)[0].prompt == "good \U0001f600"
+
+
 class Stop(BaseException):
     """Like an interrupt from the keyboard."""
 
@@ -311,9 +324,12 @@ def test_real_images_and_their_suffixes():
         ("TIFF", "tif"),
         ("GIF", "gif"),
         ("BMP", "bmp"),
+        ("TGA", "tga"),
     ):
         file = io.BytesIO()
         image.new("RGB", (4, 4)).save(file, form)
+        assert suffix_of(file.getvalue()) == suffix
+        image.new("L", (4, 4)).convert("P" if form != "JPEG" else "L").save(file := io.BytesIO(), form)
         assert suffix_of(file.getvalue()) == suffix
 
 

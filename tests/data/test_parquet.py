@@ -190,7 +190,7 @@ def test_structs_of_bytes_and_path(tmp_path):
     assert len(source) == 5
     assert plain(source[0]) == ("preferences.parquet:0", b"good 0", b"bad 0", "a", 1.0, "", {})
     for index, arm, name in ((1, "win", "chosen"), (2, "win", "chosen"), (3, "lose", "rejected"), (4, "win", "chosen")):
-        with pytest.raises(PairError, match=rf"^{arm}: {name} has no bytes$") as caught:
+        with pytest.raises(PairError, match=rf"^{arm}: {name} has no bytes") as caught:
             source[index]
         assert caught.value.arm == arm
 
@@ -432,6 +432,18 @@ def test_a_row_group_that_grows_without_bound_is_refused(tmp_path, monkeypatch):
     most = pa.default_memory_pool().max_memory()
     assert ParquetPairs(path).categories[0] == ("x" * (1 << 16),)
     assert pa.default_memory_pool().max_memory() < most + (1 << 25), "of 1.3 GB"
+
+
+def test_paths_in_the_place_of_images_are_told(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"win": pa.array([{"bytes": None, "path": "a.png"}], kind), "lose": [b"l"]})
+    with pytest.raises(
+        PairError, match=r"win has no bytes; paths are not followed: embed .* \.jsonl or \.csv manifest"
+    ):
+        ParquetPairs(write(tmp_path / "struct.parquet", table))[0]
+    table = pa.table({"win": ["a.png"], "lose": ["b.png"]})
+    with pytest.raises(SourceError, match=r"win is string; .*; for paths of files write a \.jsonl or \.csv manifest"):
+        ParquetPairs(write(tmp_path / "text.parquet", table))
 
 
 def test_the_bytes_are_views_that_outlive_the_source(tmp_path):

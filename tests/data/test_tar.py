@@ -13,6 +13,7 @@ from data.pairs import everything, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polydpo_fast.data import open_source
 from polydpo_fast.data.source import PairError, SourceError
 from polydpo_fast.data.tar import TarPairs
 
@@ -222,6 +223,29 @@ def test_incomplete_samples_are_counted_and_left_out(tmp_path):
     assert source.counts == {"files": 1, "samples": 3, "incomplete": 2, "ties": 0, "pairs": 1}
     with pytest.raises(SourceError, match="no pairs found; 1 files, 1 samples, 1 incomplete"):
         pairs_of(tmp_path, archive([("a.win.jpg", b"")]))
+
+
+def test_shards_by_their_numbers(tmp_path):
+    for number in range(3):
+        (tmp_path / f"s-{number:02}.tar").write_bytes(archive(sample(f"k{number}")))
+    source = open_source(f"{tmp_path}/s-{{00..02}}.tar")
+    assert [source[i].key for i in range(len(source))] == ["k0", "k1", "k2"]
+    assert len(open_source(f"{tmp_path}/s-{{01..01}}.tar")) == 1
+    with pytest.raises(SourceError, match=r"s-03\.tar: no such file"):
+        open_source(f"{tmp_path}/s-{{00..03}}.tar")
+    with pytest.raises(SourceError, match=r"\{3\.\.1\} means -1 files"):
+        open_source(f"{tmp_path}/s-{{3..1}}.tar")
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar")
+    try:
+        with open(path, "wb") as file:
+            file.write(archive(sample("k")))
+    except OSError:
+        pytest.skip("the file system has no such names")
+    with pytest.raises(SourceError, match=r"caf\\udce9\.tar': the file's name is not UTF-8"):
+        open_source(path)
 
 
 def test_shards_blocks_and_keys(tmp_path):
