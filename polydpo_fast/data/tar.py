@@ -33,7 +33,10 @@ _MAX_EXTENSION = 1 << 20
 _MAX_PADDING = 1 << 20  # after the end mark; tar fills its last record, of 10 KB as a rule
 _MAX_SAMPLE = 1 << 32
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
-_REGULAR, _EXTENSIONS, _WITHOUT_DATA = b"\x000" + b"7", b"LKxXg", b"123456"
+# Type flags of headers.
+_REGULAR = b"\x0007"  # a file; 7 is one that lies in one piece
+_EXTENSIONS = b"LKxXg"  # of the member that follows: L its long name, K its link's; x or X PAX fields; g PAX for all
+_WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 _ARMS = (("win", "lose"), ("0", "1"))
 
 
@@ -388,7 +391,8 @@ def _is_header(block: bytes) -> bool:
     digits = block[148:156].strip(b"\0 ")
     if not digits or digits.strip(b"01234567"):
         return False
-    # Adler-32 has the sum in its lower half, modulo what 256 bytes do not reach; sum() takes ten times as long.
+    # The low 16 bits of Adler-32 are 1 + the sum of the bytes, modulo 65521, which 256 bytes never reach (255 * 256 is
+    # 65280). So two halves of a block give their sums, less 1 each; sum() takes ten times as long.
     halves = (zlib.adler32(half) & 0xFFFF for half in (block[:256], block[256:]))
     return int(digits, 8) == sum(halves) - 2 - sum(block[148:156]) + 8 * 32
 
