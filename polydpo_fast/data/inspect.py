@@ -331,8 +331,9 @@ def _report_replay(source: Source, ledger: Path, console: Console) -> bool:
     console.print(f"{bad:,} of {pairs - foreign:,} pairs of the ledger are still bad")
     if foreign:
         console.print(
-            f"{foreign:,} others are of another source, or of one that was opened with other options (ties, columns, "
-            "root, the files and their order)"
+            f"{foreign:,} of its lines are of another source, or of one that was opened with other options (ties, "
+            "root, columns, the files and their order)",
+            soft_wrap=True,
         )
     return not bad and not foreign
 

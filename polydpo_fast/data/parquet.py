@@ -153,7 +153,6 @@ class ParquetPairs(Source):
         row = int(self._rows[index])
         verdict = int(self._verdicts[index])
         win, lose = (self._image(group, row - block.begin, column, arm) for arm, column in self._layout.arms(verdict))
-        where = f"row {row}: {self._weight}"
         try:
             values = {name: column[row - block.begin].as_py() for name, column in group.others.items()}
         except Exception as error:  # text that is not UTF-8, times beyond Python's, whatever a conversion raises
@@ -163,7 +162,7 @@ class ParquetPairs(Source):
             win=win,
             lose=lose,
             prompt=values.get(self._layout.prompt) or "",
-            weight=row_weight(values.get(self._weight or ""), where, verdict),
+            weight=row_weight(values.get(self._weight or ""), f"row {row}: {self._weight}", verdict),
             category=self._category_of(index),
             extra={name: values[name] for name in self._extra},
         )

@@ -6,7 +6,8 @@ import os
 import queue
 import threading
 import time
-from collections import Counter, deque
+from bisect import bisect_right
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -67,7 +68,7 @@ class Readers:
 
     def __init__(self, source: Source, clips: bool, threads: int, timeout_s: float) -> None:
         self._source, self._clips, self._timeout_s = source, clips, timeout_s
-        self._block_ends = None if source.random_access else np.cumsum(source.blocks)
+        self._block_ends = None if source.random_access else np.cumsum(source.blocks).tolist()
         self._tasks = _Tasks()
         self._workers: list[_Worker] = []
         self._given_up: list[_Worker] = []
@@ -85,7 +86,7 @@ class Readers:
 
     def block_of(self, index: int) -> int:
         """-1 where pairs are cheap to read without their neighbours."""
-        return -1 if self._block_ends is None else int(np.searchsorted(self._block_ends, index, side="right"))
+        return -1 if self._block_ends is None else bisect_right(self._block_ends, index)
 
     def wait(self, reading: Reading, look: Callable[[], None]) -> None:
         """Until it is done; calls `look` now and then. Raises LoaderError where one pair after the other hangs."""
@@ -153,7 +154,7 @@ class _Tasks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pending: deque[Reading] = deque()
-        self._blocks: Counter[int] = Counter()  # that are being read from
+        self._blocks: defaultdict[int, int] = defaultdict(int)  # that are being read from
         self._awake = 0  # threads that have not been given up
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()  # one for each thread that is to wake up, or to end
 

@@ -183,7 +183,7 @@ def test_the_ledger_is_replayed(bad, tmp_path):
     code, output = run(bad, "--sample", "0", "--ledger", ledger)
     assert code == 1
     assert "2 of 3 pairs of the ledger are still bad" in output
-    assert "4 others are of another source" in output
+    assert "4 of its lines are of another source" in output
     ledger.write_text(json.dumps(lines[2]) + "\n")
     assert run(bad, "--sample", "0", "--ledger", ledger)[0] == 0
     ledger.write_text(json.dumps({**lines[2], "key": ""}) + "\n")  # it could not be read then
@@ -208,11 +208,11 @@ def test_a_ledger_of_a_source_with_other_options_is_told(tmp_path):
     list(PairLoader(kept, 2, size=8, ledger=ledger, max_bad_rate=1.0))
     code, output = run(path, "--sample", "0", "--ledger", ledger)
     assert code == 1
-    assert "2 others are of another source, or of one that was opened with other options" in output
+    assert "2 of its lines are of another source, or of one that was opened with other options" in output
     code, output = run(path, "--sample", "0", "--ledger", ledger, "--ties", "keep")
     assert code == 1
     assert "2 of 2 pairs of the ledger are still bad" in output
-    assert "others" not in output
+    assert "another source" not in output
 
 
 def test_a_ledger_is_replayed_with_the_loaders_own_options(tmp_path):
