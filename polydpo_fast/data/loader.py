@@ -76,7 +76,8 @@ class PairLoader(IterableDataset[PairBatch]):
         ledger: a file to which bad pairs are appended, one line of JSON each.
         max_bad_rate: the share of bad pairs above which LoaderError is raised: of those that were asked for so far, but
             of no fewer than 10,000 or the whole source, as a damaged shard has its bad pairs all at once.
-        max_bad_run: more pairs in a row that cannot be read, or that cannot be decoded, raise it too.
+        max_bad_run: more pairs in a row that cannot be read, or that cannot be decoded, raise it too. Those of a row
+            group that cannot be read count as one.
         decode: everything else goes to `decode_pairs`, or, with `frames=` among them, to `decode_clips`: size=1024,
             crop="random", hflip=0.5, dtype=torch.bfloat16 and so on.
 

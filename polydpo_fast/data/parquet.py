@@ -115,7 +115,8 @@ class ParquetPairs(Source):
         self._weight = weight if any(weight in schema.names for schema in schemas) or weight != WEIGHT else None
         for file, schema in zip(self._files, schemas, strict=True):
             self._check_columns(schema, file)
-        self._has_paths = any("path" in str(schema.field(self._layout.first).type) for schema in schemas)
+        kinds = [schema.field(self._layout.first).type for schema in schemas]
+        self._has_paths = any(pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 for kind in kinds)
 
         rows, flags, blocks = [], [], []
         for number, (file, index) in enumerate(zip(self._files, indexes, strict=True)):

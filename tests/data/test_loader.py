@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import LoaderError, PairLoader, SourceError, read_ledger
+from polydpo_fast.data import LoaderError, PairLoader, SourceError, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
+from polydpo_fast.data import sources as sources_module
 from polydpo_fast.data.ledger import Ledger
 from polydpo_fast.data.order import Shuffled, mix
 
@@ -565,3 +566,12 @@ def test_folders_of_something_else_are_told(tmp_path):
         SourceError, match=r"saved was written by save_to_disk .*; expected .*load_from_disk\('/.*saved'\)"
     ):
         PairLoader(tmp_path / "saved", 1)
+
+
+def test_a_storage_is_not_listed_twice(tmp_path, monkeypatch):
+    """What kind of source it is, the names tell."""
+    (tmp_path / "pairs.jsonl").write_text('{"win": "a.png", "lose": "b.png"}\n')
+    monkeypatch.setattr(sources_module, "find", lambda *_: pytest.fail("listed"))
+    for where in ("pairs.jsonl", "*.jsonl", "pair?.jsonl"):
+        assert len(open_source(tmp_path / where)) == 1
+    assert len(open_source([tmp_path / "pairs.jsonl"])) == 1
