@@ -233,12 +233,19 @@ def sample(
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def save_lora(pipe: Any, family: Family, model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """The adapters among a model's state, as `pipe.load_lora_weights(folder)` takes them."""
-    from diffusers.utils import convert_state_dict_to_diffusers
+def save_lora(
+    pipe: Any, family: Family, model: Any, state: dict[str, Tensor], folder: Path, *, scale: float = 1.0
+) -> None:
+    """The adapters among a model's state, as `pipe.load_lora_weights(folder)` takes them.
+
+    scale: lora_alpha / rank. It goes into the weights, because what reads them takes it to be 1.
+    """
     from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, state_dict=state))
+    # PEFT's own names, as Diffusers' scripts of SD3 and FLUX write them. Its older names exist for the attention's
+    # projections alone, and of a file with both kinds it loads one.
+    layers = get_peft_model_state_dict(model, state_dict=state)
+    layers = {name: value * scale if ".lora_B." in name else value for name, value in layers.items()}
     pipe.save_lora_weights(folder, **{f"{family.model}_lora_layers": layers})
 
 

@@ -1,5 +1,6 @@
 """What is asked of each family of pipelines, against what the pipelines do themselves."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -13,11 +14,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from diffusion import pipelines
+from diffusion import pipelines, tiny
+from peft import LoraConfig
 
 from polydpo_fast.data import PairBatch
-from polydpo_fast.diffusion import families
+from polydpo_fast.diffusion import families, predict
 from polydpo_fast.diffusion.families import FAMILIES
+from polydpo_fast.diffusion.forward import both_arms
 
 # Of a scheduler of Diffusers', not of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -175,6 +178,41 @@ def test_geometry(loaded):
         with pytest.raises(ValueError, match="loader has frames=None; expected a multiple of 4, and one more"):
             families.check_geometry(pipe, family, (unit, unit), None)
     assert families.native_size(pipe, family) == {"wan": (480, 832), "flux": (256, 256)}.get(name, (16, 16))
+
+
+WIDER = {
+    "sd15": ["to_q", "to_out.0", "proj_in", "net.2", "conv1", "time_emb_proj"],
+    "sdxl": ["to_q", "to_out.0", "proj_in", "net.2", "conv1", "time_emb_proj"],
+    "sd3": ["to_q", "to_add_out", "net.2", "proj", "linear"],
+    "flux": ["to_q", "to_out.0", "net.2", "proj_mlp", "proj_out", "linear"],
+    "wan": ["to_q", "to_out.0", "net.0.proj", "ffn.net.2"],
+}
+
+
+@pytest.mark.parametrize("wider", [False, True], ids=["default", "wider"])
+def test_lora_is_saved_so_that_diffusers_loads_all_of_it(loaded, tmp_path, wider):
+    """As many tensors as were trained, and the outputs of the model that was; with the scale in the weights."""
+    name, pipe, family = loaded
+    live = copy.deepcopy(getattr(pipe, family.model))
+    targets = WIDER[name] if wider else list(family.lora_targets)
+    live.add_adapter(LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=targets))
+    families.save_lora(pipe, family, live, live.state_dict(), tmp_path, scale=1.5)
+    _, latents, conditioning = tiny.FAMILIES[name]()
+    conditioning = both_arms(conditioning, tiny.PAIRS)
+    with torch.no_grad():
+        plain, trained = (
+            predict(model, latents, torch.full((4,), 300), conditioning)
+            for model in (getattr(pipe, family.model), live)
+        )
+        pipe.load_lora_weights(tmp_path)
+        again = predict(getattr(pipe, family.model), latents, torch.full((4,), 300), conditioning)
+    counts = [
+        sum("lora_" in name for name, _ in model.named_parameters()) for model in (live, getattr(pipe, family.model))
+    ]
+    pipe.unload_lora_weights()
+    assert counts[0] == counts[1] > 0
+    torch.testing.assert_close(again, trained, rtol=1e-4, atol=1e-5)
+    assert (trained - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
