@@ -369,12 +369,24 @@ def geneval(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's own).")] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Side in pixels (default: the model's own).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16; on a CPU float32).")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model's files, such as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
-    """Render GenEval's prompts into the folders that its official scorer reads; goes on where it stopped."""
+    """Render GenEval's prompts into the folders that its official scorer reads; goes on where it stopped.
+
+    Runs under `accelerate launch` too.
+    """
     console = Console(stderr=True)
     try:
+        import torch
+
         from .diffusion.geneval import render
 
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16")
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar:
             task = bar.add_task("rendering")
             render(
@@ -387,6 +399,9 @@ def geneval(
                 guidance=guidance,
                 size=None if size is None else (size, size),
                 seed=seed,
+                dtype=None if dtype is None else getattr(torch, dtype),
+                variant=variant,
+                revision=revision,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except (OSError, TypeError, ValueError, ImportError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,31 +15,48 @@ from torch import Tensor
 
 from ..data.fields import parse_json
 from .config import Settings
-from .families import Family, save_lora, save_rest, save_scheduler
+from .families import LORA_FILE, Family, save_lora, save_rest, save_scheduler
 from .reference import unwrapped
 
-__all__ = ["checkpoint_adapters_only", "resume", "save_checkpoint", "save_result"]
+__all__ = ["check_output", "checkpoint_adapters_only", "result_of", "resume", "save_checkpoint", "save_result"]
 
 _ADAPTERS = "adapters.safetensors"
 _RUN = "run.json"
 
 
-def save_checkpoint(accelerator: Any, output: Path, step: int, keep: int, run: Mapping[str, Any]) -> None:
+def check_output(settings: Settings) -> None:
+    """Raises ValueError where the output folder has what another run left, and this one does not go on from it.
+
+    Two results in one folder would be mixed: of all weights, LoRA, and a scheduler each takes what it finds.
+    """
+    output = Path(settings.output)
+    checkpoint = _resumed(settings, output)
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+    left = [name for name in ("unet", "transformer", LORA_FILE) if (output / name).exists()]
+    if left and not goes_on:
+        raise ValueError(
+            f"{output} has {left[0]}, and no checkpoint that this run goes on from: it is the result of another run; "
+            "expected another --output"
+        )
+
+
+def save_checkpoint(accelerator: Any, output: Path, step: int, settings: Settings, run: Mapping[str, Any]) -> None:
     """Under another name until it is whole: what a crash leaves behind is never resumed from.
 
-    keep: the number of those written last that are kept; 0 for all. run: what `resume` compares, by name.
+    run: what `resume` compares, by name.
     """
     folder, partial = output / f"checkpoint-{step}", output / f"partial-checkpoint-{step}"
-    number = 0
+    keep, number = settings.keep, 0
     if accelerator.is_main_process:
         number = max(map(_number, _checkpoints(output)), default=0) + 1
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in output.glob("partial-checkpoint-*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        told = {"number": number, "settings": dict(run)}
+        told = {"number": number, "steps": settings.steps, "settings": dict(run)}
         (partial / _RUN).write_text(json.dumps(told, default=str) + "\n", encoding="utf-8")
         partial.rename(folder)
         for old in _checkpoints(output)[: -keep or None] if keep else ():
@@ -71,6 +89,21 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def _resumed(settings: Settings, output: Path) -> Path | None:
+    """The checkpoint that a run is to go on from, if there is one."""
+    found = _checkpoints(output)
+    if settings.resume is None:
+        if found:
+            raise ValueError(f"{output} has checkpoints of another run; expected --resume latest, or another --output")
+        return None
+    if settings.resume == "latest":  # none yet: so that a job that is started again and again has one command
+        return found[-1] if found else None
+    checkpoint = Path(settings.resume)
+    if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdecimal():
+        raise ValueError(f"resume is {settings.resume!r}; expected 'latest', or a folder checkpoint-STEP")
+    return checkpoint
+
+
 def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str, Any]) -> int:
     """Loads the checkpoint, if there is one to be loaded, and returns the steps that it has behind it.
 
@@ -79,20 +112,11 @@ def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str,
     """
     from safetensors import SafetensorError
 
-    found = _checkpoints(output)
-    if settings.resume is None:
-        if found:
-            raise ValueError(f"{output} has checkpoints of another run; expected --resume latest, or another --output")
+    checkpoint = _resumed(settings, output)
+    if checkpoint is None:
         return 0
-    if settings.resume == "latest":
-        if not found:  # so that a job that is started again and again has one command
-            return 0
-        checkpoint = found[-1]
-    else:
-        checkpoint = Path(settings.resume)
-        if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdecimal():
-            raise ValueError(f"resume is {settings.resume!r}; expected 'latest', or a folder checkpoint-STEP")
-    had, here = _told(checkpoint).get("settings", {}), json.loads(json.dumps(dict(run), default=str))
+    told = _told(checkpoint)
+    had, here = told.get("settings", {}), json.loads(json.dumps(dict(run), default=str))
     for name in [name for name in here if name in had]:
         if here[name] != had[name]:
             raise ValueError(
@@ -103,6 +127,12 @@ def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str,
     if step > settings.steps:
         raise ValueError(
             f"steps is {settings.steps}, and {checkpoint} is of step {step}; expected {step} steps or more"
+        )
+    if not settings.schedule.startswith("constant") and told.get("steps", settings.steps) != settings.steps:
+        warnings.warn(
+            f"steps is {settings.steps}, and was {told['steps']} when {checkpoint} was written: the learning rate of "
+            f"schedule {settings.schedule!r} goes on as if it had been {settings.steps} all the time",
+            stacklevel=2,
         )
     try:
         accelerator.load_state(str(checkpoint))
@@ -141,19 +171,32 @@ def checkpoint_adapters_only(accelerator: Any) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
+def result_of(accelerator: Any, model: Any, settings: Settings) -> tuple[dict[str, Tensor], Any]:
+    """The model's state under its own names, in the main process; and, of all weights, a model that has them.
+
+    All processes call it. A training does so before its first step too: what cannot be saved is said then.
+    """
+    # What compiled parts of a model are called within it.
+    state = {name.replace("_orig_mod.", ""): value for name, value in accelerator.get_state_dict(model).items()}
+    if settings.lora_rank or not accelerator.is_main_process:
+        return state, None
+    inner = unwrapped(model)
+    with torch.device("meta"):  # what is wrapped, patched or sharded for training is not what is saved
+        plain = type(inner).from_config(inner.config)
+    plain.load_state_dict(state, assign=True)
+    return state, plain
+
+
 def save_result(accelerator: Any, pipe: Any, family: Family, model: Any, settings: Settings, output: Path) -> None:
     """A pipeline that Diffusers loads, or LoRA weights that its `load_lora_weights` does."""
-    state = {name.removeprefix("_orig_mod."): value for name, value in accelerator.get_state_dict(model).items()}
+    state, plain = result_of(accelerator, model, settings)
     if accelerator.is_main_process:
-        inner = unwrapped(model)
         if settings.lora_rank:
-            save_lora(pipe, family, inner, state, output)
+            scale = (settings.lora_alpha or settings.lora_rank) / settings.lora_rank
+            save_lora(pipe, family, unwrapped(model), state, output, scale=scale)
             if settings.scheduler:
                 save_scheduler(pipe, output)
         else:
-            with torch.device("meta"):  # what is wrapped, patched or sharded for training is not what is saved
-                plain = type(inner).from_config(inner.config)
-            plain.load_state_dict(state, assign=True)
             plain.save_pretrained(output / family.model)
-            save_rest(pipe, family, settings.model, output)
+            save_rest(pipe, family, settings.model, output, variant=settings.variant, revision=settings.revision)
     accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import types
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import need
+from .objective import PairObjective, check_loss
 
 __all__ = ["Settings", "lasting", "read_assignments", "read_settings", "write_settings"]
 
@@ -20,7 +22,8 @@ __all__ = ["Settings", "lasting", "read_assignments", "read_settings", "write_se
 class Settings:
     """A training run.
 
-    model: a folder or a hub id of a Diffusers pipeline.
+    model: a folder or a hub id of a Diffusers pipeline. variant: of its files, such as "fp16", where they have one.
+        revision: of the hub's repository, a branch, a tag or a commit.
     data: what `open_source` takes, or a folder of latents that `polydpo-fast cache` made with the same settings;
         data_options: of that source, such as ties, root, columns.
     reference_errors: a folder that `polydpo-fast reference` made with the same settings, instead of a reference.
@@ -33,13 +36,19 @@ class Settings:
         timestep_weight (by its name).
     scheduler: values in place of those of the pipeline's scheduler, for training and pictures, such as
         prediction_type, rescale_betas_zero_snr, shift; _class_name for another class, where its own has no such value.
+    guidance: of FLUX.1-dev's guidance embedding in training; None for 3.5, the default of Diffusers' scripts
+        (train_dreambooth_lora_flux.py). Pictures have the pipeline's own.
     lora_rank: 0 trains all weights. lora_targets: names of layers; empty for the attention's projections.
+        lora_alpha: the adapters are multiplied by lora_alpha / lora_rank; None for lora_rank. The saved weights have
+        that factor in them, so that they load at a scale of 1. lora_weights: a folder in which `train` left LoRA
+        weights, to begin with; the reference remains the model without them.
     optimizer: "adamw", "adamw8bit", "paged_adamw8bit" (bitsandbytes: two bytes of state per weight, not eight) or
         "adafactor" (with a fixed rate, as Diffusion-DPO's script has it).
     learning_rate: None for what was published: 1e-8 for each pair of a step (Diffusion-DPO, all weights), 1e-5 for LoRA
         (Diffusers' DPO scripts).
-    schedule: of the learning rate, a name that diffusers.optimization.get_scheduler knows; warmup: steps; cycles: of
-        "cosine_with_restarts"; power: of "polynomial".
+    schedule: of the learning rate, a name that diffusers.optimization.get_scheduler knows; warmup: steps, of all but
+        "constant"; cycles: of "cosine_with_restarts"; power: of "polynomial". Those that decay end with `steps`: a run
+        that is resumed with more of them goes on at another rate than one that was begun with them.
     max_grad_norm: 0 for no clipping.
     mixed_precision: "no", "fp16", "bf16", or None for what `accelerate launch` was told.
     ema: decay of the averaged weights, which are the result then; 0 for none.
@@ -58,6 +67,8 @@ class Settings:
 
     model: str
     data: str | list[str]
+    variant: str | None = None
+    revision: str | None = None
     output: str = "train-output"
     data_options: dict[str, Any] = field(default_factory=dict)
     reference_errors: str | None = None
@@ -71,8 +82,11 @@ class Settings:
     objective: str = "poly_dpo"
     loss: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
+    guidance: float | None = None
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=list)
+    lora_alpha: float | None = None
+    lora_weights: str | None = None
     optimizer: str = "adamw"
     learning_rate: float | None = None
     schedule: str = "constant_with_warmup"
@@ -107,7 +121,15 @@ class Settings:
         for name in ("lora_rank", "warmup", "checkpoint_every", "keep", "validation_every"):
             _check_range(name, getattr(self, name), 0, 2**31 - 1)
         _check_range("seed", self.seed, 0, 2**63 - 1)
-        for name in ("learning_rate", "beta", "weight_decay", "max_grad_norm", "adam_epsilon", "power"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "adam_epsilon",
+            "power",
+            "guidance",
+            "lora_alpha",
+        ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, math.inf)
         for name in ("ema", "prompt_dropout", "adam_beta1", "adam_beta2"):
@@ -123,6 +145,8 @@ class Settings:
         for name, taken in _TAKEN.items():
             if both := sorted(taken & set(getattr(self, name))):
                 raise ValueError(f"{name} has {', '.join(both)}; expected as settings of their own, or not at all")
+        _check_loss(self)
+        _check_unused(self)
 
 
 def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings:
@@ -185,11 +209,15 @@ def lasting(settings: Settings) -> dict[str, Any]:
     return told
 
 
+_DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
 # Where things are, how long and how often, and what changes no number. Of the data the loader's own state tells.
 _MAY_CHANGE = {
     "model",
+    "variant",
+    "revision",
     "data",
     "reference_errors",
+    "lora_weights",
     "output",
     "resume",
     "steps",
@@ -213,6 +241,40 @@ _TAKEN = {
     | {"last", "layout", "mean", "std"},
     "loss": {"scheduler", "reference", "forward", "alpha", "beta", "objective", "reduction"},
 }
+
+
+def _check_loss(settings: Settings) -> None:
+    of_objective = set(inspect.signature(PairObjective).parameters)
+    of_loss = {name: value for name, value in settings.loss.items() if name not in of_objective}
+    check_loss({"alpha": settings.alpha, "beta": settings.beta, "objective": settings.objective, **of_loss})
+
+
+def _check_unused(settings: Settings) -> None:
+    """Raises ValueError for settings that would be taken and do nothing; those that are as they were do not count."""
+    schedule = f"with schedule {settings.schedule!r}; expected"
+    for name, used, why in (
+        ("warmup", settings.schedule != "constant", f"{schedule} 'constant_with_warmup'"),
+        ("cycles", settings.schedule == "cosine_with_restarts", f"{schedule} 'cosine_with_restarts'"),
+        ("power", settings.schedule == "polynomial", f"{schedule} 'polynomial'"),
+        *(
+            (name, settings.optimizer != "adafactor", "with optimizer 'adafactor'; expected another one")
+            for name in ("adam_beta1", "adam_beta2", "adam_epsilon")
+        ),
+        *(
+            (name, settings.lora_rank > 0, "with lora_rank 0; expected 1 or more")
+            for name in ("lora_targets", "lora_alpha", "lora_weights")
+        ),
+        ("validation_every", bool(settings.validation_prompts), "without validation_prompts; expected some"),
+        ("keep", settings.checkpoint_every > 0, "with checkpoint_every 0; expected 1 or more"),
+    ):
+        value = getattr(settings, name)
+        if value != _DEFAULTS[name] and value != [] and not used:
+            raise ValueError(f"{name} is {value!r}, which has no effect {why}")
+    if settings.warmup >= settings.steps:
+        raise ValueError(
+            f"warmup is {settings.warmup} and steps {settings.steps}, so that the learning rate would never be "
+            "reached; expected a warmup of fewer steps"
+        )
 
 
 def _check_range(name: str, value: float, least: float, most: float) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from .moving import moved
 from .reference import unwrapped
 
-__all__ = ["both_arms", "predict", "time_ids"]
+__all__ = ["FLUX_GUIDANCE", "both_arms", "predict", "time_ids"]
 
 Forward = Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 _OF_TOKENS = {"img_ids", "txt_ids"}
-_FLUX_GUIDANCE = 3.5  # what FLUX.1-dev was distilled for, and Diffusers' default
+FLUX_GUIDANCE = 3.5  # the default of Diffusers' pipeline and of its training scripts (train_dreambooth_lora_flux.py)
 
 
 def predict(model: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
@@ -100,7 +100,7 @@ def _flux(model: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[st
         raise ValueError(f"latents are {height} x {width}; expected even sides, which FLUX packs in squares of four")
     high, wide = height // 2, width // 2
     tokens = noisy.view(rows, channels, high, 2, wide, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    given = {"guidance": _FLUX_GUIDANCE, **conditioning}
+    given = {"guidance": FLUX_GUIDANCE, **conditioning}
     if unwrapped(model).config.guidance_embeds:
         guidance = torch.as_tensor(given["guidance"], dtype=torch.float32)
         given["guidance"] = moved(guidance, noisy.device).expand(rows)

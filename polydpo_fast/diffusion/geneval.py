@@ -19,11 +19,18 @@ from ..data.order import mix
 from .extras import need
 from .families import check_geometry, family_of, load_pipeline, load_result, native_size, sample
 from .fingerprints import fingerprint
+from .setup import new_accelerator
 
 __all__ = ["read_prompts", "render"]
 
 _MAX_BYTES = 1 << 26
 _SETTINGS = "rendering.json"
+# Of a pipeline's parts, beside the one that is trained, those that show in an image.
+_SHOWS = {
+    "vae",
+    "scheduler",
+    *(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+}
 
 
 def read_prompts(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -61,31 +68,33 @@ def render(
     size: tuple[int, int] | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Renders what is not there yet; under `accelerate launch` the processes share the prompts.
+    """Renders what is not there yet, an image at a time; under `accelerate launch` the processes share the prompts.
 
     model: a pipeline of images. result: the output folder of a training, whose weights take the place of the model's.
     guidance: None for the pipeline's own. size: height and width; None for what the model was made for.
     seed: each image is a function of it, of the prompt's number and the sample's alone, on one kind of device.
     dtype: None for float32 on a CPU and bfloat16 elsewhere.
+    variant, revision: of the model's files, as Diffusers has them.
     progress: called with the number of this process's images that are there, and that there will be.
 
     Raises ValueError where the folder holds images of other prompts, of another model, or made with other settings, and
     for a model that is none or makes clips.
     """
     need("accelerate", "transformers", "diffusers", "safetensors", what="geneval")
-    from accelerate import Accelerator
     from PIL import Image
 
-    records, family, accelerator = read_prompts(prompts), family_of(model), Accelerator()
+    records, family, accelerator = read_prompts(prompts), family_of(model, revision), new_accelerator()
     if family.video:
         raise ValueError(f"model is {model!r}, which makes clips; GenEval is about images")
     mine = range(accelerator.process_index, len(records), accelerator.num_processes)
     for number in mine:
         _claim(out / f"{number:05d}", records[number])
     dtype = dtype or (torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16)
-    pipe = load_pipeline(model, policy=dtype, frozen=dtype)
+    pipe = load_pipeline(model, policy=dtype, frozen=dtype, variant=variant, revision=revision)
     if result is not None:
         load_result(pipe, result)
     for part in pipe.components.values():
@@ -93,19 +102,20 @@ def render(
             part.to(accelerator.device)
     size = size or native_size(pipe, family)
     check_geometry(pipe, family, size, None)
+    parts = {name: part for name, part in pipe.components.items() if part is not None and name in _SHOWS}
+    parts["weights"] = getattr(pipe, family.model)  # a training may have written other ones since
     _claim_all(
         out,
         accelerator.process_index,
         {
-            "model": model,
-            "result": None if result is None else str(result),
             "seed": seed,
             "steps": steps,
             "guidance": guidance,
             "size": list(size),
             "dtype": fingerprint(dtype),
-            "weights": fingerprint(getattr(pipe, family.model)),  # a training may have written other ones there since
+            **{name: fingerprint(part) for name, part in parts.items()},
         },
+        {"model": model, "result": None if result is None else str(result)},
     )
     for done, (number, one) in enumerate(((n, s) for n in mine for s in range(samples)), 1):
         file = out / f"{number:05d}" / "samples" / f"{one:05d}.png"
@@ -126,13 +136,16 @@ def render(
     accelerator.wait_for_everyone()
 
 
-def _claim_all(out: Path, process: int, settings: dict[str, Any]) -> None:
-    """Writes with what the images are made, or sees that those which are there were made so."""
+def _claim_all(out: Path, process: int, settings: dict[str, Any], told: dict[str, Any]) -> None:
+    """Writes with what the images are made, or sees that those which are there were made so.
+
+    told: what is written and not compared: where models are.
+    """
     file = out / _SETTINGS
     out.mkdir(parents=True, exist_ok=True)
     if not file.exists():  # each process may write it, as all write the same
         partial = out / f"partial-{process}-{_SETTINGS}"
-        partial.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps({**told, **settings}) + "\n", encoding="utf-8")
         partial.replace(file)
     old = parse_json(file.read_bytes())
     for name, value in settings.items():

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import PairBatch, PairLoader, open_source
+from ..data import PairBatch, PairLoader
 from ..data.order import mix
 from .config import Settings
 from .families import conditioning, encode_pixels, encode_prompts
 from .fingerprints import fingerprint
+from .forward import FLUX_GUIDANCE
 from .latent_store import LatentPairs
 from .moving import moved
 from .reference_store import random_options
 from .setup import Setup
-from .shards import is_store
 
 __all__ = ["Inputs"]
 
@@ -53,10 +52,13 @@ class Inputs:
         }
         # As texts: what is compared may go.
         self.parts: dict[str, Any] = {name: fingerprint(part) for name, part in parts.items()}
-        self.cached = is_store(_only(settings.data))
+        self.cached = isinstance(setup.source, LatentPairs)
         self.loader = self._loader()
         of_source = {"precision": self.parts["precision"]} if self.cached else self.parts
         self.parts_of_errors: dict[str, Any] = {**of_source, "prompt_dropout": fingerprint(settings.prompt_dropout)}
+        if getattr(pipe, setup.family.model).config.get("guidance_embeds"):
+            guidance = FLUX_GUIDANCE if settings.guidance is None else settings.guidance
+            self.parts_of_errors["guidance"] = fingerprint(guidance)
         self._nothing: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device, *, keep_encoders: bool) -> None:
@@ -112,7 +114,8 @@ class Inputs:
                 )
                 for name, value in text.items()
             }
-        return conditioning(self._setup.family, text, batch, self._setup.size)
+        result = conditioning(self._setup.family, text, batch, self._setup.size)
+        return result if self._settings.guidance is None else {**result, "guidance": self._settings.guidance}
 
     def _loader(self) -> PairLoader:
         settings, setup = self._settings, self._setup
@@ -123,15 +126,14 @@ class Inputs:
             world_size=accelerator.num_processes,
             device=accelerator.device,
         )
-        if self.cached:
-            latents = LatentPairs(_only(settings.data))
+        if isinstance(setup.source, LatentPairs):
+            latents = setup.source
             latents.check(**self.parts)
             own = {name: value for name, value in settings.loader.items() if name not in _decoding(settings.loader)}
             own = {name: value for name, value in own.items() if name not in _NOT_PIXELS}
             return PairLoader(latents, settings.batch_size, **options, **own)
-        source = open_source(settings.data, **settings.data_options)
         pixels = dict(size=setup.size, dtype=setup.pipe.vae.dtype)
-        return PairLoader(source, settings.batch_size, **pixels, **options, **settings.loader)
+        return PairLoader(setup.source, settings.batch_size, **pixels, **options, **settings.loader)
 
     def _move(self, device: torch.device) -> None:
         for part in self._encoders.values():
@@ -143,7 +145,3 @@ def _decoding(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of a loader's options those on which the pixels depend."""
     own = set(inspect.signature(PairLoader).parameters)
     return {name: value for name, value in options.items() if name not in own and name not in _NOT_PIXELS}
-
-
-def _only(data: str | list[str]) -> str:
-    return data if isinstance(data, str) else data[0] if len(data) == 1 else os.devnull

@@ -39,8 +39,8 @@ class Journal:
         self._entries: list[tuple[int, list[str], Tensor, dict[str, Tensor]]] = []
         self._began = time.perf_counter()
         if accelerator.is_main_process:  # what came after the checkpoint comes again
-            lines = file.read_text().splitlines() if done and file.exists() else []
-            file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done))
+            lines = _lines(file) if done and file.exists() else []
+            file.write_text("".join(f"{line}\n" for step, line in lines if step <= done))
 
     def add(self, step: int, keys: list[str], losses: Tensor, metrics: dict[str, Tensor]) -> None:
         self._entries.append((step, keys, losses, metrics))
@@ -105,3 +105,21 @@ class Journal:
         found = [one for one in found if one[1] == "loss"] or found
         keys = [key for *_, keys, _ in found for key in keys]
         raise NotFiniteError(first, keys, all(whole for *_, whole in found), found[0][1])
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a file of metrics, with their steps; without a last one that a crash has cut off.
+
+    Raises ValueError for any other line that is none.
+    """
+    lines = file.read_text(errors="replace").splitlines()
+    result = []
+    for number, line in enumerate(lines, 1):
+        try:
+            result.append((int(json.loads(line)["step"]), line))
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{file}:{number}: no line of metrics: {error}; expected the file as it was written"
+                ) from error
+    return result

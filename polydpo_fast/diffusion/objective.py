@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from ..arguments import Inputs, check_head
 from ..functional import loss as preference_loss
 from .forward import Forward, both_arms, forward_of
 from .moving import moved
@@ -17,10 +18,15 @@ from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, is
 from .reference import unwrapped
 from .weights import timestep_weights
 
-__all__ = ["PairObjective"]
+__all__ = ["PairObjective", "check_loss"]
 
-_OF_LOSS = {name for name, one in inspect.signature(preference_loss).parameters.items() if one.kind is one.KEYWORD_ONLY}
-_BETA = inspect.signature(preference_loss).parameters["beta"].default
+_DEFAULTS = {
+    name: one.default
+    for name, one in inspect.signature(preference_loss).parameters.items()
+    if one.kind is one.KEYWORD_ONLY
+}
+_OF_CALLS = {"ref_error", "pair_weight", "mask"}
+_OF_LOSS = set(_DEFAULTS) - _OF_CALLS - {"return_metrics", "layout"}
 
 Reference = torch.nn.Module | Callable[[torch.nn.Module], AbstractContextManager[None]]
 
@@ -41,8 +47,8 @@ class PairObjective:
             `timestep_weights` knows, such as "min_snr" or "cosmap". None for all the same, which is what Diffusion-DPO
             does.
         snr_gamma: of "min_snr".
-        weigh: what is multiplied by the weight: each pair's "loss"; or its "logit", which is omega in Diffusion-DPO
-            (Wallace et al. 2023, Eq. 14) and acts as a beta of its own for each timestep.
+        weight_applies_to: what is multiplied by the weight: each pair's "loss"; or its "logit", which is omega in
+            Diffusion-DPO (Wallace et al. 2023, Eq. 14) and acts as a beta of its own for each timestep.
         forward: a function of (model, noisy, timesteps, conditioning) that returns the prediction; None for Diffusers'
             models that `predict` knows.
         loss: everything else goes to `polydpo_fast.loss`: beta, alpha, objective, label_smoothing, sft_weight ...
@@ -59,32 +65,31 @@ class PairObjective:
         mode_scale: float = 1.29,
         timestep_weight: Callable[[Tensor], Tensor] | str | None = None,
         snr_gamma: float = 5.0,
-        weigh: Literal["loss", "logit"] = "loss",
+        weight_applies_to: Literal["loss", "logit"] = "loss",
         forward: Forward | None = None,
         **loss: Any,
     ) -> None:
-        unknown = set(loss) - (_OF_LOSS - {"ref_error", "pair_weight", "return_metrics", "layout", "mask"})
-        if unknown:
-            raise TypeError(f"{', '.join(sorted(unknown))}: no argument of PairObjective; some are of its calls")
-        if weigh not in ("loss", "logit"):
-            raise ValueError(f"weigh is {weigh!r}; expected 'loss' or 'logit'")
+        check_loss(loss)
+        _check_scheduler(scheduler)
+        if weight_applies_to not in ("loss", "logit"):
+            raise ValueError(f"weight_applies_to is {weight_applies_to!r}; expected 'loss' or 'logit'")
         self.scheduler, self.reference = scheduler, reference
-        self.density: dict[str, Any] = dict(
+        self.timestep_options: dict[str, Any] = dict(
             density=density, logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale
         )
         if not (timestep_weight is None or isinstance(timestep_weight, str) or callable(timestep_weight)):
             raise TypeError(f"timestep_weight is {timestep_weight!r}; expected a name, a function, or None")
-        draw_timesteps(scheduler, (), **self.density)  # what is wrong is said here, not in the first step
-        is_flow_matching(scheduler)
+        draw_timesteps(scheduler, (), **self.timestep_options)  # what is wrong is said here, not in the first step
         if isinstance(timestep_weight, str):
             table = timestep_weights(scheduler, timestep_weight, snr_gamma=snr_gamma)
-            if weigh == "logit" and loss.get("objective") == "ipo" and not table.all():
+            if weight_applies_to == "logit" and loss.get("objective") == "ipo" and not table.all():
                 raise ValueError(
-                    f"weigh is 'logit' and timestep_weight {timestep_weight!r}, which is 0 at timestep "
-                    f"{int((table == 0).int().argmax())}; objective 'ipo' divides by it: expected weigh='loss'"
+                    f"weight_applies_to is 'logit' and timestep_weight {timestep_weight!r}, which is 0 at timestep "
+                    f"{int((table == 0).int().argmax())}; objective 'ipo' divides by it: expected 'loss'"
                 )
             timestep_weight = lambda numbers: moved(table, numbers.device)[numbers]  # noqa: E731
-        self._timestep_weight, self._weigh, self._forward, self._loss = timestep_weight, weigh, forward, loss
+        self._timestep_weight, self._weight_applies_to = timestep_weight, weight_applies_to
+        self._forward, self._loss = forward, loss
 
     def __call__(
         self,
@@ -115,20 +120,25 @@ class PairObjective:
                 "there must be a reference"
             )
         noised = self.noised(latents, seeds=seeds, noise=noise, timesteps=timesteps)
-        inputs = self._inputs(model, noised, conditioning or {})
+        inputs = self._inputs(model, noised, conditioning)
         ref_pred = None
         if ref_error is None and not self._loss.get("reference_free", False):
             if self.reference is None:
                 raise ValueError("there is neither reference nor ref_error; expected one, or reference_free=True")
+            if isinstance(self.reference, torch.nn.Module) and unwrapped(self.reference) is unwrapped(model):
+                raise ValueError(
+                    "reference is the policy itself, so that nothing would be learned; expected frozen_copy(model), "
+                    "adapters_off, or ref_error"
+                )
             # Before the policy: a reference that borrows the policy's weights must not touch them afterwards.
             ref_pred = self._reference_prediction(model, inputs)
         pred = self._predict(model, inputs)
         options = self._loss
         if self._timestep_weight is not None:
-            numbers = self._numbers(noised.timesteps[: len(latents) // 2])
+            numbers = self._timestep_numbers(noised.timesteps[: len(latents) // 2])
             weight = moved(self._timestep_weight(numbers), pred.device, torch.float32)
-            if self._weigh == "logit":
-                beta = options.get("beta", _BETA)
+            if self._weight_applies_to == "logit":
+                beta = options.get("beta", _DEFAULTS["beta"])
                 if isinstance(beta, Tensor):
                     beta = moved(beta, pred.device, torch.float32)
                 options = {**options, "beta": weight * beta}
@@ -169,7 +179,7 @@ class PairObjective:
             noise = draw_noise(seeds, latents.shape[1:], device=latents.device)
         if timesteps is None:
             assert seeds is not None
-            timesteps = draw_timesteps(self.scheduler, seeds, device=latents.device, **self.density)
+            timesteps = draw_timesteps(self.scheduler, seeds, device=latents.device, **self.timestep_options)
         return noise_pairs(self.scheduler, latents, noise, timesteps)
 
     @torch.no_grad()
@@ -189,7 +199,7 @@ class PairObjective:
         """
         noised = self.noised(latents, seeds=seeds, noise=noise, timesteps=timesteps)
         policy = model if model is not None else self.reference
-        inputs = self._inputs(policy, noised, conditioning or {})
+        inputs = self._inputs(policy, noised, conditioning)
         pred = self._reference_prediction(policy, inputs)
         target = noised.target if len(noised.target) == len(pred) else torch.cat((noised.target, noised.target))
         errors: Tensor = (pred.double() - target.double()).square().flatten(1).mean(1)
@@ -197,7 +207,13 @@ class PairObjective:
 
     # ------------------------------------------------------------------------------------------------ inside
 
-    def _inputs(self, model: Any, noised: NoisedPairs, conditioning: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _inputs(self, model: Any, noised: NoisedPairs, conditioning: Mapping[str, Any] | None) -> tuple[Any, ...]:
+        conditioning = {} if conditioning is None else conditioning
+        if not isinstance(conditioning, Mapping):
+            raise TypeError(
+                f"conditioning is a {type(conditioning).__name__}; expected a dict of the model's keyword arguments, "
+                'such as {"encoder_hidden_states": text}'
+            )
         dtype = getattr(unwrapped(model), "dtype", noised.noisy.dtype)
         pairs = len(noised.noisy) // 2
         return noised.noisy.to(dtype), noised.timesteps, both_arms(conditioning, pairs)
@@ -217,9 +233,31 @@ class PairObjective:
             torch.clear_autocast_cache()
             return result
 
-    def _numbers(self, timesteps: Tensor) -> Tensor:
+    def _timestep_numbers(self, timesteps: Tensor) -> Tensor:
         """The numbers of a scheduler's timesteps."""
         if timesteps.dtype == torch.int64:
             return timesteps
         table: Tensor = moved(self.scheduler.timesteps, timesteps.device, torch.float32)
         return (table[None] == timesteps[:, None]).int().argmax(1)
+
+
+def check_loss(options: Mapping[str, Any]) -> None:
+    """Raises TypeError for names that are none of the loss's, ValueError for values that it refuses with any batch."""
+    if of_calls := sorted(_OF_CALLS & set(options)):
+        raise TypeError(f"{', '.join(of_calls)}: no argument of PairObjective; expected in its calls, objective(...)")
+    if unknown := sorted(set(options) - _OF_LOSS):
+        known = sorted({*_OF_LOSS, *inspect.signature(PairObjective).parameters} - {"loss"})
+        raise TypeError(f"{', '.join(unknown)}: no argument of PairObjective; expected {', '.join(known)}")
+    # Tensors are of a batch's pairs, which are not here yet.
+    given = {**_DEFAULTS, **{name: value for name, value in options.items() if not isinstance(value, Tensor)}}
+    names = ("beta", "alpha", "objective", "label_smoothing", "margin", "sft_weight", "reduction")
+    check_head(**{name: given[name] for name in names}, pair_weight=None, inputs=cast(Inputs, None))
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    if not hasattr(getattr(scheduler, "config", None), "num_train_timesteps"):
+        raise TypeError(
+            f"scheduler is a {type(scheduler).__name__}; expected a scheduler of Diffusers, such as DDPMScheduler or "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    is_flow_matching(scheduler)

@@ -93,7 +93,7 @@ def precompute_reference_errors(
         {
             "model": _reference_fingerprint(objective, model),
             "scheduler": objective.scheduler,
-            "timesteps": objective.density,
+            "timesteps": objective.timestep_options,
             "source": loader.source,
             "transform": loader.transform,
             "seed": seed,
@@ -194,7 +194,7 @@ class ReferenceErrors:
             were given. Or of any of these the text that `fingerprint` gave.
         """
         if objective is not None:
-            parts = {"scheduler": objective.scheduler, "timesteps": objective.density, **parts}
+            parts = {"scheduler": objective.scheduler, "timesteps": objective.timestep_options, **parts}
         if isinstance(source, PairLoader):
             parts |= {"source": source.source, "transform": source.transform}
         elif source is not None:

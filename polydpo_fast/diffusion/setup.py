@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 
+from ..data import Source, open_source
 from .config import Settings
 from .extras import need
 from .families import Family, check_geometry, family_of, load_pipeline, native_size, training_scheduler
+from .latent_store import LatentPairs
 from .objective import PairObjective
+from .shards import is_store
 
-__all__ = ["Setup", "objective_of", "set_up"]
+__all__ = ["Setup", "new_accelerator", "objective_of", "set_up", "sharded_and_compiled"]
+
+# Processes wait for each other where one downloads a model, or has more to encode or to render than another, and NCCL's
+# own patience is ten minutes.
+_PATIENCE = timedelta(hours=6)
 
 
 class Setup(NamedTuple):
-    """size: height and width of the pixels. precision: of what is computed in half precision; float32 for nothing."""
+    """source: of images, or latents. size: height and width of the pixels. precision: of what is computed in half
+    precision; float32 for nothing.
+    """
 
     accelerator: Any
+    source: Source
     pipe: Any
     family: Family
     size: tuple[int, int]
@@ -28,14 +39,58 @@ def set_up(settings: Settings) -> Setup:
     """The pipeline is on the CPU yet. Raises ValueError for settings that do not fit the model, ImportError."""
     accelerator = _accelerator(settings)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    family = family_of(settings.model)
+    source = _open(settings)  # before the model, which is large: what is wrong is said at once
+    family = family_of(settings.model, settings.revision)
     with accelerator.main_process_first():  # it may download
-        policy = half if settings.lora_rank else torch.float32
-        pipe = load_pipeline(settings.model, policy=policy, frozen=half, scheduler=settings.scheduler)
+        pipe = load_pipeline(
+            settings.model,
+            policy=half if settings.lora_rank else torch.float32,
+            frozen=half,
+            scheduler=settings.scheduler,
+            variant=settings.variant,
+            revision=settings.revision,
+        )
+    model = getattr(pipe, family.model)
+    if settings.guidance is not None and not model.config.get("guidance_embeds"):
+        raise ValueError(
+            f"guidance is {settings.guidance}, and this {type(model).__name__} has no guidance embedding, as "
+            "FLUX.1-dev's has; expected none"
+        )
     size = (settings.size, settings.size) if isinstance(settings.size, int) else settings.size
     height, width = size or native_size(pipe, family)
     check_geometry(pipe, family, (height, width), settings.loader.get("frames"))
-    return Setup(accelerator, pipe, family, (height, width), half)
+    return Setup(accelerator, source, pipe, family, (height, width), half)
+
+
+def new_accelerator(**options: Any) -> Any:
+    """Accelerate's, whose processes wait for each other for hours."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)], **options)
+
+
+def sharded_and_compiled(model: torch.nn.Module, accelerator: Any) -> Any:
+    """A model that is not trained, as Accelerate prepares the one that is: compiled, and sharded by FSDP2.
+
+    Accelerate itself takes no second model under FSDP2, and would write it into checkpoints.
+    """
+    from accelerate.utils import DynamoBackend
+
+    compiling, fsdp2 = accelerator.state.dynamo_plugin, getattr(accelerator, "is_fsdp2", False)
+    if compiling.backend != DynamoBackend.NO:
+        if getattr(compiling, "use_regional_compilation", False):
+            from accelerate.utils import other
+
+            within_fsdp2 = getattr(other, "compile_regions_fsdp2", other.compile_regions)
+            model = (within_fsdp2 if fsdp2 else other.compile_regions)(model, **compiling.to_kwargs())
+        else:
+            model = torch.compile(model, **compiling.to_kwargs())  # type: ignore[assignment]
+    if fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        model = fsdp2_prepare_model(accelerator, model)
+    return model
 
 
 def objective_of(settings: Settings, pipe: Any, **options: Any) -> PairObjective:
@@ -50,9 +105,49 @@ def objective_of(settings: Settings, pipe: Any, **options: Any) -> PairObjective
     )
 
 
+def _open(settings: Settings) -> Source:
+    data = [settings.data] if isinstance(settings.data, str) else settings.data
+    stores = [one for one in data if is_store(one)]
+    if stores and len(data) > 1:
+        raise ValueError(
+            f"data is {data}; expected one folder of latents and nothing else, as {', '.join(stores)} "
+            f"{'are such folders' if stores[1:] else 'is such a folder'}"
+        )
+    return LatentPairs(stores[0]) if stores else open_source(settings.data, **settings.data_options)
+
+
+def _check_sharding(settings: Settings, accelerator: Any) -> None:
+    """Raises ValueError where a reference of all weights could not be computed as the policy is.
+
+    FSDP and DeepSpeed compute in half precision alone, and the others by autocast: the difference of their rounding
+    would be a preference. FSDP2 may shard the reference as it does the policy.
+    """
+    from accelerate.utils import DistributedType
+
+    kind = accelerator.distributed_type
+    whole = settings.lora_rank == 0 and not settings.loss.get("reference_free")
+    if (
+        not whole
+        or accelerator.mixed_precision == "no"
+        or kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    ):
+        return
+    if settings.reference_errors is not None:
+        raise ValueError(
+            f"reference_errors is {settings.reference_errors!r}; of all weights, with mixed_precision "
+            f"{accelerator.mixed_precision!r} and under {kind.name}, they are rounded otherwise than the policy: "
+            "expected none, mixed_precision 'no', or lora_rank above 0"
+        )
+    if not getattr(accelerator, "is_fsdp2", False):
+        raise ValueError(
+            f"mixed_precision is {accelerator.mixed_precision!r}, and all weights are trained under {kind.name}, whose "
+            "rounding the reference would not have; expected FSDP's version 2, mixed_precision 'no', or lora_rank "
+            "above 0"
+        )
+
+
 def _accelerator(settings: Settings) -> Any:
     need("accelerate", "transformers", "diffusers", "safetensors", *(["peft"] if settings.lora_rank else []))
-    from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
     from diffusers.utils import logging
@@ -62,7 +157,7 @@ def _accelerator(settings: Settings) -> Any:
             raise ImportError(
                 f"trackers has {name!r}, which is none of Accelerate's or is not installed: pip install {name}"
             )
-    accelerator = Accelerator(
+    accelerator = new_accelerator(
         gradient_accumulation_steps=settings.accumulation,
         mixed_precision=settings.mixed_precision,
         log_with=settings.trackers or None,
@@ -80,6 +175,7 @@ def _accelerator(settings: Settings) -> Any:
             raise ValueError("validation_prompts are given; under FSDP no process has the model: expected none")
         if settings.ema:
             raise ValueError(f"ema is {settings.ema}; under FSDP no process has all weights to average: expected 0")
+    _check_sharding(settings, accelerator)
     set_seed(settings.seed % 2**32)  # NumPy takes no more
     logging.set_verbosity_error()  # else it tells of every prompt that is longer than 77 tokens
     return accelerator

@@ -151,10 +151,9 @@ class Shards:
 
         columns: a function of a batch and the number of its first pair, that returns tensors and texts, B rows each.
         Rows beyond the shard's end are left out. Every shard begins with a batch of its own, so that what is in it
-        depends on neither the ranks nor interruptions.
+        depends on neither the ranks nor interruptions. All ranks call it, where torch.distributed has as many.
         """
-        rank, world_size = loader.ranks
-        mine = [number for number in self.missing() if number % world_size == rank]
+        mine = self._share(*loader.ranks)
         if not mine:
             return
         size, form, done = loader.batch_size, self._present(), 0
@@ -186,6 +185,15 @@ class Shards:
                     done += rows
                     progress(done, total)
                 form = self._write(number, {**shard, **{name: _packed(text) for name, text in texts.items()}}, form)
+
+    def _share(self, rank: int, world_size: int) -> list[int]:
+        """Of the missing shards those of a rank: an equal number for each, where they can agree on what is missing."""
+        missing = [self.missing()]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() == world_size:
+            torch.distributed.broadcast_object_list(missing)  # another may have written some meanwhile
+            return missing[0][rank::world_size]
+        return [number for number in missing[0] if number % world_size == rank]
 
     @contextlib.contextmanager
     def reading(self, number: int) -> Any:

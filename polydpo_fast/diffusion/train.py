@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,21 @@ from torch import Tensor
 
 from ..data import PairBatch, PairLoader
 from ..data.order import mix
-from .checkpoints import checkpoint_adapters_only, resume, save_checkpoint, save_result
+from .checkpoints import check_output, checkpoint_adapters_only, result_of, resume, save_checkpoint, save_result
 from .config import Settings, lasting, write_settings
-from .families import Family
+from .families import Family, load_lora
 from .fingerprints import fingerprint
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
+from .objective import PairObjective
 from .reference import adapters_off, frozen_copy
 from .reference_store import ReferenceErrors
-from .setup import Setup, objective_of, set_up
+from .setup import Setup, objective_of, set_up, sharded_and_compiled
 from .validation import render
 
 __all__ = ["NotFiniteError", "train"]
+
+_MOST_AT_START = 0.05  # of implicit rewards, before anything was learned
 
 
 def train(settings: Settings) -> None:
@@ -41,21 +46,23 @@ def train(settings: Settings) -> None:
     There are also settings.yaml, metrics.jsonl, checkpoint-STEP/ and validation/STEP.png. Checkpoints hold pickles of
     Accelerate's: resume only from your own.
 
-    Raises ValueError for settings that do not fit the model, the data or the run that is resumed, NotFiniteError where
-    the loss or the gradient is no number.
+    Raises ValueError for settings that do not fit the model, the data, the output folder or the run that is resumed,
+    NotFiniteError where the loss or the gradient is no number.
     """
+    check_output(settings)
     setup = set_up(settings)
-    accelerator, pipe, family, size, _ = setup
+    accelerator, pipe, family = setup.accelerator, setup.pipe, setup.family
     output = Path(settings.output)
     inputs = Inputs(settings, setup)
-    loader = inputs.loader
     model = getattr(pipe, family.model)
     errors = _errors(settings, inputs, model)
-    run = _run(settings, setup, inputs, model, errors)
+    run = _run_identity(settings, setup, inputs, model, errors)
     inputs.to(accelerator.device, keep_encoders=bool(settings.validation_prompts))
-    model.to(accelerator.device)
+    if not getattr(accelerator, "is_fsdp2", False):  # which moves a block at a time, and keeps its part
+        model.to(accelerator.device)
 
-    objective = objective_of(settings, pipe, reference=None if errors is not None else _reference(model, settings))
+    reference = None if errors is not None else _reference(model, settings, accelerator)
+    objective = objective_of(settings, pipe, reference=reference)
     if errors is not None:
         errors.check(objective=objective)
     parameters = _trainable(model, family, settings)
@@ -63,74 +70,117 @@ def train(settings: Settings) -> None:
     schedule = _schedule(optimizer, settings)
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 has made others
-    average = _average(parameters, settings, accelerator)
-    accelerator.register_for_checkpointing(*filter(None, (loader, schedule, average)))
+    ema = _ema(parameters, settings, accelerator)
+    accelerator.register_for_checkpointing(*filter(None, (inputs.loader, schedule, ema)))
     if settings.lora_rank:
         checkpoint_adapters_only(accelerator)
+    result_of(accelerator, model, settings)
     done = resume(accelerator, settings, output, run)
     accelerator.step = 0  # of its count of forwards, which is another where accumulation was another
-    if average is not None:
-        average.to(accelerator.device)
+    if ema is not None:
+        ema.to(accelerator.device)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_settings(settings, output / "settings.yaml")
     accelerator.init_trackers(settings.project, _flat(settings))
 
-    def pair_losses(batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        ref_error = None
-        if errors is None:
-            seeds = [mix(settings.seed, loader.epoch, pair) for pair in batch.index.tolist()]
-        else:
-            draw = loader.epoch % errors.draws
-            seeds, ref_error = errors.seeds(batch.index, draw), errors(batch.index, draw)
-        text = inputs.encode(batch, seeds)
-        latents = text.pop("latents")
-        given = inputs.conditioning(batch, text, seeds)
-        with accelerator.autocast():  # the reference is not prepared by Accelerate; the policy is
-            return objective(model, latents, given, seeds=seeds, ref_error=ref_error, pair_weight=batch.weight)
-
-    journal, batches = Journal(accelerator, output / "metrics.jsonl", done), _forever(loader)
+    journal = Journal(accelerator, output / "metrics.jsonl", done)
+    loop = _Loop(settings, setup, inputs, errors, objective, model, parameters, optimizer, schedule, ema, journal, run)
+    batches = _forever(inputs.loader)
     model.train()
     with _progress(accelerator, settings.steps, done) as advance:
         for step in range(done + 1, settings.steps + 1):
-            for _ in range(settings.accumulation):
-                batch = next(batches)
-                with accelerator.accumulate(model):
-                    losses, metrics = pair_losses(batch)
-                    accelerator.backward(losses.mean())
-                    if accelerator.sync_gradients:
-                        # All of them: by these it knows a model of FSDP's, whose norm is not that of its shard.
-                        # Without clipping too: the norm tells whether the gradient is finite.
-                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
-                        if isinstance(norm, Tensor):  # DeepSpeed clips on its own
-                            metrics["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                    optimizer.step()
-                    optimizer.zero_grad()
-                journal.add(step, batch.keys, losses.detach(), metrics)
-            if not accelerator.optimizer_step_was_skipped:  # for an overflow of float16
-                schedule.step()
-                if average is not None:
-                    average.step(parameters)
+            loop.training_step(step, batches)
+            advance(loop.after_step(step))
 
-            last, note = step == settings.steps, ""
-            checkpoint, picture = (
-                last or bool(every and step % every == 0)
-                for every in (settings.checkpoint_every, settings.validation_every)
-            )
-            if checkpoint or picture or step % settings.log_every == 0:
-                note = journal.write(loader.epoch, schedule.get_last_lr()[0])
-            if checkpoint and settings.checkpoint_every:
-                save_checkpoint(accelerator, output, step, settings.keep, run)
-            if picture and settings.validation_prompts:
-                with _averaged(average, parameters):
-                    model.eval()
-                    render(accelerator, pipe, family, settings, size, output / "validation", step)
-                    model.train()
-            advance(note)
-
-    with _averaged(average, parameters):
+    with _ema_weights(ema, parameters):
         save_result(accelerator, pipe, family, model, settings, output)
     accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class _Loop:
+    settings: Settings
+    setup: Setup
+    inputs: Inputs
+    errors: ReferenceErrors | None
+    objective: PairObjective
+    model: Any
+    parameters: list[Tensor]
+    optimizer: Any
+    schedule: Any
+    ema: Any
+    journal: Journal
+    run: dict[str, Any]
+
+    def training_step(self, step: int, batches: Iterator[PairBatch]) -> None:
+        accelerator, model = self.setup.accelerator, self.model
+        for forward in range(self.settings.accumulation):
+            batch = next(batches)
+            with accelerator.accumulate(model):
+                losses, metrics = self.pair_losses(batch)
+                if step == 1 and forward == 0:
+                    self.check_start(metrics)
+                accelerator.backward(losses.mean())
+                if accelerator.sync_gradients:
+                    # All of them: by these it knows a model of FSDP's, whose norm is not that of its shard.
+                    # Without clipping too: the norm tells whether the gradient is finite.
+                    norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or math.inf)
+                    if isinstance(norm, Tensor):  # DeepSpeed clips on its own
+                        metrics["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.journal.add(step, batch.keys, losses.detach(), metrics)
+        if not accelerator.optimizer_step_was_skipped:  # for an overflow of float16
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+
+    def pair_losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loader, ref_error = self.inputs.loader, None
+        if self.errors is None:
+            seeds = [mix(self.settings.seed, loader.epoch, pair) for pair in batch.index.tolist()]
+        else:
+            draw = loader.epoch % self.errors.draws
+            seeds, ref_error = self.errors.seeds(batch.index, draw), self.errors(batch.index, draw)
+        text = self.inputs.encode(batch, seeds)
+        latents = text.pop("latents")
+        given = self.inputs.conditioning(batch, text, seeds)
+        with self.setup.accelerator.autocast():  # the reference is not prepared by Accelerate; the policy is
+            return self.objective(
+                self.model, latents, given, seeds=seeds, ref_error=ref_error, pair_weight=batch.weight
+            )
+
+    def check_start(self, metrics: dict[str, Tensor]) -> None:
+        """Warns where the policy is not its reference before anything was learned."""
+        if self.settings.lora_weights or self.settings.loss.get("reference_free"):
+            return
+        win, lose = metrics["reward_win"].item(), metrics["reward_lose"].item()
+        if abs(win) + abs(lose) > _MOST_AT_START:
+            warnings.warn(
+                f"before the first step the implicit rewards are {win:.3g} and {lose:.3g}; expected 0, as the policy "
+                "is its reference: what is computed in another precision or another way (by torch.compile, FSDP, "
+                "reference errors of other batches) is taken for a preference. A smaller beta makes it smaller",
+                stacklevel=2,
+            )
+
+    def after_step(self, step: int) -> str:
+        """Writes what is due after a step; returns a note of the metrics, if they were written."""
+        settings, accelerator = self.settings, self.setup.accelerator
+        last, note, output = step == settings.steps, "", Path(settings.output)
+        checkpoint = settings.checkpoint_every > 0 and (last or _is_due(step, settings.checkpoint_every))
+        picture = bool(settings.validation_prompts) and (last or _is_due(step, settings.validation_every))
+        if last or checkpoint or picture or _is_due(step, settings.log_every):
+            note = self.journal.write(self.inputs.loader.epoch, self.schedule.get_last_lr()[0])
+        if checkpoint:
+            save_checkpoint(accelerator, output, step, settings, self.run)
+        if picture:
+            with _ema_weights(self.ema, self.parameters):
+                self.model.eval()
+                folder, size = output / "validation", self.setup.size
+                render(accelerator, self.setup.pipe, self.setup.family, settings, size, folder, step)
+                self.model.train()
+        return note
 
 
 # ------------------------------------------------------------------------------------- what is made before
@@ -146,7 +196,7 @@ def _errors(settings: Settings, inputs: Inputs, model: Any) -> ReferenceErrors |
     return errors
 
 
-def _run(
+def _run_identity(
     settings: Settings, setup: Setup, inputs: Inputs, model: Any, errors: ReferenceErrors | None
 ) -> dict[str, Any]:
     """What is the same whenever the run is resumed, by name: settings as they take effect, and models.
@@ -154,10 +204,10 @@ def _run(
     Of pairs per step only their number: that a run goes on with more processes and smaller batches changes nothing.
     """
     processes = setup.accelerator.num_processes
-    told = lasting(settings)
-    pairs = processes * told.pop("batch_size") * told.pop("accumulation")
+    settings_that_matter = lasting(settings)
+    pairs = processes * settings_that_matter.pop("batch_size") * settings_that_matter.pop("accumulation")
     return {
-        **told,
+        **settings_that_matter,
         "pairs per step (processes x batch_size x accumulation)": pairs,
         "size": list(setup.size),
         "learning_rate": _learning_rate(settings, processes),
@@ -168,29 +218,37 @@ def _run(
     }
 
 
-def _reference(model: Any, settings: Settings) -> Any:
-    """Of the policy's own dtype: another one's rounding would be a preference before the first step."""
+def _reference(model: Any, settings: Settings, accelerator: Any) -> Any:
+    """Of the policy's own dtype, and computed as it is: other rounding would be a preference before the first step."""
     if settings.loss.get("reference_free"):
         return None
-    return adapters_off if settings.lora_rank else frozen_copy(model)
+    if settings.lora_rank:
+        return adapters_off
+    return sharded_and_compiled(frozen_copy(model), accelerator)
 
 
 def _trainable(model: Any, family: Family, settings: Settings) -> list[Tensor]:
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    # As TRL does: the reference has none, and its noise would be taken for a preference.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     if settings.lora_rank == 0:
         model.requires_grad_(True)
         return list(model.parameters())
     from peft import LoraConfig
 
-    # Diffusers loads LoRA at a scale of lora_alpha / r, which it takes to be 1 where the file does not say.
+    alpha = settings.lora_alpha or settings.lora_rank
     config = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_rank,
+        lora_alpha=alpha,
         init_lora_weights="gaussian",
         target_modules=settings.lora_targets or list(family.lora_targets),
     )
     model.add_adapter(config)
+    if settings.lora_weights is not None:
+        load_lora(family, model, Path(settings.lora_weights), scale=alpha / settings.lora_rank)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -248,14 +306,14 @@ def _schedule(optimizer: Any, settings: Settings) -> Any:
     )
 
 
-def _average(parameters: list[Tensor], settings: Settings, accelerator: Any) -> Any:
+def _ema(parameters: list[Tensor], settings: Settings, accelerator: Any) -> Any:
     if not settings.ema:
         return None
     from diffusers.training_utils import EMAModel
 
-    average = EMAModel(parameters, decay=settings.ema, foreach=True)
-    average.to(accelerator.device)
-    return average
+    ema = EMAModel(parameters, decay=settings.ema, foreach=True)
+    ema.to(accelerator.device)
+    return ema
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
@@ -272,17 +330,21 @@ def _forever(loader: PairLoader) -> Iterator[PairBatch]:
         yield from loader
 
 
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 @contextlib.contextmanager
-def _averaged(average: Any, parameters: list[Tensor]) -> Iterator[None]:
-    if average is None:
+def _ema_weights(ema: Any, parameters: list[Tensor]) -> Iterator[None]:
+    if ema is None:
         yield
         return
-    average.store(parameters)
-    average.copy_to(parameters)
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        average.restore(parameters)
+        ema.restore(parameters)
 
 
 @contextlib.contextmanager

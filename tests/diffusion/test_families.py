@@ -243,7 +243,7 @@ def test_the_rest_of_a_pipeline_from_the_hub(tmp_path, monkeypatch):
     out = tmp_path / "out"
     pipe.unet.save_pretrained(out / "unet")
     families.save_rest(pipe, FAMILIES["StableDiffusionPipeline"], "someone/model", out)
-    assert asked == [("someone/model", {"safety_checker": None})]
+    assert asked == [("someone/model", {"variant": None, "revision": None, "safety_checker": None})]
     again = DiffusionPipeline.from_pretrained(out)
     assert again.safety_checker is None
     before = DiffusionPipeline.from_pretrained(hub, safety_checker=None)

@@ -99,6 +99,30 @@ def test_ranks_resuming_categories_and_windows_are_those_of_the_images(tmp_path)
             same(cached, batch, encode)
 
 
+def test_missing_shards_are_shared_out_equally(tmp_path, store, monkeypatch):
+    """The ranks agree on which are missing: one may have begun to write when another looks."""
+    before = stored(store)
+    for name in ("00000-of-00004.safetensors", "00002-of-00004.safetensors"):
+        (store / name).unlink()
+    agreed = []
+
+    def broadcast(objects):
+        agreed.append(list(objects[0]))
+        objects[:] = agreed[:1]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    shares = []
+    for rank in range(2):
+        make(
+            store, images(rank=rank, world_size=2), progress=lambda done, total, rank=rank: shares.append((rank, total))
+        )
+    assert set(shares) == {(0, 6), (1, 6)}  # by their numbers the first would have had both
+    assert agreed == [[0, 2], [2]]
+    assert stored(store) == before
+
+
 def test_crops_and_mirrors_are_drawn_once(tmp_path):
     """By the pair's index, so that ranks and interruptions change nothing."""
     drawn = dict(hflip=0.5, size=1, resize=None, crop="random", seed=3, bad={})

@@ -398,7 +398,7 @@ def test_named_weights_of_losses_and_logits(family, name):
     torch.testing.assert_close(ours, plain * weights)
     for beta in (BETA, torch.tensor([BETA, 2 * BETA])):  # omega of Diffusion-DPO's formula is a beta of the timestep
         plain, _ = PairObjective(scheduler, beta=beta * weights, **options)(model, latents, cond, **given)
-        objective = PairObjective(scheduler, beta=beta, timestep_weight=name, weigh="logit", **options)
+        objective = PairObjective(scheduler, beta=beta, timestep_weight=name, weight_applies_to="logit", **options)
         ours, _ = objective(model, latents, cond, **given)
         torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
@@ -455,7 +455,7 @@ def test_models_of_ones_own():
     scheduler = build("sd15")[3]
     model, latents = torch.nn.Conv2d(4, 4, 1), torch.randn(4, 4, 8, 8)
     with pytest.raises(TypeError, match=r"model is a Conv2d; expected one of UNet2DModel, .*, or forward=, a function"):
-        PairObjective(scheduler, reference=model)(model, latents)
+        PairObjective(scheduler, reference=copy.deepcopy(model))(model, latents)
     with pytest.raises(TypeError, match="model is a Conv2d"):
         predict(model, latents, torch.zeros(4), {})
     objective = PairObjective(scheduler, reference=copy.deepcopy(model), forward=lambda m, x, t, c: m(x) * c["scale"])
@@ -467,16 +467,28 @@ def test_bad_arguments_are_named():
     model, latents, cond, scheduler = build("sd15")
     with pytest.raises(ValueError, match="there is neither reference nor ref_error"):
         PairObjective(scheduler)(model, latents, cond)
-    for name in ("mask", "denisty"):
-        with pytest.raises(TypeError, match=f"{name}: no argument of PairObjective"):
+    for name, expected in (("mask", r"in its calls, objective\(...\)"), ("denisty", "alpha, .*beta, density, ")):
+        with pytest.raises(TypeError, match=f"{name}: no argument of PairObjective; expected {expected}"):
             PairObjective(scheduler, **{name: None})
     for options, message in (
+        (dict(objective="dpo"), "objective is 'dpo'; expected one of 'poly_dpo', "),
+        (dict(beta=-1), "beta is -1; expected a finite number > 0"),
+        (dict(alpha=[1.0] * 9), "alpha has 9 coefficients"),
+        (dict(reduction="max"), "reduction is 'max'"),
         (dict(density="normal"), "density is 'normal'; expected 'uniform'"),
-        (dict(weigh="beta"), "weigh is 'beta'; expected 'loss' or 'logit'"),
+        (dict(weight_applies_to="beta"), "weight_applies_to is 'beta'; expected 'loss' or 'logit'"),
         (dict(timestep_weight="cosmap"), "timestep_weight is 'cosmap'; with a DDPMScheduler expected 'min_snr', or"),
     ):
         with pytest.raises(ValueError, match=message):
             PairObjective(scheduler, **options)
+    for given in (None, "ddpm", DDPMScheduler):
+        with pytest.raises(TypeError, match=r"scheduler is a \w+; expected a scheduler of Diffusers, such as DDPM"):
+            PairObjective(given)
+    for policy, reference in ((model, model), (torch.compile(model, backend="eager"), model)):
+        with pytest.raises(ValueError, match=r"reference is the policy itself.*; expected frozen_copy\(model\), adapt"):
+            PairObjective(scheduler, reference=reference)(policy, latents, cond)
+    with pytest.raises(TypeError, match=r"conditioning is a Tensor; expected a dict .* such as \{\"encoder_hidden_s"):
+        PairObjective(scheduler, reference=frozen_copy(model))(model, latents, cond["encoder_hidden_states"])
     with pytest.raises(TypeError, match="timestep_weight is 5; expected a name, a function, or None"):
         PairObjective(scheduler, timestep_weight=5)
     with pytest.raises(ValueError, match="mask is given with ref_error, whose errors are of whole samples"):
@@ -484,9 +496,9 @@ def test_bad_arguments_are_named():
     none = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     ipo = dict(timestep_weight="min_snr", objective="ipo")
     with pytest.raises(ValueError, match=r"timestep_weight 'min_snr', which is 0 at timestep 999; objective 'ipo' "):
-        PairObjective(none, weigh="logit", **ipo)
+        PairObjective(none, weight_applies_to="logit", **ipo)
     PairObjective(none, **ipo)
-    PairObjective(scheduler, weigh="logit", **ipo)
+    PairObjective(scheduler, weight_applies_to="logit", **ipo)
     with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler"):
         PairObjective(EDMEulerScheduler())
     with pytest.raises(ValueError, match="seeds has 3 numbers; expected 2, one per pair"):
@@ -496,7 +508,7 @@ def test_bad_arguments_are_named():
         PairObjective(scheduler, reference=model)(model, latents, bad)
     flux, latents, cond, scheduler = build("flux")
     with pytest.raises(ValueError, match="latents are 7 x 6; expected even sides"):
-        PairObjective(scheduler, reference=flux)(flux, latents[:, :, :7], cond)
+        PairObjective(scheduler, reference=frozen_copy(flux))(flux, latents[:, :, :7], cond)
 
 
 def test_sdxl_time_ids():

@@ -246,3 +246,9 @@ def test_two_processes_make_the_same_stores(here, tmp_path, unused_tcp_port):
         assert code == 0, said
         assert len(stored(tmp_path / f"{command}-two")) == 3
         assert stored(tmp_path / f"{command}-two") == stored(tmp_path / f"{command}-one")
+        # Of the missing ones each process makes one.
+        for number in (0, 2):
+            (tmp_path / f"{command}-two" / f"{number:05d}-of-00003.safetensors").unlink()
+        code, said = two_processes(plain, tmp_path, unused_tcp_port, arguments)
+        assert code == 0, said
+        assert stored(tmp_path / f"{command}-two") == stored(tmp_path / f"{command}-one")

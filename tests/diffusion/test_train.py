@@ -1,5 +1,6 @@
 """`polydpo-fast train` and `geneval` on whole pipelines with tiny random weights."""
 
+import contextlib
 import io
 import json
 import math
@@ -10,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType
+from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusion import pipelines
 from diffusion.runs import equal, lines, settings, two_processes, weights
@@ -29,10 +33,11 @@ from polydpo_fast import demo
 from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
 from polydpo_fast.data.order import mix
-from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, inputs, predict
+from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, predict, setup
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
-from polydpo_fast.diffusion.families import load_pipeline, load_result
+from polydpo_fast.diffusion.families import LORA_FILE, load_pipeline, load_result
+from polydpo_fast.diffusion.precompute import reference
 from polydpo_fast.diffusion.train import NotFiniteError, train
 
 pytestmark = [
@@ -127,7 +132,7 @@ def test_another_scheduler_is_that_of_training_and_of_pictures(here, tmp_path, m
 
     monkeypatch.setitem(training.objective_of.__globals__, "PairObjective", Watched)
     scheduler = dict(prediction_type="v_prediction", beta_end=0.02)
-    loss = dict(timestep_weight="min_snr", snr_gamma=1.0, weigh="logit")
+    loss = dict(timestep_weight="min_snr", snr_gamma=1.0, weight_applies_to="logit")
     train(settings(here, tmp_path / "out", steps=1, lora_rank=lora, scheduler=scheduler, loss=loss))
     pipe = load_pipeline(str(here / "pipeline"), policy=torch.float32, frozen=torch.float32)
     load_result(pipe, tmp_path / "out")
@@ -140,7 +145,7 @@ def test_another_scheduler_is_that_of_training_and_of_pictures(here, tmp_path, m
 def test_weights_equal_those_of_a_loop_written_plainly(here, tmp_path):
     """Two steps of two forwards each, in Diffusers' and PyTorch's own words; noise is drawn as the library says."""
     run = settings(
-        here, tmp_path / "out", steps=2, accumulation=2, beta=400.0, alpha=1.5, warmup=4, latents="mode", seed=3
+        here, tmp_path / "out", steps=2, accumulation=2, beta=400.0, alpha=1.5, warmup=1, latents="mode", seed=3
     )
     train(run)
 
@@ -175,7 +180,7 @@ def test_weights_equal_those_of_a_loop_written_plainly(here, tmp_path):
             losses.append(loss.item())
             (loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 1e-3 * step / 4  # the warmup begins at 0
+        optimizer.param_groups[0]["lr"] = 1e-3 * step  # the warmup begins at 0
         optimizer.step()
         optimizer.zero_grad()
     assert [line["loss"] for line in lines(tmp_path / "out")] == pytest.approx(
@@ -212,10 +217,10 @@ def test_lora_weights_load_into_the_pipeline(here, tmp_path, monkeypatch):
     kept = {}
     noisy, step, text = torch.randn(1, 4, 8, 8), torch.tensor([400]), torch.randn(1, 5, 12)
 
-    def keep(pipe, family, model, *rest):
+    def keep(pipe, family, model, *rest, **more):
         with torch.no_grad():
             kept["pred"] = model(noisy, step, text).sample
-        save(pipe, family, model, *rest)
+        save(pipe, family, model, *rest, **more)
 
     save = checkpoints.save_lora
     monkeypatch.setattr(checkpoints, "save_lora", keep)
@@ -232,6 +237,145 @@ def test_lora_weights_load_into_the_pipeline(here, tmp_path, monkeypatch):
         loaded = pipe.unet(noisy, step, text).sample
     torch.testing.assert_close(loaded, kept["pred"], rtol=1e-5, atol=1e-6)
     assert (loaded - plain).abs().max() > 1e-4
+
+
+def test_lora_begins_with_weights_and_has_an_alpha(here, tmp_path):
+    """What a run left is what the next begins with, at any alpha; and it is saved for a scale of 1."""
+    given = dict(steps=1, lora_rank=2, learning_rate=0.05, seed=1)
+    train(settings(here, tmp_path / "one", **given))
+    first = load_file(tmp_path / "one" / LORA_FILE)
+    for name, alpha in (("same", None), ("half", 1.0)):
+        kept = dict(lora_weights=str(tmp_path / "one"), learning_rate=0.0, lora_alpha=alpha)
+        train(settings(here, tmp_path / name, **{**given, **kept}))
+        again = load_file(tmp_path / name / LORA_FILE)
+        assert again.keys() == first.keys()
+        for key in first:
+            torch.testing.assert_close(again[key], first[key])
+        # The reference is the model without them.
+        assert lines(tmp_path / name)[0]["loss"] != torch.tensor(math.log(2)).item()
+    # After one step of Adam B is of the same size, and does its part of alpha / rank.
+    train(settings(here, tmp_path / "double", **given, lora_alpha=4.0))
+    double = load_file(tmp_path / "double" / LORA_FILE)
+    key = next(key for key in first if "lora_B" in key)
+    torch.testing.assert_close(double[key], 2 * first[key], rtol=1e-2, atol=1e-5)
+    for folder, message in ((tmp_path, "expected a folder with pytorch_lora_w"), (tmp_path / "one", "other adapters")):
+        with pytest.raises(ValueError, match=message):
+            train(settings(here, tmp_path / "x", **{**given, "lora_rank": 3}, lora_weights=str(folder)))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_dropout_is_no_preference(here, tmp_path, lora):
+    """The reference has none, so that the policy must have none."""
+    model = tmp_path / "pipeline"
+    shutil.copytree(here / "pipeline", model)
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps({**config, "dropout": 0.3}))
+    train(settings(here, tmp_path / "out", model=str(model), steps=1, lora_rank=lora))
+    assert lines(tmp_path / "out")[0]["loss"] == torch.tensor(math.log(2)).item()
+    if not lora:
+        assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["dropout"] == 0.3
+
+
+def test_a_policy_that_is_not_its_reference_is_said(here, tmp_path, monkeypatch):
+    def other(model):
+        result = frozen_copy(model)
+        with torch.no_grad():
+            result.conv_out.bias += 0.1
+        return result
+
+    monkeypatch.setattr(training, "frozen_copy", other)
+    with pytest.warns(UserWarning, match="before the first step the implicit rewards are .*; expected 0"):
+        train(settings(here, tmp_path / "out", steps=1))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own look at it
+def test_regions_that_are_compiled(tmp_path, monkeypatch, lora):
+    """Names within the model have no trace of it: not in the result, and not in a checkpoint of adapters."""
+    model, data = pipelines.save("sd3", tmp_path), pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
+    given = dict(model=str(model), data=str(data), lora_rank=lora, checkpoint_every=1, resume="latest")
+    train(settings(tmp_path, tmp_path / "plain", steps=2, **given))
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+        patch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+        for steps in (1, 2):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            train(settings(tmp_path, tmp_path / "compiled", steps=steps, **given))
+    name = LORA_FILE if lora else "transformer/diffusion_pytorch_model.safetensors"
+    plain, compiled = (load_file(tmp_path / run / name) for run in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for key in plain:
+        torch.testing.assert_close(compiled[key], plain[key], rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_saved_is_said_before_the_first_step(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.get_state_dict", lambda self, model: {"wrapped.weight": torch.ones(1)})
+    monkeypatch.setattr(training.Journal, "add", None)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        train(settings(here, tmp_path / "out"))
+
+
+def test_files_of_a_variant(here, tmp_path):
+    """Are asked for, named where they are all there is, and the result has none of it."""
+    model = tmp_path / "pipeline"
+    pipe = DiffusionPipeline.from_pretrained(here / "pipeline")
+    pipe.save_pretrained(model, variant="fp16", max_shard_size="20KB")
+    assert list(model.rglob("*.fp16-00001-of-*")), "there is an index to be renamed"
+    with pytest.raises(ValueError, match="whose weights are of variant 'fp16', and variant is None; expected that of"):
+        train(settings(here, tmp_path / "out", model=str(model), steps=1))
+    train(settings(here, tmp_path / "out", model=str(model), variant="fp16", steps=1))
+    assert not list((tmp_path / "out").rglob("*fp16*"))
+    again = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    for part in ("vae", "text_encoder"):
+        assert equal(getattr(again, part).state_dict(), getattr(pipe, part).state_dict())
+
+
+def test_a_revision_is_asked_for(here, tmp_path, monkeypatch):
+    asked, load = [], DiffusionPipeline.from_pretrained.__func__
+
+    def watched(cls, *arguments, **options):
+        asked.append(options["revision"])
+        return load(cls, *arguments, **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(watched))
+    train(settings(here, tmp_path / "out", revision="abc", steps=1))
+    assert asked == ["abc"]
+
+
+def test_the_guidance_of_flux(tmp_path):
+    """Is 3.5, or the setting, in training and in a store of errors; a shift must take the place of its own."""
+    model, data = pipelines.save("flux", tmp_path), pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
+    given = dict(model=str(model), data=str(data), lora_rank=2, steps=1, latents="mode")
+    losses = {}
+    for guidance in (None, 3.5, 1.0):
+        out = tmp_path / f"{guidance}"
+        train(settings(tmp_path, out, guidance=guidance, **given))
+        losses[guidance] = lines(out)[0]["model_mse_win"]
+    assert losses[None] == losses[3.5] != losses[1.0]
+    reference(settings(tmp_path, tmp_path, guidance=1.0, **given), tmp_path / "errors")
+    stored = dict(given, reference_errors=str(tmp_path / "errors"))
+    train(settings(tmp_path, tmp_path / "stored", guidance=1.0, **stored))
+    with pytest.raises(ValueError, match=r"another guidance: in the store it is 1\.0, here it is 3\.5"):
+        train(settings(tmp_path, tmp_path / "other", **stored))
+    shift = dict(given, scheduler={"shift": 1.5})
+    with pytest.raises(ValueError, match=r"scheduler has shift=1\.5, which does nothing where use_dynamic_shifting"):
+        train(settings(tmp_path, tmp_path / "shifted", **shift))
+    shift["scheduler"]["use_dynamic_shifting"] = False
+    train(settings(tmp_path, tmp_path / "shifted", **shift))
+
+
+def test_processes_wait_for_each_other_for_hours(here, monkeypatch, unused_tcp_port):
+    """One may have much to download, to encode or to render while the others are done."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=unused_tcp_port, OMP_NUM_THREADS=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    try:
+        setup.new_accelerator()
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert group.options._timeout >= timedelta(hours=1)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_mixed_precision_begins_at_the_reference(here, tmp_path):
@@ -265,16 +409,16 @@ def test_float16_skips_what_overflows_and_goes_on(here, tmp_path, float16_on_cpu
     """A step that overflows changes neither weights nor schedule nor averages, and halves the scale."""
     float16_on_cpus(2.0**exponent)
     options = dict(mixed_precision="fp16", lora_rank=lora, ema=0.9, beta=500.0)
-    options |= dict(schedule="constant_with_warmup", warmup=10)
+    options |= dict(schedule="constant_with_warmup", warmup=7)
     out = tmp_path / "out"
-    train(settings(here, out, steps=8, checkpoint_every=8, **options))
+    train(settings(here, out, steps=8, checkpoint_every=4, **options))
     norms = [line["grad_norm"] for line in lines(out)]
     skipped = norms.count(None)
     assert 1 <= skipped <= 6
     assert norms[:skipped] == [None] * skipped
     assert [line["loss"] for line in lines(out)][: skipped + 1] == [torch.tensor(math.log(2)).item()] * (skipped + 1)
     assert lines(out)[-1]["loss"] != lines(out)[0]["loss"]
-    assert lines(out)[-1]["learning_rate"] == pytest.approx(1e-3 * (8 - skipped) / 10)
+    assert lines(out)[-1]["learning_rate"] == pytest.approx(1e-3 * (8 - skipped) / 7)
     checkpoint = out / "checkpoint-8"
     assert torch.load(checkpoint / "scaler.pt")["scale"] == 2.0 ** (exponent - skipped)
     average = torch.load(checkpoint / "custom_checkpoint_2.pkl", weights_only=False)
@@ -282,8 +426,8 @@ def test_float16_skips_what_overflows_and_goes_on(here, tmp_path, float16_on_cpu
     trained = load_file(checkpoint / ("adapters.safetensors" if lora else "model.safetensors"))
     assert all(value.dtype == torch.float32 for value in trained.values())
     # And the scale is resumed.
-    for steps in (4, 8):
-        train(settings(here, tmp_path / "broken", steps=steps, resume="latest", checkpoint_every=4, **options))
+    resumed = dict(resume=str(out / "checkpoint-4"), checkpoint_every=4)
+    train(settings(here, tmp_path / "broken", steps=8, **resumed, **options))
     again = load_file(tmp_path / "broken" / "checkpoint-8" / ("adapters.safetensors" if lora else "model.safetensors"))
     assert equal(trained, again)
 
@@ -463,6 +607,7 @@ def test_resuming_is_as_if_nothing_had_happened(here, tmp_path, monkeypatch, cha
     with pytest.raises(ValueError, match="has checkpoints of another run; expected --resume latest"):
         train(settings(here, broken, checkpoint_every=2, **change))
     train(settings(here, broken, resume="latest", checkpoint_every=7, **change))
+    assert not list(broken.glob("partial-*"))
     times = ("pairs_per_s",)
     first, second = (
         [{k: v for k, v in line.items() if k not in times} for line in lines(run)] for run in (whole, broken)
@@ -541,6 +686,51 @@ def test_a_run_goes_on_as_it_was_begun(here, tmp_path):
     may |= dict(model=str(moved), loader={"crop": "random", "readers": 1, "ledger": str(tmp_path / "ledger")})
     train(settings(here, out, steps=2, **{**given, **may}))
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_two_results_are_not_mixed(here, tmp_path):
+    """Of all weights and LoRA in one folder nobody would know the later."""
+    out = tmp_path / "out"
+    train(settings(here, out, steps=1))
+    for change in (dict(lora_rank=2), dict(lora_rank=2, resume="latest"), {}):
+        with pytest.raises(ValueError, match=r"out has unet, and no checkpoint .*: it is the result of another run"):
+            train(settings(here, out, steps=1, **change))
+    train(settings(here, tmp_path / "lora", steps=1, lora_rank=2, checkpoint_every=1))
+    checkpoint = str(tmp_path / "lora" / "checkpoint-1")
+    with pytest.raises(ValueError, match="out has unet"):
+        train(settings(here, out, steps=2, lora_rank=2, resume=checkpoint))
+    # From a checkpoint of its own a run goes on, and its result takes the place of the earlier one.
+    before = load_file(tmp_path / "lora" / LORA_FILE)
+    train(settings(here, tmp_path / "lora", steps=2, lora_rank=2, resume=checkpoint))
+    assert not equal(before, load_file(tmp_path / "lora" / LORA_FILE))
+    # As an earlier version may have left it.
+    shutil.copy(tmp_path / "lora" / LORA_FILE, out)
+    pipe = load_pipeline(str(here / "pipeline"), policy=torch.float32, frozen=torch.float32)
+    with pytest.raises(ValueError, match=r"out has unet/ and pytorch_lora_weights\.safetensors, of two runs"):
+        load_result(pipe, out)
+
+
+def test_metrics_whose_last_line_is_cut_off(here, tmp_path):
+    out = tmp_path / "out"
+    given = dict(lora_rank=2, checkpoint_every=2, resume="latest")
+    train(settings(here, out, steps=3, **given))
+    file, whole = out / "metrics.jsonl", lines(out)
+    shutil.rmtree(out / "checkpoint-3")
+    file.write_text(file.read_text()[:-40])
+    train(settings(here, out, steps=3, **given))
+    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in whole]
+    file.write_text("{}\n" + file.read_text())
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1: no line of metrics: 'step'"):
+        train(settings(here, out, steps=4, **given))
+
+
+def test_more_steps_bend_a_schedule_that_decays(here, tmp_path):
+    given = dict(lora_rank=2, checkpoint_every=2, resume="latest")
+    for schedule in ("constant", "cosine"):
+        train(settings(here, tmp_path / schedule, steps=2, schedule=schedule, **given))
+    train(settings(here, tmp_path / "constant", steps=4, schedule="constant", **given))
+    with pytest.warns(UserWarning, match="steps is 4, and was 2 when .*checkpoint-2 was written: the learning rate of"):
+        train(settings(here, tmp_path / "cosine", steps=4, schedule="cosine", **given))
 
 
 def test_the_latest_checkpoint_is_that_which_was_written_last(here, tmp_path):
@@ -639,27 +829,75 @@ def test_two_processes_with_lora_stop_together_and_resume(here, tmp_path, unused
         assert (together[name] - alone[name]).norm() <= 1e-4 * alone[name].norm() + 1e-7, name
 
 
+def sharded(run, folder, port, blocks="ResnetBlock2D"):
+    """Two processes on CPUs, through Accelerate's FSDP2."""
+    environment = {
+        **os.environ,
+        **dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"),
+        **dict(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP=blocks),
+        **dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT", FSDP_OFFLOAD_PARAMS="false"),
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_port", str(port), str(Path(__file__).with_name("fsdp_on_cpus.py")), "train"]
+    write_settings(run, folder / "sharded.yaml")
+    command = [*launch, "--config", str(folder / "sharded.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("family", "blocks"), [("sd15", "ResnetBlock2D"), ("flux", "FluxTransformerBlock")])
+def test_sharded_in_half_precision_the_reference_computes_as_the_policy(tmp_path, unused_tcp_port, family, blocks):
+    """FSDP computes in bfloat16 alone, where autocast keeps some layers in float32."""
+    model, data = pipelines.save(family, tmp_path), pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
+    change = dict(model=str(model), data=str(data), mixed_precision="bf16", steps=2, batch_size=1, beta=500.0)
+    sharded(settings(tmp_path, tmp_path / "out", **change), tmp_path, unused_tcp_port, blocks)
+    first, second = lines(tmp_path / "out")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert (first["reward_win"], first["reward_lose"]) == (0.0, 0.0)
+    assert second["loss"] != first["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "change", "message"),
+    [
+        ("FSDP", False, {}, "all weights are trained under FSDP, .*; expected FSDP's version 2, mixed_precision 'no'"),
+        (
+            "DEEPSPEED",
+            False,
+            {},
+            "all weights are trained under DEEPSPEED, whose rounding the reference would not have",
+        ),
+        (
+            "FSDP",
+            True,
+            dict(reference_errors="x"),
+            "reference_errors is 'x'; .* they are rounded otherwise than the po",
+        ),
+        ("FSDP", True, {}, None),
+        ("FSDP", False, dict(lora_rank=2), None),
+        ("FSDP", False, dict(loss={"reference_free": True}), None),
+        ("MULTI_GPU", False, {}, None),
+    ],
+)
+def test_a_reference_that_would_round_otherwise_is_refused(here, tmp_path, kind, fsdp2, change, message):
+    run = settings(here, tmp_path, **change)
+    for precision in ("bf16", "no"):
+        accelerator = SimpleNamespace(distributed_type=DistributedType[kind], mixed_precision=precision, is_fsdp2=fsdp2)
+        refused = message is not None and precision == "bf16"
+        with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+            setup._check_sharding(run, accelerator)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("lora", [0, 2])
 def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp_port, lora):
     """Through Accelerate's FSDP2, stopped and resumed in between."""
     change = dict(beta=500.0, adam_epsilon=1e-3, learning_rate=1e-4, lora_rank=lora, checkpoint_every=2)
     train(settings(here, tmp_path / "one", batch_size=4, **change))
-    environment = {
-        **os.environ,
-        **dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"),
-        **dict(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP="ResnetBlock2D"),
-        **dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT", FSDP_OFFLOAD_PARAMS="false"),
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_port", str(unused_tcp_port), str(Path(__file__).with_name("fsdp_on_cpus.py")), "train"]
     for steps in (2, 4):
         run = settings(here, tmp_path / "two", steps=steps, resume="latest", **change)
-        write_settings(run, tmp_path / "two.yaml")
-        done = subprocess.run(
-            [*launch, "--config", str(tmp_path / "two.yaml")], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        sharded(run, tmp_path, unused_tcp_port)
     # It was sharded: a process has its part alone.
     assert len(list((tmp_path / "two" / "checkpoint-4" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
@@ -772,11 +1010,55 @@ def test_accumulation_of_the_environment_is_named(here, tmp_path, monkeypatch):
         (dict(loss={"beta": 1}), "loss has beta; expected as settings of their own"),
         (dict(loader=[1]), r"loader is \[1\]; expected dict"),
         (dict(trackers="wandb"), "trackers is 'wandb'; expected list"),
+        (dict(objective="ppo"), "objective is 'ppo'; expected one of 'poly_dpo', "),
+        (dict(beta=-1), "beta is -1.0; expected a finite number > 0"),
+        (dict(loss={"label_smoothing": 0.5}), "label_smoothing is 0.5; expected a number from 0 to below 0.5"),
+        (
+            dict(warmup=2, schedule="constant"),
+            "warmup is 2, which has no effect with schedule 'constant'",
+        ),
+        (dict(warmup=4), "warmup is 4 and steps 4, so that the learning rate would never be reached"),
+        (
+            dict(cycles=2),
+            "cycles is 2, which has no effect with schedule 'constant_with_warmup'",
+        ),
+        (
+            dict(power=2.0, schedule="linear"),
+            "power is 2.0, which has no effect with schedule 'linear'; expected",
+        ),
+        (dict(adam_epsilon=1e-3, optimizer="adafactor"), "adam_epsilon is 0.001, which has no effect with optimizer"),
+        (
+            dict(lora_targets=["to_q"]),
+            r"lora_targets is \['to_q'\], which has no effect with lora_rank 0",
+        ),
+        (dict(lora_alpha=4.0), "lora_alpha is 4.0, which has no effect with lora_rank 0"),
+        (dict(validation_every=2), "validation_every is 2, which has no effect without validation_prompts"),
+        (dict(keep=2), "keep is 2, which has no effect with checkpoint_every 0"),
     ],
 )
 def test_bad_settings_are_named(here, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         settings(here, tmp_path, **change)
+
+
+def test_bad_names_of_the_loss_are_named(here, tmp_path):
+    for name in ("denisty", "mask"):
+        with pytest.raises(TypeError, match=f"{name}: no argument of PairObjective; expected "):
+            settings(here, tmp_path, loss={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [("nope.jsonl", "nope.jsonl"), (["a", "b"], r"data is \[.*expected one folder of latents")]
+)
+def test_the_data_are_opened_before_the_model(here, tmp_path, monkeypatch, data, message):
+    """Which may have to be downloaded."""
+    monkeypatch.setattr(setup, "family_of", None)
+    monkeypatch.chdir(tmp_path)
+    for store in ("a", "b"):
+        (tmp_path / store).mkdir()
+        (tmp_path / store / "store.json").write_text("{}")
+    with pytest.raises((OSError, ValueError), match=message):
+        train(settings(here, tmp_path / "out", data=data))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: b: c", "\t- x", "!!python/object/apply:os.getcwd []"])
@@ -813,10 +1095,9 @@ def test_the_published_settings_are_settings(file):
         (dict(data="/nowhere/*.parquet"), "/nowhere"),
         (dict(data_options={"sheet": 1}), "sheet: no option of ParquetPairs"),
         (dict(loader={"pixels": 1}), "pixels: no argument of PairLoader"),
-        (dict(objective="ppo"), "objective is 'ppo'"),
-        (dict(loss={"denisty": 1}), "denisty: no argument of PairObjective"),
         (dict(loss={"timestep_weight": 5}), "timestep_weight is 5; expected a name"),
         (dict(loss={"timestep_weight": "snr"}), "timestep_weight is 'snr'; with a DDPMScheduler expected 'min_snr'"),
+        (dict(guidance=2.0), "guidance is 2.0, and this UNet2DConditionModel has no guidance embedding"),
         (dict(scheduler={"shfit": 1}), "scheduler has shfit; a DDIMScheduler knows beta_end, "),
         (dict(scheduler={"_class_name": "AutoencoderKL"}), "scheduler has _class_name 'AutoencoderKL'"),
         (dict(optimizer="adamw8bit"), "needs bitsandbytes: pip install bitsandbytes"),
@@ -881,7 +1162,15 @@ def test_geneval_folders(here, tmp_path):
         assert result.exit_code == 2
         assert message in result.output
     result = CliRunner().invoke(app, ["geneval", str(model), *arguments[2:]])
-    assert f"model is '{model}'; {out} was rendered with '{here / 'pipeline'}'" in result.output
+    assert "vae is 'AutoencoderKL:" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--dtype", "bfloat16"])
+    assert f"dtype is 'bfloat16'; {out} was rendered with 'float32'" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--dtype", "int8"])
+    assert "--dtype is 'int8'; expected float32, bfloat16 or float16" in result.output
+    # The same pipeline in another place is the same.
+    shutil.copytree(here / "pipeline", tmp_path / "moved")
+    result = CliRunner().invoke(app, ["geneval", str(tmp_path / "moved"), *arguments[2:]])
+    assert result.exit_code == 0, result.output
     assert {file: (out / file).read_bytes() for file in files} == after
     assert CliRunner().invoke(app, [*arguments, "--samples", "3"]).exit_code == 0
     assert len(list(out.rglob("*.png"))) == 6

@@ -61,8 +61,8 @@ def fakes():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("reference", "weigh"), [("model", "loss"), ("errors", "logit")])
-def test_a_step_does_not_wait(family, reference, weigh):
+@pytest.mark.parametrize(("reference", "weight_applies_to"), [("model", "loss"), ("errors", "logit")])
+def test_a_step_does_not_wait(family, reference, weight_applies_to):
     policy, latents, conditioning, scheduler = build(family)
     frozen = copy.deepcopy(policy)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -72,9 +72,9 @@ def test_a_step_does_not_wait(family, reference, weigh):
             scheduler,
             reference=frozen if reference == "model" else None,
             timestep_weight="cosmap" if flow else "min_snr",
-            weigh=weigh,
+            weight_applies_to=weight_applies_to,
             density="logit_normal",
-            beta=500.0 if weigh == "loss" else torch.full((PAIRS,), 500.0),
+            beta=500.0 if weight_applies_to == "loss" else torch.full((PAIRS,), 500.0),
         )
         errors = None if reference == "model" else torch.ones(2 * PAIRS, dtype=torch.float64)
         with Watch():
