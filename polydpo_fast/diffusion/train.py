@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,8 +48,11 @@ def train(settings: Settings) -> None:
     There are also settings.yaml, metrics.jsonl, checkpoint-STEP/ and validation/STEP.png. Checkpoints hold pickles of
     Accelerate's: resume only from your own.
 
+    With checkpoint_every, a run that is told to stop (SIGTERM, as by Slurm) finishes its step, writes a checkpoint and
+    exits; of several processes after the next line of metrics, when they speak to each other.
+
     Raises ValueError for settings that do not fit the model, the data, the output folder or the run that is resumed,
-    NotFiniteError where the loss or the gradient is no number.
+    NotFiniteError where the loss or the gradient is no number, SystemExit where it was told to stop.
     """
     check_output(settings)
     setup = set_up(settings)
@@ -88,10 +93,13 @@ def train(settings: Settings) -> None:
     loop = _Loop(settings, setup, inputs, errors, objective, model, parameters, optimizer, schedule, ema, journal, run)
     batches = _forever(inputs.loader)
     model.train()
-    with _progress(accelerator, settings.steps, done) as advance:
+    with _told_to_stop(settings) as told, _progress(accelerator, settings.steps, done) as advance:
         for step in range(done + 1, settings.steps + 1):
             loop.training_step(step, batches)
-            advance(loop.after_step(step))
+            stop = loop.any_told(step, told)
+            advance(loop.after_step(step, stop))
+            if stop:
+                raise SystemExit(128 + signal.SIGTERM)
 
     with _ema_weights(ema, parameters):
         save_result(accelerator, pipe, family, model, settings, output)
@@ -164,12 +172,23 @@ class _Loop:
                 stacklevel=2,
             )
 
-    def after_step(self, step: int) -> str:
+    def any_told(self, step: int, told: list[int]) -> bool:
+        """Whether a process was told to stop. To ask the others costs a wait for the device."""
+        accelerator = self.setup.accelerator
+        if accelerator.num_processes == 1:
+            return bool(told)
+        if not _is_due(step, self.settings.log_every):
+            return False
+        if told:
+            accelerator.set_trigger()
+        return bool(accelerator.check_trigger())
+
+    def after_step(self, step: int, stop: bool) -> str:
         """Writes what is due after a step; returns a note of the metrics, if they were written."""
         settings, accelerator = self.settings, self.setup.accelerator
         last, note, output = step == settings.steps, "", Path(settings.output)
-        checkpoint = settings.checkpoint_every > 0 and (last or _is_due(step, settings.checkpoint_every))
-        picture = bool(settings.validation_prompts) and (last or _is_due(step, settings.validation_every))
+        checkpoint = settings.checkpoint_every > 0 and (last or stop or _is_due(step, settings.checkpoint_every))
+        picture = bool(settings.validation_prompts) and (last or _is_due(step, settings.validation_every)) and not stop
         if last or checkpoint or picture or _is_due(step, settings.log_every):
             note = self.journal.write(self.inputs.loader.epoch, self.schedule.get_last_lr()[0])
         if checkpoint:
@@ -332,6 +351,20 @@ def _forever(loader: PairLoader) -> Iterator[PairBatch]:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def _told_to_stop(settings: Settings) -> Iterator[list[int]]:
+    """The signals to stop that came; without checkpoints they end the process, as ever."""
+    told: list[int] = []
+    if settings.checkpoint_every == 0 or threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -710,6 +710,34 @@ def test_two_results_are_not_mixed(here, tmp_path):
         load_result(pipe, out)
 
 
+def test_told_to_stop_it_leaves_a_checkpoint(here, tmp_path, monkeypatch):
+    """And goes on from it as if nothing had happened; without checkpoints the signal does what it always does."""
+    given = dict(checkpoint_every=4, resume="latest", log_every=2)
+    train(settings(here, tmp_path / "whole", **given))
+    add = training.Journal.add
+    seen = []
+
+    def told(self, step, *rest):
+        add(self, step, *rest)
+        seen.append(signal.getsignal(signal.SIGTERM))
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Journal, "add", told)
+        with pytest.raises(SystemExit) as caught:
+            train(settings(here, tmp_path / "told", **given))
+        assert caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert [path.name for path in (tmp_path / "told").glob("*checkpoint*")] == ["checkpoint-3"]
+        assert not (tmp_path / "told" / "unet").exists()
+        train(settings(here, tmp_path / "other", steps=1))
+        assert seen[-1] == before
+    train(settings(here, tmp_path / "told", **given))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "told"))
+
+
 def test_metrics_whose_last_line_is_cut_off(here, tmp_path):
     out = tmp_path / "out"
     given = dict(lora_rank=2, checkpoint_every=2, resume="latest")
