@@ -125,7 +125,7 @@ class PairObjective:
         if ref_error is None and not self._loss.get("reference_free", False):
             if self.reference is None:
                 raise ValueError("there is neither reference nor ref_error; expected one, or reference_free=True")
-            if isinstance(self.reference, torch.nn.Module) and unwrapped(self.reference) is unwrapped(model):
+            if isinstance(self.reference, torch.nn.Module) and _base(self.reference) is _base(model):
                 raise ValueError(
                     "reference is the policy itself, so that nothing would be learned; expected frozen_copy(model), "
                     "adapters_off, or ref_error"
@@ -252,6 +252,12 @@ def check_loss(options: Mapping[str, Any]) -> None:
     given = {**_DEFAULTS, **{name: value for name, value in options.items() if not isinstance(value, Tensor)}}
     names = ("beta", "alpha", "objective", "label_smoothing", "margin", "sft_weight", "reduction")
     check_head(**{name: given[name] for name in names}, pair_weight=None, inputs=cast(Inputs, None))
+
+
+def _base(model: torch.nn.Module) -> Any:
+    """The model within all wrappers; adapters are in it, also where PEFT has wrapped it."""
+    inner = unwrapped(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _check_scheduler(scheduler: Any) -> None:

@@ -484,7 +484,12 @@ def test_bad_arguments_are_named():
     for given in (None, "ddpm", DDPMScheduler):
         with pytest.raises(TypeError, match=r"scheduler is a \w+; expected a scheduler of Diffusers, such as DDPM"):
             PairObjective(given)
-    for policy, reference in ((model, model), (torch.compile(model, backend="eager"), model)):
+    adapted = copy.deepcopy(model)
+    for policy, reference in (
+        (model, model),
+        (torch.compile(model, backend="eager"), model),
+        (get_peft_model(adapted, LoraConfig(r=2, target_modules=["to_q"])), adapted),
+    ):
         with pytest.raises(ValueError, match=r"reference is the policy itself.*; expected frozen_copy\(model\), adapt"):
             PairObjective(scheduler, reference=reference)(policy, latents, cond)
     with pytest.raises(TypeError, match=r"conditioning is a Tensor; expected a dict .* such as \{\"encoder_hidden_s"):
