@@ -149,7 +149,7 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
 def _accelerator(settings: Settings) -> Any:
     need("accelerate", "transformers", "diffusers", "safetensors", *(["peft"] if settings.lora_rank else []))
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+    from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, set_seed
     from diffusers.utils import logging
 
     for name in settings.trackers:
@@ -176,6 +176,12 @@ def _accelerator(settings: Settings) -> Any:
         if settings.ema:
             raise ValueError(f"ema is {settings.ema}; under FSDP no process has all weights to average: expected 0")
     _check_sharding(settings, accelerator)
+    if accelerator.state.dynamo_plugin.backend == DynamoBackend.INDUCTOR and accelerator.mixed_precision != "no":
+        import torch._inductor.config as inductor
+
+        # Else it rounds where it happens to write to memory, which in a graph with gradients, the policy's, is
+        # elsewhere than in the reference's: with a beta of thousands the first loss would be far from log 2.
+        inductor.emulate_precision_casts = True
     set_seed(settings.seed % 2**32)  # NumPy takes no more
     logging.set_verbosity_error()  # else it tells of every prompt that is longer than 77 tokens
     return accelerator

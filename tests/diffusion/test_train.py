@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType
 from accelerate.utils import DistributedType
@@ -288,7 +289,7 @@ def test_a_policy_that_is_not_its_reference_is_said(here, tmp_path, monkeypatch)
         train(settings(here, tmp_path / "out", steps=1))
 
 
-@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.heavy), 2])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own look at it
 def test_regions_that_are_compiled(tmp_path, monkeypatch, lora):
     """Names within the model have no trace of it: not in the result, and not in a checkpoint of adapters."""
@@ -306,6 +307,24 @@ def test_regions_that_are_compiled(tmp_path, monkeypatch, lora):
     assert plain.keys() == compiled.keys()
     for key in plain:
         torch.testing.assert_close(compiled[key], plain[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "rounds"), [("bf16", True), ("no", False)])
+def test_compiled_graphs_round_alike(here, tmp_path, monkeypatch, precision, rounds):
+    """With gradients and without; that the loss then begins at log 2 is for the heavy tests."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with torch._inductor.config.patch(emulate_precision_casts=False):
+        setup.set_up(settings(here, tmp_path, mixed_precision=precision))
+        assert torch._inductor.config.emulate_precision_casts == rounds
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_policy_begins_at_its_reference(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with torch._inductor.config.patch(emulate_precision_casts=False):
+        train(settings(here, tmp_path / "out", steps=1, mixed_precision="bf16"))
+    assert lines(tmp_path / "out")[0]["loss"] == torch.tensor(math.log(2)).item()
 
 
 def test_what_cannot_be_saved_is_said_before_the_first_step(here, tmp_path, monkeypatch):
