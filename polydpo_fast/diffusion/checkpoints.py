@@ -24,20 +24,23 @@ _ADAPTERS = "adapters.safetensors"
 _RUN = "run.json"
 
 
-def check_output(settings: Settings) -> None:
-    """Raises ValueError where the output folder has what another run left, and this one does not go on from it.
+def check_output(settings: Settings) -> Path | None:
+    """The checkpoint that the run is to go on from, if there is one.
+
+    Raises ValueError where the output folder has what another run left, and this one does not go on from it.
 
     Two results in one folder would be mixed: of all weights, LoRA, and a scheduler each takes what it finds.
     """
     output = Path(settings.output)
     checkpoint = _resumed(settings, output)
-    goes_on = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+    goes_on = checkpoint is not None and checkpoint.parent.resolve() == output.resolve()
     left = [name for name in ("unet", "transformer", LORA_FILE) if (output / name).exists()]
     if left and not goes_on:
         raise ValueError(
             f"{output} has {left[0]}, and no checkpoint that this run goes on from: it is the result of another run; "
             "expected another --output"
         )
+    return checkpoint
 
 
 def save_checkpoint(accelerator: Any, output: Path, step: int, settings: Settings, run: Mapping[str, Any]) -> None:
@@ -104,7 +107,7 @@ def _resumed(settings: Settings, output: Path) -> Path | None:
     return checkpoint
 
 
-def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str, Any]) -> int:
+def resume(accelerator: Any, settings: Settings, checkpoint: Path | None, run: Mapping[str, Any]) -> int:
     """Loads the checkpoint, if there is one to be loaded, and returns the steps that it has behind it.
 
     Raises ValueError where it is of a run that was begun otherwise than `run` says, of a later step than the settings'
@@ -112,7 +115,6 @@ def resume(accelerator: Any, settings: Settings, output: Path, run: Mapping[str,
     """
     from safetensors import SafetensorError
 
-    checkpoint = _resumed(settings, output)
     if checkpoint is None:
         return 0
     told = _told(checkpoint)

@@ -128,10 +128,11 @@ class Settings:
             "adam_epsilon",
             "power",
             "guidance",
-            "lora_alpha",
         ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, math.inf)
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha is {self.lora_alpha!r}; expected a number > 0, or None for lora_rank")
         for name in ("ema", "prompt_dropout", "adam_beta1", "adam_beta2"):
             _check_range(name, getattr(self, name), 0, 1)
         for name, choices in _CHOICES.items():

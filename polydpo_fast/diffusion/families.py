@@ -114,7 +114,8 @@ def load_pipeline(
             model, dtype={family.model: policy, "vae": vae, "default": frozen}, **options
         )
     except (OSError, ValueError) as error:
-        if variants := _variants_in(Path(model) / family.model):
+        variants = _variants_in(Path(model) / family.model)
+        if variants and variant not in variants:
             raise ValueError(
                 f"model is {model!r}, whose weights are of variant {', '.join(map(repr, variants))}, and variant is "
                 f"{variant!r}; expected that of the files"

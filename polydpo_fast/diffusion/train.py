@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from .checkpoints import check_output, checkpoint_adapters_only, result_of, resu
 from .config import Settings, lasting, write_settings
 from .families import Family, load_lora
 from .fingerprints import fingerprint
+from .forward import FLUX_GUIDANCE
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
 from .objective import PairObjective
@@ -42,6 +44,19 @@ __all__ = ["NotFiniteError", "train"]
 _MOST_AT_START = 0.05  # of implicit rewards, before anything was learned
 
 
+@contextlib.contextmanager
+def _inductor_as_before() -> Iterator[None]:
+    """What `set_up` changes of torch.compile's configuration is for this training alone."""
+    name = "emulate_precision_casts"
+    before = getattr(sys.modules.get("torch._inductor.config"), name, False)
+    try:
+        yield
+    finally:
+        if inductor := sys.modules.get("torch._inductor.config"):
+            setattr(inductor, name, before)
+
+
+@_inductor_as_before()
 def train(settings: Settings) -> None:
     """Trains, and writes the result to the output folder: a pipeline that Diffusers loads, or LoRA weights.
 
@@ -54,7 +69,7 @@ def train(settings: Settings) -> None:
     Raises ValueError for settings that do not fit the model, the data, the output folder or the run that is resumed,
     NotFiniteError where the loss or the gradient is no number, SystemExit where it was told to stop.
     """
-    check_output(settings)
+    checkpoint = check_output(settings)
     setup = set_up(settings)
     accelerator, pipe, family = setup.accelerator, setup.pipe, setup.family
     output = Path(settings.output)
@@ -70,7 +85,7 @@ def train(settings: Settings) -> None:
     objective = objective_of(settings, pipe, reference=reference)
     if errors is not None:
         errors.check(objective=objective)
-    parameters = _trainable(model, family, settings)
+    parameters = _trainable(model, family, settings, has_checkpoint=checkpoint is not None)
     optimizer = _optimizer(parameters, settings, _learning_rate(settings, accelerator.num_processes))
     schedule = _schedule(optimizer, settings)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -80,7 +95,7 @@ def train(settings: Settings) -> None:
     if settings.lora_rank:
         checkpoint_adapters_only(accelerator)
     result_of(accelerator, model, settings)
-    done = resume(accelerator, settings, output, run)
+    done = resume(accelerator, settings, checkpoint, run)
     accelerator.step = 0  # of its count of forwards, which is another where accumulation was another
     if ema is not None:
         ema.to(accelerator.device)
@@ -96,7 +111,7 @@ def train(settings: Settings) -> None:
     with _told_to_stop(settings) as told, _progress(accelerator, settings.steps, done) as advance:
         for step in range(done + 1, settings.steps + 1):
             loop.training_step(step, batches)
-            stop = loop.any_told(step, told)
+            stop = step < settings.steps and loop.any_told(step, told)  # after the last only the result is missing
             advance(loop.after_step(step, stop))
             if stop:
                 raise SystemExit(128 + signal.SIGTERM)
@@ -230,6 +245,8 @@ def _run_identity(
         "pairs per step (processes x batch_size x accumulation)": pairs,
         "size": list(setup.size),
         "learning_rate": _learning_rate(settings, processes),
+        "lora_alpha": settings.lora_alpha or settings.lora_rank,
+        "guidance": FLUX_GUIDANCE if settings.guidance is None else settings.guidance,
         "mixed_precision": setup.accelerator.mixed_precision,
         "draws of reference_errors": errors.draws if errors is not None else None,
         "model": fingerprint(model),
@@ -246,7 +263,8 @@ def _reference(model: Any, settings: Settings, accelerator: Any) -> Any:
     return sharded_and_compiled(frozen_copy(model), accelerator)
 
 
-def _trainable(model: Any, family: Family, settings: Settings) -> list[Tensor]:
+def _trainable(model: Any, family: Family, settings: Settings, has_checkpoint: bool) -> list[Tensor]:
+    """has_checkpoint: which has the adapters, so that they need no beginning."""
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     # As TRL does: the reference has none, and its noise would be taken for a preference.
@@ -266,11 +284,11 @@ def _trainable(model: Any, family: Family, settings: Settings) -> list[Tensor]:
         target_modules=settings.lora_targets or list(family.lora_targets),
     )
     model.add_adapter(config)
-    if settings.lora_weights is not None:
-        load_lora(family, model, Path(settings.lora_weights), scale=alpha / settings.lora_rank)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
+    if settings.lora_weights is not None and not has_checkpoint:  # after that: they are in float32
+        load_lora(family, model, Path(settings.lora_weights), scale=alpha / settings.lora_rank)
     return parameters
 
 
@@ -355,12 +373,18 @@ def _is_due(step: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def _told_to_stop(settings: Settings) -> Iterator[list[int]]:
-    """The signals to stop that came; without checkpoints they end the process, as ever."""
+    """The signals to stop that came: a second one ends the process, and so does the first where there are no
+    checkpoints."""
     told: list[int] = []
     if settings.checkpoint_every == 0 or threading.current_thread() is not threading.main_thread():
         yield told
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+
+    def stop(number: int, _: Any) -> None:
+        told.append(number)
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield told
     finally:

@@ -245,8 +245,9 @@ def test_lora_begins_with_weights_and_has_an_alpha(here, tmp_path):
     given = dict(steps=1, lora_rank=2, learning_rate=0.05, seed=1)
     train(settings(here, tmp_path / "one", **given))
     first = load_file(tmp_path / "one" / LORA_FILE)
-    for name, alpha in (("same", None), ("half", 1.0)):
-        kept = dict(lora_weights=str(tmp_path / "one"), learning_rate=0.0, lora_alpha=alpha)
+    for name, alpha, precision in (("same", None, "no"), ("half", 1.0, "no"), ("bf16", None, "bf16")):
+        kept = dict(lora_weights=str(tmp_path / "one"), learning_rate=0.0, lora_alpha=alpha, mixed_precision=precision)
+        AcceleratorState._reset_state(reset_partial_state=True)
         train(settings(here, tmp_path / name, **{**given, **kept}))
         again = load_file(tmp_path / name / LORA_FILE)
         assert again.keys() == first.keys()
@@ -255,6 +256,7 @@ def test_lora_begins_with_weights_and_has_an_alpha(here, tmp_path):
         # The reference is the model without them.
         assert lines(tmp_path / name)[0]["loss"] != torch.tensor(math.log(2)).item()
     # After one step of Adam B is of the same size, and does its part of alpha / rank.
+    AcceleratorState._reset_state(reset_partial_state=True)
     train(settings(here, tmp_path / "double", **given, lora_alpha=4.0))
     double = load_file(tmp_path / "double" / LORA_FILE)
     key = next(key for key in first if "lora_B" in key)
@@ -347,6 +349,10 @@ def test_files_of_a_variant(here, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path / "out")
     for part in ("vae", "text_encoder"):
         assert equal(getattr(again, part).state_dict(), getattr(pipe, part).state_dict())
+    for file in (model / "text_encoder").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(OSError, match="text_encoder"):  # not of the variant, which is right
+        train(settings(here, tmp_path / "other", model=str(model), variant="fp16", steps=1))
 
 
 def test_a_revision_is_asked_for(here, tmp_path, monkeypatch):
@@ -755,6 +761,31 @@ def test_told_to_stop_it_leaves_a_checkpoint(here, tmp_path, monkeypatch):
         assert seen[-1] == before
     train(settings(here, tmp_path / "told", **given))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "told"))
+
+
+def test_told_to_stop_in_the_last_step_it_leaves_the_result(here, tmp_path, monkeypatch):
+    add = training.Journal.add
+
+    def told(self, step, *rest):
+        add(self, step, *rest)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) == before  # a second one would end the process
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(training.Journal, "add", told)
+    train(settings(here, tmp_path / "out", steps=2, checkpoint_every=1))
+    assert (tmp_path / "out" / "unet").exists()
+
+
+def test_checkpoints_may_lie_elsewhere_and_alpha_may_be_said(here, tmp_path):
+    """A link to a folder of more room; and a setting that is given as what it is without."""
+    out, given = tmp_path / "out", dict(lora_rank=2, checkpoint_every=2, steps=2)
+    train(settings(here, out, **given))
+    (out / "checkpoint-2").rename(tmp_path / "moved")
+    (out / "checkpoint-2").symlink_to(tmp_path / "moved")
+    train(settings(here, out, **{**given, "steps": 4}, lora_alpha=2.0, resume="latest"))
+    assert (out / "checkpoint-4").exists()
 
 
 def test_metrics_whose_last_line_is_cut_off(here, tmp_path):
