@@ -43,6 +43,7 @@ __all__ = ["ParquetPairs"]
 
 _FORMAT = 1  # of the kept index
 _FORGET_S = 60.0
+_MOST_READS = 3  # of one row group at a time
 _LOOK_S = 0.05  # after which a thread that waits looks whether the one that reads was given up
 _LEAST_BOUND, _MOST_EXPANSION = 1 << 28, 64  # bytes that a row group may have as it is read, and times those stored
 _MOST_ROWS = 1024
@@ -310,6 +311,7 @@ class _Kept:
     def __init__(self) -> None:
         self.group: _Group | None = None
         self.reader: threading.Thread | None = None  # the thread that reads it now
+        self.reading = 0  # threads that do, those among them that were given up
         self.error = ""
         self.until = 0.0  # by time.monotonic(), the error is taken for granted
 
@@ -355,6 +357,7 @@ class _Groups:
             raise
         finally:
             with memory.changed:
+                kept.reading -= 1
                 if kept.reader is me:  # it was not given up in the meantime
                     kept.reader, kept.error = None, error
                     kept.until = time.monotonic() + forget_s if error else 0.0
@@ -378,10 +381,12 @@ class _Groups:
             if time.monotonic() < kept.until:
                 raise PairError(kept.error, whole_block=True)
             reader = kept.reader
-            if reader is None or was_given_up(reader) or not reader.is_alive():
-                kept.reader = me
+            nobody = reader is None or was_given_up(reader) or not reader.is_alive()
+            # Those that were given up may only be slow: memory, and the storage's work, are not to be multiplied.
+            if nobody and kept.reading < _MOST_READS:
+                kept.reader, kept.reading = me, kept.reading + 1
                 return None
-            if was_given_up(me):  # the read takes longer than this thread was to wait: the next one reads it anew
+            if was_given_up(me):  # the read takes longer than this thread was to wait: another one may begin it anew
                 kept.reader = None
                 raise PairError("its row group was being read for too long by another thread")
             memory.changed.wait(_LOOK_S)

@@ -168,6 +168,7 @@ class Pipeline:
         self._stop = threading.Event()
         self._seen, self._bad = 0, 0
         self._unread, self._undecoded = 0, 0  # in a row: all of a batch are read before any is decoded
+        self._last_bad = ""  # what was wrong with it, and where
         self._unread_blocks: set[int] = set()  # of that row: all pairs of a block that cannot be read count as one
         self._failed: dict[int, str] = {}  # the pairs of a source that is smaller than a row of bad pairs may be
         self._stream = _stream_of(plan.device) if plan.device and plan.device.type == "cuda" else None
@@ -307,7 +308,7 @@ class Pipeline:
                 self._unread_blocks.clear()
 
     def _count_unread(self, slot: _Slot, block: int, error: Exception) -> None:
-        if isinstance(error, PairError) and error.whole_block:
+        if block >= 0 and isinstance(error, PairError) and error.whole_block:
             self._unread += block not in self._unread_blocks
             self._unread_blocks.add(block)
             slot.lost.add(block)
@@ -323,7 +324,8 @@ class Pipeline:
         while True:
             slot.attempt += 1
             if slot.attempt > _MOST_ATTEMPTS or len(self._plan.source) < 2:
-                raise LoaderError(f"no pair was found to replace {self._plan.source.position(slot.index)}")
+                where = self._plan.source.position(slot.index)
+                raise LoaderError(f"no pair was found to replace {where}; the last that was bad: {self._last_bad}")
             slot.index = self._candidate(slot)
             if not slot.lost or readers.block_of(slot.index) not in slot.lost:
                 break
@@ -362,7 +364,7 @@ class Pipeline:
                 decode={**plan.options, "seed": self._seed_of(slot)},
             )
         this = f"{key} ({where}): {reason}" if key else f"{where}: {reason}"
-        last = f"the last was {this}"
+        self._last_bad, last = this, f"the last was {this}"
         if pairs <= plan.max_bad_run:
             self._failed.setdefault(slot.index, this)
         if run > plan.max_bad_run and len(self._failed) == pairs:

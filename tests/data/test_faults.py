@@ -14,7 +14,7 @@ import torch
 from data.pairs import Tiny, png, which
 from PIL import Image
 
-from polydpo_fast.data import Pair, PairLoader, open_source, read_ledger
+from polydpo_fast.data import LoaderError, Pair, PairLoader, Source, open_source, read_ledger
 from polydpo_fast.data.parquet import ParquetPairs
 
 TINY = dict(size=2, dtype=torch.uint8, max_bad_rate=1.0, max_bad_run=10**6, prefetch=1, readers=1)
@@ -124,6 +124,51 @@ def test_a_damaged_row_group_alone_in_its_window_ends_no_training(tmp_path):
         assert not set(range(60, 120)) & set(got)
         assert loader.stats.bad == 60
     assert 1 <= alone < 6
+
+
+class Wrapped(Source):
+    """Somebody's own, around another: it says nothing of blocks."""
+
+    kind = "wrapped"
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @property
+    def fingerprint(self):
+        return self.inner.fingerprint
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        return self.inner[index]
+
+    def position(self, index):
+        return self.inner.position(index)
+
+
+def test_a_damaged_row_group_within_a_source_of_ones_own(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    row_groups(path, 5, 20)
+    with open(path, "r+b") as file:
+        file.seek(pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset)
+        file.write(b"\xff" * 40)
+    loader = PairLoader(Wrapped(ParquetPairs(path)), 5, **TINY)
+    got = [number for batch in loader for number in which(batch.pixels)[0][:5]]
+    assert len(got) == 100
+    assert not set(range(20, 40)) & set(got)
+    assert loader.stats.bad >= 20
+
+
+def test_files_that_are_gone_are_told_with_the_reason(tmp_path):
+    """Of fewer row groups than bad pairs in a row are borne, and each counts once."""
+    path = tmp_path / "pairs.parquet"
+    row_groups(path, 5, 20)
+    source = ParquetPairs(path)
+    path.unlink()
+    with pytest.raises(LoaderError, match="No such file or directory"):
+        list(PairLoader(source, 5, size=2, dtype=torch.uint8))
 
 
 def test_too_little_memory_for_a_window_is_told_once(tmp_path):

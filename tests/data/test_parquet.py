@@ -548,6 +548,30 @@ def test_one_read_that_hangs_costs_the_pairs_that_waited_for_it(tmp_path, monkey
         let_go.set()
 
 
+def test_slow_reads_are_not_multiplied(tmp_path, monkeypatch):
+    """Each time a thread is given up another one may begin the same read: three at a time, not one for each thread."""
+    images = [{"win": png(i, 0, 0), "lose": png(i, 0, 1)} for i in range(40)]
+    source = ParquetPairs(write(tmp_path / "pairs.parquet", pa.Table.from_pylist(images), rows_per_group=40))
+    read, lock, now, most = source._read, threading.Lock(), [0], [0]
+
+    def slow(block):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(1.0)
+        try:
+            return read(block)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    monkeypatch.setattr(source, "_read", slow)
+    options = dict(size=2, dtype=torch.uint8, timeout_s=0.15, readers=6, max_bad_rate=1.0, max_bad_run=40)
+    got = [i for batch in PairLoader(source, 4, **options) for i in batch.index.tolist()]
+    assert len(got) == 40
+    assert 2 <= most[0] <= 3
+
+
 def test_a_read_that_takes_longer_than_a_thread_may_wait_is_begun_anew(tmp_path, monkeypatch):
     """Also where the one that hangs is no loader's, so that nobody gives it up."""
     source = ParquetPairs(write(tmp_path / "pairs.parquet", pick_a_pic([(1.0, True)] * 8)))
