@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "layout_of",
     "row_weight",
     "verdicts",
+    "warn_ignored",
 ]
 
 NONE, WINS, LOSES, TIE = range(4)
@@ -69,8 +71,14 @@ HAS_LABEL = "has_label"
 
 
 def is_labelled(value: Any) -> bool:
-    """What stands in `has_label`, as a bool of Python's or NumPy's or a number; True where nothing does."""
-    return value is None or bool(value)
+    """What stands in `has_label`, as a bool of Python's or NumPy's, a number, or in a table their text; True where
+    nothing does."""
+    if not isinstance(value, str):
+        return value is None or bool(value)
+    try:
+        return float(value) != 0
+    except ValueError:
+        return value.strip().lower() != "false"
 
 
 def layout_of(columns: Collection[str], where: str) -> Layout:
@@ -103,6 +111,15 @@ def verdicts(labels: np.ndarray, labelled: np.ndarray | None, name: str, where: 
         row = int(wrong.argmax())
         raise SourceError(f"{where}, row {row}: {name} is {labels[row]:g}; expected 1, 0, or 0.5 for a tie")
     return result
+
+
+def warn_ignored(where: str, name: str, kind: str, expected: str) -> None:
+    """Of a column that counts without being asked for, but means something else there."""
+    warnings.warn(
+        f"{where}: {name} is {kind}, and is not used; expected {expected}, or {name}=None",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def keep(verdict: np.ndarray, ties: str, where: str) -> np.ndarray:

@@ -27,6 +27,10 @@ COMMON = [("key", "<u8"), ("category", "<u4"), ("tie", "?")]
 """What a row of any index begins with: the hash of the pair's key or 0, the number of its category, whether it is one
 of two that nobody preferred."""
 
+# Of the kept indexes; to be raised when other records than before are refused or left out. The pairs of sources whose
+# records are as good as before keep their fingerprints, so that trainings are resumed.
+_RULES = 1
+
 _READERS = 8
 _PART = 1 << 15
 
@@ -70,7 +74,7 @@ class IndexedSource(Source):
     """Of its subclasses each says what a row holds, how a file is gone through, and how a row is read."""
 
     row: ClassVar[np.dtype[Any]]
-    version: ClassVar[int]  # of the index; to be raised when rows or the rules that make them change
+    version: ClassVar[int]  # of the index; to be raised when rows change, or what is read by them
 
     def __init__(
         self, files: Sequence[File], *, ties: str, columns: Sequence[str], cache: str | os.PathLike[str] | None
@@ -173,7 +177,7 @@ class IndexedSource(Source):
 
         if file.stamp:
             path = os.path.abspath(file.path) if file.is_local else file.path
-            stamp = f"{self.kind} {self.version} {file.size} {file.stamp} {path}"
+            stamp = f"{self.kind} {self.version}.{_RULES} {file.size} {file.stamp} {path}"
             arrays = load_or_build(stamp, build, cache, sound)
         else:  # nothing would tell that it has changed
             arrays = build()

@@ -37,7 +37,7 @@ class ManifestPairs(IndexedSource):
     begins with "{" has a JSON object in each line, one that ends in .csv is a table with a header. In UTF-8.
     A record has one of
         win, lose                   files
-        chosen, rejected; path1, path2 (HPDv3)  the same
+        path1, path2 (HPDv3); chosen, rejected  the same; the latter only in a record that has none of the others
         jpg_0, jpg_1, label_0       files, and 1 where the first wins, 0 where the second does, 0.5 for a tie
         file_path or image_path     a list of up to 256 files, and `human_preference`, greater for better, or `rank`,
                                     less for better: HPDv2. Every file is paired with every one that is worse; two that
@@ -168,9 +168,12 @@ class _Ranked(NamedTuple):
     tie: bool
 
 
-_ARMS = (("win", "lose"), ("chosen", "rejected"), ("path1", "path2"))
+_PLAIN = (("win", "lose"), ("path1", "path2"))
+_CHOSEN = ("chosen", "rejected")  # last: beside other files these may be words or numbers that say which is better
+_ARMS = (*_PLAIN, _CHOSEN)
 _EXPECTED = "win and lose, chosen and rejected, path1 and path2, jpg_0, jpg_1 and label_0, or a list file_path"
-_IN_TABLES = (*_ARMS, ("jpg_0", "jpg_1", "label_0"))
+_IMAGES, _LISTS = ("jpg_0", "jpg_1"), ("file_path", "image_path")
+_IN_TABLES = (*_ARMS, (*_IMAGES, "label_0"))
 _EXPECTED_IN_TABLES = "win, lose, or chosen, rejected, or path1, path2, or jpg_0, jpg_1, label_0"
 _ONE_PAIR = [_Ranked(0, 1, False)]
 
@@ -186,34 +189,44 @@ class _Listed(NamedTuple):
 
 def _listed(record: dict[str, Any]) -> _Listed:
     """Raises ValueError."""
-    for names in _ARMS:
-        if names[0] in record or names[1] in record:
-            first, second = text_of(record, names[0]), text_of(record, names[1])
-            if not first or not second:
-                raise ValueError(f"it has no {names[1] if first else names[0]}")
-            return _Listed([first, second], _ONE_PAIR, False)
-    for name in ("file_path", "image_path"):
-        if name in record:
+    for names in _PLAIN:
+        if _has(record, names):
+            return _Listed([text_of(record, name) or "" for name in names], _ONE_PAIR, False)
+    for name in _LISTS:
+        if isinstance(record.get(name), list):
             return _ranked(name, record)
-    if "jpg_0" in record or "jpg_1" in record:
+    is_chosen = _has(record, _CHOSEN)
+    if _has(record, _IMAGES) and ("label_0" in record or not is_chosen):
         return _labelled(record)
+    if is_chosen:
+        return _Listed([text_of(record, name) or "" for name in _CHOSEN], _ONE_PAIR, False)
+    # None is there as a whole: what is missing of the first that is there in part?
+    for name in _LISTS:
+        if record.get(name) is not None:
+            return _ranked(name, record)
+    for names in (*_PLAIN, _IMAGES, _CHOSEN):
+        if names[0] in record or names[1] in record:
+            raise ValueError(f"it has no {names[1] if _has(record, names[:1]) else names[0]}")
     raise ValueError(f"it has {', '.join(record) or 'no fields'}; expected {_EXPECTED}")
+
+
+def _has(record: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether something stands in all of these; in a table nothing is an empty text."""
+    return all(record.get(name) not in (None, "") for name in names)
 
 
 def _labelled(record: dict[str, Any]) -> _Listed:
     """Pick-a-Pic's columns."""
-    files = [text_of(record, name) or "" for name in ("jpg_0", "jpg_1")]
-    if not all(files):
-        raise ValueError(f"it has no {'jpg_1' if files[0] else 'jpg_0'}")
-    label, has_label = record.get("label_0"), record.get(HAS_LABEL)
-    if isinstance(label, str) or isinstance(has_label, str):  # of a table
-        label, has_label = label or None, str(has_label or "true").lower() not in ("false", "0")
-    if label is None or not is_labelled(has_label):
+    files = [text_of(record, name) or "" for name in _IMAGES]
+    label = record.get("label_0")
+    if label in (None, "") or not is_labelled(record.get(HAS_LABEL)):
         return _Listed(files, [], False)
     try:
         number = float(label)
     except (TypeError, ValueError):
-        number = math.nan
+        number = math.inf
+    if math.isnan(number):
+        return _Listed(files, [], False)
     if number not in (0, 0.5, 1):
         raise ValueError(f"label_0 is {label!r}; expected 1, 0, or 0.5 for a tie")
     return _Listed(files, [_Ranked(1, 0, False) if number == 0 else _Ranked(0, 1, number == 0.5)], False)

@@ -15,7 +15,9 @@ from data.pairs import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polydpo_fast.data import indexed
 from polydpo_fast.data import manifest as module
+from polydpo_fast.data.fields import parse_json
 from polydpo_fast.data.manifest import ManifestPairs
 from polydpo_fast.data.source import PairError, SourceError
 
@@ -92,6 +94,85 @@ def test_records_with_the_columns_of_tables(folder):
     (folder / "oip.csv").write_text("chosen,rejected,prompt\nb.jpg,a.jpg,p\n")
     for name in ("oip.jsonl", "oip.csv"):
         assert plain(ManifestPairs(folder / name)[0])[1:4] == (b"b", b"a", "p")
+
+
+NAMED = {"jpg_0": "a.jpg", "jpg_1": "b.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"path1": "a.jpg", "path2": "b.jpg", "chosen": "path1"}, ("a", "b")),
+        ({"path1": "a.jpg", "path2": "b.jpg", "chosen": "c.jpg", "rejected": "d.jpg"}, ("a", "b")),
+        ({"file_path": ["a.jpg", "b.jpg"], "rank": [2, 1], "rejected": None}, ("b", "a")),
+        ({"file_path": ["a.jpg", "b.jpg"], "rank": [2, 1], "chosen": "the first"}, ("b", "a")),
+        ({"file_path": "folder", "chosen": "c.jpg", "rejected": "d.jpg"}, ("c", "d")),
+        ({"win": None, "lose": None, "path1": "a.jpg", "path2": "b.jpg"}, ("a", "b")),
+        ({**NAMED, "label_0": 0, "chosen": "jpg_1", "rejected": "jpg_0"}, ("b", "a")),
+        ({**NAMED, "chosen": "c.jpg", "rejected": "d.jpg"}, ("c", "d")),
+    ],
+)
+def test_fields_that_are_none_of_the_layouts_do_no_harm(folder, record, expected):
+    assert arms(ManifestPairs(lines(folder / "m.jsonl", record))) == [expected]
+
+
+def test_rows_without_a_label_however_it_is_written(folder):
+    """Also where the label is text."""
+    unlabelled = [{"label_0": "1", "has_label": has} for has in (False, 0, 0.0, "false", "0.0", " False")]
+    unlabelled += [{"label_0": label} for label in ("nan", "NaN", float("nan"), "", None)]
+    lines(folder / "m.jsonl", *({**NAMED, **one} for one in unlabelled), {**NAMED, "label_0": "0", "has_label": "1.0"})
+    assert arms(ManifestPairs(folder / "m.jsonl")) == [("b", "a")]
+    text = "a.jpg,b.jpg,1,0.0\na.jpg,b.jpg,1,false\na.jpg,b.jpg,nan,\na.jpg,b.jpg,0,1.0\na.jpg,b.jpg,1,\n"
+    (folder / "m.csv").write_text("jpg_0,jpg_1,label_0,has_label\n" + text)
+    assert arms(ManifestPairs(folder / "m.csv")) == [("b", "a"), ("a", "b")]
+
+
+names = st.sampled_from(["a", "b", "a:", '":', '"', "{", "\\"])
+values = st.recursive(
+    st.text(st.sampled_from('a":{} \\'), max_size=6) | st.integers() | st.none(),
+    lambda inner: st.lists(inner, max_size=2) | st.lists(st.tuples(names, inner), max_size=3).map(tuple),
+    max_leaves=5,
+)
+
+
+def written(value, colon):
+    """JSON, with a tuple for an object, whose names may come twice."""
+    if isinstance(value, tuple):
+        return "{" + ", ".join(json.dumps(name) + colon + written(inner, colon) for name, inner in value) + "}"
+    return "[" + ", ".join(written(v, colon) for v in value) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+def has_twice(value):
+    if isinstance(value, tuple):
+        inside = [name for name, _ in value]
+        return len(set(inside)) < len(inside) or any(has_twice(inner) for _, inner in value)
+    return isinstance(value, list) and any(map(has_twice, value))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(names, values), max_size=4).map(tuple), st.sampled_from([":", ": ", " : ", "\t\n:", "  :"]))
+def test_names_that_come_twice_are_found(record, colon):
+    data = written(record, colon).encode()
+    if has_twice(record):
+        with pytest.raises(ValueError, match="twice"):
+            parse_json(data)
+    else:
+        assert parse_json(data) == json.loads(data)
+
+
+def test_the_index_of_other_rules_is_not_taken(folder, monkeypatch):
+    """A version before this one took records that are refused now."""
+    manifest = folder / "m.jsonl"
+    manifest.write_text('{"win": "a.jpg", "lose": "b.jpg", "a": 1, "a": 2}\n')
+    with monkeypatch.context() as before:
+        before.setattr(indexed, "_RULES", 0)
+        before.setattr(module, "parse_json", json.loads)
+        fingerprint = ManifestPairs(manifest).fingerprint
+    with pytest.raises(SourceError, match="it has 'a' twice"):
+        ManifestPairs(manifest)
+    monkeypatch.setattr(indexed, "_RULES", 2)
+    monkeypatch.setattr(module, "parse_json", json.loads)
+    assert ManifestPairs(manifest).fingerprint == fingerprint  # of the same pairs: trainings are resumed
 
 
 def test_the_pairs_of_a_list_are_not_worked_out_for_each_of_them(folder, monkeypatch):
