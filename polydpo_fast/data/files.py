@@ -20,7 +20,8 @@ __all__ = ["File", "Location", "contents", "find", "names", "suffix_of_path"]
 
 Location = str | os.PathLike[str]
 _MAX_FILE = 1 << 30
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+_MOST_DIGITS = 18
 _MOST_NUMBERED = 1 << 20
 _WEB = ("http://", "https://")
 _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond what is asked for
@@ -56,7 +57,8 @@ class File:
         return "://" not in self.path
 
     def read(self, start: int = 0, length: int | None = None) -> bytes:
-        """Those bytes; fewer where the file has become shorter. Raises OSError where it cannot be read."""
+        """Those bytes; fewer where the file has become shorter. Raises OSError where it cannot be read; who asks for
+        them says of which file."""
         length = max(0, self.size - start) if length is None else length
         if not self.is_local:
             try:
@@ -64,9 +66,9 @@ class File:
             except (OSError, ImportError, SourceError):
                 raise
             except Exception as error:  # the storages' clients have exceptions of their own
-                raise OSError(f"{self.path}: {error or type(error).__name__}") from error
+                raise OSError(str(error) or type(error).__name__) from error
             if len(data) > length:
-                raise OSError(f"{self.path}: its server sends the whole file, also where a part of it is asked for")
+                raise OSError("its server sends the whole file, also where a part of it is asked for")
             return data
         # Opened each time: a descriptor would be shared after a fork, and one per shard may be too many.
         with open(self.path, "rb", buffering=0) as file:
@@ -146,9 +148,12 @@ def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[
     if not isinstance(where, (str, os.PathLike)):
         return [file for one in where for file in find(one, suffixes)]
     place = _without_file_protocol(os.fspath(where))
-    if not os.path.exists(place) and (numbered := _numbered(place)):
+    is_local = "://" not in place
+    files = _find_local(place, suffixes) if is_local else []  # before the braces: folders may be named so
+    if not files and not os.path.exists(os.path.expanduser(place)) and (numbered := _numbered(place)):
         return [file for one in numbered for file in find(one, suffixes)]
-    files = _find_local(place, suffixes) if "://" not in place else _find_remote(place, suffixes)
+    if not is_local:
+        files = _find_remote(place, suffixes)
     if not files:
         raise SourceError(f"{place}: {_missing(os.path.expanduser(place), suffixes)}")
     return files
@@ -160,9 +165,14 @@ def _numbered(place: str) -> list[str]:
     if found is None:
         return []
     first, last = found[1], found[2]
-    if not 0 <= int(last) - int(first) < _MOST_NUMBERED:
+    if (digits := max(len(first), len(last))) > _MOST_DIGITS:  # Python itself refuses some thousands
+        short = f"{place[: found.start()]}{{...}}{place[found.end() :]}"
+        raise SourceError(f"{short}: a number in the braces has {digits} digits; expected at most {_MOST_DIGITS}")
+    if int(first) > int(last):
+        raise SourceError(f"{place}: {found[0]} counts down; expected the smaller number first")
+    if int(last) - int(first) >= _MOST_NUMBERED:
         raise SourceError(
-            f"{place}: {found[0]} means {int(last) - int(first) + 1} files; expected 1 to {_MOST_NUMBERED}"
+            f"{place}: {found[0]} means {int(last) - int(first) + 1} files; expected at most {_MOST_NUMBERED}"
         )
     numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     return [f"{place[: found.start()]}{number}{place[found.end() :]}" for number in numbers]

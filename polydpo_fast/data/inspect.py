@@ -139,7 +139,7 @@ def replay(source: Source, ledger: str | os.PathLike[str]) -> Iterator[Replayed]
     """
     _check_ledger(ledger)
     seen = set()
-    for line in read_ledger(ledger):
+    for line in filter(_has_index, read_ledger(ledger)):
         index, options = line.get("index"), line.get("decode")
         this = index, json.dumps({**options, "seed": None}) if isinstance(options, dict) else ""
         if this in seen:  # by another epoch or rank
@@ -151,22 +151,29 @@ def replay(source: Source, ledger: str | os.PathLike[str]) -> Iterator[Replayed]
 def _check_ledger(path: str | os.PathLike[str]) -> None:
     """An empty file is one, and so is one whose last line was cut off."""
     wanted = ("index", "position", "reason")
-    if os.path.getsize(path) and not any(line.keys() >= {*wanted} for line in read_ledger(path)):
+    if os.path.getsize(path) and not any(line.keys() >= {*wanted} and _has_index(line) for line in read_ledger(path)):
         raise SourceError(f"{path} is no ledger: it has no line of JSON with {', '.join(wanted)}")
+
+
+def _has_index(line: Mapping[str, Any]) -> bool:
+    """Other programs have logs of JSON lines too."""
+    return isinstance(line.get("index"), (int, type(None)))
 
 
 def _replayed(source: Source, line: Mapping[str, Any]) -> Replayed:
     index = line.get("index")
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(source):
         return Replayed(line, f"index is {index!r}; the source has {len(source)} pairs", foreign=True)
-    # A file that was repaired gives another fingerprint, and a folder that was moved another position.
-    if line.get("source") != source.fingerprint and line.get("position") != source.position(index):
-        return Replayed(
-            line, f"another source, or opened with other options: pair {index} is another one", foreign=True
-        )
     try:
         options = options_of_json(line["decode"]) if isinstance(line.get("decode"), dict) else None
         pair, problems = _read(source, index)
+        # A file that was repaired gives another fingerprint, and a folder that was moved another position. Of one that
+        # was both, or has a line of before fingerprints were written, the key tells.
+        known = line.get("source") == source.fingerprint or line.get("position") == source.position(index)
+        if not known and (pair is None or line.get("key") != pair.key):
+            return Replayed(
+                line, f"another source, or opened with other options: pair {index} is another one", foreign=True
+            )
         if pair is not None and line.get("key") not in ("", None, pair.key):  # "" where it could not be read
             return Replayed(line, f"another source: pair {index} is {pair.key} now", foreign=True)
         if pair is not None:

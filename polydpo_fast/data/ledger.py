@@ -109,4 +109,4 @@ def _as_json(value: Any) -> Any:
         return asdict(value)
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return value.tolist()
-    return list(value) if isinstance(value, (tuple, list)) else value
+    return [_as_json(one) for one in value] if isinstance(value, (tuple, list)) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 from collections.abc import Callable, Iterable
@@ -83,10 +84,16 @@ def _kinds(where: Any, suffixes: Iterable[str]) -> set[str]:
 
 
 def _check_no_dataset(where: Any) -> None:
-    """A folder that `datasets` wrote has JSON files, which are no manifests."""
+    """A folder that `datasets` wrote has JSON files, which are no manifests. One of Parquet files or shards, such as
+    `download_and_prepare` makes, may have some of these too, and is read."""
     if isinstance(where, (str, os.PathLike)):
         folder = os.path.expanduser(os.fspath(where))
-        if any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "dataset_dict.json")):
+
+        def has(pattern: str) -> bool:
+            return any(glob.iglob(os.path.join(glob.escape(folder), pattern), recursive=True))
+
+        saved = has("dataset_dict.json") or (has("dataset_info.json") and (has("state.json") or has("*.arrow")))
+        if saved and not has("**/*.parquet") and not has("**/*.tar"):
             raise SourceError(
                 f"{folder} was written by save_to_disk of the package datasets; expected what "
                 f"datasets.load_from_disk({folder!r}) returns (of a DatasetDict one of its splits)"

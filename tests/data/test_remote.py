@@ -219,8 +219,11 @@ def test_servers_without_ranges_are_told(web):
     server, address = web
     source = open_source(f"{address}/pairs.tar")
     server.whole = True
-    with pytest.raises(PairError, match="its server sends the whole file, also where a part of it is asked for"):
+    with pytest.raises(
+        PairError, match="its server sends the whole file, also where a part of it is asked for"
+    ) as error:
         source[1]
+    assert str(error.value).count(address) == 1
 
 
 @pytest.mark.parametrize(("count", "length", "share"), [(300, 20_000, 1.0), (6, 3_000_000, 0.1)])

@@ -233,8 +233,14 @@ def test_shards_by_their_numbers(tmp_path):
     assert len(open_source(f"{tmp_path}/s-{{01..01}}.tar")) == 1
     with pytest.raises(SourceError, match=r"s-03\.tar: no such file"):
         open_source(f"{tmp_path}/s-{{00..03}}.tar")
-    with pytest.raises(SourceError, match=r"\{3\.\.1\} means -1 files"):
+    with pytest.raises(SourceError, match=r"\{3\.\.1\} counts down; expected the smaller number first"):
         open_source(f"{tmp_path}/s-{{3..1}}.tar")
+    with pytest.raises(SourceError, match=r"\{0\.\.1048576\} means 1048577 files; expected at most 1048576"):
+        open_source(f"{tmp_path}/s-{{0..1048576}}.tar")
+    with pytest.raises(
+        SourceError, match=r"s-\{\.\.\.\}\.tar: a number in the braces has 5000 digits; expected at most"
+    ):
+        open_source(f"{tmp_path}/s-{{0..{'9' * 5000}}}.tar")
 
 
 def test_a_name_that_is_not_utf8_is_told(tmp_path):
