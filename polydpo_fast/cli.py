@@ -78,10 +78,12 @@ def inspect(
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
     category: Annotated[
-        str | None, typer.Option(help="Parquet column that holds the category (default: category, if there is one).")
+        str | None,
+        typer.Option(help="Parquet column that holds the category (default: category, if there is one; '' for none)."),
     ] = None,
     weight: Annotated[
-        str | None, typer.Option(help="Parquet column that holds the weight (default: weight, if there is one).")
+        str | None,
+        typer.Option(help="Parquet column that holds the weight (default: weight, if there is one; '' for none)."),
     ] = None,
     ledger: Annotated[Path | None, typer.Option(help="Ledger of a loader: try its bad pairs again.")] = None,
 ) -> None:
@@ -91,7 +93,7 @@ def inspect(
 
     console = Console()
     given = {"ties": ties, "root": root, "category": category, "weight": weight}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = _options(given)
     try:
         pairs = open_source(source[0] if len(source) == 1 else source, **options)
         fine = report(pairs, every=every, count=sample, ledger=ledger, console=console)
@@ -111,10 +113,12 @@ def pack(
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
     category: Annotated[
-        str | None, typer.Option(help="Parquet column that holds the category (default: category, if there is one).")
+        str | None,
+        typer.Option(help="Parquet column that holds the category (default: category, if there is one; '' for none)."),
     ] = None,
     weight: Annotated[
-        str | None, typer.Option(help="Parquet column that holds the weight (default: weight, if there is one).")
+        str | None,
+        typer.Option(help="Parquet column that holds the weight (default: weight, if there is one; '' for none)."),
     ] = None,
     columns: Annotated[list[str] | None, typer.Option(help="Further column to keep; may be repeated.")] = None,
 ) -> None:
@@ -129,7 +133,7 @@ def pack(
             raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
         size = packing.bytes_of(shard_size)
         where = source[0] if len(source) == 1 else source
-        pairs = open_source(where, **{name: value for name, value in given.items() if value is not None})
+        pairs = open_source(where, **_options(given))
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as progress:
             task = progress.add_task("pairs", total=len(pairs))
             done = packing.pack(
@@ -141,6 +145,12 @@ def pack(
     left_out = f"; {done.unreadable} could not be read: {out / packing.UNREADABLE}" if done.unreadable else ""
     Console().print(f"{done.pairs} pairs in {done.shards} shards in {out}{left_out}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if done.unreadable else 0)
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a source that were given; of a column "" means none."""
+    none = {name: None for name in ("category", "weight") if given[name] == ""}
+    return {**{name: value for name, value in given.items() if value is not None}, **none}
 
 
 @app.command()

@@ -34,6 +34,7 @@ from .columns import (
     layout_of,
     row_weight,
     verdicts,
+    warn_ignored,
 )
 from .files import File, Location, find, names
 from .reading import was_given_up
@@ -41,7 +42,7 @@ from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
 __all__ = ["ParquetPairs"]
 
-_FORMAT = 1  # of the kept index
+_FORMAT = 2  # of the kept index; to be raised when what it holds changes, or what is refused
 _FORGET_S = 60.0
 _MOST_READS = 3  # of one row group at a time
 _LOOK_S = 0.05  # after which a thread that waits looks whether the one that reads was given up
@@ -68,8 +69,8 @@ class ParquetPairs(Source):
         SourceError.
     columns: further ones, for `Pair.extra`.
     category, weight: columns of text or integers, and of numbers >= 0; None for none. Those that are named `category`
-        and `weight` need not be there. Without a text a pair's category is "", and without a number its weight is 1;
-        a tie has half of it.
+        and `weight` need not be there, and where they hold something else they are not used, with a warning. Without a
+        text a pair's category is "", and without a number its weight is 1; a tie has half of it.
     cache: folder for the index; the user's cache folder if None.
     memory_bytes: row groups of up to so many bytes in all are kept in memory; the latest is in any case. It should be
         enough for as many as a loader shuffles together, or they are read again and again.
@@ -113,7 +114,11 @@ class ParquetPairs(Source):
         for name in (self._layout.first, self._layout.second):
             if name in self._extra:
                 raise ValueError(f"columns has {name}, an image of the pair; expected others")
-        self._weight = weight if any(weight in schema.names for schema in schemas) or weight != WEIGHT else None
+        if weight == WEIGHT and not _is_usable(schemas, self._files, WEIGHT, _is_number, "numbers"):
+            weight = None
+        if category == CATEGORY and not _is_usable(schemas, self._files, CATEGORY, _is_category, "text or integers"):
+            category = None
+        self._weight = weight
         for file, schema in zip(self._files, schemas, strict=True):
             self._check_columns(schema, file)
         kinds = [schema.field(self._layout.first).type for schema in schemas]
@@ -134,14 +139,12 @@ class ParquetPairs(Source):
         self._ends = np.cumsum([block.pairs for block in blocks], dtype=np.int64)
         found = np.sum([np.bincount(index["verdict"], minlength=4) for index in indexes], axis=0)
         self._counts = {"files": len(self._files), **counted(found, len(self._rows), self._files[0].path)}
-        if all(len(index.get("codes", ())) == 0 for index in indexes):
-            category = None
         self._categories = _merged_categories(indexes, rows) if category is not None else None
         facts = [
             (name, file.size, index["digest"].tobytes(), hashlib.sha256(index["verdict"].tobytes()).digest())
             for name, file, index in zip(self._names, self._files, indexes, strict=True)
         ]
-        self._fingerprint = fingerprint_of("parquet", [_FORMAT, ties, category, self._weight, *facts])
+        self._fingerprint = fingerprint_of("parquet", [1, ties, category, self._weight, *facts])
         self._groups = _Groups(memory_bytes)
 
     def __len__(self) -> int:
@@ -204,7 +207,6 @@ class ParquetPairs(Source):
 
     def _check_columns(self, schema: Any, file: File) -> None:
         """A column that is missing or of a type that is not understood is a SourceError before anything is read."""
-        types = _pyarrow().types
         layout = self._layout
         if (other := layout_of(schema.names, file.path)) != layout:
             raise SourceError(
@@ -225,7 +227,7 @@ class ParquetPairs(Source):
             raise SourceError(f"{file.path}: {layout.prompt} is {schema.field(layout.prompt).type}; expected text")
         if has_weight:
             kind = schema.field(self._weight).type
-            if not (types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind)):
+            if not _is_number(kind):
                 raise SourceError(f"{file.path}: {self._weight} is {kind}; expected numbers, or weight=None")
 
     def _read(self, block: _Block) -> _Group:
@@ -434,6 +436,8 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
             has_category = category in schema.names
             if category not in (None, CATEGORY) and not has_category:
                 raise SourceError(f"{file.path} has no column {category}; its columns are {', '.join(schema.names)}")
+            if has_category and category == CATEGORY and not _is_category(schema.field(category).type):
+                has_category = False  # nobody asked for it; opening says that it is not used
             if has_category and pa.types.is_nested(kind := schema.field(category).type):
                 raise SourceError(f"{file.path}: {category} is {kind}; expected text or integers, or category=None")
             wanted = labels + ([category] if has_category else [])
@@ -451,7 +455,10 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
             "digest": np.frombuffer(hashlib.sha256(footer).digest(), np.uint8),
         }
         if category is not None:
-            codes, texts = _coded(table.column(category)) if has_category else (np.zeros(0, np.int32), [])
+            try:
+                codes, texts = _coded(table.column(category)) if has_category else (np.zeros(0, np.int32), [])
+            except Exception as error:  # bytes that are not UTF-8, whatever a conversion raises
+                raise SourceError(f"{file.path}: {category} is no text: {error}; expected text or integers") from error
             index["codes"] = codes
             index["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         return index
@@ -587,6 +594,30 @@ def _is_text(kind: Any) -> bool:
     return any(
         is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     )
+
+
+def _is_number(kind: Any) -> bool:
+    types = _pyarrow().types
+    return any(is_number(kind) for is_number in (types.is_floating, types.is_integer, types.is_null))
+
+
+def _is_category(kind: Any) -> bool:
+    types = _pyarrow().types
+    if types.is_dictionary(kind):
+        return _is_category(kind.value_type)
+    return _is_text(kind) or types.is_integer(kind) or types.is_boolean(kind)
+
+
+def _is_usable(
+    schemas: Sequence[Any], files: Sequence[File], name: str, is_kind: Callable[[Any], bool], expected: str
+) -> bool:
+    """Whether one of the files has a column of that name, which nobody asked for; in none it is of another type."""
+    for schema, file in zip(schemas, files, strict=True):
+        place = schema.get_field_index(name)
+        if place >= 0 and not is_kind(schema.field(place).type):
+            warn_ignored(file.path, name, str(schema.field(place).type), expected)
+            return False
+    return any(name in schema.names for schema in schemas)
 
 
 def _is_image(kind: Any) -> bool:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +25,7 @@ from .columns import (
     layout_of,
     row_weight,
     verdicts,
+    warn_ignored,
 )
 from .files import contents
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
@@ -43,8 +45,8 @@ class RecordPairs(Source):
         Columns of a `datasets.Dataset` that would be decoded to PIL images are switched to bytes; other PIL images
         are refused. Reading from several threads must be safe, as it is for lists and datasets.
     ties, columns: as of `ParquetPairs`.
-    category, weight: as of `ParquetPairs`; the first record says whether there are any. With a category, or with
-        labels, each record is looked at once at opening.
+    category, weight: as of `ParquetPairs`; the first record says whether there are any, and of what kind. With a
+        category, or with labels, each record is looked at once at opening.
 
     The key of a pair is the number of its record. Five bytes of memory per pair, six to nine with categories.
 
@@ -87,6 +89,12 @@ class RecordPairs(Source):
         self._layout = layout_of([str(name) for name in first], "records[0]")
         category = None if category == CATEGORY and category not in first else category
         weight = None if weight == WEIGHT and weight not in first else weight
+        if category == CATEGORY and not _is_category(first[CATEGORY]):
+            warn_ignored("records[0]", CATEGORY, repr(first[CATEGORY]), "text or an integer")
+            category = None
+        if weight == WEIGHT and not _is_weight(first[WEIGHT]):
+            warn_ignored("records[0]", WEIGHT, repr(first[WEIGHT]), "a number")
+            weight = None
         self._extra, self._category, self._weight = tuple(columns), category, weight
         for name in (*self._extra, category, weight):
             if name is not None and name not in first:
@@ -108,7 +116,7 @@ class RecordPairs(Source):
         self._counts = counted(np.bincount(verdict, minlength=4), len(rows), "records")
         self._rows, self._verdicts, self._ties = rows.astype(np.uint32), verdict[rows], ties
         if category is not None:
-            kept = [_text(found[category][row]) for row in rows.tolist()]
+            kept = [_text(found[category][row], category, row) for row in rows.tolist()]
             number = {text: n for n, text in enumerate(sorted(set(kept)))}
             codes = np.array([number[text] for text in kept], dtype=np.min_scalar_type(len(number)))
             self._categories = (*number,), codes
@@ -250,7 +258,20 @@ def _numbers(values: Sequence[Any], name: str) -> np.ndarray:
     return np.array(values, dtype=np.float64)
 
 
-def _text(value: Any) -> str:
+def _is_weight(value: Any) -> bool:
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def _is_category(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, np.integer, np.bool_))
+
+
+def _text(value: Any, name: str, row: int) -> str:
+    """Raises SourceError."""
+    if isinstance(value, (Mapping, list, tuple, set, bytes, np.ndarray)):
+        raise SourceError(
+            f"records[{row}]: {name} is of type {type(value).__name__}; expected text or integers, or category=None"
+        )
     return "" if value is None else str(value)
 
 

@@ -263,6 +263,44 @@ def test_a_column_of_weights(good, tmp_path):
     assert code == 2
     assert "w is string; expected numbers" in output
     assert run(good, "--weight", "label_0")[0] == 0
+    path = tmp_path / "words.parquet"
+    pq.write_table(table(GOOD, weight=["a", "b", "c", "d"], category=[["a"]] * 4), path)
+    with pytest.warns(RuntimeWarning, match="(weight|category) is .*, and is not used"):
+        assert run(path)[0] == 0
+    assert run(path, "--weight", "", "--category", "")[0] == 0  # without a warning
+
+
+def test_lists_of_shapes_and_colours_in_a_ledger(tmp_path):
+    path, ledger = tmp_path / "pairs.parquet", tmp_path / "bad.jsonl"
+    pq.write_table(table(BAD[:1]), path)
+    size = (np.int64(8), np.int64(8))
+    with pytest.raises(LoaderError):
+        list(PairLoader(path, 1, ledger=ledger, size=size))
+    (line,) = read_ledger(ledger)
+    assert line["decode"]["size"] == [8, 8]
+    (one,) = replay(open_source(path), ledger)
+    assert one.outcome == f"win: {line['reason']}"
+
+
+def test_a_line_of_a_folder_that_was_moved_is_known_by_its_key(bad, tmp_path):
+    """An old one says nothing of the source's fingerprint."""
+    source, ledger = module_source(bad), tmp_path / "ledger.jsonl"
+    moved = [line_of(source, index, source[index].key, position=f"/old/bad.parquet, row {index}") for index in (0, 4)]
+    moved.append({**moved[0], "index": 1})
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in moved))
+    assert [(one.bad, one.foreign) for one in replay(source, ledger)] == [(False, False), (True, False), (False, True)]
+
+
+def test_a_log_of_something_else_in_a_ledger(good, tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    other = {"index": [1], "position": "x", "reason": "y"}
+    ledger.write_text(json.dumps(other) + "\n")
+    code, output = run(good, "--sample", "0", "--ledger", ledger)
+    assert code == 2
+    assert "is no ledger" in output
+    source = module_source(good)
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in (other, line_of(source, 0, source[0].key))))
+    assert [one.line["index"] for one in replay(source, ledger)] == [0]
 
 
 @pytest.mark.parametrize("command", ["inspect", "pack"])

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import threading
 import time
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from data.pairs import everything, plain, png
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from polydpo_fast.data import PairLoader
+from polydpo_fast.data import PairLoader, open_source
 from polydpo_fast.data import parquet as module
 from polydpo_fast.data.parquet import ParquetPairs
 from polydpo_fast.data.reading import Readers
@@ -350,6 +351,30 @@ def test_splits_are_not_mixed_by_accident(tmp_path):
     assert len(both) == 2 * len(train)
 
 
+def test_parquet_files_beside_what_datasets_says_of_them(tmp_path):
+    """`download_and_prepare` writes such folders, and `save_to_disk` others, with Arrow's files."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    write(folder / "train.parquet", pick_a_pic([(1.0, True)] * 3))
+    for name in ("dataset_info.json", "state.json", "dataset_dict.json"):
+        (folder / name).write_text("{}")
+        assert len(open_source(folder)) == 3
+    (folder / "train.parquet").unlink()
+    with pytest.raises(SourceError, match="was written by save_to_disk"):
+        open_source(folder)
+
+
+def test_a_folder_with_braces_in_its_name(tmp_path):
+    folder = tmp_path / "run{0..1}"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write(folder / f"{name}.parquet", pick_a_pic([(1.0, True)] * 3))
+    for place, pairs in ((folder, 6), (folder / "a.parquet", 3), (folder / "*.parquet", 6)):
+        assert len(open_source(str(place))) == pairs
+    with pytest.raises(SourceError, match=r"run0/c\.parquet: no such file"):
+        open_source(f"{folder}/c.parquet")
+
+
 @pytest.mark.parametrize("names", [{"weight": "w", "category": "kind"}, {}])
 def test_weight_and_category(tmp_path, names):
     table = pick_a_pic([(1.0, True), (0.5, True), (None, True), (0.0, True), (0.0, True), (1.0, True)])
@@ -390,13 +415,39 @@ def test_weight_and_category_in_some_of_the_files(tmp_path):
         texts, codes = source.categories
         assert [texts[code] for code in codes] == [pair.category for pair in pairs]
     assert ParquetPairs(paths[0]).fingerprint == ParquetPairs(paths[0], category=None, weight=None).fingerprint
-    for column, values, wanted in (
-        ("category", [["a"], ["b"], []], "category is list.*; expected text or integers"),
-        ("weight", ["a", "b", "c"], "weight is string; expected numbers"),
-    ):
-        path = write(tmp_path / "wrong.parquet", table.append_column(column, [values]))
-        with pytest.raises(SourceError, match=wanted):
-            ParquetPairs(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("weight", ["a", "b", "c"], "weight is string, and is not used; expected numbers, or weight=None"),
+        ("weight", [True, False, None], "weight is bool, and is not used"),
+        ("weight", [Decimal("1.5")] * 3, r"weight is decimal128\(2, 1\), and is not used"),
+        ("category", [["a"], ["b"], []], "category is list.*, and is not used; expected text or integers"),
+        ("category", [1.5, 2.0, None], "category is double, and is not used"),
+        ("category", [b"\xff"] * 3, "category is binary, and is not used"),
+    ],
+)
+def test_a_weight_or_category_of_another_kind_is_not_used(tmp_path, name, values, expected):
+    """Nobody asked for it. Under another name, which has to be given, it is refused."""
+    table = pick_a_pic([(1.0, True)] * 3)
+    path = write(tmp_path / "0.parquet", table.append_column(name, [values]))
+    for _ in range(2):  # from the kept index, too
+        with pytest.warns(RuntimeWarning, match=rf"0\.parquet: {expected}"):
+            source = ParquetPairs(path)
+        assert [(source[i].weight, source[i].category) for i in range(3)] == [(1.0, "")] * 3
+    assert source.fingerprint == ParquetPairs(path, **{name: None}).fingerprint
+    good = write(tmp_path / "1.parquet", table.append_column(name, [[1, 2, 3]]))
+    with pytest.warns(RuntimeWarning, match=rf"0\.parquet: {expected}"):
+        assert ParquetPairs([good, path])[1].weight == 1.0
+    other = write(tmp_path / "other.parquet", table.append_column("other", [values]))
+    if values[0] == b"\xff":
+        with pytest.raises(SourceError, match=r"other\.parquet: other is no text: .*; expected text or integers"):
+            ParquetPairs(other, category="other")
+    elif values[0] != 1.5:  # numbers are made text
+        wanted = {"weight": "other is .*; expected numbers", "category": "other is .*; expected text or integers"}
+        with pytest.raises(SourceError, match=rf"other\.parquet: {wanted[name]}"):
+            ParquetPairs(other, **{name: "other"})
 
 
 @pytest.mark.parametrize("value", [1e39, 1e300, 1e-60])

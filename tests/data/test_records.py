@@ -22,7 +22,7 @@ def pick(row, label, labelled=True):
 
 
 def test_rows_without_a_label_however_it_is_written():
-    for labelled in (False, 0, np.bool_(False), np.int64(0)):
+    for labelled in (False, 0, np.bool_(False), np.int64(0), "False", "0.0"):
         source = RecordPairs([pick(0, 0.0, labelled), pick(1, 1.0, np.bool_(True)), pick(2, 0.0, None)])
         assert [source[i].key for i in range(len(source))] == ["1", "2"]
 
@@ -216,6 +216,28 @@ def test_weight_and_category_are_taken_where_they_are_there():
     for weight in (1e39, 1e-60, 10**400):
         with pytest.raises(PairError, match=r"weight is .*; expected 0, or a number that float32 can hold"):
             RecordPairs([{**image, "weight": weight}])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight", "high"), ("weight", True), ("category", ["a"]), ("category", 1.5)]
+)
+def test_a_weight_or_category_of_another_kind_is_not_used(name, value):
+    records = [{"win": b"w", "lose": b"l", name: value, "other": value}] * 2
+    with pytest.warns(RuntimeWarning, match=rf"records\[0\]: {name} is .*, and is not used; expected .*{name}=None"):
+        source = RecordPairs(records)
+    assert (source[0].weight, source[0].category) == (1.0, "")
+    assert source.fingerprint == RecordPairs(records, **{name: None}).fingerprint
+    if name == "weight":
+        with pytest.raises(PairError, match=r"other is .*; expected a number >= 0"):
+            RecordPairs(records, weight="other")[0]
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, b"a", np.zeros(2)])
+def test_categories_that_are_lists_are_refused(value):
+    image = {"win": b"w", "lose": b"l"}
+    for name in ("kind", "category"):
+        with pytest.raises(SourceError, match=rf"records\[1\]: {name} is of type .*; expected text or integers"):
+            RecordPairs([{**image, name: "a"}, {**image, name: value}], category=name)
 
 
 def test_categories():
