@@ -47,9 +47,9 @@ def parse_json(data: bytes) -> dict[str, Any]:
         # The hook, which tells names that come twice, takes time: it is spared where the names can be counted in the
         # text. None is missed, though some may be found within strings, and then the hook decides.
         is_flat = data.count(b"{") == 1
-        record = json.loads(text) if is_flat else json.loads(text, object_pairs_hook=_object)
+        record = json.loads(text) if is_flat else _CHECKING.decode(text)
         if is_flat and data.count(b":") != len(record) != len(_NAME_ENDS.findall(data)):
-            record = json.loads(text, object_pairs_hook=_object)
+            record = _CHECKING.decode(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8: {error.reason}") from error
     except RecursionError:
@@ -73,6 +73,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise _RepeatedNameError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
     return record
+
+
+_CHECKING = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def text_of(record: Record, name: str) -> str | None:
