@@ -20,7 +20,6 @@
 #include "foreign.hpp"
 #include "frame.hpp"
 #include "loss.hpp"
-#include "memory.hpp"
 #include "pool.hpp"
 #include "simd.hpp"
 
@@ -444,7 +443,6 @@ PYBIND11_MODULE(_C, module) {
                       const polydpo::Head&, const std::array<double, 9>&, int>())
         .def("errors", &BoundLoss::errors)
         .def("gradient", &BoundLoss::gradient);
-    module.def("advise_huge_pages", &polydpo::advise_huge_pages);
     module.def("set_openmp", [](std::uintptr_t entry) {
         polydpo::set_openmp(reinterpret_cast<polydpo::GompParallel>(entry));
     });

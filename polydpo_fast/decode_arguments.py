@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .memory import fresh_pixels
-
 __all__ = [
     "ClipLimits",
     "DecodeLimits",
@@ -204,7 +202,7 @@ def _check(
         shape = (2 * pairs, *frames, height * 3 // 2, width)
     element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
     if out is None:
-        out = fresh_pixels(shape, element, device)
+        out = torch.empty(shape, dtype=element, device=device)
     else:
         _check_out(out, shape, element, device)
     if isinstance(hflip, bool) or not isinstance(hflip, (int, float)) or not 0 <= hflip <= 1:

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..memory import fresh_pixels
-
 __all__ = ["Buffers"]
 
 _MOST_FREE = 16  # more are let go: somebody kept an epoch of batches, and dropped it
@@ -32,7 +30,7 @@ class Buffers:
         try:
             memory, whole = self._free.popleft()
         except IndexError:
-            memory = fresh_pixels(self._shape, self._dtype, pinned=self.pinned)
+            memory = torch.empty(self._shape, dtype=self._dtype, device="cpu", pin_memory=self.pinned)
             whole = memory.view(torch.uint8).numpy()
         # The tensor's storage owns this view, and lets go of it when its last tensor is gone.
         lease = whole[...]
