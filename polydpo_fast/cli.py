@@ -25,6 +25,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_Source = Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")]
+_Ties = Annotated[str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")]
+_Root = Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")]
+_Category = Annotated[
+    str | None, typer.Option(help="Parquet column of the category (default: category, if there is one; '' for none).")
+]
+_Weight = Annotated[
+    str | None, typer.Option(help="Parquet column of the weight (default: weight, if there is one; '' for none).")
+]
 _Config = Annotated[Path | None, typer.Option(help="YAML file of settings; options on the command line win.")]
 _Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Diffusers pipeline.")]
 _Data = Annotated[list[str] | None, typer.Option(help="Pairs: file, glob, folder or URL; or a folder made by `cache`.")]
@@ -70,21 +79,13 @@ def demo(
 
 @app.command()
 def inspect(
-    source: Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")],
+    source: _Source,
     every: Annotated[bool, typer.Option("--all", help="Decode every pair and list those that fail.")] = False,
     sample: Annotated[int, typer.Option(min=0, help="Pairs to decode and time.")] = 64,
-    ties: Annotated[
-        str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")
-    ] = None,
-    root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
-    category: Annotated[
-        str | None,
-        typer.Option(help="Parquet column that holds the category (default: category, if there is one; '' for none)."),
-    ] = None,
-    weight: Annotated[
-        str | None,
-        typer.Option(help="Parquet column that holds the weight (default: weight, if there is one; '' for none)."),
-    ] = None,
+    ties: _Ties = None,
+    root: _Root = None,
+    category: _Category = None,
+    weight: _Weight = None,
     ledger: Annotated[Path | None, typer.Option(help="Ledger of a loader: try its bad pairs again.")] = None,
 ) -> None:
     """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
@@ -105,21 +106,13 @@ def inspect(
 
 @app.command()
 def pack(
-    source: Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")],
+    source: _Source,
     out: Annotated[Path, typer.Argument(help="Folder for the shards; an interrupted run is continued.")],
     shard_size: Annotated[str, typer.Option(help="Largest size of a shard: 500MB, 1GB, 2GiB.")] = "1GB",
-    ties: Annotated[
-        str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")
-    ] = None,
-    root: Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")] = None,
-    category: Annotated[
-        str | None,
-        typer.Option(help="Parquet column that holds the category (default: category, if there is one; '' for none)."),
-    ] = None,
-    weight: Annotated[
-        str | None,
-        typer.Option(help="Parquet column that holds the weight (default: weight, if there is one; '' for none)."),
-    ] = None,
+    ties: _Ties = None,
+    root: _Root = None,
+    category: _Category = None,
+    weight: _Weight = None,
     columns: Annotated[list[str] | None, typer.Option(help="Further column to keep; may be repeated.")] = None,
 ) -> None:
     """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
