@@ -13,8 +13,10 @@ help:  ## Show this list
 demo: setup  ## Teach a small diffusion model a preference, on real images (about 2 or 3 minutes)
 	$(BIN)/polydpo-fast demo $(ARGS)
 
-test: setup  ## Run the test suite
-	$(BIN)/python -m pytest $(ARGS)
+# By file: fixtures of a module, such as compiled kernels, are made once.
+PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+test: setup  ## Run the test suite, or ARGS="tests/test_loss.py -k mask", in PROCESSES=1 or more
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-heavy: setup  ## Run the long tests too: crashes, leaks, many seeds (minutes)
 	$(BIN)/python -m pytest -m heavy --timeout 1800 $(ARGS)
