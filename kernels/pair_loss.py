@@ -7,7 +7,9 @@ writes the gradient (3). In bfloat16 that is 12 bytes; a target shared by both a
 Determinism: a sample is cut into splits whose number depends on its size alone. Each split stores its partial
 sums in a slot; the last split of a pair to arrive adds the slots in order, and the last pair to arrive adds the
 pairs in order. Who is last changes from run to run, what is added in which order does not. So the result is
-the same bit for bit, and a pair's value does not depend on the batch it stands in.
+the same bit for bit, and a pair's value does not depend on the batch it stands in. (What is added first across lanes
+depends on the kernel, and there is one for addresses and strides that are multiples of 16 and one for others: the last
+bits of a float64 result may differ where a batch of one pair is aligned otherwise than a larger one.)
 
 Precision: elements are converted to ACC (float32, or float64 for float64 inputs), each lane adds a handful of
 terms in ACC, and everything above a lane (across lanes, splits, pairs, and the head) is float64. That is a few
@@ -33,9 +35,12 @@ from polydpo_fast.objectives import OBJECTIVES
 # 1024 elements per arm and iteration over 128 threads: 8 each, one 128-bit load for 16-bit types.
 BLOCK = 1024
 NUM_WARPS = 2 if torch.version.hip else 4
-SLOT_BLOCK = 256
+SLOT_BLOCK = 512
 PAIR_BLOCK = 64
-# Programs for a large sample. Of 132 SMs with room for eight programs each, they fill three quarters.
+# Registers of the error kernel on NVIDIA's GPUs. Left alone, their assembler stops at 64 and waits for one arm before
+# it loads the other: with 80, all loads of an iteration are under way at once (of masks and float32 most).
+MAX_REGISTERS = 80
+# Programs for a large sample. With that many registers six share an SM: 132 SMs run 792 at once.
 LARGE_SPLITS = 768
 # Partial sums of a split: m D and (m - r) D, of the winner and of the loser; and with a mask the elements.
 SUMS = tl.constexpr(4)
@@ -138,7 +143,8 @@ def errors_kernel(
         tl.store(counts + slot, tl.sum(elements).to(tl.float64))
 
     # The barrier orders this program's stores before its arrival; acq_rel orders them for the last one. AMD's barrier
-    # does not wait for stores: there the four sums and the arrival are the first wave's, which waits for its own.
+    # does not wait for stores: there the four sums and the arrival are the first wave's, which waits for its own (held
+    # by a test of the compiled layout).
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + 1 + pair, 1, sem="acq_rel")
     if arrived == n_splits - 1:
@@ -325,6 +331,11 @@ def blocks_per_split(numel: int) -> int:
     return min(64, max(1, round(numel / (LARGE_SPLITS * BLOCK))))
 
 
+def register_bound(double: bool, *, hip: bool) -> dict[str, int]:
+    """An option for launching or compiling the error kernel. Float64 needs more; AMD's compiler has no such option."""
+    return {} if double or hip else {"maxnreg": MAX_REGISTERS}
+
+
 def launch_errors(
     pred: list[Tensor],
     ref: list[Tensor],
@@ -375,7 +386,7 @@ def launch_errors(
             REF="none" if reference_free else "pred" if ref else "error",
             SHARED_TARGET=target_win is target_lose, REDUCTION=reduction, ACC=tl.float64 if double else tl.float32,
             BLOCK=BLOCK, SLOT_BLOCK=SLOT_BLOCK, PAIR_BLOCK=PAIR_BLOCK,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+            num_warps=NUM_WARPS, enable_fp_fusion=True, **register_bound(double, hip=bool(torch.version.hip)),
         )  # fmt: skip
     return loss, metrics, pairs
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from polydpo_fast.diffusion import PairObjective, draw_noise, ema_weights
 
 pytestmark = pytest.mark.gpu

@@ -70,8 +70,8 @@ def test_on_a_gpu_tests_and_checks_run_side_by_side_and_then_the_benchmark(gpu, 
     monkeypatch.setattr(run, "part", part)
     monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: range(8))
     results = gpu.on_gpu(run)
-    assert results["tests of the losses"] == dict(tests=12, failures=0, errors=0, skipped=4, failed=[])
-    shares = [f"tests of the losses, {share} of 4" for share in (1, 2, 3, 4)]
+    assert results["tests of the kernels"] == dict(tests=12, failures=0, errors=0, skipped=4, failed=[])
+    shares = [f"tests of the kernels, {share} of 4" for share in (1, 2, 3, 4)]
     benchmark = began.pop("benchmark of the losses")
     assert set(began) >= {"gpu tests", "check", *shares}
     assert max(began.values()) < min(ended.values())

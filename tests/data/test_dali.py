@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_decode import jpeg, picture, png
 
+pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from polydpo_fast import _C, DecodeError, DecodeLimits, decode_clips, decode_pairs
 from polydpo_fast.data import dali, dali_clips, dali_images
 from polydpo_fast.data.dali import CanaryError, CppDecoder, DaliDecoder, choose_decoder

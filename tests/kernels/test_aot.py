@@ -15,10 +15,9 @@ import pytest
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "u8": 1}
 
-# Bounds with some room, not readings. At 128 registers four programs of 128 threads share an SM: 48 KB of loads in
-# flight in bfloat16, what a memory latency of 0.5 us needs at 3 TB/s over 132 SMs is 11 KB.
+# Of a GPU's 65,536 registers per SM, at 80 six programs of 128 threads have enough. AMD's have twice as many.
 MAX_REGISTERS = {"errors": {"fp64": 192}, "gradient": {"fp64": 96}, "rgb": {}}
-MAX_REGISTERS_ELSE = {"errors": 128, "gradient": 64, "rgb": 128}
+MAX_REGISTERS_ELSE = {"errors": 80, "gradient": 64, "rgb": 128}
 
 # Tensors of the (2B, ...) shape that a variant moves, in units of the dtype's size; a shared target is half of one.
 TENSORS = {
@@ -60,7 +59,21 @@ def test_nothing_spills(reports):
 def test_registers_stay_within_their_bound(reports):
     for r in reports:
         bound = MAX_REGISTERS[r["kernel"]].get(r["dtype"], MAX_REGISTERS_ELSE[r["kernel"]])
-        assert r["registers"] <= bound, r
+        assert r["registers"] <= (2 * bound if r["target"] == "gfx942" else bound), r
+
+
+def test_all_loads_of_an_iteration_are_under_way_at_once(reports):
+    """In groups, each would wait for memory by itself. The gradient's programs are many enough to hide that."""
+    for r in reports:
+        if r["kernel"] == "errors" and r["dtype"] in ("bf16", "fp16") and r["target"].startswith("sm"):
+            assert r["loads_in_flight"] >= (3 if r["variant"] == "mask" else r["wide_loads"]), r
+
+
+def test_the_sums_of_a_split_are_stored_by_one_warp(reports):
+    """AMD's barrier does not wait for the stores of other waves before the arrival is announced."""
+    errors = [r for r in reports if r["kernel"] == "errors"]
+    assert errors
+    assert [r for r in errors if not r["sums_of_one_warp"]] == []
 
 
 def test_the_end_of_a_pair_waits_seldom(reports):
