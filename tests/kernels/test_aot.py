@@ -63,10 +63,14 @@ def test_registers_stay_within_their_bound(reports):
 
 
 def test_all_loads_of_an_iteration_are_under_way_at_once(reports):
-    """In groups, each would wait for memory by itself. The gradient's programs are many enough to hide that."""
+    """In groups, each would wait for memory by itself. The gradient's programs are many enough to hide that.
+
+    Before Triton 3.8 two groups remain on sm_80.
+    """
     for r in reports:
         if r["kernel"] == "errors" and r["dtype"] in ("bf16", "fp16") and r["target"].startswith("sm"):
-            assert r["loads_in_flight"] >= (3 if r["variant"] == "mask" else r["wide_loads"]), r
+            in_groups = r["variant"] == "mask" or r["target"] == "sm_80"
+            assert r["loads_in_flight"] >= r["wide_loads"] / (2 if in_groups else 1), r
 
 
 def test_the_sums_of_a_split_are_stored_by_one_warp(reports):
