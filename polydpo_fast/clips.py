@@ -146,15 +146,27 @@ def decode_clips(
         ImportError: PyAV is not installed.
         TypeError, ValueError: an argument has the wrong type or value; the message says which.
     """
-    from . import _C
-
-    require_av()
-    asked = check_clips(
+    return decode_timed(
         win, lose, frames=frames, size=size, fps=fps, start=start, short=short, resize=resize,
         interpolation=interpolation, crop=crop, hflip=hflip, seeds=seeds, dtype=dtype, mean=mean, std=std,
         background=background, layout=layout, out=out, strict=strict, limits=limits, on_error=on_error,
         threads=threads, cache=cache,
     )  # fmt: skip
+
+
+def decode_timed(
+    win: Sequence[Source], lose: Sequence[Source], *, clock: Fraction | None = None, **options: Any
+) -> DecodedClips:
+    """`decode_clips`, all of whose options are given.
+
+    clock: of the clip from whose frames the times were taken, in seconds; 0 if from none. None: as the options have it.
+    """
+    from . import _C
+
+    require_av()
+    asked = check_clips(win, lose, **options)
+    frames, fps, start, short = (options[name] for name in ("frames", "fps", "start", "short"))
+    resize, layout, strict, cache = (options[name] for name in ("resize", "layout", "strict", "cache"))
     pairs, out, planes = len(asked.win), asked.out, asked.planes
     stores = [
         _C.FrameStore(draw=draw, apply_orientation=True, memory=1 << 30, planes=planes, **asked.native)
@@ -184,6 +196,8 @@ def decode_clips(
             clocks = [
                 rows[pair].clip.timeline.unit if fps is None and plans[pair] else Fraction(0) for pair in range(pairs)
             ]
+            if clock is not None:
+                clocks = [clock] * pairs
             list(pool.map(_Row.decode, rows, plans * 2, [short] * 2 * pairs, clocks * 2))
         except BaseException:  # an interrupt: clips that are under way are not decoded to their end
             for row in rows:
@@ -198,7 +212,7 @@ def decode_clips(
         for index, row in enumerate(rows)
         if row.reason
     )
-    if errors and on_error == "raise":
+    if errors and options["on_error"] == "raise":
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
     for pair in {failure.index for failure in errors}:

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _C
-from ..clips import DecodedClips, decode_clips
+from ..clips import DecodedClips, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, check_clips
 from ..timeline import plan
@@ -54,8 +54,8 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
                     Plan(*_C.plan(side.size, draw=asked.draws[i], size=asked.size, resize=asked.native["resize"]))
                     for side in sides
                 ]
+                clock = timelines[0].unit if options["fps"] is None else Fraction(0)
                 for row, side, way in zip((i, i + pairs), sides, where, strict=True):
-                    clock = timelines[0].unit if options["fps"] is None else Fraction(0)
                     shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short, clock))
                     target = out[row].movedim(frames_axis - 1, 0)
                     for k, frame in enumerate(_frames(engine, side, shown)):
@@ -73,7 +73,7 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
                 for k in (0, frames - 1):  # a decoder that loses count is wrong at the end
                     one = dict(frames=1, fps=1, start=times[k], short="repeat" if short == "error" else short)
                     *arms, given = for_cpp(asked, options | one, [i])
-                    known = decode_clips(*arms, **given)
+                    known = decode_timed(*arms, clock=clock, **given)
                     if known.ok.all():
                         mine = out[[i, i + pairs]].select(frames_axis, k)
                         there = known.pixels.select(frames_axis, 0)

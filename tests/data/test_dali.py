@@ -559,7 +559,9 @@ def test_frames_are_those_of_cpp(decoder, clips, monkeypatch, win, lose, options
     at edges of saturated colours, 37 beyond BT.601's; on average a quarter of a level, and of BT.709 less than 2.
     The next frame is 3 levels away on average, another mirror or crop more."""
     asked = []
-    monkeypatch.setattr(dali_clips, "decode_clips", lambda *a, **o: asked.append(o["frames"]) or decode_clips(*a, **o))
+    for way in ("decode_clips", "decode_timed"):
+        plain = getattr(dali_clips, way)
+        monkeypatch.setattr(dali_clips, way, lambda *a, f=plain, **o: asked.append(o["frames"]) or f(*a, **o))
     arms = [clips[win]], [clips[lose]]
     a = decode_clips(*arms, seeds=[3], **LEVELS, **options)
     b = decoder.decode_clips(*arms, seeds=[3], **LEVELS, **options)
@@ -654,6 +656,29 @@ def test_the_canary_sees_a_wrong_frame_at_either_end(clips, monkeypatch, at):
     monkeypatch.setattr(dali_clips, "_frames", tampered)
     with pytest.raises(CanaryError, match=r"win\[0\] is decoded by DALI into other pixels"):
         decoder.decode_clips([clips["small"]], [clips["small"]], frames=9, size=(48, 64))
+
+
+@pytest.mark.parametrize("start", [1 / 30, "center"])
+@pytest.mark.parametrize(("win", "lose"), [("webm", "mp4"), ("mp4", "webm")])
+def test_the_canary_looks_at_the_same_frames_whatever_the_clocks(monkeypatch, win, lose, start):
+    """Of milliseconds, and of a fifteen-thousandth second. DALI is stood in for by FFmpeg's frames, which are right."""
+    pytest.importorskip("av", reason="PyAV is not installed")
+    from clip_oracle import encode, full_decode, rgb
+
+    def true_frames(engine, side, shown):
+        frames = [frame for _, frame in full_decode(side.data)]
+        return torch.stack([torch.from_numpy(rgb(frames[k]).round()).movedim(0, -1).byte() for k in shown])
+
+    monkeypatch.setattr(dali_clips, "_frames", true_frames)
+    # Frames that are told apart: the next is 30 levels away.
+    monkeypatch.setattr("clip_oracle.scene", lambda k, h, w: torch.full((h, w, 3), 20 + 30 * (k % 7)).byte().numpy())
+    made = {name: encode(9, codec="libvpx-vp9", container=name, rate=30) for name in (win, lose)}
+    options = dict(frames=2, size=(48, 64), start=start, dtype=torch.uint8)
+    engine = Engine(torch.device("cpu"), 1, 1, 0.65)
+    got = dali_clips.decode(engine, [made[win]], [made[lose]], options)
+    want = decode_clips([made[win]], [made[lose]], **options)
+    assert torch.equal(got.times, want.times)
+    assert (got.pixels.int() - want.pixels).abs().max() <= 1
 
 
 def test_what_nvdec_is_given():
