@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing_extensions import Buffer
 
-__all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key", "siting_in"]
+__all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key", "siting_in", "states_range"]
 
 _SPS = {"h264": 7, "hevc": 33}  # types of units: sequence parameter sets
 _MOST_HEADER = 1 << 12  # bytes of parameters that are looked at
@@ -184,6 +184,23 @@ def siting_in(codec: str, packet: Buffer, header: bytes | None) -> int | None:
         return None
 
 
+def states_range(codec: str, header: bytes | None) -> bool:
+    """Whether a stream tells the range of its samples. HEVC need not; FFmpeg's frames have the limited one then.
+
+    header: as of `chroma_siting`; without parameters in it the answer is yes.
+    """
+    try:
+        sets = _parameters(codec, header) if codec == "hevc" else []
+        for unit in sets:
+            bits = _Bits(unit)
+            _to_vui_of_hevc(bits)
+            if _has_signal(bits):
+                return True
+        return not sets
+    except (IndexError, ValueError):
+        return True
+
+
 def _siting_of(codec: str, sets: list[bytes]) -> int | None:
     """By the first of the sets of parameters."""
     for unit in sets:
@@ -263,15 +280,23 @@ class _Bits:
         return value
 
 
-def _siting_in_vui(bits: _Bits) -> int:
-    """The same in both, up to there. Flags say what there is."""
+def _has_signal(bits: _Bits) -> bool | None:
+    """Whether format, range and colours are what comes next; None where there is no VUI. Flags say what there is."""
     if not bits.take(1):
-        return 0
+        return None
     if bits.take(1) and bits.take(8) == 255:  # shape of pixels
         bits.take(32)
     if bits.take(1):  # overscan
         bits.take(1)
-    if bits.take(1):  # format, range, colours
+    return bool(bits.take(1))
+
+
+def _siting_in_vui(bits: _Bits) -> int:
+    """The same in both, up to there."""
+    has_signal = _has_signal(bits)
+    if has_signal is None:
+        return 0
+    if has_signal:
         bits.take(4)
         if bits.take(1):
             bits.take(24)

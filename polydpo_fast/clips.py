@@ -108,9 +108,9 @@ def decode_clips(
     Frames are chosen by the times at which they are presented: those that a full decode gives, whatever the seeking.
     Quarter turns and mirrors of the display matrix are applied; frames of pixels that are not square are resized to the
     shape in which they are to be shown, except under "stretch", which looks at no shape, and fail under resize=None.
-    Colour follows the stream's own flags, and in H.264, HEVC and AV1 those of where chroma lies; without any it is
-    BT.709 from 720 lines on, BT.601 below, of limited range, its chroma on the even columns between the rows. Transfer
-    functions (PQ, HLG) are not undone.
+    Colour follows the stream's own flags, else the container's, and in H.264, HEVC and AV1 the stream's of where chroma
+    lies; without any it is BT.709 from 720 lines on, BT.601 below, of limited range, its chroma on the even columns
+    between the rows. Transfer functions (PQ, HLG) are not undone.
 
     Args:
         win, lose: B clips each: bytes-like objects, or paths. H.264, HEVC, VP8, VP9, AV1 and MPEG-4 in MP4, MOV,
@@ -312,9 +312,11 @@ def _check_frame(frame: Any, clip: Clip, resize: str | None, planes: bool) -> No
         raise ValueError(f"its pixels are {float(clip.aspect):.4g} times as wide as high, and resize is None")
 
 
-def _colours_of(frame: Any) -> tuple[str, bool]:
+def colours_of(frame: Any, clip: Clip) -> tuple[str, bool]:
     """What the frame's samples mean: a name of `DecodedClips.matrix`, and whether they have the full range."""
-    name, matrix, told = frame.format.name, int(frame.colorspace), int(frame.color_range)
+    name, matrix, told = frame.format.name, int(frame.colorspace), clip.told[1] or int(frame.color_range)
+    if matrix in _UNTOLD:
+        matrix = clip.told[0]
     if name in _RGB:
         return "rgb", told != _LIMITED_RANGE
     if matrix not in _MATRICES and matrix not in _UNTOLD:
@@ -342,7 +344,7 @@ def _store(
         form = _FORMATS[name]
     else:
         raise ValueError(f"its pixels are {name}; expected YCbCr, RGB or grey of 8, 9, 10 or 12 bits")
-    matrix, full_range = _colours_of(frame)
+    matrix, full_range = colours_of(frame, clip)
     geometry = store.store(
         planes,
         strides,

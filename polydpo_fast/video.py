@@ -18,7 +18,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from . import cache
-from .bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key, siting_in
+from .bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key, siting_in, states_range
 from .decode_arguments import ClipLimits
 from .matroska import damage_of
 from .mp4 import check_counts
@@ -49,11 +49,14 @@ class Clip:
     concealed: how many of the `frames` were replaced or marked as corrupt by FFmpeg.
     aspect, siting: width of a pixel by its height, and where chroma lies, as `chroma_siting` has it; known while there
     are frames.
+    told: the matrix and the range that the container tells, FFmpeg's numbers, for frames that tell none: 2 and 0 where
+    it does not either, or frames always do. Known once it was opened.
     """
 
     timeline: Timeline
     aspect: Fraction
     siting: int
+    told: tuple[int, int]
 
     def __init__(
         self, source: Source, limits: ClipLimits, strict: bool, threads: int, folder: str | os.PathLike[str] | None
@@ -186,6 +189,10 @@ class Clip:
                 if context.width * context.height <= 0:
                     raise ValueError("its header states no size")
                 self._check_pixels(context.width * context.height)
+                # Before any frame is decoded: the decoders of HEVC and VP9 put what the stream tells in their place, or
+                # that it tells nothing.
+                is_range_told = states_range(context.codec.canonical_name, context.extradata)
+                self.told = int(context.colorspace), 0 if is_range_told else int(context.color_range)
                 context.thread_count = threads
                 context.thread_type = "AUTO" if threads > 1 else "NONE"
                 if name == "h264":

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -53,6 +54,21 @@ def encode(
     if codec == "libsvtav1":  # as root it makes the thread that calls it a real-time one, which starves the others
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return file.getvalue()
+
+
+def without_range(data):
+    """HEVC of x265's in MP4 without the five bits of its parameters that tell a format, a range, and no colours."""
+    with av.open(io.BytesIO(data)) as container:
+        header = container.streams.video[0].codec_context.extradata
+    at = header.index(b"\x42\x01\x01")
+    old = header[at : at + int.from_bytes(header[at - 2 : at], "big")]
+    bits = "".join(f"{byte:08b}" for byte in old.replace(b"\0\0\3", b"\0\0"))
+    place = bits.rindex("1" + "00" + "1" + "10100")  # VUI, no shape, no overscan; the flag, 5, limited, no colours
+    bits = bits[: place + 3] + "0" + bits[place + 9 :] + "0" * 5
+    new = bytes(int(bits[k : k + 8], 2) for k in range(0, len(bits), 8))
+    new = re.sub(rb"\0\0(?=[\0-\3])", b"\0\0\3", new)
+    assert len(new) == len(old)
+    return data.replace(old, new)
 
 
 def joined(first, second):

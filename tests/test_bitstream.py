@@ -5,9 +5,9 @@ import struct
 
 import numpy as np
 import pytest
-from clip_oracle import av, encode
+from clip_oracle import av, encode, without_range
 
-from polydpo_fast.bitstream import SpareFrames, begins_anew, chroma_siting
+from polydpo_fast.bitstream import SpareFrames, begins_anew, chroma_siting, states_range
 
 
 def header_of(data):
@@ -45,6 +45,16 @@ def test_where_chroma_lies(codec, options, siting, container):
             9, codec=codec, container=container, pixels=pixels, **{codec.replace("lib", "") + "-params": given}
         )
         assert chroma_siting(*header_of(data)) == siting
+
+
+def test_whether_a_range_is_told():
+    data = encode(9, codec="libx265")
+    codec, header = header_of(data)
+    assert states_range(codec, header)  # by x265 always
+    assert states_range(codec, None)
+    codec, header = header_of(without_range(data))
+    assert not states_range(codec, header)
+    assert states_range("h264", header)
 
 
 @pytest.mark.parametrize(("place", "siting"), [("vertical", 0), ("colocated", 2)])

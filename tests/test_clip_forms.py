@@ -1,14 +1,17 @@
 """`decode_clips`: planes as they are stored, and pixels that are not square."""
 
 import io
+import struct
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, rgb  # noqa: F401
+from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, rgb, without_range  # noqa: F401
 
-from polydpo_fast import DecodeError, decode_clips, yuv420_to_rgb
+from polydpo_fast import ClipLimits, DecodeError, decode_clips, yuv420_to_rgb
+from polydpo_fast.data import dali_clips
+from polydpo_fast.video import Clip
 
 CLIP = encode(12, 48, 64)
 COLOURS = {  # x264's and FFmpeg's names, and ours
@@ -112,6 +115,68 @@ def test_what_has_no_such_planes_fails(data, options, reason):
     failure = error.value.failures[-1]
     assert (failure.arm, failure.index) == ("lose", 0)
     assert reason in failure.reason
+
+
+def with_colours(data, entry, matrix, full_range):
+    """The MP4 with a box of colours in its description of samples, which is of that type."""
+    at = data.index(entry, data.index(b"stsd")) - 4
+    box = struct.pack(">I4s4sHHHB", 19, b"colr", b"nclx", matrix, 2, matrix, 128 * full_range)
+    result = bytearray(data)
+    for place in [at, *(data.rindex(name) - 4 for name in (b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"))]:
+        result[place : place + 4] = struct.pack(">I", int.from_bytes(data[place : place + 4], "big") + len(box))
+    end = at + int.from_bytes(data[at : at + 4], "big")
+    return bytes(result[:end] + box + result[end:])
+
+
+@pytest.mark.parametrize(
+    ("codec", "entry", "ranged"),
+    [("libx265", b"hev1", True), ("libvpx-vp9", b"vp09", False), ("libsvtav1", b"av01", False)],
+)
+@pytest.mark.parametrize(("matrix", "name"), [(1, "bt709"), (9, "bt2020")])
+def test_colours_are_the_containers_where_the_stream_tells_none(codec, entry, ranged, matrix, name):
+    """The range too in HEVC; VP9 and AV1 always tell it."""
+    plain = encode(2, codec=codec)
+    data = with_colours(without_range(plain) if ranged else plain, entry, matrix, True)
+    batch = decode_clips([data], [data], frames=2, size=(48, 64), dtype=torch.uint8)
+    assert (batch.matrix, batch.full_range) == ((name,) * 2, (ranged,) * 2)
+    frames = [frame for _, frame in full_decode(plain)]
+    for frame in frames:
+        frame.colorspace, frame.color_range = matrix, 2 if ranged else 1
+    assert_frames(batch.pixels[0], frames)
+    planes = decode_clips([data], [data], frames=2, size=(48, 64), dtype="yuv420")
+    assert (planes.matrix, planes.full_range) == (batch.matrix, batch.full_range)
+    side = dali_clips._open_clip(data, Clip(data, ClipLimits(), True, 1, None), codec == "libx265")
+    assert side.bt709 == (matrix == 1)
+    assert not (side.is_plain and (ranged or matrix == 9))
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_the_streams_colours_come_before_the_containers(container):
+    told = "colormatrix=bt2020nc:range=limited:log-level=none"
+    data = encode(2, codec="libx265", container=container, **{"x265-params": told})
+    if container == "mp4":
+        data = with_colours(data, b"hev1", 1, True)
+    batch = decode_clips([data], [data], frames=2, size=(48, 64), dtype=torch.uint8)
+    assert (batch.matrix, batch.full_range) == (("bt2020",) * 2, (False,) * 2)
+    assert_frames(batch.pixels[0], [frame for _, frame in full_decode(data)])
+
+
+def test_colours_of_webm():
+    """VP9 that tells none, under a header that tells BT.709."""
+    file, plain = io.BytesIO(), encode(2, codec="libvpx-vp9", container="webm")
+    with av.open(file, "w", format="webm") as output, av.open(io.BytesIO(plain)) as source:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        stream.codec_context.colorspace = 1
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    batch = decode_clips([file.getvalue()], [plain], frames=2, size=(48, 64), dtype=torch.uint8)
+    assert batch.matrix == ("bt709", "bt601")
+    frames = [frame for _, frame in full_decode(plain)]
+    for frame in frames:
+        frame.colorspace = 1
+    assert_frames(batch.pixels[0], frames)
 
 
 def test_planes_mean_one_thing():

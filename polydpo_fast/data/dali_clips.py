@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _C
-from ..clips import DecodedClips, decode_clips, decode_timed
+from ..clips import DecodedClips, colours_of, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, check_clips
 from ..timeline import plan
@@ -182,12 +182,12 @@ def _open_clip(source: Source, clip: Clip, is_gpu: bool) -> _Side:
         aspect, siting = aspect_of(stream), siting_of(stream)
     if frame is None:
         raise ValueError("none of its frames can be decoded")
-    size, matrix = (frame.height, frame.width), int(frame.colorspace)
+    matrix, full_range = colours_of(frame, clip)
     is_plain = (
         is_only
         and frame.format.name == "yuv420p"
-        and int(frame.color_range) != 2
-        and matrix in (1, 2, 5, 6)
+        and not full_range
+        and matrix in ("bt709", "bt601")
         and orientation(frame) == 1
         and aspect == 1
         and siting == 0
@@ -198,9 +198,7 @@ def _open_clip(source: Source, clip: Clip, is_gpu: bool) -> _Side:
         # DALI counts the frames that NVDEC decodes, and of VP9 and AV1 some are only shown, or never; it takes fields
         # for frames.
         is_plain &= codec in ("h264", "hevc") and not frame.interlaced_frame
-    # As in decode_clips: without a matrix, BT.709 from 720 lines on.
-    bt709 = matrix == 1 or (matrix == 2 and frame.height >= 720)
-    return _Side(clip, data, codec, size, bt709, is_plain)
+    return _Side(clip, data, codec, (frame.height, frame.width), matrix == "bt709", is_plain)
 
 
 class _Facts:
