@@ -27,23 +27,27 @@ class _DamagedError(Exception):
     pass
 
 
-def damage_of(file: File, most_cues: int, look: Callable[[], object] = lambda: None) -> str | None:
+def damage_of(
+    file: File, most_cues: int, look: Callable[[], object] = lambda: None, *, blocks: bool = True
+) -> str | None:
     """What is wrong with the elements of the file, down to its blocks: nothing, None, or the first that is.
+
+    blocks: whether to look at them, in clusters whose length is told: nine of ten elements, and more, are blocks.
 
     Raises ValueError where it has more tags, chapters, attachments or cues (bytes: `most_cues`) than FFmpeg may be
     given: it keeps them in up to twenty times as much memory. look: called now and then; what it raises ends this.
     """
     size = file.seek(0, io.SEEK_END)
     try:
-        _Walk(file, size, most_cues, look).whole()
+        _Walk(file, size, most_cues, look, blocks).whole()
     except _DamagedError as error:
         return str(error)
     return None
 
 
 class _Walk:
-    def __init__(self, file: File, size: int, most_cues: int, look: Callable[[], object]) -> None:
-        self._file, self._size, self._look = file, size, look
+    def __init__(self, file: File, size: int, most_cues: int, look: Callable[[], object], blocks: bool) -> None:
+        self._file, self._size, self._look, self._blocks = file, size, look, blocks
         self._most = {**_MOST, _CUES: ("cues", most_cues)}
         self._tracks: set[int] | None = None
         self._count = 0
@@ -70,7 +74,7 @@ class _Walk:
                     raise ValueError(f"its {name} have {length} bytes, more than {most}")
             if kind == _TRACKS and following is not None:
                 self._tracks = self._numbers(begin, following)
-            if kind == _CLUSTER:
+            if kind == _CLUSTER and (self._blocks or following is None):
                 at = self._cluster(begin, following, until)
             elif following is None:
                 raise _DamagedError(f"what begins at byte {at} has no length")

@@ -71,6 +71,7 @@ class Clip:
         self._shortcut = False
         self._told_siting: int | None = None  # by parameters among the packets
         self._trouble: str | None = ""  # what is wrong with Matroska's elements, or None; "" before anybody has looked
+        self._is_kept = False  # the index was: a file of this size and time has been looked through before
         self._form: tuple[int, int, int, float] | None = None
 
     def index(self) -> None:
@@ -83,6 +84,7 @@ class Clip:
             stamp = (
                 f"clip {_FORMAT} {_version()} {self._strict} {facts.st_size} {facts.st_mtime_ns} {os.fsencode(path)!r}"
             )
+            self._is_kept = True  # unless it has to be made
             found = cache.load_or_build(stamp, self._indexed, self._folder, _is_sound)
         else:
             found = self._indexed()
@@ -160,7 +162,8 @@ class Clip:
                 most = 4 * max(self._limits.frames, 1 << 16)
                 check_counts(file, most, self._limits.streams, self.check_timeout)
             elif self._trouble == "":  # once
-                self._trouble = damage_of(file, 32 * max(self._limits.frames, 1 << 16), self.check_timeout)
+                most_cues = 32 * max(self._limits.frames, 1 << 16)
+                self._trouble = damage_of(file, most_cues, self.check_timeout, blocks=not self._is_kept)
             file.seek(0)
             # A decoder is told the limit too: it allocates for what the stream says, whatever the header does. It
             # counts whole blocks, so that a frame may be larger there.
@@ -207,6 +210,7 @@ class Clip:
         pts: of the frames that are shown, ascending. keys: of the places to seek to. unit: of both, a fraction. depth:
         how many frames at most are decoded before one that is shown before them.
         """
+        self._is_kept = False
         pts: list[int] = []
         keys: list[int] = []
         latest: list[int] = []

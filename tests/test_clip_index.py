@@ -10,7 +10,7 @@ import pytest
 import torch
 from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder  # noqa: F401
 
-from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips
+from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips, matroska
 from polydpo_fast.timeline import Timeline, plan
 from polydpo_fast.video import Clip
 
@@ -52,6 +52,38 @@ def test_a_file_is_indexed_once(path, builds, index_folder):  # noqa: F811
     assert len(builds) == 3
     decoded(path, strict=False)
     assert len(builds) == 4
+
+
+def test_blocks_of_matroska_are_gone_through_once(tmp_path, builds, monkeypatch):
+    """Not for each epoch; and again in a file that has changed."""
+    data = encode(96, container="matroska", bf="0")
+    path = tmp_path / "clip.mkv"
+    path.write_bytes(data)
+    clusters = data.count(b"\x1f\x43\xb6\x75")
+    reads = []
+    plain = matroska._Walk._bytes
+    monkeypatch.setattr(matroska._Walk, "_bytes", lambda self, at: reads.append(at) or plain(self, at))
+    first = decoded(path)
+    assert len(reads) > 2 * 96  # each block and its track, at the least
+    del reads[:]
+    again = decoded(path)
+    assert len(builds) == 1
+    assert torch.equal(first.pixels, again.pixels)
+    assert len(reads) < 2 * (clusters + 40)
+
+    # A block in the middle is of no track: of the same size, at another time.
+    with av.open(io.BytesIO(data)) as container:
+        place = next(p.pos for k, p in enumerate(container.demux(video=0)) if k == 60)
+    assert data[place] == 0x81
+    facts = path.stat()
+    path.write_bytes(data[:place] + b"\x82" + data[place + 1 :])
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    with pytest.raises(DecodeError, match="is of no track"):
+        decoded(path)
+    assert decoded(path, strict=False).concealed.tolist() == [1, 1]
+    assert decoded(path, strict=False).concealed.tolist() == [1, 1]  # kept
+    with pytest.raises(DecodeError, match="is of no track"):
+        decoded(path)
 
 
 def test_a_file_that_changes_is_indexed_again(path, builds):
