@@ -18,7 +18,7 @@ from .colour import MATRICES
 from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipLimits, check_clips
 from .timeline import TooShortError, plan
-from .video import Clip, Source, orientation, require_av
+from .video import Clip, Source, orientation, require_av, words_of
 
 if TYPE_CHECKING:
     from . import _C
@@ -283,7 +283,7 @@ class _Row:
         try:
             yield
         except Exception as error:  # FFmpeg's errors are of many classes, OSError and ValueError among them
-            self.reason = self.reason or f"{error}" or type(error).__name__
+            self.reason = self.reason or words_of(error)
 
     def _decode(self, chosen: list[int]) -> None:
         first_place: dict[int, int] = {}

@@ -22,8 +22,10 @@ _COUNTED = (b"stsz", b"stz2", b"stts", b"stsc", b"stco", b"co64", b"elst", b"tru
 _HIDDEN = re.compile(b"|".join((*_COUNTED, b"cmov")))
 
 
-def check_counts(file: File, most: int, most_tracks: int, look: Callable[[], object] = lambda: None) -> None:
-    """Raises ValueError where there are more tracks than that, the tables count more entries than `most`, over all of
+def check_counts(file: File, most: int, most_tracks: int, look: Callable[[], object] = lambda: None) -> str | None:
+    """What is missing of the headers, if anything is.
+
+    Raises ValueError where there are more tracks than that, the tables count more entries than `most`, over all of
     them, or the headers are packed.
 
     FFmpeg makes an entry of some seventy bytes for each sample that a table counts, again for each edit, and one for
@@ -31,8 +33,9 @@ def check_counts(file: File, most: int, most_tracks: int, look: Callable[[], obj
     look: called now and then; what it raises ends the reading.
     """
     total = tracks = fragments = 0
-    of_track = _Counts()
-    for kind, body in _boxes(file, look):
+    of_track, is_told, troubles = _Counts(), False, list[str]()
+    for kind, body in _boxes(file, look, troubles):
+        is_told |= kind in (b"moov", b"meta")  # of a video, or a picture
         if kind in (b"trak", b"traf"):
             total += of_track.entries()
             of_track = _Counts()
@@ -54,6 +57,9 @@ def check_counts(file: File, most: int, most_tracks: int, look: Callable[[], obj
     total += of_track.entries() + fragments * tracks
     if total > most:
         raise ValueError(f"its tables count {total} samples; expected at most {most} (limits.frames)")
+    if not is_told:
+        return "it is cut off, or was never finished: it has no moov box, which tells where its frames are"
+    return troubles[0] if troubles else None
 
 
 class _Counts:
@@ -94,11 +100,11 @@ class _Counts:
         return samples * max(1, self._edits)
 
 
-def _boxes(file: File, look: Callable[[], object]) -> Iterator[tuple[bytes, bytes]]:
+def _boxes(file: File, look: Callable[[], object], troubles: list[str]) -> Iterator[tuple[bytes, bytes]]:
     """Those that FFmpeg would look at, outside of the data, with their contents if they are counted."""
     count = hidden = 0
     stack: list[tuple[bytes, int, int]] = []  # headers, and a part of them that is left
-    for headers in _headers(file, look):
+    for headers in _headers(file, look, troubles):
         stack.append((headers, 0, len(headers)))
         while stack:
             data, at, end = stack.pop()
@@ -134,8 +140,8 @@ def _boxes(file: File, look: Callable[[], object]) -> Iterator[tuple[bytes, byte
                     yield found[0], data[found.end() : min(found.end() + _MOST_HIDDEN, following)]
 
 
-def _headers(file: File, look: Callable[[], object]) -> Iterator[bytes]:
-    """What is not data, box by box."""
+def _headers(file: File, look: Callable[[], object], troubles: list[str]) -> Iterator[bytes]:
+    """What is not data, box by box. troubles: is told which of them are not whole."""
     at, taken, count, size = 0, 0, 0, file.seek(0, io.SEEK_END)
     while at < size:
         file.seek(at)
@@ -143,6 +149,9 @@ def _headers(file: File, look: Callable[[], object]) -> Iterator[bytes]:
         length = int.from_bytes(begin[:4], "big")
         if length == 1:
             length = int.from_bytes(begin[8:], "big")
+        if length > size - at and begin[4:8] in (b"moov", b"moof"):
+            name = begin[4:8].decode()
+            troubles.append(f"it is cut off: its {name} box has {length} bytes, of which {size - at} are there")
         if length < 8 or length > size - at:
             length = size - at
         count += 1

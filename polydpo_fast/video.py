@@ -6,6 +6,7 @@ import bisect
 import io
 import math
 import os
+import re
 import stat
 import struct
 import time
@@ -24,7 +25,7 @@ from .matroska import damage_of
 from .mp4 import check_counts
 from .timeline import Timeline
 
-__all__ = ["Clip", "Source", "aspect_of", "orientation", "require_av", "siting_of"]
+__all__ = ["Clip", "Source", "aspect_of", "orientation", "require_av", "siting_of", "words_of"]
 
 Source = Buffer | str | os.PathLike[str]
 
@@ -70,7 +71,7 @@ class Clip:
         self._depth = 0
         self._shortcut = False
         self._told_siting: int | None = None  # by parameters among the packets
-        self._trouble: str | None = ""  # what is wrong with Matroska's elements, or None; "" before anybody has looked
+        self._trouble: str | None = ""  # what is wrong with the container, or None; "" before anybody has looked
         self._is_kept = False  # the index was: a file of this size and time has been looked through before
         self._form: tuple[int, int, int, float] | None = None
 
@@ -160,7 +161,7 @@ class Clip:
             if format == "mp4":
                 # With the sound's, and all edits'.
                 most = 4 * max(self._limits.frames, 1 << 16)
-                check_counts(file, most, self._limits.streams, self.check_timeout)
+                self._trouble = check_counts(file, most, self._limits.streams, self.check_timeout)
             elif self._trouble == "":  # once
                 most_cues = 32 * max(self._limits.frames, 1 << 16)
                 self._trouble = damage_of(file, most_cues, self.check_timeout, blocks=not self._is_kept)
@@ -173,14 +174,16 @@ class Clip:
             # Opening, FFmpeg decodes frames, for what we take from the first one or count ourselves: it is told not to.
             probing = {**options, "skip_frame": "all"}
             opening = {**_OPTIONS[format], "max_streams": str(self._limits.streams + 1)}
-            with av.open(
-                file, format=format, options=probing, container_options=opening, io_open=_open_nothing
-            ) as container:
+            try:
+                opened = av.open(file, format=format, options=probing, container_options=opening, io_open=_open_nothing)
+            except av.FFmpegError as error:
+                raise ValueError(self._trouble or words_of(error)) from error
+            with opened as container:
                 if len(container.streams) > self._limits.streams:
                     raise ValueError(f"it has more than {self._limits.streams} streams (limits.streams)")
                 moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
                 if not moving:
-                    raise ValueError("it has no video stream")
+                    raise ValueError(self._trouble or "it has no video stream")
                 stream = moving[0]
                 for other in container.streams:
                     if other is not stream:
@@ -248,7 +251,7 @@ class Clip:
             if self._strict and troubles:
                 raise ValueError(troubles[0])
         if not pts or not unit:
-            raise ValueError("it has no frames with a presentation time")
+            raise ValueError(troubles[0] if troubles else "it has no frames with a presentation time")
         self._depth = depth
         shown = np.unique(np.array(pts, np.int64))
         return {
@@ -392,6 +395,11 @@ def require_av() -> None:
         raise ImportError("decode_clips needs PyAV: pip install 'polydpo-fast[video]'") from None
 
 
+def words_of(error: Exception) -> str:
+    """What it says, without the number of an error of FFmpeg's, and the name that bytes in memory have not."""
+    return re.sub(r"^\[Errno \d+\] |: '<none>'", "", f"{error}") or type(error).__name__
+
+
 def _packets(container: Any, stream: Any, strict: bool, troubles: list[str]) -> Iterator[Any]:
     """Those of a stream, and at the end an empty one, for which a decoder gives out all that it holds.
 
@@ -404,7 +412,7 @@ def _packets(container: Any, stream: Any, strict: bool, troubles: list[str]) -> 
     except av.FFmpegError as error:
         if strict:
             raise
-        troubles.append(str(error))
+        troubles.append(words_of(error))
         last = av.Packet()
         last.stream = stream
         yield last

@@ -150,6 +150,58 @@ def test_clips_that_are_cut_off(tmp_path, container):
         decoded(cut, strict=False)
 
 
+def test_an_mp4_whose_tables_are_cut_off_says_so():
+    """They come last, but where a file was prepared for the web."""
+    moov = CLIP.index(b"moov") - 4
+    size = int.from_bytes(CLIP[moov : moov + 4], "big")
+    assert moov + size == len(CLIP)
+    udta = CLIP.index(b"udta") - 4  # behind all that FFmpeg needs
+    for cut in (40, moov // 2, moov, moov + 20, udta - 20, udta + 20, len(CLIP) - 1):
+        with pytest.raises(DecodeError) as error:
+            decoded(CLIP[:cut])
+        told = f"its moov box has {size} bytes, of which {cut - moov} are there"
+        if cut < moov + 8:
+            told = "it has no moov box"
+        assert told in error.value.failures[0].reason
+        if cut > udta:  # nothing of the frames is missing
+            loose = decoded(CLIP[:cut], strict=False)
+            assert torch.equal(loose.pixels[0], loose.pixels[1])
+            assert loose.concealed.tolist() == [1, 0]
+        else:
+            with pytest.raises(DecodeError, match="cut off"):
+                decoded(CLIP[:cut], strict=False)
+
+
+def test_a_fragment_whose_table_is_cut_off_is_told():
+    file = io.BytesIO()
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    with av.open(io.BytesIO(CLIP)) as source, av.open(file, "w", format="mp4", options=options) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    data = file.getvalue()
+    assert decoded(data).ok.all()
+    last = data.rindex(b"moof") - 4
+    with pytest.raises(DecodeError, match=r"its moof box has \d+ bytes, of which 30 are there"):
+        decoded(data[: last + 30], frames=1)
+    assert decoded(data[: last + 30], frames=1, strict=False).concealed.tolist() == [1, 0]
+
+
+def test_errors_of_ffmpeg_are_told_in_words():
+    """Without the number, and the name that bytes have not."""
+    data = encode(30, container="matroska")
+    at = data.index(b"\x42\x82\x88matroska") + 3
+    for broken, reason in (
+        (data[:at] + b"x" + data[at + 1 :], "Invalid data found when processing input"),
+        (pathlib.Path("/no/clip"), "No such file or directory: '/no/clip'"),
+    ):
+        with pytest.raises(DecodeError) as error:
+            decoded(broken)
+        assert error.value.failures[0].reason == reason
+
+
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_flipped_bits_and_truncations_anywhere(container, strict):
