@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from typing_extensions import Buffer
 
 __all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key", "siting_in", "states_range"]
 
 _SPS = {"h264": 7, "hevc": 33}  # types of units: sequence parameter sets
 _MOST_HEADER = 1 << 12  # bytes of parameters that are looked at
+_VOP = b"\0\0\1\xb6"  # what a frame of MPEG-4 begins with; two bits of its type follow
 
 
 def begins_anew(codec: str, packet: Buffer) -> bool:
@@ -22,14 +25,59 @@ def is_no_key(codec: str, packet: Buffer) -> bool:
     From there FFmpeg would decode MPEG-4 into something, without an error.
     """
     data = bytes(memoryview(packet)[:_MOST_HEADER]) if codec == "mpeg4" else b""
-    at = data.find(b"\0\0\1\xb6") + 4  # a frame (VOP), whose first two bits are its type
+    at = data.find(_VOP) + 4
     return 4 <= at < len(data) and data[at] >> 6 != 0
 
 
-def is_hidden(codec: str, packet: Buffer) -> bool:
-    """Whether it is a frame of VP8 that is not shown, RFC 6386, 9.1."""
+def is_hidden(codec: str, packet: Buffer, header: bytes | None = None, before: Buffer = b"") -> bool:
+    """Whether it is a frame of VP8 that is not shown, RFC 6386, 9.1, or one of MPEG-4 that is not coded.
+
+    header: of the stream, FFmpeg's extradata. before: the packet before it.
+    """
     data = memoryview(packet)
+    if codec == "mpeg4":
+        try:
+            # DivX packs two frames into one packet, and puts such a one in the place of the second.
+            return _is_uncoded(bytes(data[:_MOST_HEADER]), header or b"") and bytes(before).count(_VOP) < 2
+        except ValueError:
+            return False
     return codec == "vp8" and len(data) > 0 and not data[0] >> 4 & 1
+
+
+def _is_uncoded(data: bytes, header: bytes) -> bool:
+    """By ISO/IEC 14496-2, 6.2.5: vop_coded is 0, and the frame before stays."""
+    at = data.find(_VOP) + 4
+    if at < 4:
+        return False
+    bits = _Bits(data[at:], escaped=False)
+    bits.take(2)
+    while bits.take(1):  # whole seconds
+        pass
+    bits.take(1 + _bits_of_time(data[:at] + header) + 1)
+    return not bits.take(1)
+
+
+def _bits_of_time(data: bytes) -> int:
+    """How many bits a frame's time has, by the first description of a video object layer, 6.2.3."""
+    found = re.search(b"\0\0\1[\x20-\x2f]", data)
+    if found is None:
+        raise ValueError("there is none")
+    bits = _Bits(data[found.end() :], escaped=False)
+    bits.take(1 + 8)
+    version = 1
+    if bits.take(1):
+        version = bits.take(4)
+        bits.take(3)
+    if bits.take(4) == 15:  # shape of pixels
+        bits.take(16)
+    if bits.take(1):  # chroma, delay
+        bits.take(3)
+        if bits.take(1):  # bit rate, buffer
+            bits.take(79)
+    if bits.take(2) == 3 and version != 1:  # shapes in grey
+        bits.take(4)
+    bits.take(1)
+    return max(1, (bits.take(16) - 1).bit_length())
 
 
 class SpareFrames:

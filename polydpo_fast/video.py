@@ -40,7 +40,7 @@ _SKIPPING = ("h264", "mpeg4", "vp8")
 _MOST_ASPECT = 16
 _MIN_FRAMES_TO_SEEK = 3  # fewer are sooner decoded than a seek is done
 _MOST_REORDERED = 16  # frames, by H.264
-_FORMAT = 3  # of what is kept of a clip; another after each change
+_FORMAT = 4  # of what is kept of a clip; another after each change
 
 
 class Clip:
@@ -217,14 +217,14 @@ class Clip:
         pts: list[int] = []
         keys: list[int] = []
         latest: list[int] = []
-        depth, held, is_whole = 0, 0, False
+        depth, held, is_whole, last = 0, 0, False, b""
         troubles: list[str] = []
         with self._open(self._strict, 1) as (container, stream):
             if self._trouble:
                 troubles.append(self._trouble)
             for packet in _packets(container, stream, self._strict, troubles):
                 self.check_timeout()
-                held += packet.size > 0 or packet.pts is not None
+                held += packet.size > 0
                 if packet.pts is None:
                     continue
                 if packet.is_corrupt:
@@ -238,16 +238,18 @@ class Clip:
                 if packet.is_keyframe and not is_no_key(name, packet):
                     keys.append(packet.pts)
                 # Cut off by an edit list, though what follows may be decoded from it; or never shown.
-                if packet.is_discard or is_hidden(name, packet):
+                is_unseen = is_hidden(name, packet, stream.codec_context.extradata, last)
+                last = packet
+                if packet.is_discard or is_unseen:
                     continue
                 pts.append(packet.pts)
                 self._check_frames(len(pts))
             self.check_timeout()  # where it has run out FFmpeg may see an end
             unit = stream.time_base
             # FFmpeg takes an MP4 that ends between two packets for a shorter one. Of Matroska not all are listed.
-            listed = len(getattr(stream, "index_entries", ()))
-            if held < listed:
-                troubles.append(f"it is cut off: it holds {held} of {listed} packets")
+            listed = getattr(stream, "index_entries", ())
+            if held < len(listed) and held < (count := sum(entry.size > 0 for entry in listed)):
+                troubles.append(f"it is cut off: it holds {held} of {count} packets")
             if self._strict and troubles:
                 raise ValueError(troubles[0])
         if not pts or not unit:
@@ -403,12 +405,15 @@ def words_of(error: Exception) -> str:
 def _packets(container: Any, stream: Any, strict: bool, troubles: list[str]) -> Iterator[Any]:
     """Those of a stream, and at the end an empty one, for which a decoder gives out all that it holds.
 
+    Empty samples, at whose times the frame before stays, are left out: decoders of FFmpeg's refuse them.
     troubles: is told what was wrong, if it is let pass.
     """
     import av
 
     try:
-        yield from container.demux(stream)
+        for packet in container.demux(stream):
+            if packet.size > 0 or packet.pts is None:
+                yield packet
     except av.FFmpegError as error:
         if strict:
             raise

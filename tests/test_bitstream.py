@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from clip_oracle import av, encode, without_range
 
-from polydpo_fast.bitstream import SpareFrames, begins_anew, chroma_siting, states_range
+from polydpo_fast.bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, states_range
 
 
 def header_of(data):
@@ -45,6 +45,20 @@ def test_where_chroma_lies(codec, options, siting, container):
             9, codec=codec, container=container, pixels=pixels, **{codec.replace("lib", "") + "-params": given}
         )
         assert chroma_siting(*header_of(data)) == siting
+
+
+def test_frames_of_mpeg_4_that_stand_for_packed_ones_are_not_hidden():
+    """DivX puts one that is not coded where the second of two in a packet would be."""
+    codec, header = header_of(encode(3, codec="mpeg4"))
+    frame, uncoded = b"\0\0\1\xb6\x50\xf0\x82\x3c", b"\0\0\1\xb6\x50\xdf"  # 01 0 1 00001 1, and 1 or 0
+    assert codec == "mpeg4"
+    assert is_hidden(codec, uncoded, header)
+    assert is_hidden(codec, uncoded, header, frame)
+    assert not is_hidden(codec, uncoded, header, frame + frame)
+    assert not is_hidden(codec, frame, header)
+    assert not is_hidden(codec, uncoded, b"")  # the length of its time is not known
+    for cut in range(len(uncoded)):
+        assert not is_hidden(codec, uncoded[:cut], header)
 
 
 def test_whether_a_range_is_told():

@@ -347,6 +347,73 @@ def test_hidden_frames_of_vp8_are_no_frames():
         assert_frames(got.pixels[0], [shown[k] for k in places])
 
 
+def uncoded(packet, bits=5):
+    """A frame of MPEG-4 as one that is not coded: vop_coded is 0, then what fills the byte. bits: of its time."""
+    data = bytes(packet)
+    at = data.index(b"\0\0\1\xb6") + 4
+    fields = "".join(f"{byte:08b}" for byte in data[at : at + 8])
+    coded = fields.index("0", 2) + 1 + 1 + bits + 1  # type, whole seconds, marker, time, marker
+    fields = fields[:coded] + "00"
+    fields += "1" * (-len(fields) % 8)
+    return data[:at] + bytes(int(fields[k : k + 8], 2) for k in range(0, len(fields), 8))
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("rate", [24, 30000])
+def test_frames_of_mpeg_4_that_are_not_coded_are_no_frames(container, rate):
+    """The one before stays, as in a full decode."""
+    left_out, file = {5, 6, 12}, io.BytesIO()
+    whole = encode(20, codec="mpeg4", bf="0", container=container, rate=rate)
+    with av.open(io.BytesIO(whole)) as source, av.open(file, "w", format=container) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(p for p in source.demux(video=0) if p.pts is not None):
+            copy = av.Packet(uncoded(packet, (rate - 1).bit_length()) if index in left_out else bytes(packet))
+            copy.pts = copy.dts = round(index / 24 / packet.time_base)
+            copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, stream
+            output.mux(copy)
+    shown = full_decode(file.getvalue())
+    assert len(shown) == 17
+    options = dict(size=(48, 64), start=0.0, dtype=torch.uint8)
+    got = decode_clips([file.getvalue()], [file.getvalue()], frames=17, **options)
+    assert_frames(got.pixels[0], [frame for _, frame in shown])
+    held = decode_clips([file.getvalue()], [file.getvalue()], frames=8, fps=24, **options)
+    assert_frames(held.pixels[0], [shown[k][1] for k in (0, 1, 2, 3, 4, 4, 4, 5)])
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "libvpx-vp9"])
+def test_empty_samples_are_no_frames(codec):
+    """In MP4: the frame before stays. Here that of a frame from which no other is made."""
+    options = {"x265-params": "b-pyramid=0:log-level=none"} if codec == "libx265" else {}
+    if codec == "libvpx-vp9":
+        options = {"auto-alt-ref": "0", "lag-in-frames": "0"}
+    data = encode(20, codec=codec, **options)
+    with av.open(io.BytesIO(data)) as container:
+        packets = [(p.pts, p.pos, p.size) for p in container.demux(video=0) if p.pts is not None]
+    latest = np.maximum.accumulate([pts for pts, *_ in packets])
+    # The last of the frames that are shown before one that was stored before them; in VP9 the last of all.
+    empty = next((k for k in range(9, 19) if packets[k][0] < latest[k] < packets[k + 1][0]), 19)
+    _, place, size = packets[empty]
+    sizes = data.index(b"stsz") + 16 + 4 * empty
+    assert int.from_bytes(data[sizes : sizes + 4], "big") == size
+    mdat = data.index(b"mdat") - 4
+    emptied = bytearray(data)
+    emptied[sizes : sizes + 4] = bytes(4)
+    emptied[mdat : mdat + 4] = (int.from_bytes(data[mdat : mdat + 4], "big") - size).to_bytes(4, "big")
+    emptied = bytes(emptied[:place] + emptied[place + size :])
+
+    times = sorted(pts for pts, *_ in packets)
+    gone = times.index(packets[empty][0])
+    kept = [k for k in range(20) if k != gone]
+    how = dict(size=(48, 64), start=0.0, dtype=torch.uint8)
+    exact = decode_clips([data], [data], frames=20, **how).pixels[0]
+    for strict in (True, False):
+        got = decode_clips([emptied], [emptied], frames=19, strict=strict, **how)
+        assert torch.equal(got.pixels[0], exact[:, kept])
+        assert not got.concealed.any()
+    at = decode_clips([emptied], [emptied], frames=2, fps=24, **{**how, "start": (gone - 1) / 24}, short="repeat")
+    assert torch.equal(at.pixels[0], exact[:, [gone - 1, gone - 1]])
+
+
 def test_ffmpeg_has_no_more_threads_than_a_clip_is_worth(monkeypatch):
     given = []
     begin = Clip.__init__

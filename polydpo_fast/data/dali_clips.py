@@ -176,7 +176,7 @@ def _open_clip(source: Source, clip: Clip, is_gpu: bool) -> _Side:
         packets, frame = 0, None
         for packet in container.demux(stream):
             clip.check_timeout()
-            packets += packet.size > 0
+            packets += packet.size > 0 or packet.pts is not None  # empty ones too, which DALI may count
             if frame is None:
                 frame = next(iter(packet.decode()), None)
         aspect, siting = aspect_of(stream), siting_of(stream)
