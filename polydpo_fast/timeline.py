@@ -105,20 +105,23 @@ def plan(
     ends = [arm.duration() for arm in arms]
     # Beyond the end, the places to start from are those of a clip that fits exactly.
     if fps is None:
-        given = arms[0]
+        given, count = arms[0], len(arms[0].pts)
+        begin = ends[0]  # where there are no frames any more
         places = max(0, given.begun(ends[1]) - frames)
         if isinstance(start, str):
             first = places // 2 if start == "center" else int(drawn * (places + 1))
         else:
-            first = given.begun(Fraction(start) - given.slack())  # floats are not exact
-        step = ends[0] / len(given.pts)
+            begin = max(begin, Fraction(start).limit_denominator(1_000_000))
+            laps, rest = divmod(Fraction(start), given.lap()) if short == "loop" else (0, Fraction(start))
+            first = laps * count + given.begun(rest - given.slack())  # floats are not exact
+        step = ends[0] / count
         times = given.times(first, first + frames)
         while len(times) < frames:
             if short == "loop":
-                lap, place = divmod(first + len(times), len(given.pts))
+                lap, place = divmod(first + len(times), count)
                 times.append(given.times(place, place + 1)[0] + lap * given.lap())
             else:
-                times.append(times[-1] + step if times else ends[0])
+                times.append(times[-1] + step if times else begin)
     else:
         interval = 1 / Fraction(fps).limit_denominator(1_000_000)
         slack = max(Fraction(0), min(ends) - interval * (frames - 1))

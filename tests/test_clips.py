@@ -344,6 +344,23 @@ def test_short_clips_follow_the_policy(fps):
     assert_frames(looped.pixels[0], whole + whole[:3])
 
 
+@pytest.mark.parametrize("fps", [None, 24])
+def test_starts_beyond_the_end(fps):
+    """Looped clips go on from there, whether or not a rate is given; the others are told where they were to begin."""
+    data = encode(5)
+    whole = [frame for _, frame in full_decode(data)]
+    options = dict(frames=3, size=(48, 64), fps=fps, dtype=torch.uint8)
+    for first in (0, 3, 4, 5, 6, 9, 10, 1203):
+        looped = decode_clips([data], [data], start=first / 24, short="loop", **options)
+        assert looped.times[0].tolist() == pytest.approx([(first + k) / 24 for k in range(3)], abs=1e-6)
+        assert_frames(looped.pixels[0], [whole[(first + k) % 5] for k in range(3)])
+    with pytest.raises(DecodeError, match=r"it ends after 0.208 s \(5 frames\); expected a frame at 99.083 s"):
+        decode_clips([data], [data], start=99.0, **options)
+    repeated = decode_clips([data], [data], start=99.0, short="repeat", **options)
+    assert repeated.times[0].tolist() == pytest.approx([99 + k / 24 for k in range(3)])
+    assert_frames(repeated.pixels[0], [whole[-1]] * 3)
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_plans_hold_for_any_times(data):
