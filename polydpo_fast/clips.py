@@ -165,8 +165,8 @@ def decode_timed(
 
     require_av()
     asked = check_clips(win, lose, **options)
-    frames, fps, start, short = (options[name] for name in ("frames", "fps", "start", "short"))
-    resize, layout, strict, cache = (options[name] for name in ("resize", "layout", "strict", "cache"))
+    frames, fps, start = asked.frames, asked.fps, asked.start
+    short, resize, layout, strict, cache = (options[name] for name in ("short", "resize", "layout", "strict", "cache"))
     pairs, out, planes = len(asked.win), asked.out, asked.planes
     stores = [
         _C.FrameStore(draw=draw, apply_orientation=True, memory=1 << 30, planes=planes, **asked.native)
@@ -233,7 +233,7 @@ def _plan_of(
     lose: _Row,
     frames: int,
     fps: float | Fraction | None,
-    start: str | float,
+    start: str | float | Fraction,
     start_fraction: float,
     short: str,
 ) -> list[Fraction]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = [
     "check_count",
     "check_images",
     "check_threads",
+    "is_number",
 ]
 
 # The numbers of csrc/pixels.hpp, geometry.hpp and resample.hpp.
@@ -57,7 +59,8 @@ class DecodeLimits:
 
     def __post_init__(self) -> None:
         for name in ("pixels", "bytes", "scans", "decoded", "chunk"):
-            check_count(f"limits.{name}", getattr(self, name), 2**30 if name == "scans" else 2**62)
+            count = check_count(f"limits.{name}", getattr(self, name), 2**30 if name == "scans" else 2**62)
+            object.__setattr__(self, name, count)
 
     @property
     def native(self) -> tuple[int, int, int, int, int]:
@@ -84,9 +87,10 @@ class ClipLimits:
 
     def __post_init__(self) -> None:
         for name, most in (("pixels", 2**62), ("bytes", 2**62), ("frames", 2**62), ("streams", 2**30)):
-            check_count(f"limits.{name}", getattr(self, name), most)
-        if not _is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
+            object.__setattr__(self, name, check_count(f"limits.{name}", getattr(self, name), most))
+        if not is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
             raise ValueError(f"limits.timeout_s is {self.timeout_s!r}; expected seconds >= 0")
+        object.__setattr__(self, "timeout_s", _plain(self.timeout_s))
 
 
 class Request(NamedTuple):
@@ -103,6 +107,10 @@ class Request(NamedTuple):
     limits: Any
     threads: int
     native: dict[str, Any]  # arguments of csrc/bindings.cpp
+    # Of clips.
+    frames: int = 0
+    fps: float | Fraction | None = None
+    start: str | float | Fraction = "center"
 
 
 def check_images(
@@ -134,21 +142,24 @@ def check_clips(
     arms = _check_arms(win, lose, "clips", "bytes-like objects or paths")
     for name, arm in zip(("win", "lose"), arms, strict=True):
         for index, clip in enumerate(arm):
-            if not isinstance(clip, (str, os.PathLike)) and not _is_contiguous(clip):
-                raise TypeError(
-                    f"{name}[{index}] is a {type(clip).__name__}; expected a path, or a contiguous bytes-like object"
-                )
-    check_count("frames", frames, 1 << 16)
+            if not isinstance(clip, (str, os.PathLike)):
+                _check_bytes(f"{name}[{index}]", clip, "expected a path, or a contiguous bytes-like object")
+    frames = check_count("frames", frames, 1 << 16)
     check_choice("short", short, ("error", "repeat", "loop"))
     check_choice("layout", layout, ("CTHW", "TCHW"))
-    if fps is not None and not (_is_number(fps) and 0.001 <= fps <= 1000):
+    if fps is not None and not (is_number(fps) and 0.001 <= fps <= 1000):
         raise ValueError(f"fps is {fps!r}; expected a number from 0.001 to 1000, or None")
-    if start not in ("center", "random") and not (_is_number(start) and 0 <= start < math.inf):  # type: ignore[operator]
+    if start not in ("center", "random") and not (is_number(start) and 0 <= start < math.inf):  # type: ignore[operator]
         raise ValueError(f"start is {start!r}; expected 'center', 'random', or seconds >= 0")
     if not isinstance(cache, (str, os.PathLike, type(None))):
         raise TypeError(f"cache is a {type(cache).__name__}; expected the path of a folder, or None")
     common |= dict(limits=_check_limits(limits, ClipLimits), is_drawn=start == "random")
-    return _check(arms, (frames,), frames_first=layout == "TCHW", **common)
+    asked = _check(arms, (frames,), frames_first=layout == "TCHW", **common)
+    return asked._replace(
+        frames=frames,
+        fps=None if fps is None else _plain(fps),
+        start=start if isinstance(start, str) else _plain(start),
+    )
 
 
 def _check(
@@ -205,38 +216,42 @@ def _check(
         out = torch.empty(shape, dtype=element, device=device)
     else:
         _check_out(out, shape, element, device)
-    if isinstance(hflip, bool) or not isinstance(hflip, (int, float)) or not 0 <= hflip <= 1:
+    if not is_number(hflip) or not 0 <= hflip <= 1:
         raise ValueError(f"hflip is {hflip!r}; expected a number from 0 to 1")
-    numbers = _check_seeds(seeds, pairs, is_drawn or crop == "random" or hflip not in (0, 1))
-    draws, starts = _drawn(numbers, pairs, crop, hflip)
-    return Request(*arms, (height, width), planes, out, numbers, draws, starts, limits, threads, native)
+    drawn = _check_seeds(seeds, pairs, is_drawn or crop == "random" or hflip not in (0, 1))
+    draws, starts = _drawn(drawn, pairs, crop, hflip)
+    return Request(*arms, (height, width), planes, out, drawn, draws, starts, limits, threads, native)
 
 
 # ------------------------------------------------------------------------------------------------ one by one
 
 
 def _check_image(name: str, image: object) -> None:
-    if isinstance(image, (bytes, bytearray)):
-        return
     expected = "expected a contiguous bytes-like object (bytes, memoryview, ...) with the contents of an image file"
-    if not _is_contiguous(image):
-        hint = "; of a path: Path(path).read_bytes()" if isinstance(image, (str, os.PathLike)) else ""
-        raise TypeError(f"{name} is a {type(image).__name__}; {expected}{hint}")
-    if (shape := memoryview(image).shape) is not None and len(shape) != 1:  # type: ignore[arg-type]
+    hint = "; of a path: Path(path).read_bytes()" if isinstance(image, (str, os.PathLike)) else ""
+    _check_bytes(name, image, expected, hint)
+
+
+def _check_bytes(name: str, value: object, expected: str, hint: str = "") -> None:
+    if isinstance(value, (bytes, bytearray)):
+        return
+    if not _is_contiguous(value):
+        raise TypeError(f"{name} is a {type(value).__name__}; {expected}{hint}")
+    if (shape := memoryview(value).shape) is not None and len(shape) != 1:  # type: ignore[arg-type]
         raise TypeError(f"{name} is an array of shape {shape}; {expected}, not decoded pixels")
 
 
-def check_count(name: str, value: object, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+def check_count(name: str, value: object, most: int) -> int:
+    if not _is_whole(value) or not 1 <= value <= most:
         raise ValueError(f"{name} is {value!r}; expected an int from 1 to {most}")
+    return int(value)
 
 
 def check_threads(threads: int | None) -> int:
     """At most so many; as many as processors this process may use if None."""
     if threads is None:
         return len(os.sched_getaffinity(0))
-    check_count("threads", threads, 1024)
-    return threads
+    return check_count("threads", threads, 1024)
 
 
 def _check_arms(win: Sequence[T], lose: Sequence[T], noun: str, members: str) -> tuple[list[T], list[T]]:
@@ -293,19 +308,20 @@ def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) 
 def _per_channel(name: str, value: float | Sequence[float]) -> list[float]:
     values = list(value) if isinstance(value, Sequence) else [value] * 3
     for x in values:
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) < 1e6:
+        if not is_number(x) or not -1e6 < _plain(x) < 1e6:
             raise ValueError(f"{name} is {value!r}; expected a number, or three")
     if len(values) != 3:
         raise ValueError(f"{name} has {len(values)} numbers; expected one, or three")
-    return values
+    return [float(x) for x in values]
 
 
 def _check_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     if not (isinstance(colour, Sequence) and len(colour) == 3) or not all(
-        isinstance(c, int) and not isinstance(c, bool) and 0 <= c <= 255 for c in colour
+        _is_whole(c) and 0 <= c <= 255 for c in colour
     ):
         raise ValueError(f"background is {colour!r}; expected red, green and blue, integers from 0 to 255")
-    return colour[0], colour[1], colour[2]
+    red, green, blue = map(int, colour)
+    return red, green, blue
 
 
 def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -324,8 +340,18 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Also one of NumPy's."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _plain(value: float | Fraction) -> float | Fraction:
+    """With the same value, one of Python's: NumPy's have few digits, and make no fractions."""
+    return value if isinstance(value, (int, float, Fraction)) else int(value) if _is_whole(value) else float(value)
 
 
 # -------------------------------------------------------------------------------------------- what is drawn
@@ -335,12 +361,12 @@ def _check_seeds(seeds: Sequence[int] | Tensor | None, pairs: int, is_drawn: boo
     if seeds is None:
         return torch.randint(2**63 - 1, (pairs,), device="cpu").tolist() if is_drawn else None
     try:
-        numbers = [operator.index(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
+        found = [operator.index(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
     except TypeError:
         raise TypeError(f"seeds is {seeds!r}; expected a sequence of integers") from None
-    if len(numbers) != pairs:
-        raise ValueError(f"seeds has {len(numbers)} numbers; expected {pairs}, one per pair")
-    return numbers
+    if len(found) != pairs:
+        raise ValueError(f"seeds has {len(found)} numbers; expected {pairs}, one per pair")
+    return found
 
 
 def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tuple[list[Draw], list[float]]:

@@ -581,6 +581,11 @@ def test_bad_clips_are_named_and_masked(data, limits, reason):
         (dict(win=CLIP), TypeError, "win is a bytes; expected a list of bytes-like objects or paths"),
         (dict(lose=[]), ValueError, "lose has 0 clips; expected 1 like win"),
         (dict(frames=0), ValueError, "frames is 0; expected an int from 1 to 65536"),
+        (dict(frames=True), ValueError, "frames is True; expected an int"),
+        (dict(frames=2.0), ValueError, r"frames is 2\.0; expected an int"),
+        (dict(fps=True), ValueError, "fps is True; expected a number"),
+        (dict(fps=np.bool_(True)), ValueError, r"fps is np\.True_; expected a number"),
+        (dict(hflip="1"), ValueError, "hflip is '1'; expected a number from 0 to 1"),
         (dict(fps=0), ValueError, "fps is 0; expected a number from 0.001 to 1000"),
         (dict(start=-1), ValueError, "start is -1; expected 'center', 'random', or seconds >= 0"),
         (dict(start="end"), ValueError, "start is 'end'"),
@@ -596,6 +601,27 @@ def test_bad_clips_are_named_and_masked(data, limits, reason):
 def test_bad_arguments_are_named(change, error, message):
     with pytest.raises(error, match=message):
         decode_clips(**{**dict(win=[CLIP], lose=[CLIP], frames=2, size=8), **change})
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = decode_clips([CLIP], [CLIP], frames=2, size=8, fps=0.1 * 80, start=0.25, hflip=1, mean=0.5, std=0.25)
+    limits = ClipLimits(frames=np.int64(30), timeout_s=np.float32(60), pixels=np.uint32(3072))
+    assert [type(x) for x in (limits.frames, limits.timeout_s)] == [int, float]
+    given = decode_clips(
+        [CLIP], [CLIP], frames=np.int64(2), size=np.int32(8), fps=np.float32(8), start=np.float16(0.25),
+        hflip=np.float32(1), mean=np.float32(0.5), std=[np.float64(0.25), np.float16(0.25), Fraction(1, 4)],
+        background=tuple(np.full(3, 255, np.uint8)), threads=np.int64(2), limits=limits,
+    )  # fmt: skip
+    assert torch.equal(given.pixels, plain.pixels)
+    assert torch.equal(given.times, plain.times)
+    assert torch.equal(plain.times, decode_clips([CLIP], [CLIP], frames=2, size=8, fps=np.int16(8), start=0.25).times)
+
+
+def test_decoded_frames_are_no_clips():
+    with pytest.raises(
+        TypeError, match=r"lose\[0\] is an array of shape \(3, 4\); expected a path, .*not decoded pixels"
+    ):
+        decode_clips([CLIP], [np.zeros((3, 4), np.float32)], frames=2, size=8)
 
 
 def test_the_public_names():

@@ -11,7 +11,7 @@ from typing_extensions import Buffer
 
 from ..clips import DecodedClips, decode_clips
 from ..decode import DecodedPairs, decode_pairs
-from ..decode_arguments import check_choice, check_count, check_threads
+from ..decode_arguments import check_choice, check_count, check_threads, is_number
 from ..video import Source
 from . import dali_clips, dali_images
 from .dali_canary import CanaryError
@@ -109,11 +109,7 @@ class DaliDecoder:
         threads = check_threads(threads)
         if canary is not None:
             check_count("canary", canary, 2**62)
-        if (
-            isinstance(hardware_load, bool)
-            or not isinstance(hardware_load, (int, float))
-            or not 0 <= hardware_load <= 1
-        ):
+        if not is_number(hardware_load) or not 0 <= hardware_load <= 1:
             raise ValueError(f"hardware_load is {hardware_load!r}; expected a number from 0 to 1")
         self._engine = Engine(self.device, threads, canary, float(hardware_load))
 

@@ -35,7 +35,7 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
     require_av()
     options = engine.with_defaults(_DEFAULTS, options)
     asked = check_clips(win, lose, device=engine.device, **options)
-    pairs, out, frames, short = len(asked.win), asked.out, options["frames"], options["short"]
+    pairs, out, frames, short = len(asked.win), asked.out, asked.frames, options["short"]
     frames_axis = 1 if options["layout"] == "TCHW" else 2  # of the whole
     finish = Finish(out.dtype, asked.native, engine.device)
     facts = _Facts(pairs, frames)
@@ -49,12 +49,12 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
                 if sides is None:
                     raise ValueError("it is not for DALI")
                 timelines = sides[0].clip.timeline, sides[1].clip.timeline
-                times = plan(timelines, frames, options["fps"], options["start"], asked.starts[i], short)
+                times = plan(timelines, frames, asked.fps, asked.start, asked.starts[i], short)
                 where = [
                     Plan(*_C.plan(side.size, draw=asked.draws[i], size=asked.size, resize=asked.native["resize"]))
                     for side in sides
                 ]
-                clock = timelines[0].unit if options["fps"] is None else Fraction(0)
+                clock = timelines[0].unit if asked.fps is None else Fraction(0)
                 for row, side, way in zip((i, i + pairs), sides, where, strict=True):
                     shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short, clock))
                     target = out[row].movedim(frames_axis - 1, 0)
