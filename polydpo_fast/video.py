@@ -450,15 +450,21 @@ def orientation(frame: Any) -> int:
     for data in SideDataContainer(frame):  # type: ignore[call-arg]  # of the stubs
         if data.type.name == "DISPLAYMATRIX":
             matrix = struct.unpack("=9i", bytes(data))
-            a, b, _, c, d = (int(v > 0) - int(v < 0) for v in matrix[:5])
+            parts = (*matrix[:2], *matrix[3:5])
+            least = max(map(abs, parts)) / 100  # sines and cosines are rounded
+            a, b, c, d = (int(v > least) - int(v < -least) for v in parts)
             if (a, b, c, d) not in _ORIENTATIONS:
                 angle = -math.degrees(math.atan2(matrix[1], matrix[0]))
-                raise ValueError(f"it is to be shown turned by {angle:.0f} degrees; expected quarter turns")
+                by = ", ".join(f"{v / 65536:.3g}" for v in parts)
+                raise ValueError(
+                    f"it is to be shown turned by {angle:.0f} degrees, by the matrix {by}; expected quarter turns"
+                )
             return _ORIENTATIONS[a, b, c, d]
     return 1
 
 
 _ORIENTATIONS = {
+    (0, 0, 0, 0): 1,  # never filled in
     **{(1, 0, 0, 1): 1, (-1, 0, 0, 1): 2, (-1, 0, 0, -1): 3, (1, 0, 0, -1): 4},
     **{(0, 1, 1, 0): 5, (0, 1, -1, 0): 6, (0, -1, -1, 0): 7, (0, -1, 1, 0): 8},
 }

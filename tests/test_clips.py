@@ -126,13 +126,35 @@ def test_display_matrices(matrix):
     assert decoded.original_size[0].tolist() == list(shown.shape[1:])
 
 
-def test_other_angles_are_refused():
-    data = encode(3)
+def with_matrix(data, a, b, c, d):
+    """Entries in 1/65536."""
     at = data.index(b"tkhd") + 44
-    half = 46341  # sin 45 degrees
-    data = data[:at] + struct.pack(">9i", half, half, 0, -half, half, 0, 0, 0, 1 << 30) + data[at + 36 :]
-    with pytest.raises(DecodeError, match="it is to be shown turned by -45"):
-        decode_clips([data], [data], frames=2, size=16)
+    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+
+
+def test_other_angles_are_refused():
+    half, one = 46341, 65536  # sin 45 degrees
+    for matrix, told in (
+        ((half, half, -half, half), "turned by -45 degrees, by the matrix 0.707, 0.707, -0.707, 0.707; expected"),
+        ((one, 0, one, one), "turned by -0 degrees, by the matrix 1, 0, 1, 1; expected quarter turns"),
+    ):
+        data = with_matrix(encode(3), *matrix)
+        with pytest.raises(DecodeError, match=f"it is to be shown {told}"):
+            decode_clips([data], [data], frames=2, size=16)
+
+
+def test_display_matrices_that_are_rounded_or_empty():
+    """Sines of rounded angles, and fields that were never filled in."""
+    data, one = encode(3), 65536
+    for turned, exact in (
+        ((one, 1, -1, one), (one, 0, 0, one)),
+        ((0, 0, 0, 0), (one, 0, 0, one)),
+        ((-3, one, 2 - one, 5), (0, one, -one, 0)),
+        ((-one, 200, -200, -one), (-one, 0, 0, -one)),
+    ):
+        found = decode_clips([with_matrix(data, *turned)], [with_matrix(data, *exact)], frames=3, size=16)
+        assert torch.equal(found.pixels[0], found.pixels[1])
+        assert found.original_size[0].tolist() == found.original_size[1].tolist()
 
 
 def test_frames_that_change_their_size_are_refused():
