@@ -246,6 +246,10 @@ def _pillow_pixels(
         image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"it is no image of a known format: {begins}") from None
+    except Image.DecompressionBombError as error:  # the limit is the whole process's: not for us to change
+        raise ValueError(
+            f"Pillow refuses it: {error} That limit is twice PIL.Image.MAX_IMAGE_PIXELS, beside limits.pixels"
+        ) from None
     with image:
         width, height = image.size
         _check_size(width, height, limits)

@@ -43,7 +43,8 @@ Draw = tuple[bool, int, int, bool]
 class DecodeLimits:
     """What an image may cost; more is refused before memory is allocated for it.
 
-    pixels: height times width.
+    pixels: height times width. Of what Pillow decodes, no more than twice PIL.Image.MAX_IMAGE_PIXELS either, which is
+        Pillow's own limit (179 million); it warns from half of that on.
     bytes: of the compressed image.
     scans: of a progressive JPEG; each is a pass over all coefficients, so a small file can cost minutes.
     decoded: bytes of memory that a decoder may take for one image besides its rows: the coefficients of a progressive

@@ -938,6 +938,15 @@ def interlaced(pixels):
     return written(pixels, 2, 8, interlace=True)
 
 
+def test_pillows_own_limit_is_told(monkeypatch):
+    """It is the process's, and stays as it is."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 199)
+    data = file(picture(20, 20), "BMP")
+    with pytest.raises(DecodeError, match=r"400 pixels.*twice PIL\.Image\.MAX_IMAGE_PIXELS, beside limits\.pixels"):
+        decode_pairs([data], [jpeg(picture(20, 20))], size=8)
+    assert Image.MAX_IMAGE_PIXELS == 199
+
+
 def bomb(width, height, data=b""):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
