@@ -52,8 +52,8 @@ class DecodedClips:
     errors: what failed, at most one per clip.
     times: (B, T) float64, seconds from each clip's first frame to those that were taken; both arms share them.
     original_size: (2B, 2) int64, height and width of the frames as they are to be shown, upright and with square
-        pixels, before the transform.
-    crop_top_left: (2B, 2) int64, corner of the crop in the resized and mirrored frames.
+        pixels, before the transform. 0 where ok is False.
+    crop_top_left: (2B, 2) int64, corner of the crop in the resized and mirrored frames; 0 where ok is False.
     flipped: (B,) bool, whether the pair is mirrored.
     concealed: (2B,) int64, how many of a clip's frames are not its own: another stands in, or FFmpeg marked them as
         corrupt; at least 1 where strict=True would have refused the clip. 0 under strict=True.

@@ -67,9 +67,9 @@ class DecodedPairs:
     pixels: (2B, 3, H, W); planes under dtype="yuv420".
     ok: (B,) bool; False where an arm failed under on_error="mask".
     errors: what failed, at most one per image.
-    original_size: (2B, 2) int64, height and width of the image, upright, before the transform.
-    crop_top_left: (2B, 2) int64, corner of the crop in the resized and mirrored image. With original_size, SDXL's
-        size conditioning.
+    original_size: (2B, 2) int64, height and width of the image, upright, before the transform. 0 where ok is False.
+    crop_top_left: (2B, 2) int64, corner of the crop in the resized and mirrored image; 0 where ok is False. With
+        original_size, SDXL's size conditioning.
     flipped: (B,) bool, whether the pair is mirrored.
     damaged: images that were decoded though something is wrong with them (strict=False): at most one line for each, of
         what was noticed first. What their decoder did not have to look at, such as the rest of an image below a crop,
@@ -189,6 +189,8 @@ def decode_pairs(
     bad = {error.index for error in errors}
     ok = torch.tensor([pair not in bad for pair in range(pairs)], device="cpu")
     numbers = torch.from_numpy(geometry)
+    if errors:
+        numbers[torch.cat((~ok, ~ok))] = 0  # nothing is told of the other arm either
     flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
     return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped, damaged)
 

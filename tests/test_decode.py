@@ -818,6 +818,9 @@ def test_masked_pairs_are_zeroed_and_the_others_untouched():
     assert [(f.arm, f.index) for f in decoded.errors] == [("win", 1)]
     assert (decoded.pixels[[1, 4]] == 0).all()
     keep = [0, 2, 3, 5]
+    for facts in ("original_size", "crop_top_left"):  # nothing is told of the other arm either
+        assert not getattr(decoded, facts)[[1, 4]].any()
+        assert torch.equal(getattr(decoded, facts)[keep], getattr(clean, facts)[keep])
     assert torch.equal(decoded.pixels[keep], clean.pixels[keep])
 
 
