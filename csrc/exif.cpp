@@ -7,6 +7,8 @@
 namespace polydpo {
 
 int exif_orientation(const std::uint8_t* tiff, std::size_t size) {
+    static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};  // a JPEG's, which also chunks and texts of PNGs may have
+    if (size >= sizeof name && std::memcmp(tiff, name, sizeof name) == 0) tiff += sizeof name, size -= sizeof name;
     if (size < 8 || tiff[0] != tiff[1] || (tiff[0] != 'I' && tiff[0] != 'M')) return 1;
     const bool little = tiff[0] == 'I';
     const auto u16 = [&](std::size_t at) -> std::uint32_t {
@@ -46,9 +48,7 @@ int raw_profile_orientation(const std::uint8_t* text, std::size_t size) {
         if (first >= 0) exif.push_back(static_cast<std::uint8_t>(first << 4 | digit));
         first = first >= 0 ? -1 : digit;
     }
-    static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};
-    const std::size_t skipped = exif.size() >= sizeof name && std::memcmp(exif.data(), name, sizeof name) == 0 ? sizeof name : 0;
-    return first >= 0 ? 1 : exif_orientation(exif.data() + skipped, exif.size() - skipped);
+    return first >= 0 ? 1 : exif_orientation(exif.data(), exif.size());
 }
 
 }  // namespace polydpo

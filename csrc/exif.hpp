@@ -6,8 +6,8 @@
 
 namespace polydpo {
 
-// The orientation, 1 to 8, that a TIFF header ("II*" or "MM*") and its first directory tell; 1 where they tell none or
-// are damaged in any way.
+// The orientation, 1 to 8, that a TIFF header ("II*" or "MM*") and its first directory tell, with "Exif\0\0" before
+// them or not; 1 where they tell none or are damaged in any way.
 int exif_orientation(const std::uint8_t* tiff, std::size_t size);
 
 // Of EXIF in hexadecimal digits after three lines, as ImageMagick put it into texts of PNGs before they had a chunk for it.

@@ -112,7 +112,7 @@ int JpegHeader::orientation() const {
     static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};
     for (auto* marker = info.marker_list; marker != nullptr; marker = marker->next) {
         if (marker->data_length > sizeof name && std::memcmp(marker->data, name, sizeof name) == 0) {
-            return exif_orientation(marker->data + sizeof name, marker->data_length - sizeof name);
+            return exif_orientation(marker->data, marker->data_length);
         }
     }
     return 1;

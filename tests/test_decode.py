@@ -342,6 +342,17 @@ def test_exif_in_a_text_of_a_png(compressed):
         assert levels_apart(decoded[1], pillow_pixels(png(image, exif=exif(3)[6:]), (40, 32))) <= 1
 
 
+@pytest.mark.parametrize("times", [0, 1])
+def test_exif_of_a_png_may_begin_as_that_of_a_jpeg(times):
+    """Pillow writes it without, and reads it with."""
+    plain = png(picture(61, 83))
+    for orientation in range(1, 9):
+        body = exif(orientation).removeprefix(b"Exif\0\0")
+        data = plain[:33] + chunk(b"eXIf", b"Exif\0\0" * times + body) + plain[33:]
+        decoded = decode_pairs([data], [data], size=(40, 32), dtype=torch.uint8).pixels
+        assert levels_apart(decoded[0], pillow_pixels(data, (40, 32))) <= 1
+
+
 @pytest.mark.parametrize(
     "text", ["", "\n\n", "\nexif\n  20\n", "\nexif\n  3\n4578z", "\nexif\n  3\n456", "9" * 300_000]
 )
