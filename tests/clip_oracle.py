@@ -33,7 +33,10 @@ def encode(
     aspect=None,
     **options,
 ):
-    """A clip; `ticks` are the presentation times in 1/600 s. Options with dashes are given with underscores."""
+    """A clip; `ticks` are the presentation times in 1/600 s. Options with dashes are given with underscores.
+
+    Of HEVC three frames at least: of two, FFmpeg now and then cannot write the MP4 ("Not yet implemented").
+    """
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
         if codec not in av.codecs_available:

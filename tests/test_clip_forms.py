@@ -135,30 +135,37 @@ def with_colours(data, entry, matrix, full_range):
 @pytest.mark.parametrize(("matrix", "name"), [(1, "bt709"), (9, "bt2020")])
 def test_colours_are_the_containers_where_the_stream_tells_none(codec, entry, ranged, matrix, name):
     """The range too in HEVC; VP9 and AV1 always tell it."""
-    plain = encode(2, codec=codec)
+    plain = encode(4, codec=codec)
     data = with_colours(without_range(plain) if ranged else plain, entry, matrix, True)
-    batch = decode_clips([data], [data], frames=2, size=(48, 64), dtype=torch.uint8)
+    batch = decode_clips([data], [data], frames=4, size=(48, 64), dtype=torch.uint8)
     assert (batch.matrix, batch.full_range) == ((name,) * 2, (ranged,) * 2)
     frames = [frame for _, frame in full_decode(plain)]
     for frame in frames:
         frame.colorspace, frame.color_range = matrix, 2 if ranged else 1
     assert_frames(batch.pixels[0], frames)
-    planes = decode_clips([data], [data], frames=2, size=(48, 64), dtype="yuv420")
+    planes = decode_clips([data], [data], frames=4, size=(48, 64), dtype="yuv420")
     assert (planes.matrix, planes.full_range) == (batch.matrix, batch.full_range)
     side = dali_clips._open_clip(data, Clip(data, ClipLimits(), True, 1, None), codec == "libx265")
     assert side.bt709 == (matrix == 1)
     assert not (side.is_plain and (ranged or matrix == 9))
 
 
-@pytest.mark.parametrize("container", ["mp4", "matroska"])
-def test_the_streams_colours_come_before_the_containers(container):
-    told = "colormatrix=bt2020nc:range=limited:log-level=none"
-    data = encode(2, codec="libx265", container=container, **{"x265-params": told})
-    if container == "mp4":
-        data = with_colours(data, b"hev1", 1, True)
-    batch = decode_clips([data], [data], frames=2, size=(48, 64), dtype=torch.uint8)
-    assert (batch.matrix, batch.full_range) == (("bt2020",) * 2, (False,) * 2)
-    assert_frames(batch.pixels[0], [frame for _, frame in full_decode(data)])
+@pytest.mark.parametrize(
+    ("codec", "entry", "options", "name"),
+    [
+        ("libx265", b"hev1", {}, "bt709"),  # which tells its range alone
+        ("libvpx-vp9", b"vp09", {"colorspace": "bt2020nc"}, "bt2020"),
+    ],
+)
+def test_the_streams_colours_come_before_the_containers(codec, entry, options, name):
+    plain = encode(4, codec=codec, **options)
+    data = with_colours(plain, entry, 1, True)
+    batch = decode_clips([data], [data], frames=4, size=(48, 64), dtype=torch.uint8)
+    assert (batch.matrix, batch.full_range) == ((name,) * 2, (False,) * 2)
+    frames = [frame for _, frame in full_decode(plain)]
+    for frame in frames:
+        frame.colorspace, frame.color_range = {"bt709": 1, "bt2020": 9}[name], 1
+    assert_frames(batch.pixels[0], frames)
 
 
 def test_colours_of_webm():
