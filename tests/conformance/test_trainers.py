@@ -253,3 +253,20 @@ def test_the_formulas_that_benchmarks_measure_are_these(batch):
     # Means of about 2 in float32 are right to 2e-7, and are multiplied by 2500.
     expected = 2500.0 * sd15_logits(*batch).float()
     torch.testing.assert_close(trainers.diffusers_sd15(*halves), expected, rtol=0, atol=2e-3)
+
+
+def test_the_baseline_of_the_benchmarks_is_that_formula_by_the_faster_square(batch):
+    pred, ref, target = (x.float() for x in batch)
+    pred.requires_grad_()
+    with torch.profiler.profile() as profile:
+        loss = trainers.eager(pred, ref, target)
+    called = {event.name for event in profile.events()}
+    assert "aten::mse_loss" in called
+    assert "aten::pow" not in called
+    exact = batch[0].clone().requires_grad_()
+    salesforce(exact, *batch[1:]).backward()
+    loss.backward()
+    torch.testing.assert_close(loss.double(), salesforce(*batch), rtol=0, atol=1e-3)  # 2500 times 2e-7, as above
+    torch.testing.assert_close(pred.grad.double(), exact.grad, rtol=1e-3, atol=0)
+    half = [x.bfloat16() for x in batch]
+    assert trainers.eager(*half).dtype == torch.float32
