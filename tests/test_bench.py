@@ -1,8 +1,12 @@
 """`polydpo-fast bench`: what is kept of a run, how two are compared; and that the documents show what was measured."""
 
+import hashlib
 import json
+import os
 import re
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import report
 import tables
 import torch
 from finishing import finish
-from timing import Measured, interleaved, row
+from timing import Measured, cpu_and_wall, interleaved, row
 from typer.testing import CliRunner
 
 from polydpo_fast import bench
@@ -271,6 +275,32 @@ def test_ways_take_turns_and_first_calls_do_not_count():
     assert "".join(calls) == "aaabbbccc" + "bbbcccaaa" + "cccaaabbb"
     assert times["b"]["cpu"] == [11.0, 12.0, 26.0, 27.0]
     assert row(Measured("c", "b", times["b"], True))["median"] == 19.0
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both threads are to run at the same time")
+def test_cpu_time_of_other_threads_is_that_of_the_call_not_of_the_last_tick():
+    """A thread that hashes all the time cannot use more than the time there is, in calls of 0.1 ms too."""
+    data, done, allowed = bytes(2**24), threading.Event(), os.sched_getaffinity(0)
+    here, there, *_ = sorted(allowed)
+
+    def hashing():
+        os.sched_setaffinity(0, {there})  # of this thread
+        while not done.is_set():
+            hashlib.sha256(data).digest()  # without the interpreter's lock
+
+    busy, shares = threading.Thread(target=hashing), []
+    busy.start()
+    os.sched_setaffinity(0, {here})
+    try:
+        for _ in range(500):
+            begin = time.perf_counter()
+            cpu = cpu_and_wall(lambda: time.sleep(1e-4))["cpu"]
+            shares.append(cpu / (time.perf_counter() - begin))
+    finally:
+        os.sched_setaffinity(0, allowed)
+        done.set()
+        busy.join()
+    assert max(shares) < 2.1  # of two threads; the clock of the process alone shows 20 now and then, and else nothing
 
 
 # ------------------------------------------------------------------------------------------------- the documents
