@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-heavy lint format bench report docs bench-peers bench-loss precision check gpu sanitize fuzz clean
+.PHONY: help setup demo test test-heavy lint format bench report docs bench-peers precision check gpu sanitize fuzz clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,9 +47,6 @@ $(PEERS)/installed:
 	$(BIN)/python -m pip install -q --target $(PEERS) --no-deps mosaicml-streaming==0.13.0 xxhash==4.1.0 \
 		zstandard==0.25.0 zstd==1.5.7.2 brotli==1.2.1 python-snappy==0.7.3 cramjam==2.14.0 catalogue==2.0.10
 	touch $@
-
-bench-loss: setup  ## Time the loss against eager PyTorch and torch.compile
-	$(BIN)/python benchmarks/loss.py $(ARGS)
 
 precision: setup  ## Print how much of a logit survives, here and in other scripts
 	$(BIN)/python benchmarks/precision.py

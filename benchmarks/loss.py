@@ -1,7 +1,7 @@
 """The loss against eager PyTorch, Salesforce's formula and torch.compile, interleaved.
 
-    python benchmarks/loss.py [--device cpu|cuda] [--rounds N] [--seconds S] [--json FILE]
-    python -m pytest benchmarks/test_loss.py        # the same by pytest-benchmark, on the CPU
+    polydpo-fast bench loss                                    # on the CPU
+    python benchmarks/loss.py [--seconds S] [--json FILE]      # on a GPU, as `make gpu` does
 
 In a round every way takes a few steps in a row, the first of them unmeasured, and the order changes. On a GPU a step is
 one replay of a CUDA graph, with nothing left in the L2 cache and again with what the last replay left there: the time
@@ -10,8 +10,9 @@ of the kernels, without Python's. Host time is measured apart.
 Traffic: with S the bytes of one (2B, ...) tensor, a fused forward and backward must at least read the prediction, the
 reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two launches of which the
 second finds nothing in the cache move 6 S (12 bytes per element). `bytes` below is 4 S on a CPU, and on a GPU where the
-three inputs fit in the L2 cache; else 6 S; 3 S for a forward alone. What it is held against is the machine's copy
-bandwidth: 2 x 256 MB, more than caches hold, copied in the same rounds; what fits in a CPU's caches may go beyond it.
+three inputs fit in half of the L2 cache, since Hopper's two halves each keep what they read from the other; else 6 S;
+3 S for a forward alone. What it is held against is the machine's copy bandwidth: 2 x 256 MB, more than caches hold,
+copied in the same rounds; what fits in a CPU's caches may go beyond it.
 Where dtypes are mixed, each tensor counts with its own.
 """
 
@@ -38,7 +39,7 @@ SHAPES = {
     "Wan 720p": (2, 16, 21, 90, 160),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-STEPS = 5
+STEPS, ROUNDS = 5, 20
 COPIED = 2**28
 
 
@@ -89,7 +90,7 @@ COMPILED: dict[str, Callable[[], Callable[..., Tensor]]] = {
 }
 
 
-def measure(job: Job, device: str, rounds: int) -> tuple[list[Measured], list[dict[str, str]]]:
+def measure(job: Job, device: str, rounds: int = ROUNDS) -> tuple[list[Measured], list[dict[str, str]]]:
     """All ways and a copy of 256 MB; and the ways that failed, with their reasons."""
     tensors = drawn(job.shape, job.dtype, device, job.constants)
     torch._dynamo.reset()
@@ -142,8 +143,9 @@ def moved(job: Job, device: str) -> int:
     inputs = elements * (own + 2 * other)
     if not job.backward:
         return inputs
-    # The gradient; and prediction and target once more, where the first launch cannot have left them in the L2 cache.
-    again = own + other if device != "cpu" and inputs > l2_bytes(device) else 0
+    # The gradient; and prediction and target once more, where the first launch cannot have left them in the L2 cache,
+    # half of which holds what is kept twice.
+    again = own + other if device != "cpu" and inputs > l2_bytes(device) // 2 else 0
     return inputs + elements * (own + again)
 
 
@@ -272,8 +274,7 @@ def printed(rows: list[dict], device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further measurement after that")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
@@ -284,7 +285,7 @@ def main() -> None:
             skipped.append({"case": job.case, "way": "", "reason": f"no time was left of {options.seconds:.0f} s"})
         else:
             print(job.case, flush=True)
-            found, failed = measure(job, options.device, options.rounds)
+            found, failed = measure(job, options.device)
             rows += map(row, found)
             skipped += failed
         if options.json:  # what was measured is kept if the process is stopped

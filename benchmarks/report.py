@@ -41,16 +41,18 @@ DETAILS = "<details markdown><summary>Every case</summary>\n\n{}\n\n</details>\n
 NOTES = {
     "loss": "Bytes per second count what a fused loss must move at least: on a CPU prediction, reference and target "
     "read and the gradient written, 4 times the bytes of one tensor, and for a forward alone 3 times; on a GPU 6 times "
-    "where its L2 cache is too small for what the first launch read, which the second then reads again. Others move "
-    "more for the same. On a GPU times are those of the kernels, with nothing in the L2 cache, and warm with what the "
-    "last step left there. Peak memory is what a step holds at most beyond its inputs, the gradient included.",
+    "where half of its L2 cache is too small for what the first launch read, which the second then reads again. Others "
+    "move more for the same. The copy is one of 256 MB, more than caches hold; small tensors may still be in the "
+    "processor's caches from the step before, and then go beyond 100% of it. On a GPU times are those of the kernels, "
+    "with nothing in the L2 cache, and warm with what the last step left there. Peak memory is what a step holds at "
+    "most beyond its inputs, the gradient included.",
     "precision": "256 pairs of SD1.5's size, beta 5000, errors around 0.1, the policy one small step from its "
     "reference; the truth is computed in float64 from the same rounded tensors.",
     "decode": "One thread, to normalised 16-bit planes in a batch. The images are synthetic: smooth shapes with a "
     "little grain, or dense grain everywhere. Codecs that stop at RGB are finished with care by torch, into memory "
     "that is there; Diffusers' recipe is as its scripts have it. Bare libjpeg-turbo drops the rows that it decodes.",
-    "clips": "81 frames of 720p H.264, one thread: frames per second of CPU time, and the share of the rate of bare "
-    "decoding; from local files whose index is kept, into memory that was written before, unless said otherwise.",
+    "clips": "81 frames of 720p H.264, one thread: frames per second of CPU time, and that divided by the rate of "
+    "bare decoding; from local files whose index is kept, into memory that was written before, unless said otherwise.",
     "loader": "Pairs of synthetic 1024px JPEGs from the page cache, one thread that decodes. The script's pipeline is "
     "as it is, in float32; all others end in bfloat16, in memory that is there.",
     "training": "The first way computes all in each step; the others take from stores what was computed ahead.",

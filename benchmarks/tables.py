@@ -4,6 +4,7 @@ BLOCKS names what README.md and docs/benchmarks.md show between `<!-- results: N
 Every figure there comes from here: `make report` writes them, and a test compares.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -61,7 +62,7 @@ def rows_of(results: dict, suite: str) -> Rows:
 def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> str:
     """`left` columns are aligned to the left, the others to the right."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *body]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return "\n".join(f"|{''.join(f' {cell} |' if cell else ' |' for cell in line)}" for line in lines)
 
 
 def ms(row: Row) -> str:
@@ -194,13 +195,11 @@ def _loss_limits(results: dict) -> str:
     sentences = []
     if video := rows.get("Wan 480p, bfloat16, forward and backward"):
         rate, copy = (video[way]["bytes"] / video[way]["median"] for way in ("ours", "copy"))
-        per_element = video["ours"]["bytes"] / _elements(video["ours"])
+        per_element = video["ours"]["bytes"] / math.prod(video["ours"]["shape"])
         sentences.append(
             f"The two passes over Wan 480p in bfloat16 run at {rate / 1e9:.0f} GB/s (counting {per_element:.0f} bytes "
-            f"per element), {rate / copy:.0%} of what copying 256 MB reaches."
+            f"per element), {rate / copy:.0%} of what copying 256 MB, more than caches hold, reaches."
         )
-        if rate > copy:
-            sentences.append("(Above 100% what a step reads can still be in the caches; what is copied there cannot.)")
     if any(row.get("dtype") == MIXED for ways in rows.values() for row in ways.values()):
         sentences.append(f"{MIXED.capitalize()}: the policy's prediction under autocast, and reference and target.")
     if "host time, 16 elements" in rows:
@@ -211,13 +210,6 @@ def _loss_limits(results: dict) -> str:
             f"{1e6 * host['an empty autograd.Function']['median']:.0f} us."
         )
     return " ".join(sentences)
-
-
-def _elements(row: Row) -> int:
-    count = 1
-    for size in row["shape"]:
-        count *= size
-    return count
 
 
 def loss_all(results: dict) -> str:
@@ -279,8 +271,8 @@ def clips(results: dict) -> str:
     for way in dict.fromkeys(way for ways in rates.values() for way in ways):
         cells = []
         for ways in rates.values():
-            row = ways.get(way)
-            share = "" if way == "bare_decoding" or row is None else f" ({row['of bare decoding']:.2f})"
+            row, bare = ways.get(way), ways["bare_decoding"]["median"]
+            share = "" if way == "bare_decoding" or row is None else f" ({bare / row['median']:.2f})"
             cells.append(f"{1 / row['median']:.0f}{share}" if row else "")
         body.append([named(way), *cells])
     sparse = rows["16 of 121 frames of both clips of a pair"]
@@ -364,41 +356,54 @@ def scaling(results: dict) -> str:
 
 
 def limit(curve: str, rows: list[Row], processors: int) -> str:
-    """The ends of a curve, in a sentence that says no more than its figures do."""
+    """The best and the worst of a curve, wherever they are, in a sentence that says no more than its figures do."""
     first, last = rows[0], rows[-1]
+    fastest, slowest = (which(rows, key=lambda row: row["median"]) for which in (min, max))
     if curve.startswith("loss"):
-        share = last["copy"]["median"] / last["median"]
-        return (
-            f"The smallest takes {1e6 * first['median']:.0f} us; the largest runs at "
-            f"{last['bytes'] / last['median'] / 1e9:.0f} GB/s, {share:.0%} of a copy of as many bytes."
-        )
+        best = max(rows, key=_rate)
+        worst = min(rows[rows.index(best) :], key=_rate)  # before it, what a call costs is most of the time
+        text = f"The smallest takes {1e6 * first['median']:.0f} us. The rate is highest at {_loss_point(best)}"
+        text += " of a copy of as many bytes"
+        if worst is not best:
+            text += f"; from there on lowest at {_loss_point(worst)}"
+        if last is not worst:
+            text += f"; in the end, at {_loss_point(last)}"
+        return f"{text}."
     if curve.startswith("decoding, one thread"):
-        rates = [row["at"] ** 2 / row["median"] / 1e6 for row in (first, last)]
-        return (
-            f"{rates[0]:.0f} megapixels per second at {first['at']} x {first['at']}, "
-            f"{rates[1]:.0f} at {last['at']} x {last['at']}."
-        )
+        pixels = [(row["at"] ** 2 / row["median"] / 1e6, row["at"]) for row in rows]
+        low, high = (f"{rate:.0f} at {side} x {side}" for rate, side in (min(pixels), max(pixels)))
+        return f"Megapixels per second: at least {low}, at most {high}."
     if "threads" in curve and curve.endswith("threads"):
-        best = max(rows, key=lambda row: first["median"] / row["median"])
         return (
-            f"At best {first['median'] / best['median']:.2f} times one thread's speed, with {best['at']} threads on "
-            f"{processors} processors."
+            f"At best {first['median'] / fastest['median']:.2f} times one thread's speed, with {fastest['at']} threads "
+            f"on {processors} processors."
         )
     if curve.startswith("decoding, two threads"):
         return (
-            f"An image costs {1e3 * first['median']:.1f} ms in a batch of one pair and {1e3 * last['median']:.1f} ms "
-            f"in one of {last['at']}."
+            f"An image costs {1e3 * fastest['median']:.1f} ms (batches of {fastest['at']}) to "
+            f"{1e3 * slowest['median']:.1f} ms (batches of {slowest['at']})."
         )
     if curve.endswith("pairs in the source"):
+        pairs = [1e6 * row["seconds per pair"] for row in rows]
         return (
-            f"From {first['at']:,} to {last['at']:,} pairs the first batch goes from {1e3 * first['median']:.0f} to "
-            f"{1e3 * last['median']:.0f} ms; a pair after the first batch costs "
-            f"{1e6 * first['seconds per pair']:.0f} and {1e6 * last['seconds per pair']:.0f} us of CPU time."
+            f"The first batch takes {1e3 * fastest['median']:.0f} ms ({fastest['at']:,} pairs) to "
+            f"{1e3 * slowest['median']:.0f} ms ({slowest['at']:,}); a pair after it costs {min(pairs):.0f} to "
+            f"{max(pairs):.0f} us of CPU time."
         )
     return (
-        f"The order is a formula: a rank of {last['at']} computes its own positions, and has its first batch after "
-        f"{1e3 * last['median']:.0f} ms, a single one after {1e3 * first['median']:.0f} ms."
+        f"The order is a formula: a rank computes its own positions. A single one has its first batch after "
+        f"{1e3 * first['median']:.0f} ms, one of {last['at']} after {1e3 * last['median']:.0f} ms, and at worst one of "
+        f"{slowest['at']} after {1e3 * slowest['median']:.0f} ms."
     )
+
+
+def _rate(row: Row) -> float:
+    """Bytes per second."""
+    return row["bytes"] / row["median"]
+
+
+def _loss_point(row: Row) -> str:
+    return f"{row['at']:,}: {significant(_rate(row) / 1e9)} GB/s, {row['copy']['median'] / row['median']:.0%}"
 
 
 def sd15_overhead(results: dict) -> str:

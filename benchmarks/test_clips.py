@@ -8,7 +8,6 @@ whose index is kept, as in every epoch but the first; of a clip in bytes the pac
 
 import importlib
 import io
-import statistics
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,7 +26,7 @@ av = pytest.importorskip("av", reason="PyAV is not installed")
 
 HEIGHT, WIDTH = 720, 1280
 FRAMES = 81
-ROUNDS = 7  # of each a share is taken, and a slow phase of the machine may be as long as one
+ROUNDS = 7  # a slow phase of the machine may be as long as one
 SPARSE, SPARSE_FPS, LONG = 16, 3, 121  # frames taken, at so many per second, of so many
 
 
@@ -191,21 +190,15 @@ WAYS = (
 
 @cache
 def measured(megabits):
-    """Of each way that is installed; and the median over the rounds of its share of the rate of bare decoding."""
+    """Of each way that is installed."""
     torch.set_num_threads(1)
     frames, ways = {}, {}
     for way in WAYS:
         with suppress(pytest.skip.Exception):
             clips, ways[way.__name__] = way(clip(megabits))
             frames[way.__name__] = clips * FRAMES
-    times = interleaved(ways, ROUNDS)
-    per_frame = {name: [t / frames[name] for t in times[name]["cpu"]] for name in ways}
-    found = {}
-    for name in ways:
-        shares = [bare / t for bare, t in zip(per_frame["bare_decoding"], per_frame[name], strict=True)]
-        facts, own = {"of bare decoding": statistics.median(shares)}, name.startswith("ours")
-        found[name] = Measured(f"720p at {megabits} Mb/s", name, times[name], own, per=frames[name], facts=facts)
-    return found
+    times, case = interleaved(ways, ROUNDS), f"720p at {megabits} Mb/s"
+    return {name: Measured(case, name, times[name], name.startswith("ours"), per=frames[name]) for name in ways}
 
 
 @pytest.mark.parametrize("megabits", [3, 16])

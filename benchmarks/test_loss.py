@@ -11,7 +11,7 @@ JOBS = {job.case: job for job in loss.jobs("cpu")}
 
 @functools.cache
 def measured(case):
-    found, _ = loss.measure(JOBS[case], "cpu", rounds=20)  # on a CPU nothing may fail
+    found, _ = loss.measure(JOBS[case], "cpu")  # on a CPU nothing may fail
     return {one.way: one for one in found}
 
 

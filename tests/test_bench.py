@@ -306,6 +306,59 @@ def test_cpu_time_of_other_threads_is_that_of_the_call_not_of_the_last_tick():
 # ------------------------------------------------------------------------------------------------- the documents
 
 
+def test_empty_cells_beside_each_other_are_cells():
+    lines = tables.table(["", "a", "b"], [["x", "", ""], ["", "", "y"]]).splitlines()
+    assert lines == ["| | a | b |", "| --- | ---: | ---: |", "| x | | |", "| | | y |"]
+
+
+def curve(suite, name, at, seconds, **facts):
+    rows = [
+        {"case": f"{name} {x}", "way": "ours", "ours": True, "curve": name, "at": x, "median": t, "iqr": 0.0}
+        | {fact: values[number] for fact, values in facts.items() if fact != "copy"}
+        for number, (x, t) in enumerate(zip(at, seconds, strict=True))
+    ]
+    copies = [{**row, "way": "copy", "median": t} for row, t in zip(rows, facts.get("copy", ()), strict=False)]
+    suites = {suite: {"command": "polydpo-fast bench", "rows": rows + copies}}
+    return {"machine": {"processors": 2}, "suites": suites}
+
+
+def test_the_sentences_of_a_curve_name_its_worst_point():
+    loss = curve(
+        *("scaling", "loss, one pair, elements per sample", [10, 100, 1000, 10_000], [1e-3, 2e-3, 4e-2, 4e-1]),
+        bytes=[8e6, 8e7, 8e8, 1.6e10],
+        copy=[1e-4, 1e-3, 1e-2, 2e-1],
+    )
+    text = tables.scaling(loss)
+    assert "The smallest takes 1000 us." in text
+    # 4e10 bytes per second, then 2e10, then 4e10 again.
+    assert "highest at 100: 40.0 GB/s, 50% of a copy of as many bytes; " in text
+    assert "lowest at 1,000: 20.0 GB/s, 25%; in the end, at 10,000: 40.0 GB/s, 50%." in text
+    pixels = curve("scaling", "decoding, one thread, side of the image", [100, 200, 400], [1e-3, 8e-3, 16e-3])
+    assert "at least 5 at 200 x 200, at most 10 at 400 x 400" in tables.scaling(pixels)
+    pairs = curve("scaling", "decoding, two threads, pairs", [1, 2, 4], [2e-3, 5e-3, 3e-3])
+    assert "An image costs 2.0 ms (batches of 1) to 5.0 ms (batches of 2)." in tables.scaling(pairs)
+    name, at = "loader, first batch, pairs in the source", [10, 20, 30]
+    first = curve("scaling", name, at, [2e-3, 9e-3, 3e-3], **{"seconds per pair": [1e-6, 7e-6, 2e-6]})
+    assert "takes 2 ms (10 pairs) to 9 ms (20); a pair after it costs 1 to 7 us" in tables.scaling(first)
+    ranks = curve("scaling", "loader, first batch of 9 pairs, ranks", at, [2e-3, 9e-3, 3e-3])
+    assert "at worst one of 20 after 9 ms" in tables.scaling(ranks)
+
+
+def test_the_share_of_bare_decoding_is_that_of_the_rates_beside_it(shown):
+    changed = json.loads(json.dumps(shown))
+    for found in changed["suites"]["clips"]["rows"]:
+        found.pop("of bare decoding", None)
+        if found["way"] == "bare_decoding":
+            found["median"] = 0.01
+        elif found["way"] == "ours_cthw":
+            found["median"] = 0.008
+    assert "| ours, bfloat16 (C, T, H, W) | 125 (1.25) | 125 (1.25) |" in tables.clips(changed)
+
+
+def test_shares_of_a_copy_above_all_of_it_are_explained():
+    assert "beyond 100%" in report.NOTES["loss"]
+
+
 @pytest.fixture(scope="module")
 def shown():
     return bench.read_results(report.RESULTS / f"{report.SHOWN}.json")
