@@ -28,6 +28,21 @@ def test_there_is_a_loop_for_each_family_and_one_of_stores():
     assert "cache_latents" in LOOPS[-1]
 
 
+@pytest.mark.parametrize("file", ["sd35-medium-vipo", "flux-dev-vipo", "wan21-1.3b-vipo"])
+def test_the_loops_begin_where_the_configurations_do(file):
+    settings = yaml.safe_load((PAGE.parents[1] / "configs" / f"{file}.yaml").read_text())
+    (code,) = (code for code in LOOPS if settings["model"] in code)
+    found = dict(re.findall(r"\b(beta|r|lora_alpha|lr|density)=([^,)]+)", code))
+    expected = {
+        "beta": settings["beta"],
+        "r": settings["lora_rank"],
+        "lora_alpha": settings["lora_rank"],  # where a configuration has none
+        "lr": settings["learning_rate"],
+        **settings.get("loss", {}),
+    }
+    assert {name: yaml.safe_load(value) for name, value in found.items()} | {"lr": float(found["lr"])} == expected
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("family", "code"), [*zip(FAMILIES, LOOPS, strict=True)], ids=NAMES)
 def test_the_loop_runs_and_trains(tmp_path, monkeypatch, family, code):
