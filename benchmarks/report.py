@@ -56,6 +56,9 @@ NOTES = {
     "loader": "Pairs of synthetic 1024px JPEGs from the page cache, one thread that decodes. The script's pipeline is "
     "as it is, in float32; all others end in bfloat16, in memory that is there.",
     "training": "The first way computes all in each step; the others take from stores what was computed ahead.",
+    "sd15_overhead": "By the clock on the wall while neither a model nor the loss runs, with one thread. It is longer "
+    "than for the same latents above, where the model is a single layer: for its dtype Diffusers goes through all "
+    "parameters of a model, and little is left in the processor's caches after one of 3.4 GB.",
 }
 
 

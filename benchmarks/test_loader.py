@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from finishing import finish
+from finishing import as_the_scripts, finish
 from PIL import Image
 from test_decode import photograph
 from timing import Measured, interleaved, report
@@ -35,7 +35,12 @@ import polydpo_fast
 from polydpo_fast.data import PairLoader, open_source
 
 # WebDataset and streaming leave files for the garbage collector to close.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+# Pillow's bytes are not copied once more only to be writable.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:The given NumPy array is not writable:UserWarning",
+)
 
 PAIRS = 96  # of an epoch, whose first batch waits for everything
 BATCH = 4
@@ -117,11 +122,9 @@ class ScriptsRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         row = self.rows[index]
-        arms = []
-        for name in ("jpg_0", "jpg_1") if row["label_0"] else ("jpg_1", "jpg_0"):
-            pixels = np.asarray(Image.open(io.BytesIO(row[name])).convert("RGB"))
-            arms.append((torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(255) - 0.5) / 0.5)
-        return torch.cat(arms), row["caption"]
+        names = ("jpg_0", "jpg_1") if row["label_0"] else ("jpg_1", "jpg_0")
+        images = (Image.open(io.BytesIO(row[name])).convert("RGB") for name in names)
+        return torch.cat([as_the_scripts(np.array(image)) for image in images]), row["caption"]
 
 
 def the_scripts_pipeline(files):
@@ -142,7 +145,7 @@ def finisher():
     def run(pairs):
         for number, pair in enumerate(pairs):
             for to, image in zip(out[number::BATCH], pair, strict=True):
-                finish(np.array(image.convert("RGB")), to)
+                finish(np.asarray(image), to)  # RGB as it is
 
     return run
 

@@ -14,7 +14,7 @@ import pytest
 import report
 import tables
 import torch
-from finishing import finish
+from finishing import as_the_scripts, finish
 from timing import Measured, cpu_and_wall, interleaved, row
 from typer.testing import CliRunner
 
@@ -253,7 +253,9 @@ def test_what_peers_are_finished_by_is_the_same_normalisation():
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     out = torch.empty((3, 5, 7))
     finish(rgb, out)
-    torch.testing.assert_close(out, (torch.from_numpy(rgb).permute(2, 0, 1) / 255 - 0.5) / 0.5)
+    expected = (torch.from_numpy(rgb).permute(2, 0, 1) / 255 - 0.5) / 0.5
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(as_the_scripts(rgb), expected)
 
 
 def test_peers_are_pinned_and_their_versions_kept():
