@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.fields import parse_json
 from .config import Settings
 from .families import LORA_FILE, Family, save_lora, save_rest, save_scheduler
+from .fingerprints import EARLIER
 from .reference import unwrapped
 
 __all__ = ["check_output", "checkpoint_adapters_only", "result_of", "resume", "save_checkpoint", "save_result"]
@@ -118,7 +119,7 @@ def resume(accelerator: Any, settings: Settings, checkpoint: Path | None, run: M
     if checkpoint is None:
         return 0
     told = _told(checkpoint)
-    had, here = told.get("settings", {}), json.loads(json.dumps(dict(run), default=str))
+    had, here = {**EARLIER, **told.get("settings", {})}, json.loads(json.dumps(dict(run), default=str))
     for name in [name for name in here if name in had]:
         if here[name] != had[name]:
             raise ValueError(

@@ -38,6 +38,9 @@ class Settings:
         prediction_type, rescale_betas_zero_snr, shift; _class_name for another class, where its own has no such value.
     guidance: of FLUX.1-dev's guidance embedding in training; None for 3.5, the default of Diffusers' scripts
         (train_dreambooth_lora_flux.py). Pictures have the pipeline's own.
+    size_conditioning: what SDXL is told of a pair's images. "fixed": whole ones of the training's size, for both arms,
+        as Diffusion-DPO's script has it, and as pictures are made. "own": each image's own size and crop, which differ
+        between winner and loser where the files do, so that a size may be learned as worse.
     lora_rank: 0 trains all weights. lora_targets: names of layers; empty for the attention's projections.
         lora_alpha: the adapters are multiplied by lora_alpha / lora_rank; None for lora_rank. The saved weights have
         that factor in them, so that they load at a scale of 1. lora_weights: a folder in which `train` left LoRA
@@ -83,6 +86,7 @@ class Settings:
     loss: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     guidance: float | None = None
+    size_conditioning: str = "fixed"
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=list)
     lora_alpha: float | None = None
@@ -235,6 +239,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "schedule": ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
     "latents": ("sample", "mode"),
+    "size_conditioning": ("fixed", "own"),
 }
 # What the training itself gives, or asks for under its own name.
 _TAKEN = {

@@ -55,6 +55,7 @@ class Family:
     patch: latents per token and side: sides of the pixels are multiples of this many latents.
     video: whether it makes clips, (N, C, T, H, W).
     vae_float32: the VAE overflows in float16, and loses what shows in bfloat16: Diffusers' scripts keep it in float32.
+    told_sizes: the model is told the sizes and the crop of its images, as SDXL.
     lora_targets: layers that get adapters where the user names none.
     """
 
@@ -63,6 +64,7 @@ class Family:
     patch: int = 1
     video: bool = False
     vae_float32: bool = False
+    told_sizes: bool = False
     lora_targets: tuple[str, ...] = _ATTENTION
 
 
@@ -200,12 +202,26 @@ def encode_prompts(pipe: Any, family: Family, prompts: list[str], device: torch.
     return family.encode(pipe, prompts, device)
 
 
-def conditioning(family: Family, text: Mapping[str, Tensor], batch: PairBatch, size: tuple[int, int]) -> dict[str, Any]:
-    """The keyword arguments of the model for a batch: its encoded prompts, and for SDXL its geometry."""
+def conditioning(
+    family: Family,
+    text: Mapping[str, Tensor],
+    batch: PairBatch,
+    size: tuple[int, int],
+    size_conditioning: str = "fixed",
+) -> dict[str, Any]:
+    """The keyword arguments of the model for a batch: its encoded prompts, and for SDXL its geometry.
+
+    size: of the pixels. size_conditioning: "fixed" tells SDXL of whole images of this size, as its pipeline does while
+    it samples: the same for both arms, B rows. "own" tells it each image's own size and crop, 2B rows.
+    """
     result: dict[str, Any] = dict(text)
-    if family.encode is _sdxl:
+    if family.told_sizes:
         pooled = result.pop("text_embeds")
-        geometry = moved(time_ids(batch.original_size, batch.crop_top_left, size), pooled.device, torch.float32)
+        if size_conditioning == "own":
+            ids = time_ids(batch.original_size, batch.crop_top_left, size)
+        else:
+            ids = torch.tensor([[*size, 0, 0, *size]] * len(pooled), device="cpu")
+        geometry = moved(ids, pooled.device, torch.float32)
         result["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": geometry}
     return result
 
@@ -383,7 +399,7 @@ def _wan(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tenso
 
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family("unet", _sd),
-    "StableDiffusionXLPipeline": Family("unet", _sdxl, vae_float32=True),
+    "StableDiffusionXLPipeline": Family("unet", _sdxl, vae_float32=True, told_sizes=True),
     "StableDiffusion3Pipeline": Family("transformer", _sd3, patch=2, vae_float32=True, lora_targets=_JOINT_ATTENTION),
     "FluxPipeline": Family("transformer", _flux, patch=2, lora_targets=_JOINT_ATTENTION),
     "WanPipeline": Family("transformer", _wan, patch=2, video=True, vae_float32=True),

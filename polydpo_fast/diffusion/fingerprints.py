@@ -14,7 +14,10 @@ from torch import Tensor
 from ..data import Source
 from .reference import switched_off, unwrapped
 
-__all__ = ["alternatives", "fingerprint"]
+__all__ = ["EARLIER", "alternatives", "fingerprint"]
+
+EARLIER = {"size_conditioning": "own"}
+"""What had no name when there was no choice: stores and checkpoints that do not say it were made so."""
 
 _SAMPLES = 1024  # numbers of each tensor
 _SENTENCE = "Cats'  35mm \u00e9e\u0301"

@@ -81,6 +81,10 @@ def time_ids(original_size: Tensor, crop_top_left: Tensor, size: tuple[int, int]
     """SDXL's `time_ids`, (2B, 6): original height and width, top and left of the crop, height and width of the output.
 
     original_size, crop_top_left: (2B, 2) as `decode_pairs` and `PairLoader` give them. size: of the pixels.
+
+    Where the images of a pair had different sizes, its arms are told different ones then, and the model may learn that
+    one size is worse. DPO's formula asks for the same condition: [height, width, 0, 0, height, width] of the pixels for
+    all rows, as Diffusion-DPO's script has it.
     """
     target = torch.tensor(size, dtype=original_size.dtype, device=original_size.device).expand(len(original_size), 2)
     return torch.cat((original_size, crop_top_left, target), dim=1)

@@ -59,6 +59,8 @@ class Inputs:
         if getattr(pipe, setup.family.model).config.get("guidance_embeds"):
             guidance = FLUX_GUIDANCE if settings.guidance is None else settings.guidance
             self.parts_of_errors["guidance"] = fingerprint(guidance)
+        if setup.family.told_sizes:
+            self.parts_of_errors["size_conditioning"] = fingerprint(settings.size_conditioning)
         self._nothing: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device, *, keep_encoders: bool) -> None:
@@ -114,8 +116,9 @@ class Inputs:
                 )
                 for name, value in text.items()
             }
-        result = conditioning(self._setup.family, text, batch, self._setup.size)
-        return result if self._settings.guidance is None else {**result, "guidance": self._settings.guidance}
+        setup, settings = self._setup, self._settings
+        result = conditioning(setup.family, text, batch, setup.size, settings.size_conditioning)
+        return result if settings.guidance is None else {**result, "guidance": settings.guidance}
 
     def _loader(self) -> PairLoader:
         settings, setup = self._settings, self._setup

@@ -56,6 +56,11 @@ def set_up(settings: Settings) -> Setup:
             f"guidance is {settings.guidance}, and this {type(model).__name__} has no guidance embedding, as "
             "FLUX.1-dev's has; expected none"
         )
+    if settings.size_conditioning != "fixed" and not family.told_sizes:
+        raise ValueError(
+            f"size_conditioning is {settings.size_conditioning!r}, and a {type(pipe).__name__} is told no sizes, as "
+            "SDXL's is; expected 'fixed'"
+        )
     size = (settings.size, settings.size) if isinstance(settings.size, int) else settings.size
     height, width = size or native_size(pipe, family)
     check_geometry(pipe, family, (height, width), settings.loader.get("frames"))

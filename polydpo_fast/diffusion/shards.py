@@ -22,7 +22,7 @@ from torch import Tensor
 from ..data import PairBatch, PairError, PairLoader, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
 from .extras import need
-from .fingerprints import alternatives, fingerprint
+from .fingerprints import EARLIER, alternatives, fingerprint
 
 __all__ = ["Columns", "Form", "Progress", "Shards", "is_store", "text_of_row"]
 
@@ -135,14 +135,15 @@ class Shards:
 
     def check(self, **parts: Any) -> None:
         """Raises ValueError, with both fingerprints, where a part is another than that of the store's making."""
+        made_with = {**EARLIER, **self.made_with}
         for name, part in parts.items():
-            if name not in self.made_with:
+            if name not in made_with:
                 known = ", ".join(self.made_with)
                 raise ValueError(f"{self.folder} does not say with what {name} it was made; it does of {known}")
             mine = list(alternatives(part))
-            if self.made_with[name] not in mine:
+            if made_with[name] not in mine:
                 raise ValueError(
-                    f"{self.folder} was made with another {name}: in the store it is {self.made_with[name]}, "
+                    f"{self.folder} was made with another {name}: in the store it is {made_with[name]}, "
                     f"here it is {mine[0]}"
                 )
 

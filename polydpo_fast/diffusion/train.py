@@ -240,6 +240,8 @@ def _run_identity(
     processes = setup.accelerator.num_processes
     settings_that_matter = lasting(settings)
     pairs = processes * settings_that_matter.pop("batch_size") * settings_that_matter.pop("accumulation")
+    if not setup.family.told_sizes:  # so that earlier runs of other families go on
+        del settings_that_matter["size_conditioning"]
     return {
         **settings_that_matter,
         "pairs per step (processes x batch_size x accumulation)": pairs,

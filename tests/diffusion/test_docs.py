@@ -71,6 +71,9 @@ def test_the_loop_runs_and_trains(tmp_path, monkeypatch, family, code):
     exec(compile(code, str(PAGE), "exec"), scope)
     assert torch.isfinite(scope["loss"])
     assert scope["metrics"]["logit_mean"].isfinite()
+    if family == "sdxl":  # of files of 24 and of 30 pixels; as its pipeline calls the UNet for images of 16
+        added = scope["conditioning"]["added_cond_kwargs"]
+        assert added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * len(added["text_embeds"])
     moved = [not torch.equal(a, b) for a, b in zip(before["all"], after["all"], strict=True)]
     assert sum(moved) > len(moved) / 4
 

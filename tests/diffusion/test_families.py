@@ -76,18 +76,20 @@ def test_prompts_are_encoded_as_the_pipeline_does(loaded):
     size = SIZES.get(name, (16, 16))
     text = families.encode_prompts(pipe, family, PROMPTS, torch.device("cpu"))
     ours = families.conditioning(family, text, batch(size), size)
+    own = families.conditioning(family, text, batch(size), size, "own")
     for row, prompt in enumerate(PROMPTS):
         theirs, _ = own_call(pipe, family, prompt, size, guidance_scale=1.0)
         pairs = [(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])]
         if "pooled_projections" in theirs:
             pairs.append((ours["pooled_projections"], theirs["pooled_projections"]))
         if name == "sdxl":
-            pairs.append([given["added_cond_kwargs"]["text_embeds"] for given in (ours, theirs)])
+            added = [given["added_cond_kwargs"] for given in (ours, theirs)]
+            pairs += [[given[part] for given in added] for part in ("text_embeds", "time_ids")]
         for many, one in pairs:  # a batch of another size is summed in another order
             assert many[row].shape == one[0].shape
             torch.testing.assert_close(many[row], one[0], rtol=1e-5, atol=1e-6)
     if name == "sdxl":
-        for row, given in enumerate(ours["added_cond_kwargs"]["time_ids"]):
+        for row, given in enumerate(own["added_cond_kwargs"]["time_ids"]):
             left, top = 2 * row, 2 * row + 1
             theirs = pipe._get_add_time_ids((100 + left, 100 + top), (left, top), size, torch.float32, 10)
             assert torch.equal(given, theirs[0])

@@ -1,14 +1,17 @@
 """`polydpo-fast cache` and `reference`: trainings from their folders, against trainings from the images."""
 
 import gc
+import json
 import math
 import re
+import shutil
 import weakref
 
 import pytest
 import torch
 from diffusion import pipelines
 from diffusion.runs import lines, settings, stored, two_processes, weights
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from polydpo_fast.cli import app
@@ -17,6 +20,7 @@ from polydpo_fast.diffusion import inputs as batches
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import write_settings
 from polydpo_fast.diffusion.precompute import cache, reference
+from polydpo_fast.diffusion.shards import Shards
 from polydpo_fast.diffusion.train import train
 
 pytestmark = [
@@ -211,6 +215,44 @@ def test_errors_of_other_things_are_refused(here, stores, tmp_path):
     model.save_pretrained(other / "unet")
     with pytest.raises(ValueError, match=r"another model: in the store it is UNet2DC.*, here it is UNet2DC"):
         train(settings(here, tmp_path / "out", **{**images, "model": str(other)}))
+
+
+def test_errors_of_other_sizes_are_refused(tmp_path):
+    """Those of an earlier version, which did not say what SDXL was told, were of each image's own."""
+    model = str(pipelines.save("sdxl", tmp_path))
+    pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
+    change = dict(model=model, latents="mode", steps=1, lora_rank=2, batch_size=4)
+    cache(settings(tmp_path, tmp_path, **change), tmp_path / "latents")
+    change["data"] = str(tmp_path / "latents")
+    own = dict(change, size_conditioning="own")  # of the same latents: they do not depend on it
+    for name, one in (("fixed", change), ("own", own)):
+        reference(settings(tmp_path, tmp_path, **one), tmp_path / name, draws=1)
+    fixed, others = (load_file(next((tmp_path / name).glob("*.safetensors")))["errors"] for name in ("fixed", "own"))
+    assert not torch.equal(fixed, others)
+    shutil.copytree(tmp_path / "own", tmp_path / "earlier")
+    for name in ("fixed", "own", "earlier"):
+        if name == "earlier":
+            unsaid(tmp_path / name, "size_conditioning")
+        for setting, one in (("fixed", change), ("own", own)):
+            run = settings(tmp_path, tmp_path / f"{name}-{setting}", **one, reference_errors=str(tmp_path / name))
+            if setting == name or (name, setting) == ("earlier", "own"):
+                train(run)
+                assert lines(tmp_path / f"{name}-{setting}")[0]["loss"] == pytest.approx(math.log(2), abs=5000 * 1e-6)
+            else:
+                had = "fixed" if name == "fixed" else "own"
+                said = f"made with another size_conditioning: in the store it is {had}, here it is {setting}"
+                with pytest.raises(ValueError, match=said):
+                    train(run)
+
+
+def unsaid(folder, name):
+    """The store as if it had been made before it told this."""
+    index = json.loads((folder / "store.json").read_text())
+    del index["made_with"][name]
+    (folder / "store.json").write_text(json.dumps(index))
+    store = Shards._read_index(folder, index["kind"])
+    for number in range(store.shards):
+        save_file(load_file(store.path(number)), store.path(number), {"polydpo_fast": store._stamp(number)})
 
 
 def test_what_is_random_in_each_epoch_has_no_errors(here, tmp_path):

@@ -214,6 +214,41 @@ def test_each_family_takes_steps(family, lora, tmp_path):
     assert math.isfinite(second["loss"])
 
 
+def test_both_arms_of_sdxl_are_told_the_same_sizes(tmp_path, monkeypatch):
+    """The pairs' first images have 24 pixels, the second ones 30, and either may win.
+
+    By default as in Diffusion-DPO's train.py: [resolution, resolution, 0, 0, resolution, resolution] for all rows.
+    Diffusers' script repeats its time_ids too, for the second arm: `.repeat(2, 1)`.
+    """
+    change = dict(model=str(pipelines.save("sdxl", tmp_path)), steps=2, lora_rank=2, checkpoint_every=1, size=[16, 16])
+    pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
+    seen = []
+    predict = UNet2DConditionModel.forward
+
+    def watched(self, *arguments, **given):
+        seen.append(given["added_cond_kwargs"]["time_ids"].tolist())
+        return predict(self, *arguments, **given)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    train(settings(tmp_path, tmp_path / "fixed", **change))
+    assert seen == [[[16, 16, 0, 0, 16, 16]] * 4] * 4  # policy and reference, twice
+    seen.clear()
+    own = {**change, "size_conditioning": "own"}
+    train(settings(tmp_path, tmp_path / "own", **own))
+    assert {tuple(sorted((a[0], b[0]))) for ids in seen for a, b in zip(ids[:2], ids[2:], strict=True)} == {(24, 30)}
+    # A checkpoint of when there was no choice is one of own sizes.
+    file = tmp_path / "own" / "checkpoint-1" / "run.json"
+    told = json.loads(file.read_text())
+    assert told["settings"].pop("size_conditioning") == "own"
+    file.write_text(json.dumps(told))
+    again = dict(resume=str(file.parent), output=str(tmp_path / "again"))
+    with pytest.raises(
+        ValueError, match=r"size_conditioning is 'fixed'; the run of .* was begun with 'own': expected it"
+    ):
+        train(settings(tmp_path, tmp_path / "again", **{**change, **again}))
+    train(settings(tmp_path, tmp_path / "again", **{**own, **again}))
+
+
 def test_lora_weights_load_into_the_pipeline(here, tmp_path, monkeypatch):
     kept = {}
     noisy, step, text = torch.randn(1, 4, 8, 8), torch.tensor([400]), torch.randn(1, 5, 12)
@@ -1080,6 +1115,7 @@ def test_accumulation_of_the_environment_is_named(here, tmp_path, monkeypatch):
         (dict(learning_rate=math.nan), "learning_rate is nan; expected 0 or more"),
         (dict(ema=1.5), "ema is 1.5; expected 0 to 1"),
         (dict(optimizer="sgd"), "optimizer is 'sgd'; expected 'adamw', 'adamw8bit', 'paged_adamw8bit', 'adafactor'"),
+        (dict(size_conditioning="image"), "size_conditioning is 'image'; expected 'fixed', 'own'"),
         (dict(size=[16]), r"size is \[16\]; expected a side, or \[height, width\]"),
         (dict(size="big"), "size is 'big'; expected int | list"),
         (dict(speed=3), "speed: no setting; expected accumulation, "),
@@ -1175,6 +1211,7 @@ def test_the_published_settings_are_settings(file):
         (dict(loader={"pixels": 1}), "pixels: no argument of PairLoader"),
         (dict(loss={"timestep_weight": 5}), "timestep_weight is 5; expected a name"),
         (dict(loss={"timestep_weight": "snr"}), "timestep_weight is 'snr'; with a DDPMScheduler expected 'min_snr'"),
+        (dict(size_conditioning="own"), "size_conditioning is 'own', and a StableDiffusionPipeline is told no sizes"),
         (dict(guidance=2.0), "guidance is 2.0, and this UNet2DConditionModel has no guidance embedding"),
         (dict(scheduler={"shfit": 1}), "scheduler has shfit; a DDIMScheduler knows beta_end, "),
         (dict(scheduler={"_class_name": "AutoencoderKL"}), "scheduler has _class_name 'AutoencoderKL'"),

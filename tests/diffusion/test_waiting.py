@@ -102,9 +102,11 @@ def test_the_watch_sees_what_waits(fakes):
 def test_the_geometry_of_sdxl_does_not_wait(fakes):
     family = families.FAMILIES["StableDiffusionXLPipeline"]
     batch = SimpleNamespace(original_size=torch.ones(4, 2).long(), crop_top_left=torch.zeros(4, 2).long())
-    with Watch():
-        given = families.conditioning(family, {"text_embeds": torch.empty(2, 8, device=DEVICE)}, batch, (64, 64))
-    assert given["added_cond_kwargs"]["time_ids"].device == DEVICE
+    for sizes in ("fixed", "own"):
+        text = {"text_embeds": torch.empty(2, 8, device=DEVICE)}
+        with Watch():
+            given = families.conditioning(family, text, batch, (64, 64), sizes)
+        assert given["added_cond_kwargs"]["time_ids"].device == DEVICE
 
 
 def test_the_normalisation_of_latents_does_not_wait(fakes):
