@@ -54,7 +54,7 @@ class Settings:
         that is resumed with more of them goes on at another rate than one that was begun with them.
     max_grad_norm: 0 for no clipping.
     mixed_precision: "no", "fp16", "bf16", or None for what `accelerate launch` was told.
-    ema: decay of the averaged weights, which are the result then; 0 for none.
+    ema: decay of the averaged weights, which are the result then, in step n no more than n / (n + 9); 0 for none.
     prompt_dropout: share of the prompts that are replaced by "".
     latents: "sample" of the VAE's distribution, or its "mode".
     vae_batch: images or clips that the VAE encodes at once.

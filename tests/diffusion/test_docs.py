@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from diffusers.training_utils import EMAModel
 from diffusion import pipelines
 from typer.testing import CliRunner
 
@@ -76,6 +77,18 @@ def test_the_loop_runs_and_trains(tmp_path, monkeypatch, family, code):
         assert added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * len(added["text_embeds"])
     moved = [not torch.equal(a, b) for a, b in zip(before["all"], after["all"], strict=True)]
     assert sum(moved) > len(moved) / 4
+
+
+def test_what_is_said_of_the_decay_is_what_diffusers_averages_by():
+    ema = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.999)
+    said = re.search(
+        r"n / \(n \+ 9\).*\n.* 0.999 holds from step (\d+) on, and (\d+) steps come to ([\d.]+)\.\n", PAGE.read_text()
+    )
+    first, steps, reached = int(said[1]), int(said[2]), float(said[3])
+    for step in (2, 100, steps, first - 1):  # the first takes the weights as they are
+        assert ema.get_decay(step) == step / (step + 9) < 0.999
+    assert ema.get_decay(first) == 0.999
+    assert round(ema.get_decay(steps), 4) == reached
 
 
 def test_another_model_and_its_timesteps():
