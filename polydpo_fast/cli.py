@@ -417,11 +417,13 @@ def _training(context: typer.Context, *own: str) -> Iterator[Any]:
     """The settings that a command was given, without what is its own. What goes wrong is said in a line."""
     given = {name: value for name, value in context.params.items() if value is not None and value not in ([], ())}
     config, assign = given.pop("config", None), given.pop("assign", ())
+    from .data import LoaderError
+
     try:
         from .diffusion.config import read_assignments, read_settings
 
         given |= read_assignments(assign)
         yield read_settings(config, **{name: value for name, value in given.items() if name not in own})
-    except (OSError, TypeError, ValueError, ImportError, ArithmeticError) as error:
+    except (OSError, TypeError, ValueError, ImportError, ArithmeticError, LoaderError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from error
+        raise typer.Exit(1 if isinstance(error, (ArithmeticError, LoaderError)) else 2) from error

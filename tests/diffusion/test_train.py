@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch._inductor.config
@@ -32,13 +34,14 @@ from typer.testing import CliRunner
 
 from polydpo_fast import demo
 from polydpo_fast.cli import app
-from polydpo_fast.data import PairLoader
+from polydpo_fast.data import LoaderError, PairLoader
 from polydpo_fast.data.order import mix
 from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, predict, setup
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
 from polydpo_fast.diffusion.families import LORA_FILE, load_pipeline, load_result
 from polydpo_fast.diffusion.precompute import reference
+from polydpo_fast.diffusion.shards import Shards
 from polydpo_fast.diffusion.train import NotFiniteError, train
 
 pytestmark = [
@@ -1207,6 +1210,10 @@ def test_the_published_settings_are_settings(file):
         (dict(size=15), "size is 15 x 15; expected multiples of 2"),
         (dict(loader={"frames": 5}), "loader has frames=5; StableDiffusionPipeline takes images"),
         (dict(data="/nowhere/*.parquet"), "/nowhere"),
+        (
+            dict(batch_size=17),
+            "batch_size is 17, in each of 1 processes, and data has only 16 pairs; expected a smaller",
+        ),
         (dict(data_options={"sheet": 1}), "sheet: no option of ParquetPairs"),
         (dict(loader={"pixels": 1}), "pixels: no argument of PairLoader"),
         (dict(loss={"timestep_weight": 5}), "timestep_weight is 5; expected a name"),
@@ -1230,6 +1237,26 @@ def test_what_does_not_fit_is_said_by_the_command(here, tmp_path, monkeypatch, c
     assert result.exit_code == 2, result.output
     assert re.search(message, result.output), result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [["train"], ["cache", "out"], ["reference", "out"]], ids=lambda words: words[0])
+def test_a_loader_that_gives_up_is_said_in_a_line(here, tmp_path, monkeypatch, command):
+    """With another status than wrong settings, and no traceback. Stores keep bad pairs as such: theirs hang."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"jpg_0": b"none", "jpg_1": b"none", "label_0": 1.0, "caption": "x"}] * 16
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bad.parquet")
+    given = settings(here, tmp_path / "run", data=str(tmp_path / "bad.parquet"), latents="mode")
+    write_settings(given, tmp_path / "run.yaml")
+    if command != ["train"]:
+
+        def hang(*arguments):
+            raise LoaderError("all 16 pairs hang")
+
+        monkeypatch.setattr(Shards, "fill", hang)
+    result = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "run.yaml")])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1, result.output
+    assert re.search(r"^all 16 pairs (of the source failed; the first was .*|hang)$", result.output, re.MULTILINE)
 
 
 # -------------------------------------------------------------------------------------------------- GenEval
