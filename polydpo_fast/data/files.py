@@ -23,6 +23,7 @@ _MAX_FILE = 1 << 30
 _BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_DIGITS = 18
 _MOST_NUMBERED = 1 << 20
+_HUB_NAME = re.compile(r"\w[\w.-]*/(\w[\w.-]*)", re.ASCII)
 _WEB = ("http://", "https://")
 _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond what is asked for
 _ASKING = 16  # questions to a storage at once
@@ -182,7 +183,14 @@ def _missing(place: str, suffixes: Sequence[str]) -> str:
     """Why nothing was found there."""
     wanted = " or ".join(suffixes)
     if not os.path.isdir(place):
-        return f"no such file, or no {wanted} in it"
+        reason = f"no such file, or no {wanted} in it"
+        on_hub = _HUB_NAME.fullmatch(place)
+        if on_hub is None or place.lower().endswith((*suffixes,)) or os.path.exists(os.path.dirname(place)):
+            return reason
+        return (
+            f"{reason}; if it is a data set of the Hugging Face hub, expected the folder {on_hub[1]} that "
+            f"`hf download {place} --repo-type dataset --local-dir {on_hub[1]}` makes"
+        )
     reason = f"the folder has no {wanted} in it"
     for _, _, inside in os.walk(place):
         if any(name.rpartition(".")[2].lower() in IMAGE_SUFFIXES | CLIP_SUFFIXES for name in inside):

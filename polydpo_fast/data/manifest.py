@@ -332,8 +332,10 @@ def _table(file: BinaryIO, offset: int) -> Records:
             if row and header is None:
                 header = row
                 if len(set(header)) < len(header) or not any({*names} <= {*header} for names in _IN_TABLES):
+                    other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
                     raise ValueError(
                         f"the header is {header}; expected {_EXPECTED_IN_TABLES} and others, all different"
+                        + (f", and commas between them, not {other!r}" if other else "")
                     )
             elif row:
                 assert header is not None

@@ -38,6 +38,7 @@ _REGULAR = b"\x0007"  # a file; 7 is one that lies in one piece
 _EXTENSIONS = b"LKxXg"  # of the member that follows: L its long name, K its link's; x or X PAX fields; g PAX for all
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 _ARMS = (("win", "lose"), ("0", "1"))
+_DOTTED = "arms passed over for a further dot in their names (a key ends at the first one)"
 
 
 class TarPairs(IndexedSource):
@@ -213,6 +214,8 @@ def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
             if role:
                 sample = sample or _Sample(key)
                 sample.add(role, member, file)
+            elif _is_arm(*member.name.lower().split(".")[-2:]):
+                notes.counts[_DOTTED] += 1
     except EOFError:
         if at == 0:
             raise ValueError("it ends before its first member does") from None
@@ -256,8 +259,11 @@ def _key_and_role(name: str) -> tuple[str, str] | None:
     if suffix in ("json", "txt"):
         return key, suffix
     arm, _, form = suffix.rpartition(".")
-    known = any(arm in arms for arms in _ARMS) and (form in IMAGE_SUFFIXES or form in CLIP_SUFFIXES)
-    return key, arm if known else ""
+    return key, arm if _is_arm(arm, form) else ""
+
+
+def _is_arm(arm: str, form: str) -> bool:
+    return any(arm in arms for arms in _ARMS) and (form in IMAGE_SUFFIXES or form in CLIP_SUFFIXES)
 
 
 def _content(sample: _Sample) -> bytes:

@@ -4,9 +4,11 @@ import gc
 import json
 import os
 import pickle
+import re
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -566,6 +568,20 @@ def test_folders_of_something_else_are_told(tmp_path):
         SourceError, match=r"saved was written by save_to_disk .*; expected .*load_from_disk\('/.*saved'\)"
     ):
         PairLoader(tmp_path / "saved", 1)
+
+
+def test_names_of_the_hub_are_told(tmp_path, monkeypatch):
+    """By the command with which the configurations download one; paths that are wrong are no such names."""
+    monkeypatch.chdir(tmp_path)
+    recipe = (Path(__file__).parents[2] / "configs" / "sd15-pickapic.yaml").read_text()
+    command = re.search("hf download .*", recipe)[0]
+    name = command.split()[2]
+    with pytest.raises(SourceError, match=f"{name}: no such file, or no .*, expected the folder .* that `{command}` m"):
+        open_source(name)
+    (tmp_path / "data").mkdir()
+    for where in ("data/pickapic_v2", "pickapic/pairs.jsonl", "/pickapic/v2", "a/b/c", "pickapic_v2"):
+        with pytest.raises(SourceError, match=r"no such file, or no [^;]*$"):
+            open_source(where)
 
 
 def test_a_storage_is_not_listed_twice(tmp_path, monkeypatch):

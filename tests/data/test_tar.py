@@ -225,6 +225,17 @@ def test_incomplete_samples_are_counted_and_left_out(tmp_path):
         pairs_of(tmp_path, archive([("a.win.jpg", b"")]))
 
 
+def test_keys_with_dots_are_told(tmp_path):
+    """WebDataset's key ends at the first dot of a name: v1.5_0.win.png is a "5_0.win.png" of v1."""
+    dotted = [(f"d.x/v1.5_{n}.{arm}", b"") for n in range(2) for arm in ("win.png", "LOSE.MP4", "seg.png", "json")]
+    told = r"4 arms passed over for a further dot in their names \(a key ends at the first one\)"
+    with pytest.raises(SourceError, match=f"no pairs found; 1 files, {told}"):
+        pairs_of(tmp_path, archive(dotted))
+    source = pairs_of(tmp_path, archive([*dotted, *sample("b")]))
+    assert [source[i].key for i in range(len(source))] == ["b"]
+    assert [number for name, number in source.counts.items() if "further dot" in name] == [4]
+
+
 def test_shards_by_their_numbers(tmp_path):
     for number in range(3):
         (tmp_path / f"s-{number:02}.tar").write_bytes(archive(sample(f"k{number}")))
