@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..objectives import OBJECTIVES
 
-__all__ = ["LARGE", "MANY", "Case", "Draw", "arranged", "draw"]
+__all__ = ["LARGE", "SMALL", "SPECIAL", "Case", "Draw", "arranged", "draw"]
 
 T = TypeVar("T")
 Arms = tuple[Tensor, Tensor]
@@ -28,13 +28,36 @@ _EDGES = ("one element", "one pair", "equal", "one ulp", "saturated", "nan", "in
 _LAYOUTS = ("halves", "interleaved", "tuple")
 _MEMORY = ("contiguous", "channels_last", "channel slice", "batch slice", "transposed", "rows with gaps")
 _SIZES = ((2, 64), (64, 1500), (1500, 9000))  # elements of a sample
-_CYCLE = 40  # Of so many successive cases one is large and one has many pairs.
-# Reached by no fewer: several blocks to a program of Triton's (1.18 million elements of a sample), gradients written
-# past the caches by C++ (4 MB), sums of slots and pairs beyond Triton's first block (256 and 64).
-_LARGE, _MANY = (1_200_000, 1_500_000), (65, 90)
-_LARGE_DTYPES = ("bf16", "fp16", "fp32", _AUTOCAST)
-LARGE, MANY = (tuple(range(first, len(_LARGE_DTYPES) * _CYCLE, _CYCLE)) for first in (_CYCLE - 1, _CYCLE // 2 - 1))
+# Objectives with the kinds of alpha they take.
+_HEADS: list[tuple[str, Any]] = [
+    (name, alpha)
+    for name in OBJECTIVES
+    for alpha in ((0.0, "number", "tensor", "poly") if name == "poly_dpo" else (None,) * 4)
+]
+_POLY = (4, 1, 3, 2)  # lengths of successive polynomials
+
+_CYCLE = 40  # Of so many successive cases, those at these places are special.
+_USUAL, _LONG, _MANY, _MASKED, _LARGE = 4, 9, 19, 29, 39
+# Pairs, and elements of a sample. Reached by no fewer: several splits of C++'s (32768) in each of several pairs; sums
+# of pairs beyond Triton's first block (64); its gradient's second block (1024) under a mask; several of its blocks to a
+# program (1.18 million), gradients written past the caches by C++ (4 MB), slots beyond Triton's first block (256).
+_SPECIAL = {
+    _USUAL: ((2, 6), (64, 1500)),
+    _LONG: ((2, 3), (33_000, 100_000)),
+    _MANY: ((65, 90), _SIZES[0]),
+    _MASKED: ((2, 2), (1100, 3000)),
+    _LARGE: ((1, 1), (1_200_000, 1_500_000)),
+}
+_SPECIAL_DTYPES = ("bf16", "fp16", "fp32", _AUTOCAST)
+SPECIAL = {
+    name: tuple(range(place, len(_SPECIAL_DTYPES) * _CYCLE, _CYCLE))
+    for name, place in (("large", _LARGE), ("long", _LONG), ("many", _MANY), ("masked", _MASKED), ("usual", _USUAL))
+}
 """The numbers of the first of these, one of each dtype."""
+LARGE = SPECIAL["large"][0]
+"""Under a mask; of the other large ones three are not."""
+SMALL = SPECIAL["many"][0], SPECIAL["masked"][0], SPECIAL["usual"][0]
+"""The first of the special ones that an interpreter has time for."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +67,8 @@ class Case:
     ref: None where `ref_error`, (win, lose) of (B,), or `reference_free` takes its place.
     target: (B, ...) twice the same where `kind` is "shared"; all samples the same where it is "expanded".
     options: of the loss, but for the layout. memory: how prediction, reference and target lie there.
-    upstream: (B,) float64, the gradient of the loss of each pair, under reduction="none"; its first otherwise.
+    upstream: (B,) float64, the gradient of the loss of each pair, under reduction="none"; its first otherwise. If it
+        is one expanded number, so is what the loss is given.
     of_errors: (4, B) float64, the gradients of what `pair_errors` returns.
     """
 
@@ -151,14 +175,14 @@ class Draw:
 
 
 def draw(seed: int, number: int) -> Case:
-    """Case `number` of `seed`. Of 40 in a row one has samples of over a million elements, and one 65 pairs."""
+    """Case `number` of `seed`. Of 40 in a row some are as large as those of real models, or as usual."""
     d = Draw(seed, number)
     edge = d.deal("edge", (*_EDGES, *("",) * len(_EDGES)))
-    objective = d.deal("objective", list(OBJECTIVES))
-    large, many = (number % _CYCLE == numbers[0] for numbers in (LARGE, MANY))
-    if large or many:
-        dtypes = d.deal("large", _LARGE_DTYPES, every=_CYCLE)
-        edge = "" if edge in ("one element", "one pair") else edge
+    objective, alpha = d.deal("objective", _HEADS)
+    cycle, place = divmod(number, _CYCLE)
+    if place in _SPECIAL:
+        dtypes = d.deal("special", _SPECIAL_DTYPES, every=_CYCLE)
+        edge = "" if edge in ("one element", "one pair") or place in (_USUAL, _MASKED) else edge
     else:
         dtypes = d.deal("dtypes", _DTYPES)
     if dtypes == "any":
@@ -167,9 +191,10 @@ def draw(seed: int, number: int) -> Case:
     of_three = [_FLOATS[name] for name in dtypes.split("/")] * (1 if "/" in dtypes else 3)
     layout = d.deal("layout", _LAYOUTS)
     kind = d.deal("target", ("own", "own", "shared", "expanded"))
-    source = "pred" if edge in ("equal", "one ulp", "cancelling") else d.deal("ref", ("pred", "pred", "error", "free"))
-    pairs = 1 if large or edge == "one pair" else d.integer(*_MANY) if many else d.integer(1, 6)
-    sizes = _LARGE if large else _SIZES[0] if many else d.deal("size", _SIZES)
+    needs_ref = edge in ("equal", "one ulp", "cancelling") or place == _USUAL
+    source = "pred" if needs_ref else d.deal("ref", ("pred", "pred", "error", "free"))
+    between, sizes = _SPECIAL[place] if place in _SPECIAL else ((1, 6), d.deal("size", _SIZES))
+    pairs = 1 if edge == "one pair" else d.integer(*between)
     sample = (1,) * d.integer(1, 3) if edge == "one element" else _sample(d, *sizes)
     pred, ref, target = _tensors(d, edge, pairs, sample, of_three, kind)
     case = Case(
@@ -190,16 +215,17 @@ def draw(seed: int, number: int) -> Case:
     options = case.options
     if source == "free":
         options["reference_free"] = True
-    if d.chance(0.3):
+    masked = {_LARGE: cycle % 4 == 0, _LONG: cycle % 2 == 1, _MASKED: True}
+    if masked.get(place, d.chance(0.3)):
         options["mask"] = _mask(d, pairs, sample)
     if objective == "poly_dpo":
-        options["alpha"] = d.deal("alpha", (0.0, "number", "tensor", "poly"))
-        if options["alpha"] == "number":
-            options["alpha"] = d.one_of((8.0, -0.5, -1.0, d.between(-1, 10)))
-        elif options["alpha"] == "tensor":
-            options["alpha"] = (8 * d.uniform(pairs) - 0.5).float()
-        elif options["alpha"] == "poly":
-            options["alpha"] = tuple(d.between(-1, 4) for _ in range(d.integer(1, 4)))
+        if alpha == "number":
+            alpha = d.one_of((8.0, -0.5, -1.0, d.between(-1, 10)))
+        elif alpha == "tensor":
+            alpha = (8 * d.uniform(pairs) - 0.5).float()
+        elif alpha == "poly":
+            alpha = tuple(d.between(-1, 4) for _ in range(_POLY[number // len(_HEADS) % len(_POLY)]))
+        options["alpha"] = alpha
     for name, low, high in (("label_smoothing", 0.01, 0.4), ("margin", -1.0, 2.0), ("sft_weight", 0.01, 2.0)):
         if d.chance(0.3):
             options[name] = d.between(low, high)
@@ -208,7 +234,7 @@ def draw(seed: int, number: int) -> Case:
     options["beta"] = _beta(d, case)
     if edge in ("nan", "inf"):
         return _poisoned(d, case)
-    return case
+    return _usual(case) if place == _USUAL else case
 
 
 def arranged(arms: Sequence[Tensor], layout: str, memory: str, *, shared: bool = False) -> Any:
@@ -220,6 +246,19 @@ def arranged(arms: Sequence[Tensor], layout: str, memory: str, *, shared: bool =
         return _in_memory(win, memory), _in_memory(lose, memory)
     both = torch.stack((win, lose), dim=1).flatten(0, 1) if layout == "interleaved" else torch.cat((win, lose))
     return _in_memory(both, memory)
+
+
+def _usual(case: Case) -> Case:
+    """What most trainings pass, for which C++ has a fast lane from the second call on. `loss.sum()` gives all pairs
+    their gradient in one element."""
+    options = {name: x for name, x in case.options.items() if isinstance(x, (str, float))}
+    return replace(
+        case,
+        layout="halves",
+        memory=("contiguous",) * 3,
+        options={"beta": 5000.0, **options, "reduction": "none"},
+        upstream=case.upstream[:1].expand(case.pairs),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- tensors
@@ -274,7 +313,8 @@ def _known_errors(ref: Arms, target: Arms) -> Arms:
 
 def _mask(d: Draw, pairs: int, sample: tuple[int, ...]) -> Tensor:
     """Of a sample, of each pair, or constant along the first dimension of a sample; something is left of each."""
-    shape = d.one_of(((*sample,), (pairs, *sample), (pairs, 1, *sample[1:])))
+    shapes = [(*sample,), (pairs, *sample), (pairs, 1, *sample[1:])]
+    shape = d.one_of(shapes if len(sample) > 1 else shapes[:2])
     mask = d.uniform(*shape) < 0.7
     rows = mask[None] if shape == sample else mask
     rows.flatten(1)[:, 0] = True

@@ -31,8 +31,9 @@ GATES = {
     "damage": "refused",
     "damage let pass": "reported",
     "planes as stored": "equal to FFmpeg's",
-    "frames": f"{_FRAME_LEVELS} level of BT.601",
+    "frames": f"{_FRAME_LEVELS} level of BT.601, 709",
     "yuv420_to_rgb": "bit for bit",
+    "colours": f"{_FRAME_LEVELS} level of the matrix",
     "each pair once": "on any number of ranks",
     "order": "the formula's",
     "resumed": "bit for bit",
@@ -40,6 +41,11 @@ GATES = {
     "runs": "no exception",
 }
 
+# The luma of red and of blue: ITU-R BT.601, BT.709, BT.2020, FCC 73.682 and SMPTE 240M.
+_MATRICES = {
+    **{"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)},
+    **{"fcc": (0.3, 0.11), "smpte240m": (0.212, 0.087)},
+}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -59,6 +65,9 @@ def clip(seed: int, number: int) -> Iterator[tuple[Finding, str]]:
 
     d = Draw(seed, number)
     height, width, count = 2 * d.integer(8, 30), 2 * d.integer(8, 30), d.integer(8, 14)
+    matrix, mirrored = "bt601", d.deal("mirrored", (False, True))
+    if d.deal("high", (True, False)):  # without a word about them, colours of 720 rows and more are those of HD
+        height, width, matrix = 720, 16, "bt709"
     taken = d.integer(2, count // 2)
     encoded, expected = [], []
     for _ in range(2):
@@ -75,17 +84,18 @@ def clip(seed: int, number: int) -> Iterator[tuple[Finding, str]]:
     what = f"{taken} of {count} frames of {height}x{width}"
     how: Any = dict(frames=taken, size=(height, width), start=0.0, resize=None)
     stored = decode_clips([encoded[0]], [encoded[1]], dtype="yuv420", **how).pixels
-    pixels = decode_clips([encoded[0]], [encoded[1]], dtype=torch.uint8, **how).pixels
+    pixels = decode_clips([encoded[0]], [encoded[1]], dtype=torch.uint8, hflip=float(mirrored), **how).pixels
+    pixels = pixels.flip(-1) if mirrored else pixels
     for arm, frames in enumerate(expected):
         for index, planes_ in enumerate(frames[:taken]):
             same = np.array_equal(stored[arm, index].numpy().ravel(), np.concatenate([p.ravel() for p in planes_]))
             yield Finding("planes as stored", 0.0 if same else torch.inf), what
-            levels = float(np.abs(pixels[arm, :, index].numpy() - _rgb(*planes_)).max())
+            levels = float(np.abs(pixels[arm, :, index].numpy() - _rgb(planes_, matrix)).max())
             yield Finding("frames", levels / _FRAME_LEVELS, levels), what
 
 
-def planes(seed: int, number: int, device: str, backend: str) -> tuple[Finding, str]:
-    """Stored planes to RGB on a device, against the plain PyTorch of the same on the CPU."""
+def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[Finding, str]]:
+    """Stored planes to RGB on a device: against the plain PyTorch of the same on the CPU, and against the matrices."""
     from ..yuv import yuv420_to_rgb
 
     d = Draw(seed, number)
@@ -99,7 +109,22 @@ def planes(seed: int, number: int, device: str, backend: str) -> tuple[Finding, 
     difference = (actual.double() - expected.double()).abs()
     near = 2.0**-7 * expected.double().abs() * ulps
     same = bool((difference <= near).all())
-    return Finding("yuv420_to_rgb", 0.0 if same else torch.inf), f"{dtype}, {images} of {height}x{width}"
+    what = f"{images} of {height}x{width}"
+    yield Finding("yuv420_to_rgb", 0.0 if same else torch.inf), f"{dtype}, {what}"
+
+    matrix, full = d.deal("matrix", list(_MATRICES)), d.deal("range", (True, False))
+    size = d.integer(1, height), d.integer(1, width)
+    corners = [(d.integer(0, height - size[0]), d.integer(0, width - size[1])) for _ in range(images)]
+    how: Any = dict(size=size, matrix=matrix, full_range=full, siting="left", dtype=torch.uint8, backend=backend)
+    crop = torch.tensor(corners)
+    pixels = yuv420_to_rgb(stored.to(device), flip=flip.to(device), crop=crop.to(device), **how).cpu().numpy()
+    levels = 0.0
+    for index, (top, left) in enumerate(corners):
+        y, c = np.split(stored[index].numpy().ravel(), [height * width])
+        ycc = [y.reshape(height, width), *c.reshape(2, height // 2, width // 2)]
+        cut = _rgb(ycc, matrix, full)[:, top : top + size[0], left : left + size[1]]
+        levels = max(levels, float(np.abs(pixels[index] - (cut[..., ::-1] if flip[index] else cut)).max()))
+    yield Finding("colours", levels / _FRAME_LEVELS, levels), f"{matrix}, full_range={full}, {what}"
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -123,18 +148,21 @@ def _stored(frame: Any) -> list[np.ndarray]:
     return result
 
 
-def _rgb(y: np.ndarray, cb: np.ndarray, cr: np.ndarray) -> np.ndarray:
-    """(3, H, W) levels in float64: BT.601, 16 to 235; chroma left in the middle, interpolated linearly."""
+def _rgb(ycc: list[np.ndarray], matrix: str, full: bool = False) -> np.ndarray:
+    """(3, H, W) levels in float64, from 16 to 235 or the full range; chroma on the left, interpolated linearly."""
+    y, cb, cr = ycc
     height, width = y.shape
     at_y = np.clip((np.arange(height) - 0.5) / 2, 0, len(cb) - 1)
     at_x = np.clip(np.arange(width) / 2, 0, cb.shape[1] - 1)
 
     def upsampled(c: np.ndarray) -> np.ndarray:
         tall = np.stack([np.interp(at_y, np.arange(len(c)), column) for column in c.T], axis=1)
-        return (np.stack([np.interp(at_x, np.arange(c.shape[1]), row) for row in tall]) - 128) * 255 / 224
+        wide = np.stack([np.interp(at_x, np.arange(c.shape[1]), row) for row in tall])
+        return (wide - 128) * (1 if full else 255 / 224)
 
     blue, red = upsampled(cb), upsampled(cr)
-    luma = (y.astype(np.float64) - 16) * 255 / 219
-    r, b = luma + 1.402 * red, luma + 1.772 * blue
-    result: np.ndarray = np.stack([r, (luma - 0.299 * r - 0.114 * b) / 0.587, b]).clip(0, 255)
+    luma = y.astype(np.float64) if full else (y.astype(np.float64) - 16) * 255 / 219
+    of_red, of_blue = _MATRICES[matrix]
+    r, b = luma + 2 * (1 - of_red) * red, luma + 2 * (1 - of_blue) * blue
+    result: np.ndarray = np.stack([r, (luma - of_red * r - of_blue * b) / (1 - of_red - of_blue), b]).clip(0, 255)
     return result

@@ -1,7 +1,7 @@
 """Decoding of images: whole ones against Pillow or the numbers that were written; from there on, the transform once
 more in float64: the filter of a resize, mirror, crop, background, normalisation.
 
-What is drawn for a pair is its own affair: corners are held to what is promised of them, in the batch and alone.
+What is drawn for a pair is recomputed from its seed, in integers of Python.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from .cases import Draw
 from .data import picture
+from .loading import splitmix
 from .report import Finding
 
 __all__ = ["image", "resampled"]
@@ -25,7 +26,8 @@ _PAIRS = 8  # copies of the pair, of as many seeds
 _JPEGS: dict[str, dict[str, Any]] = {
     "JPEG 4:2:0": dict(subsampling="4:2:0"),
     "JPEG 4:2:2": dict(subsampling="4:2:2"),
-    "JPEG 4:4:4": dict(subsampling="4:4:4"),
+    "JPEG 4:4:4": dict(subsampling="4:4:4", quality=100, optimize=True),
+    "JPEG with restarts": dict(restart_marker_blocks=2),
     "progressive JPEG": dict(progressive=True),
     "grey JPEG": dict(mode="L"),
     "CMYK JPEG": dict(mode="CMYK"),
@@ -34,6 +36,12 @@ _JPEGS: dict[str, dict[str, Any]] = {
 _PNGS = {"grey": (0, (1, 2, 4, 8, 16)), "RGB": (2, (8, 16)), "palette": (3, (1, 2, 4, 8)), "RGBA": (6, (8, 16))}
 _KINDS = (*_JPEGS, *(f"{name} PNG" for name in _PNGS), "grey and alpha PNG", "PNG of Pillow", "WebP")
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+_FILTERS = 5  # of a PNG's rows
+# Of the decoder: what equals them goes unsaid, so that they are held to this too.
+_DEFAULTS: dict[str, Any] = dict(
+    resize="cover", interpolation="bilinear", crop="center", hflip=0.0, background=(255, 255, 255), dtype=torch.bfloat16
+)
+_MEAN = _STD = 0.5  # likewise
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _Found = tuple[Finding, str]
 
@@ -60,17 +68,19 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     size = [d.integer(8, 60), d.integer(8, 60)]
     if d.deal("wide", (True, False)):  # rows long enough for the widest stores
         size[1] = d.integer(64, 200)
-    colour = d.integer(0, 255), d.integer(0, 255), d.integer(0, 255)
+    colour = d.deal("colour", (None, (d.integer(0, 255), d.integer(0, 255), d.integer(0, 255)))) or (255, 255, 255)
     kinds: tuple[str, str] = d.deal("kind", _KINDS), d.one_of(_KINDS)
     sides = [[side + d.integer(0, 90) if resize is None else d.integer(8, 250) for side in size] for _ in kinds]
     if d.chance(0.3):
         sides[1] = sides[0]
     arms = [_drawn(d, kind, of[0], of[1], colour) for kind, of in zip(kinds, sides, strict=True)]
     crop, interpolation = d.deal("crop", ("random", "center", "random")), d.deal("filter", ("bilinear", "bicubic"))
+    hflip = d.deal("hflip", (0.5, 0.0, 0.2, 1.0))
     seeds = [d.integer(0, 2**62) for _ in range(_PAIRS)]
     how: Any = dict(
-        size=tuple(size), resize=resize, interpolation=interpolation, crop=crop, hflip=0.5, background=colour
+        size=tuple(size), resize=resize, interpolation=interpolation, crop=crop, hflip=hflip, background=colour
     )
+    how = {name: x for name, x in how.items() if name == "size" or x != _DEFAULTS[name]}
     what = (
         f"{' and '.join(f'{x.kind} turned {x.orientation}' if x.orientation > 1 else x.kind for x in arms)} of "
         f"{' and '.join('x'.join(map(str, x.levels.shape[:2])) for x in arms)} to {size[0]}x{size[1]}, "
@@ -89,7 +99,7 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     batch = decode_pairs(win, lose, seeds=seeds, dtype=torch.uint8, threads=d.integer(1, 3), **how)
     inner = [_inner(x.shape[:2], tuple(size), resize) for x in whole]
     resized = [x if x.shape[:2] == to else resampled(x, *to, interpolation) for x, to in zip(whole, inner, strict=True)]
-    yield _geometry(arms, batch, [x.shape[:2] for x in resized], tuple(size), crop), what
+    yield _geometry(arms, batch, [x.shape[:2] for x in resized], tuple(size), crop, hflip, seeds), what
     expected = np.stack(
         [
             _cut(resized[row // _PAIRS], bool(flip), corner, tuple(size), colour)
@@ -114,6 +124,8 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     yield from _damaged(arms, batch, seeds, how, what)
     if arms[0].kind == "JPEG 4:2:0":
         yield _planes(arms[0].data, whole[0]), what
+    if number == 0:
+        yield _large(d), "16 pairs of 256x256"
 
 
 # ------------------------------------------------------------------------------------------------ transform
@@ -173,32 +185,32 @@ def _cut(
 
 
 def _geometry(
-    arms: list[_Image], batch: Any, resized: list[tuple[int, ...]], size: tuple[int, ...], crop: str
+    arms: list[_Image],
+    batch: Any,
+    resized: list[tuple[int, ...]],
+    size: tuple[int, ...],
+    crop: str,
+    hflip: float,
+    seeds: list[int],
 ) -> Finding:
-    """Sizes; corners in the middle, or of each pair at one fraction of both arms' places, not all alike."""
-    check, note = "geometry", ""
+    """Sizes; corners in the middle, or of each pair at one fraction of both arms' places; mirrors."""
     sizes = [list(arm.levels.shape[:2]) for arm in arms for _ in range(_PAIRS)]
     if batch.original_size.tolist() != sizes:
-        note = f"original_size is {batch.original_size.tolist()}"
-    corners = batch.crop_top_left.tolist()
+        return Finding("geometry", torch.inf, note=f"original_size is {batch.original_size.tolist()}")
     places = [[max(0, a - b) for a, b in zip(of, size, strict=True)] for of in resized]
-    drawn = set()
-    for pair in range(_PAIRS):
-        both = corners[pair], corners[_PAIRS + pair]
-        drawn.add((*both[0], *both[1], bool(batch.flipped[pair])))
-        for axis in (0, 1):
-            (a, b), (m, n) = (x[axis] for x in both), (x[axis] for x in places)
-            if crop == "center":
-                right = (a, b) == (round(m / 2), round(n / 2))
-            else:  # one of m + 1 places, one of n + 1: some fraction u has both, floor(u (m + 1)) = a and so on
-                m, n = m + 1, n + 1
-                right = 0 <= a < m and 0 <= b < n and a * n < (b + 1) * m and b * m < (a + 1) * n
-            if not right:
-                check, note = "crops", f"corners of pair {pair} are {both}, of {places} places"
-    # Eight seeds of 2 x 20 possibilities and more are all alike once in 10^11 cases.
-    if crop == "random" and max(map(sum, places)) >= 20 and len(drawn) == 1:
-        check, note = "crops", f"all seeds have {drawn}"
-    return Finding(check, torch.inf if note else 0.0, note=note)
+    drawn = [[splitmix(seed + step * 0x9E3779B97F4A7C15) for step in (1, 2, 3)] for seed in seeds]
+    corners = [
+        [round(m / 2) if crop == "center" else (u >> 32) * (m + 1) >> 32 for m, u in zip(of, numbers[:2], strict=True)]
+        for of in places
+        for numbers in drawn
+    ]
+    flipped = [number / 2**64 < hflip for *_, number in drawn]
+    note = ""
+    if batch.crop_top_left.tolist() != corners:
+        note = f"corners are {batch.crop_top_left.tolist()} instead of {corners}"
+    elif batch.flipped.tolist() != flipped:
+        note = f"flipped is {batch.flipped.tolist()} instead of {flipped}"
+    return Finding("crops", torch.inf if note else 0.0, note=note)
 
 
 def _normalised(
@@ -208,21 +220,42 @@ def _normalised(
     from ..decode import decode_pairs
 
     means, stds = ([d.between(low, high) for _ in "rgb"] for low, high in ((0, 0.6), (0.2, 1)))
+    given: Any = dict(mean=means, std=stds)
+    if d.deal("normalisation", (True, False, False)):
+        means, stds, given = [_MEAN] * 3, [_STD] * 3, {}
     dtype = d.deal("float", _FLOATS)
+    of_other: Any = {} if dtype == _DEFAULTS["dtype"] else dict(dtype=dtype)
     single, other = (
-        decode_pairs(win, lose, dtype=x, mean=means, std=stds, **how).pixels.double() for x in (torch.float32, dtype)
+        decode_pairs(win, lose, **x, **given, **how).pixels.double() for x in (dict(dtype=torch.float32), of_other)
     )
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (means, stds))
     exact = (torch.from_numpy(expected) / 255 - mean) / std
     levels = float(((single - exact) * std * 255).abs().max())
-    if how["resize"] is not None:
+    whole = how.get("resize", "cover") is None
+    if not whole:
         yield Finding("resized in float32", levels / 0.03, levels), what
         exact = single
     # float32 rounds 255 mean, a reciprocal and two results.
     rounding = exact.abs().clamp_min(torch.finfo(dtype).tiny) * torch.finfo(dtype).eps / 2
-    near = rounding + 2.0**-22 * (exact.abs() + (mean + 1) / std) * (how["resize"] is None)
+    near = rounding + 2.0**-22 * (exact.abs() + (mean + 1) / std) * whole
     share = float(((other - exact).abs() / near).max())
     yield Finding("normalised", share), f"{dtype}, mean and std by channel, {what}"
+
+
+def _large(d: Draw) -> Finding:
+    """A batch that is written past the caches: 8 MB and more of 16-bit pixels, in rows of whole cache lines."""
+    from PIL import Image
+
+    from ..decode import decode_pairs
+
+    arms = []
+    for kind in ("PNG", "JPEG"):
+        Image.fromarray(picture(d, 256, 256)).save(file := io.BytesIO(), kind)
+        arms.append([file.getvalue()])
+    one = decode_pairs(*arms, size=256, resize=None).pixels
+    many = decode_pairs(*(16 * arm for arm in arms), size=256, resize=None).pixels
+    same = torch.equal(many.unflatten(0, (2, 16)), one[:, None].expand(2, 16, *one.shape[1:]))
+    return Finding("threads, batch", 0.0 if same else torch.inf)
 
 
 # ------------------------------------------------------------------------------------------- what is promised
@@ -287,7 +320,7 @@ def _drawn(d: Draw, kind: str, height: int, width: int, background: tuple[int, i
     if kind in _JPEGS:
         options = dict(_JPEGS[kind])
         encoded = Image.fromarray(stored).convert(options.pop("mode", "RGB"))
-        encoded.save(file, "JPEG", quality=d.integer(60, 97), exif=turned, **options)
+        encoded.save(file, "JPEG", exif=turned, **{"quality": d.integer(60, 97), **options})
         stored = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
         data, levels = file.getvalue(), stored.astype(np.float64)
     elif kind in ("PNG of Pillow", "WebP"):
@@ -339,24 +372,44 @@ def _png_drawn(
         between.append((b"tRNS", key.astype(">u2").tobytes()))
         alpha = 1.0 - (numbers == key).all(axis=-1, keepdims=True)
     levels = levels * alpha + np.array(background) * (1 - alpha)
-    data = png(numbers, colour_type, depth, d.chance(0.5), between)
+    filters = (_FILTERS * d.uniform(len(numbers))).long().numpy()
+    data = png(numbers, colour_type, depth, d.chance(0.5), between, filters)
     return data, levels + np.zeros(3), depth == 16 and bool((alpha < 1).any())
 
 
 def png(
-    numbers: np.ndarray, colour_type: int, depth: int, interlaced: bool, between: list[tuple[bytes, bytes]]
+    numbers: np.ndarray,
+    colour_type: int,
+    depth: int,
+    interlaced: bool,
+    between: list[tuple[bytes, bytes]],
+    filters: np.ndarray,
 ) -> bytes:
-    """A file of the numbers (H, W, channels), of so many bits each; between: chunks that stand before the pixels."""
+    """A file of the numbers (H, W, channels), of so many bits each; between: chunks that stand before the pixels;
+    filters: (H,), of the rows."""
     height, width = numbers.shape[:2]
+    bytes_of_pixel = max(1, numbers.shape[2] * depth // 8)
     rows = []
     for top, left, down, across in _ADAM7 if interlaced else ((0, 0, 1, 1),):
         part = numbers[top::down, left::across]
         if part.size:
             bits = (part.reshape(len(part), -1, 1) >> np.arange(depth - 1, -1, -1)) & 1
             packed = np.packbits(bits.reshape(len(part), -1).astype(np.uint8), axis=1)
-            rows.append(np.pad(packed, ((0, 0), (1, 0))).tobytes())  # filter 0
+            rows.append(_filtered(packed, bytes_of_pixel, filters[top::down]).tobytes())
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlaced)
     chunks = [(b"IHDR", header), *between, (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks
     )
+
+
+def _filtered(rows: np.ndarray, pixel: int, filters: np.ndarray) -> np.ndarray:
+    """Rows of bytes, each behind its filter's number: less what that guesses from the byte a pixel to the left, the one
+    above, and the one above on the left."""
+    beside = np.pad(rows.astype(np.int64), ((1, 0), (pixel, 0)))
+    left, above, corner = beside[1:, :-pixel], beside[:-1, pixel:], beside[:-1, :-pixel]
+    distances = [abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)]
+    paeth = np.choose(np.argmin(distances, axis=0), (left, above, corner))  # the first of those that are as near
+    guesses = np.stack((0 * left, left, above, (left + above) // 2, paeth))
+    guess = guesses[filters, np.arange(len(rows))]
+    return np.concatenate((filters[:, None], rows - guess), axis=1).astype(np.uint8)

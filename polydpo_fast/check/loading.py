@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .report import Finding
 
-__all__ = ["loader", "place"]
+__all__ = ["loader", "place", "splitmix"]
 
 _64 = 2**64
 
@@ -39,11 +38,15 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
         steps = read(ranks, size)
         order = [index for step in steps for batch in step for index in batch.index.tolist()]
         right = order == alone and sorted(order) == list(range(pairs))
-        shown = all(_shown(batch.pixels) == (batch.index.tolist() * 2, batch.prompts) for s in steps for batch in s)
-        note = "" if right and shown else "pixels or prompts of another pair" if right else f"the order is {order}"
+        shown = all(_shown(batch) for step in steps for batch in step)
+        note = (
+            "" if right and shown else "pixels or prompts of another pair or arm" if right else f"the order is {order}"
+        )
         yield Finding("each pair once", 0.0 if right and shown else torch.inf, note=note), f"{ranks} ranks of {size}"
 
     yield from _order(seed, records, alone, how)
+    yield _windowed(seed), "a window of 8 of 30 blocks"
+    yield _labelled(how), "jpg_0, jpg_1, label_0"
 
     first = PairLoader(records, 4, rank=0, world_size=1, **how)
     batches = iter(first)
@@ -74,18 +77,19 @@ def place(position: int, size: int, seed: int, epoch: int) -> int:
     while True:
         left, right = divmod(position, 2**half)
         for number in range(6):
-            left, right = right, left ^ _splitmix((right + _chained(_chained(0, key), number)) % _64) % 2**half
+            left, right = right, left ^ splitmix(right + _chained(_chained(0, key), number)) % 2**half
         position = left * 2**half + right
         if position < size:
             return position
 
 
 def _chained(state: int, number: int) -> int:
-    return _splitmix((state + number + 0x9E3779B97F4A7C15) % _64)
+    return splitmix(state + number + 0x9E3779B97F4A7C15)
 
 
-def _splitmix(z: int) -> int:
-    """Steele, Lea and Flood 2014, Fig. 16."""
+def splitmix(z: int) -> int:
+    """Steele, Lea and Flood 2014, Fig. 16, of a number modulo 2^64."""
+    z %= _64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % _64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % _64
     return z ^ (z >> 31)
@@ -122,6 +126,34 @@ def _order(
         yield Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {found}"), f"{size} pairs"
 
 
+def _windowed(seed: int) -> Finding:
+    """Every pair once, and those that are shuffled among each other are of few blocks."""
+    from ..data.order import order_of
+
+    lengths = [1 + number * 7 % 5 for number in range(30)]
+    order = order_of(np.array(lengths), None, None, seed=seed, epoch=3, window=8)
+    found = order(np.arange(sum(lengths)))
+    right = sorted(found.tolist()) == list(range(sum(lengths)))
+    block, begin = np.repeat(np.arange(30), lengths)[found], 0
+    while right and begin < len(found):
+        first, end = order.window(begin)
+        right, begin = first == begin < end and len(np.unique(block[begin:end])) <= 8, end
+    return Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {found.tolist()}")
+
+
+def _labelled(how: dict[str, Any]) -> Finding:
+    """The label says which of two images is the winner."""
+    from ..data import PairLoader
+
+    labels = (1, 0, 0, 1)
+    records = [
+        {"jpg_0": _png(number, 1 - label), "jpg_1": _png(number, label), "label_0": label, "caption": str(number)}
+        for number, label in enumerate(labels)
+    ]
+    (batch,) = PairLoader(records, len(labels), rank=0, world_size=1, **how)
+    return Finding("each pair once", 0.0 if _shown(batch) else torch.inf, note="" if _shown(batch) else "of other arms")
+
+
 # --------------------------------------------------------------------------------------------------- pairs
 
 
@@ -136,7 +168,10 @@ def _png(number: int, arm: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row * 2)) + chunk(b"IEND", b"")
 
 
-def _shown(pixels: Tensor) -> tuple[list[int], list[str]]:
-    """The numbers that the rows show, and the prompts that belong to the winners."""
-    numbers = pixels[:, 0, 0, 0].tolist()
-    return numbers, [str(number) for number in numbers[: len(numbers) // 2]]
+def _shown(batch: Any) -> bool:
+    """Whether the rows show their pairs, winners before losers, beside their prompts."""
+    numbers = batch.index.tolist()
+    arms = [0] * len(numbers) + [1] * len(numbers)
+    pixels = batch.pixels[:, :2, 0, 0].tolist()
+    right: bool = pixels == [list(x) for x in zip(numbers * 2, arms, strict=True)]
+    return right and batch.prompts == [str(number) for number in numbers]

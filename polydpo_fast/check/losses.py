@@ -49,6 +49,9 @@ GATES = {
     "runs": "no exception",
 }
 
+# Of the loss: what equals them goes unsaid, so that they are held to this too.
+_DEFAULTS = {"beta": 5000.0, "alpha": 0.0, "objective": "poly_dpo", "reduction": "mean"}
+
 _BIAS = 0.02  # ulp; truncation makes 0.5, a bfloat16 gradient that is 0.15% too small about 0.3
 
 
@@ -153,30 +156,34 @@ def examine_errors(case: Case, exact: Errors, backend: str, device: str, gradien
 
 
 def examine_compiled(case: Case, backend: str, device: str, compiler: str) -> Finding:
-    """One graph, forward and backward, bit for bit what eager mode gives."""
+    """One graph, forward and backward, bit for bit what eager mode gives; also where beta and alpha have changed."""
     inputs, options = _arguments(case, device)
 
-    def step(pred: Any, ref: Any, target: Any) -> Tensor:
-        value: Tensor = functional.loss(pred, ref, target, **options, backend=backend)
+    def step(pred: Any, ref: Any, target: Any, numbers: dict[str, float]) -> Tensor:
+        value: Tensor = functional.loss(pred, ref, target, **{**options, **numbers}, backend=backend)
         return value.sum() * 2.0
 
     torch._dynamo.reset()
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, dynamic=False, backend=compiler)):
-        leaves = _leaves(inputs[0])
-        value = function(leaves if isinstance(inputs[0], tuple) else leaves[0], *inputs[1:])
-        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    numbers = {name: x for name, x in case.options.items() if name in ("beta", "alpha") and isinstance(x, float)}
+    changed = {name: abs(x) + 0.25 for name, x in numbers.items()}
+    results: list[list[Tensor]] = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=compiler)):
+        results.append([])
+        for given in (numbers, changed) if numbers else (numbers,):
+            leaves = _leaves(inputs[0])
+            value = function(leaves if isinstance(inputs[0], tuple) else leaves[0], *inputs[1:], given)
+            results[-1] += [value.detach(), *torch.autograd.grad(value, leaves)]
     return _same("torch.compile", *results)
 
 
 def examine_operators(case: Case, backend: str, device: str) -> Finding:
     """What PyTorch asks of operators: torch.library.opcheck of the two that the loss consists of."""
-    (pred, ref, target), options = _arguments(replace(case, layout="halves", kind="own"), device)
+    (pred, ref, target), _ = _arguments(replace(case, layout="halves", kind="own"), device)
     operators = torch.ops.polydpo_fast
     parameters = [10.0, 1.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.0, 0.5]  # beta, four alphas, keep, flip, margin, sft_weight
     reference_free = ref is None
     given = [pred], [] if reference_free else [ref], [target], *[None] * 5, parameters
-    name = options["objective"]
+    name = case.options["objective"]
     torch.library.opcheck(operators.pair_loss.default, (*given, name, reference_free, "halves", "none", backend))
     coefficients = torch.ones(case.pairs, 2, dtype=torch.float64, device=device)
     one = torch.ones((), device=device)
@@ -215,7 +222,10 @@ def _arguments(case: Case, device: str) -> tuple[tuple[Any, Any, Any], dict[str,
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.options.items()}
     if case.ref_error is not None:
         options["ref_error"] = arranged(moved(case.ref_error), case.layout, "contiguous")
-    return (pred, ref, given), {**options, "layout": "interleaved" if case.layout == "interleaved" else "halves"}
+    if case.layout == "interleaved":
+        options["layout"] = "interleaved"
+    said = {name: x for name, x in options.items() if isinstance(x, Tensor) or x != _DEFAULTS.get(name)}
+    return (pred, ref, given), said
 
 
 def _leaves(pred: Any) -> list[Tensor]:
@@ -234,8 +244,10 @@ def _run(case: Case, backend: str, device: str, **changes: Any) -> _Result:
         return_metrics=True,
         backend=backend,
     )
-    upstream = case.upstream if value.dim() else case.upstream[0]
-    grads = torch.autograd.grad(value, leaves, upstream.to(value.device, value.dtype))
+    upstream = case.upstream.to(value.device, value.dtype)
+    if not case.upstream.stride(0):
+        upstream = upstream[:1].expand(case.pairs)
+    grads = torch.autograd.grad(value, leaves, upstream if value.dim() else upstream[0])
     return _Result(value.detach().cpu(), _by_arms(grads, case.layout), {k: v.cpu() for k, v in metrics.items()})
 
 

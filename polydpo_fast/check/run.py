@@ -13,17 +13,18 @@ import torch
 
 from .. import functional
 from . import data, images, loading, losses
-from .cases import LARGE, MANY, Case, draw
+from .cases import LARGE, SMALL, SPECIAL, Case, draw
 from .exact import errors_of
 from .report import Finding, Report
 
 __all__ = ["check"]
 
 _BACKENDS = ("cpp", "triton", "reference")
+_GATES = {**data.GATES, **losses.GATES}
 # How many cases, by default and thorough; the interpreter of Triton takes a thousand times as long as a kernel.
 _CASES, _INTERPRETED, _COMPILED = (164, 820), (24, 120), (4, 8)
 _ON_GPU = 64, 320  # nearly each of them compiles a few kernels
-_IMAGES, _CLIPS, _PLANES = (24, 120), (2, 10), (4, 20)
+_IMAGES, _CLIPS, _PLANES = (24, 120), (2, 10), (5, 25)
 # With fewer a part has not been checked: the slowest machines have time for these.
 _LEAST, _LEAST_SLOW, _LEAST_DATA = 20, 8, 2
 _SMALL = 1 << 14  # elements, few enough for the interpreter
@@ -95,8 +96,8 @@ def _jobs(
     jobs = []
     if case is None and backend is None:
         for name, place in there:
-            if name == "triton":
-                jobs.append(_Job(f"planes on {place}", 1, partial(_planes, report, name, place)))
+            if name != "cpp":
+                jobs.append(_Job(f"planes, {name} on {place}", 1, partial(_planes, report, name, place)))
         if "cpu" in devices:
             jobs += _data(report)
     if case is None:
@@ -138,9 +139,9 @@ def _losses(report: Report, backends: list[str], device: str, numbers: list[int]
     least = _LEAST if device == "cpu" and not interpreted else _LEAST_SLOW
     if interpreted and numbers is None and time.monotonic() < until:
         # Of a sample so large that a program reads several blocks, only the errors: all else would take half a minute.
-        case = draw(report.seed, LARGE[0])
+        case = draw(report.seed, LARGE)
         found = _found(losses.examine_errors, case, errors_of(case), "triton", device, False)
-        _gather(report, "triton", device, losses.GATES, case.number, str(case), found)
+        _tried(report, "triton", device, case, found)
     for done, case in enumerate(itertools.islice(_cases(report, interpreted, numbers), count)):
         if time.monotonic() > until:
             for backend in backends:
@@ -149,8 +150,7 @@ def _losses(report: Report, backends: list[str], device: str, numbers: list[int]
             break
         errors = errors_of(case)
         for backend in backends:
-            found = losses.examine(case, errors, backend, device)
-            _gather(report, backend, device, losses.GATES, case.number, str(case), found)
+            _tried(report, backend, device, case, losses.examine(case, errors, backend, device))
 
 
 def _compiled(report: Report, backend: str, device: str, until: float) -> None:
@@ -163,25 +163,27 @@ def _compiled(report: Report, backend: str, device: str, until: float) -> None:
             report.skipped[f"torch.compile with inductor, {backend} on {device}"] = reason
         else:
             compilers.append("inductor")
-    plain = (case for case in _cases(report, True, None) if case.edge == "" and case.number not in MANY)
-    few = itertools.islice(plain, _COMPILED[report.thorough] // (2 if interpreted else 1))
-    for done, case in enumerate(few):
+    plain = (case for case in _cases(report, True, None) if case.edge == "" and case.number not in SPECIAL["many"])
+    with_alpha = (case for case in plain if isinstance(case.options.get("alpha"), float))
+    few = itertools.chain(itertools.islice(with_alpha, 1), plain)
+    for done, case in enumerate(itertools.islice(few, _COMPILED[report.thorough] // (2 if interpreted else 1))):
         if time.monotonic() > until:
             report.out_of_time(f"torch.compile, {backend} on {device}", f"case {case.number}", done, 1)
             break
         for compiler in compilers:
             found = _found(losses.examine_compiled, case, backend, device, compiler)
-            _gather(report, backend, device, losses.GATES, case.number, f"{compiler}, {case}", found)
+            _tried(report, backend, device, case, found, compiler)
         if report.thorough:
             found = _found(losses.examine_operators, case, backend, device)
-            _gather(report, backend, device, losses.GATES, case.number, str(case), found)
+            _tried(report, backend, device, case, found)
 
 
 def _cases(report: Report, small: bool, numbers: list[int] | None) -> Iterator[Case]:
-    """Those of the numbers; or all from 0 on, the large ones after the least; of small ones one has many pairs."""
-    others = (number for number in itertools.count() if number not in (*LARGE, *MANY))
-    large = MANY[:1] if small else (*LARGE, *MANY)
-    in_turn = itertools.chain(itertools.islice(others, _LEAST_SLOW if small else _LEAST), large, others)
+    """Those of the numbers; or all from 0 on, the special ones after the least."""
+    special = [number for numbers in SPECIAL.values() for number in numbers]
+    others = (number for number in itertools.count() if number not in special)
+    least = _LEAST_SLOW if small else _LEAST
+    in_turn = itertools.chain(itertools.islice(others, least), SMALL if small else special, others)
     for number in in_turn if numbers is None else numbers:
         case = draw(report.seed, number)
         if numbers is not None or not small or case.elements <= _SMALL:
@@ -192,22 +194,28 @@ def _found(function: Callable[..., Finding], *arguments: object) -> Iterator[Fin
     yield function(*arguments)
 
 
+def _tried(
+    report: Report, backend: str, device: str, case: Case, findings: Iterable[Finding], compiler: str = ""
+) -> None:
+    what = f"{compiler}, {case}" if compiler else str(case)
+    _gather(report, backend, device, zip(findings, itertools.repeat(what)), case.number, what)
+
+
 def _gather(
     report: Report,
     subject: str,
     device: str,
-    gates: dict[str, str],
-    number: int | None,
-    what: str,
-    findings: Iterable[Finding],
+    found: Iterable[tuple[Finding, str]],
+    number: int | None = None,
+    what: str = "",
 ) -> None:
-    """An exception is a finding too: nothing here is given what should raise one."""
+    """Findings, each with what was tried. An exception is one too: nothing here is given what should raise one."""
     try:
-        for finding in findings:
-            report.add(subject, device, finding, gates[finding.check], case=number, what=what)
+        for finding, what in found:
+            report.add(subject, device, finding, _GATES[finding.check], case=number, what=what)
     except Exception as error:
         note = f"{type(error).__name__}: {error}".split("\n")[0][:500]
-        report.add(subject, device, Finding("runs", torch.inf, note=note), gates["runs"], case=number, what=what)
+        report.add(subject, device, Finding("runs", torch.inf, note=note), _GATES["runs"], case=number, what=what)
 
 
 def _no_inductor(device: str) -> str:
@@ -225,7 +233,7 @@ def _no_inductor(device: str) -> str:
 
 def _planes(report: Report, backend: str, device: str, until: float) -> None:
     def job(number: int) -> Iterator[tuple[Finding, str]]:
-        yield data.planes(report.seed, number, device, backend)
+        return data.planes(report.seed, number, device, backend)
 
     _numbered(report, f"planes, {backend}", device, _PLANES[report.thorough], job, until)
 
@@ -259,13 +267,4 @@ def _numbered(
         if time.monotonic() > until:
             report.out_of_time(f"{subject} on {device}", f"number {number}", number, min(count, _LEAST_DATA))
             break
-        _pairs(report, subject, device, part(number))
-
-
-def _pairs(report: Report, subject: str, device: str, found: Iterator[tuple[Finding, str]]) -> None:
-    try:
-        for finding, what in found:
-            report.add(subject, device, finding, data.GATES[finding.check], what=what)
-    except Exception as error:
-        note = f"{type(error).__name__}: {error}".split("\n")[0][:500]
-        report.add(subject, device, Finding("runs", torch.inf, note=note), data.GATES["runs"])
+        _gather(report, subject, device, part(number))
