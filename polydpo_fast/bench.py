@@ -98,6 +98,11 @@ def run(names: Sequence[str] = (), out: Path | None = None, *, replace: bool = F
         )
     folder, failed = benchmarks_folder(), []
     path = out or folder / "results" / f"{machine()['name']}.json"
+    refused = path.with_name(f"{path.name}.refused")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kept in (path, refused):  # before hours are spent on what could not be put there
+        if kept.exists():
+            read_results(kept)
     for name in names or known:
         with tempfile.TemporaryDirectory() as work:
             raw = Path(work) / "raw.json"
@@ -114,7 +119,7 @@ def run(names: Sequence[str] = (), out: Path | None = None, *, replace: bool = F
             continue
         measured = suite(rows, command_of(name), found["skipped"])
         lost = [] if replace else lost_ways(path, name, measured)
-        target = path.with_name(f"{path.name}.refused") if lost else path
+        target = refused if lost else path
         merge(target, {name: measured})
         if lost:
             failed.append(f"{name} (not put into {path.name}, which has more: {', '.join(lost)}; it is in {target})")
@@ -180,9 +185,27 @@ def read_results(path: Path) -> dict[str, Any]:
         results = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(results, dict) or not {"machine", "suites"} <= results.keys():
-        raise ValueError(f"{path} is no file of results: it lacks machine or suites")
-    return results
+    if wrong := _wrong(results):
+        raise ValueError(f"{path} is no file of results: {wrong}")
+    return dict(results)
+
+
+def _wrong(results: Any) -> str:
+    """What makes this no file of results, or nothing."""
+    if not isinstance(results, dict) or not all(isinstance(results.get(x), dict) for x in ("machine", "suites")):
+        return "it lacks machine or suites"
+    for name, suite in results["suites"].items():
+        if not isinstance(suite, dict) or not isinstance(suite.get("versions", {}), dict):
+            return f"suite {name} is {type(suite).__name__}; expected an object with rows, and with versions in another"
+        rows = suite.get("rows")
+        if not isinstance(rows, list) or not all(map(_is_row, rows)):
+            return f"suite {name} lacks rows of case, way, median, iqr and rounds"
+    return ""
+
+
+def _is_row(row: Any) -> bool:
+    kinds: dict[str, Any] = {"case": str, "way": str, "median": (int, float), "iqr": (int, float), "rounds": int}
+    return isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
 
 
 def commit() -> str | None:

@@ -174,6 +174,8 @@ def check(
         errors.print("--case needs the --seed that it was drawn from", style="red")
         raise typer.Exit(2)
     try:
+        if json is not None:
+            json.open("a").close()  # before a minute is spent on what could not be put there
         with errors.status("checking") as status:
             report = run(
                 seed=secrets.randbelow(1 << 31) if seed is None else seed,
@@ -184,12 +186,12 @@ def check(
                 seconds=seconds if seconds is not None else math.inf if thorough else 60.0,
                 progress=lambda text: status.update(f"checking {text}"),
             )
+        report.print(console)
         if json is not None:
             json.write_text(report.as_json() + "\n")
     except (OSError, ValueError) as error:
         errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    report.print(console)
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -213,6 +215,8 @@ def bench(
             path = benchmarks.run(suites or (), out, replace=replace, dirty=dirty)
             Console().print(f"results: {path}", highlight=False, soft_wrap=True)
             return
+        if suites or out is not None or replace or dirty:
+            raise ValueError("--compare measures nothing; expected no SUITES, --out, --replace or --dirty beside it")
         found = benchmarks.compare(*map(benchmarks.read_results, compare))
     except (OSError, RuntimeError, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -427,3 +431,7 @@ def _training(context: typer.Context, *own: str) -> Iterator[Any]:
     except (OSError, TypeError, ValueError, ImportError, ArithmeticError, LoaderError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if isinstance(error, (ArithmeticError, LoaderError)) else 2) from error
+
+
+if __name__ == "__main__":
+    app()

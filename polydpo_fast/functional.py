@@ -262,7 +262,7 @@ def _without_symbols(head: Head, inputs: Inputs) -> Head:
 # Looked up once: torch.compile cannot trace through any of them.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_CPP = importlib.util.find_spec("polydpo_fast._C") is not None
-_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:

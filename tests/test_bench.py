@@ -131,7 +131,7 @@ def test_what_vanished_is_listed_and_other_machines_and_versions_are_told():
 
 
 def test_the_command_compares_and_exits_with_what_it_found(tmp_path):
-    files = {"a": results(1.0), "b": results(2.0), "c": [], "less": {**results(1.0), "suites": {}}}
+    files = {"a": results(1.0), "b": results(2.0), "less": {**results(1.0), "suites": {}}}
     for name, found in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
 
@@ -145,9 +145,33 @@ def test_the_command_compares_and_exits_with_what_it_found(tmp_path):
     gone = compared("a", "less")
     assert gone.exit_code == 1
     assert "gone: s: the whole suite" in gone.output
-    wrong = compared("a", "c")
-    assert wrong.exit_code == 2
-    assert "c.json is no file of results" in wrong.output
+    for content in ([], {**results(1.0), "suites": []}, {**results(1.0), "suites": {"s": {}}}, *wrong_rows()):
+        (tmp_path / "c.json").write_text(json.dumps(content))
+        wrong = compared("a", "c")
+        assert wrong.exit_code == 2
+        assert "c.json is no file of results" in wrong.output
+    for more in (["loss"], ["--out", "x"], ["--replace"], ["--dirty"]):
+        wrong = CliRunner().invoke(
+            app, ["bench", *more, "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+        )
+        assert wrong.exit_code == 2
+        assert "--compare measures nothing" in wrong.output
+
+
+def wrong_rows():
+    for change in ({"way": None}, {"median": "1"}, {"rounds": None}):
+        found = results(1.0)
+        found["suites"]["s"]["rows"][0] |= change
+        yield found
+
+
+def test_what_is_no_file_of_results_is_refused_before_anything_is_measured(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: pytest.fail("it measured"))
+    for name in ("results.json", "results.json.refused"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"{name} is no file of results"):
+            bench.run(["small"], tmp_path / "results.json")
+        (tmp_path / name).unlink()
 
 
 def test_an_unknown_suite_is_named():

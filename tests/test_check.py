@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from oracle import full
+from rich.console import Console
 from typer.testing import CliRunner
 
 import polydpo_fast
@@ -228,8 +230,9 @@ def test_wrong_metrics_are_blamed_on_the_reference_too(monkeypatch):
 @pytest.mark.parametrize("factor", [0.9985, 1.0015])
 def test_a_gradient_that_is_a_little_too_small_is_caught(factor, monkeypatch):
     """Less than half an ulp of bfloat16: no element is far off, but their mean is."""
-    large = (cases.draw(seed, number) for seed in range(99) for number in cases.LARGE)
-    case = next(c for c in large if (c.dtypes, c.edge, c.options["objective"]) == ("bf16", "", "linear"))
+    long = (cases.draw(seed, number) for seed in range(99) for number in cases.SPECIAL["long"])
+    case = next(c for c in long if (c.dtypes, c.edge) == ("bf16", ""))
+    case = replace(case, options={"objective": "linear", "reduction": "mean", "beta": 5000.0})
     result = losses._run
 
     def off(case, *arguments, **changes):
@@ -239,6 +242,155 @@ def test_a_gradient_that_is_a_little_too_small_is_caught(factor, monkeypatch):
     found = {finding.check: finding for finding in losses.examine(case, exact.errors_of(case), "reference", "cpu")}
     assert found["gradient"].share > 1
     assert found["bias"].share > 1
+
+
+def broken(findings):
+    return {finding.check for finding, *_ in findings if not finding.share <= 1}
+
+
+def of_images(*numbers):
+    pytest.importorskip("PIL")
+    return broken(found for number in numbers for found in images.image(0, number))
+
+
+def of_loss(case, backend):
+    return {
+        finding.check for finding in losses.examine(case, exact.errors_of(case), backend, "cpu") if finding.share > 1
+    }
+
+
+@needs_cpp
+def test_a_gradient_that_reads_past_an_expanded_one_is_caught(monkeypatch):
+    """From the second call on, which takes the fast lane."""
+    gradient = cpu.BoundLoss.gradient
+
+    def dense(self, pred, target, table, grad_loss):
+        return gradient(self, pred, target, table, torch.nn.functional.pad(grad_loss[:1], (0, len(grad_loss) - 1)))
+
+    monkeypatch.setattr(cpu.BoundLoss, "gradient", dense)
+    assert of_loss(cases.draw(0, cases.SPECIAL["usual"][0]), "cpp") == {"determinism"}
+
+
+def test_another_default_of_beta_is_caught(monkeypatch):
+    case = next(
+        c for c in (cases.draw(0, number) for number in range(99)) if c.options["beta"] == 5000.0 and not c.edge
+    )
+    assert not of_loss(case, "reference")
+    monkeypatch.setitem(functional.loss.__kwdefaults__, "beta", 2500.0)
+    assert "logit" in of_loss(case, "reference")
+
+
+@needs_cpp
+def test_a_factor_of_the_fourth_alpha_is_caught(monkeypatch):
+    def program(objective):
+        instructions, loss, slope = objectives.program(objective)
+        constant = objectives.OPERATIONS.index("constant")
+        return tuple((*i[:3], 5.0) if (i[0], i[3]) == (constant, 4.0) else i for i in instructions), loss, slope
+
+    monkeypatch.setattr(cpu, "program", program)
+    _forget_programs()
+    try:
+        drawn = (cases.draw(0, number) for number in range(20))
+        (case,) = (c for c in drawn if isinstance(c.options.get("alpha"), tuple))
+        assert "gradient" in of_loss(case, "cpp")
+    finally:
+        _forget_programs()
+
+
+@needs_cpp
+def test_an_alpha_that_a_graph_takes_from_elsewhere_is_caught(monkeypatch):
+    whole = functional._without_symbols
+
+    def swapped(head, inputs):
+        found = whole(head, inputs)
+        return found if found.alpha is None else found._replace(alpha=found.beta + 0.0)
+
+    case = next(c for c in (cases.draw(0, number) for number in range(99)) if type(c.options.get("alpha")) is float)
+    assert losses.examine_compiled(case, "cpp", "cpu", "aot_eager").share == 0
+    monkeypatch.setattr(functional, "_without_symbols", swapped)
+    assert losses.examine_compiled(case, "cpp", "cpu", "aot_eager").share > 1
+
+
+@needs_cpp
+@pytest.mark.parametrize("wrong", ["diagonal", "even"])
+def test_crops_and_mirrors_of_other_numbers_are_caught(wrong, monkeypatch):
+    from polydpo_fast import decode_arguments
+
+    drawn = decode_arguments._drawn
+
+    def changed(seeds, pairs, crop, hflip):
+        draws, starts = drawn(seeds, pairs, crop, 0.5 if wrong == "even" else hflip)
+        return [(c, top, top if wrong == "diagonal" else left, flip) for c, top, left, flip in draws], starts
+
+    monkeypatch.setattr(decode_arguments, "_drawn", changed)
+    assert "crops" in of_images(*range(8))
+
+
+@needs_cpp
+def test_another_default_of_the_mean_is_caught(monkeypatch):
+    from polydpo_fast import decode
+
+    monkeypatch.setitem(decode.decode_pairs.__kwdefaults__, "mean", 0.49)
+    assert of_images(0, 1, 2) & {"normalised", "resized in float32"}
+
+
+@needs_cpp
+def test_windows_that_lose_a_pair_are_caught(monkeypatch):
+    from polydpo_fast.data import order
+
+    class Left:
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+        def searchsorted(self, *arguments, **_):
+            return np.searchsorted(*arguments, side="left")
+
+    monkeypatch.setattr(order, "np", Left())
+    report = Report(0, False)
+    run._gather(report, "PairLoader", "cpu", loading.loader(0))
+    assert not report.passed
+
+
+@needs_cpp
+def test_labels_that_are_taken_the_other_way_are_caught(monkeypatch):
+    from polydpo_fast.data import columns
+
+    arms = columns.Layout.arms
+    monkeypatch.setattr(
+        columns.Layout, "arms", lambda self, verdict: arms(self, {1: 2, 2: 1}[verdict] if self.label else 1)
+    )
+    assert broken(loading.loader(0)) == {"each pair once"}
+
+
+@pytest.mark.parametrize("wrong", ["coefficient", "mirror"])
+def test_other_colours_and_mirrors_of_planes_are_caught(wrong, monkeypatch):
+    """Of the reference, too, that other backends are held against."""
+    from polydpo_fast import colour, yuv
+
+    if wrong == "coefficient":
+        monkeypatch.setitem(colour.MATRICES, "bt709", (0.2126, 0.0822))
+    else:
+        whole = yuv._reference
+        monkeypatch.setattr(yuv, "_reference", lambda planes, crop, flip, *rest: whole(planes, crop, None, *rest))
+    found = [found for number in range(5) for found in data.planes(0, number, "cpu", "reference")]
+    assert broken(found) == {"colours"}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_the_pngs_of_every_filter_are_those_of_pillow(channels, depth):
+    from io import BytesIO
+
+    image = pytest.importorskip("PIL.Image")
+    numbers = np.random.default_rng(channels).integers(0, 2**depth, (23, 9, channels))
+    filters = np.arange(23) % 5
+    for interlaced in (False, True):
+        file = images.png(numbers, {1: 0, 2: 4, 3: 2, 4: 6}[channels], depth, interlaced, [], filters)
+        found = np.asarray(image.open(BytesIO(file))).reshape(23, 9, -1)
+        # Of 16 bits Pillow keeps the upper ones, but for grey; which with alpha it takes for RGBA then.
+        shown = numbers >> (8 if depth == 16 and channels > 1 else 0)
+        np.testing.assert_array_equal(found[..., -1], shown[..., -1])
+        np.testing.assert_array_equal(found[..., : channels - 1], shown[..., : channels - 1])
 
 
 @needs_cpp
@@ -267,6 +419,7 @@ def test_what_is_not_there_is_said_and_no_failure(few, monkeypatch):
     [
         (["--device", "tpu"], "device is 'tpu'; expected 'cpu', or 'cuda'"),
         (["--device", "cuda:99"], "device is 'cuda:99'; there are"),
+        (["--device", "cpu:"], "device is 'cpu:'; expected 'cpu', or 'cuda'"),
         (["--backend", "numpy"], "backend is 'numpy'; expected one of 'cpp', 'triton', 'reference'"),
         (["--case", "3"], "--case needs the --seed"),
         (["--seed", "-1"], "--seed"),
@@ -304,6 +457,24 @@ def test_no_backend_is_left_without_cases(few, monkeypatch):
         assert groups[backend, "value"]["cases"] >= 20
 
 
+def test_a_file_that_cannot_be_written_is_told_at_once(monkeypatch, tmp_path):
+    from polydpo_fast import check as package
+
+    monkeypatch.setattr(package, "check", lambda **_: pytest.fail("it ran"))
+    result = runner.invoke(app, ["check", "--json", str(tmp_path / "no" / "such" / "folder.json")])
+    assert result.exit_code == 2
+    assert "No such file" in result.output
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_narrow_terminals_get_lines(width):
+    report, console = Report(0, False), Console(width=width, file=StringIO())
+    report.add("cpp", "cpu", Finding("value", 0.5, 2.0), "1e-6", case=3)
+    report.print(console)
+    line = "\ncpp on cpu: value (1e-6): cases 1, ulp 2.00, relative 0, of the gate 50%, worst case 3\n"
+    assert (line in console.file.getvalue()) == (width == 40)
+
+
 def test_a_seed_is_drawn_and_printed(few, monkeypatch):
     monkeypatch.setattr(run, "_CASES", (1, 1))
     seeds = {runner.invoke(app, ["check", "--backend", "reference"]).output.split("seed ")[-1] for _ in range(2)}
@@ -336,11 +507,18 @@ def test_the_default_run_meets_every_objective_dtype_layout_and_edge():
     for name in ("alpha", "beta"):
         assert {type(c.options.get(name)) for c in drawn} >= {float, torch.Tensor}
     assert any(isinstance(c.options.get("alpha"), tuple) for c in drawn)
-    large = {c.dtypes: c for c in drawn if c.number in cases.LARGE}
-    many = {c.dtypes: c for c in drawn if c.number in cases.MANY}
-    assert set(large) == set(many) == {"bf16", "fp16", "fp32", "fp32/bf16/bf16"}
-    assert all(c.elements >= 2 * 1_200_000 for c in large.values())
-    assert all(c.pairs >= 65 for c in many.values())
+    special = {name: [c for c in drawn if c.number in numbers] for name, numbers in cases.SPECIAL.items()}
+    for found in special.values():
+        assert {c.dtypes for c in found} == {"bf16", "fp16", "fp32", "fp32/bf16/bf16"}
+    assert all(c.elements >= 2 * 1_200_000 for c in special["large"])
+    assert ["mask" in c.options for c in special["large"]] == [True, False, False, False]
+    assert all(c.pairs >= 2 and c.elements > 2 * c.pairs * 32768 for c in special["long"])
+    assert ["mask" in c.options for c in special["long"]] == [False, True, False, True]
+    assert all(c.pairs >= 65 for c in special["many"])
+    assert all("mask" in c.options and 2 * 1024 * c.pairs < c.elements <= run._SMALL for c in special["masked"])
+    lengths = [len(c.options["alpha"]) for c in drawn if isinstance(c.options.get("alpha"), tuple)]
+    assert lengths[0] == 4
+    assert set(lengths) == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("memory", cases._MEMORY)
@@ -433,4 +611,5 @@ def test_a_report_without_findings_has_not_passed():
     assert report.passed
     report.add("cpp", "cpu", Finding("value", float("nan")), "1e-6")
     assert not report.passed
+    report.add("cpp", "cpu", Finding("value", 0.5), "1e-6")
     assert json.loads(report.as_json())["groups"][0]["worst"]["share_of_gate"] is None

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import runpy
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import polydpo_fast
+from polydpo_fast import cli
 from polydpo_fast.cli import app
 from polydpo_fast.diffusion.config import Settings
 
@@ -25,6 +27,12 @@ def test_no_arguments_show_the_commands():
     result = runner.invoke(app, [])
     assert "demo" in result.output
     assert "info" in result.output
+
+
+def test_the_module_is_the_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cli", "check", "--bogus"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(cli.__file__, run_name="__main__")
 
 
 @pytest.mark.parametrize("option", [["--beta", "-1"], ["--label-noise", "0.9"], ["--steps", "0"]])

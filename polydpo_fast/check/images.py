@@ -18,6 +18,7 @@ import torch
 from .cases import Draw
 from .data import picture
 from .loading import splitmix
+from .losses import ulp_at
 from .report import Finding
 
 __all__ = ["image", "resampled"]
@@ -238,8 +239,11 @@ def _normalised(
     # float32 rounds 255 mean, a reciprocal and two results.
     rounding = exact.abs().clamp_min(torch.finfo(dtype).tiny) * torch.finfo(dtype).eps / 2
     near = rounding + 2.0**-22 * (exact.abs() + (mean + 1) / std) * whole
-    share = float(((other - exact).abs() / near).max())
-    yield Finding("normalised", share), f"{dtype}, mean and std by channel, {what}"
+    off, exact = (other - exact).abs().flatten(), exact.flatten()
+    share = off / near.flatten()
+    worst = int(share.argmax())
+    ulps, relative = (float(off[worst] / x[worst]) if off[worst] else 0.0 for x in (ulp_at(exact, dtype), exact.abs()))
+    yield Finding("normalised", float(share[worst]), ulps, relative), f"{dtype}, mean and std by channel, {what}"
 
 
 def _large(d: Draw) -> Finding:

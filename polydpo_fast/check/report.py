@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "Report"]
 
 _BROKEN_SHOWN = 8
+_TABLE = 90  # columns of a terminal
 
 
 class Finding(NamedTuple):
@@ -74,7 +75,7 @@ class Report:
             number = "" if case is None else f", case {case}"
             reason = finding.note or f"{_number(finding.ulps)} ulp, {_number(finding.relative)} relative"
             self._broken.append(f"{subject} on {device}: {finding.check}{number} ({what}): {reason}; gate: {gate}")
-        if group.worst is None or not finding.share <= group.worst.share:
+        if group.worst is None or _rank(finding) > _rank(group.worst):
             group.worst, group.case, group.what = finding, case, what
 
     def out_of_time(self, what: str, at: str, done: int, least: int) -> None:
@@ -117,11 +118,14 @@ class Report:
         from rich import box  # here: a machine that was lent for its GPU may lack it, and take the JSON
         from rich.table import Table
 
-        table = Table(title=f"Worst errors, seed {self.seed}", title_justify="left", box=box.SIMPLE_HEAD)
+        title = f"Worst errors, seed {self.seed}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        numbers = ("cases", "ulp", "relative", "of the gate", "worst case")
         for column in ("what", "check", "gate"):
             table.add_column(column, overflow="fold")
-        for column in ("cases", "ulp", "relative", "of the gate", "worst case"):
+        for column in numbers:
             table.add_column(column, justify="right")
+        lines = [title]  # where there is no room for a table
         before: tuple[str, str] | None = None
         subjects = list(dict.fromkeys(key[:2] for key in self._groups))  # some are checked in turns
         for key in sorted(self._groups, key=lambda key: subjects.index(key[:2])):
@@ -132,17 +136,20 @@ class Report:
             first = f"{subject} on {device}" if (subject, device) != before else ""
             before = subject, device
             broken = f"[bold red]{group.broken} broken[/bold red]" if group.broken else ""
-            table.add_row(
-                first,
-                name,
-                group.gate,
+            row = (
                 str(group.count),
                 _number(group.worst.ulps),
                 _number(group.worst.relative),
                 broken or f"{group.worst.share:.0%}",
                 "" if group.case is None else str(group.case),
             )
-        console.print(table)
+            table.add_row(first, name, group.gate, *row)
+            told = ", ".join(f"{column} {text}" for column, text in zip(numbers, row, strict=True) if text)
+            lines.append(f"{subject} on {device}: {name} ({group.gate}): {told}")
+        if console.width < _TABLE:
+            console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+        else:
+            console.print(table)
         for what, why in self.skipped.items():
             console.print(f"not run: {what}: {why}", markup=False, highlight=False, soft_wrap=True)
         for line in self._broken[:_BROKEN_SHOWN]:
@@ -172,6 +179,10 @@ def _as_row(key: tuple[str, str, str], group: _Group) -> dict[str, Any]:
         "case": group.case,
         "what": group.what,
     }
+
+
+def _rank(finding: Finding) -> float:
+    return math.inf if math.isnan(finding.share) else finding.share
 
 
 def _number(value: float) -> str:
