@@ -128,8 +128,9 @@ def _forget_programs():
         ("    gl = scale_l * (pred_l - target_l)\n", "    gl = scale_l * (pred_l - target_w)\n", "gradient"),
         pytest.param("            excess_w += ew\n", "            excess_w += 1.001 * ew\n", "logit", marks=heavy),
         pytest.param("tl.where(tl.abs(logit) > 10.0, 1.0, 0.0)", "1.0", "metrics", marks=heavy),
+        pytest.param("mask + row * mask_stride + first + at", "mask + row * mask_stride + at", "gradient", marks=heavy),
     ],
-    ids=["gradient", "logit", "metrics"],
+    ids=["gradient", "logit", "metrics", "mask"],
 )
 def test_a_changed_line_of_a_triton_kernel_is_caught_and_named(line, changed, check, tmp_path):
     pytest.importorskip("triton")
@@ -141,16 +142,17 @@ def test_a_changed_line_of_a_triton_kernel_is_caught_and_named(line, changed, ch
     assert source.count(line) == 1, f"the kernel has {line!r} {source.count(line)} times"
     kernels.write_text(source.replace(line, changed))
     # In this case the target is not shared, the reference's predictions are there, and nothing is saturated.
-    options = ["--backend", "triton", "--device", "cpu", "--seed", "0", "--case", str(PLAIN)]
+    case = cases.SPECIAL["masked"][0] if line.startswith("mask") else PLAIN
+    options = ["--backend", "triton", "--device", "cpu", "--seed", "0", "--case", str(case)]
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:polydpo_fast", "-m", "polydpo_fast.check", *options],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "TRITON_INTERPRET": "True", "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"triton on cpu: {check}, case {PLAIN}" in done.stdout
+    assert f"triton on cpu: {check}, case {case}" in done.stdout
 
 
 PLAIN = next(
@@ -271,6 +273,25 @@ def test_a_gradient_that_reads_past_an_expanded_one_is_caught(monkeypatch):
     assert of_loss(cases.draw(0, cases.SPECIAL["usual"][0]), "cpp") == {"determinism"}
 
 
+@pytest.mark.parametrize(("off", "fine"), [(4e-16, True), (1e-9, False)])
+def test_a_pair_alone_is_within_the_gates_of_float64_on_a_gpu(off, fine, monkeypatch):
+    """Where sums have another order: the reference plays the GPU."""
+    drawn = (cases.draw(0, number) for number in range(99))
+    case = next(c for c in drawn if c.double and c.pairs > 1 and c.options["reduction"] == "none" and not c.edge)
+    arguments, result, loss, errors = losses._arguments, losses._run, functional.loss, functional.pair_errors
+
+    def nudged(case, *rest, **changes):
+        found = result(case, *rest, **changes)
+        return found._replace(value=found.value * (1 + off)) if case.pairs == 1 else found
+
+    monkeypatch.setattr(losses, "_arguments", lambda case, device: arguments(case, "cpu"))
+    monkeypatch.setattr(losses, "_run", nudged)
+    monkeypatch.setattr(functional, "loss", lambda *a, **k: loss(*a, **{**k, "backend": "reference"}))
+    monkeypatch.setattr(functional, "pair_errors", lambda *a, **k: errors(*a, **{**k, "backend": "reference"}))
+    found = {finding.check: finding for finding in losses.examine(case, exact.errors_of(case), "triton", "cuda")}
+    assert (found["one pair alone"].share <= 1) == fine
+
+
 def test_another_default_of_beta_is_caught(monkeypatch):
     case = next(
         c for c in (cases.draw(0, number) for number in range(99)) if c.options["beta"] == 5000.0 and not c.edge
@@ -309,6 +330,14 @@ def test_an_alpha_that_a_graph_takes_from_elsewhere_is_caught(monkeypatch):
     assert losses.examine_compiled(case, "cpp", "cpu", "aot_eager").share == 0
     monkeypatch.setattr(functional, "_without_symbols", swapped)
     assert losses.examine_compiled(case, "cpp", "cpu", "aot_eager").share > 1
+
+
+@needs_cpp
+def test_normalised_pixels_are_told_in_units_of_the_last_place():
+    pytest.importorskip("PIL")
+    found = [f for number in range(3) for f, _ in images.image(0, number) if f.check == "normalised"]
+    assert 0.3 < max(finding.ulps for finding in found) < 1
+    assert max(finding.relative for finding in found) > 0
 
 
 @needs_cpp

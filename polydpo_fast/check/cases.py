@@ -34,7 +34,7 @@ _HEADS: list[tuple[str, Any]] = [
     for name in OBJECTIVES
     for alpha in ((0.0, "number", "tensor", "poly") if name == "poly_dpo" else (None,) * 4)
 ]
-_POLY = (4, 1, 3, 2)  # lengths of successive polynomials
+_POLY = (4, 1, 4, 2, 4, 3)  # lengths of successive polynomials
 
 _CYCLE = 40  # Of so many successive cases, those at these places are special.
 _USUAL, _LONG, _MANY, _MASKED, _LARGE = 4, 9, 19, 29, 39
