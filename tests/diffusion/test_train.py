@@ -1033,8 +1033,8 @@ def poisoned(monkeypatch, keys, at=math.nan):
     """The prompts of these pairs are encoded as NaN."""
     condition, seen = inputs.conditioning, []
 
-    def spoil(family, text, batch, size):
-        result = condition(family, text, batch, size)
+    def spoil(family, text, batch, *sizes):
+        result = condition(family, text, batch, *sizes)
         seen.append(batch.keys)
         for row, key in enumerate(batch.keys):
             if key in keys:
