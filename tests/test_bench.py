@@ -206,6 +206,7 @@ def folder(monkeypatch, tmp_path):
     (folder / "test_broken.py").write_text("def test_broken():\n    assert False\n")
     monkeypatch.setattr(bench, "benchmarks_folder", lambda: folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # with it pytest-benchmark measures nothing
     return folder
 
 
