@@ -359,7 +359,10 @@ def _row(data: bytes, header: list[str]) -> dict[str, Any]:
 def _named(row: list[str], header: list[str]) -> dict[str, Any]:
     if len(row) != len(header):
         raise ValueError(f"it has {len(row)} fields; expected {len(header)} as in the header")
-    return dict(zip(header, row, strict=True))
+    record: dict[str, Any] = dict(zip(header, row, strict=True))
+    if record.get("prompt") == "" and record.get("caption"):
+        record["prompt"] = None  # nothing rather than an empty prompt: a table cannot tell the two apart
+    return record
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -235,6 +235,16 @@ def test_tables(tmp_path_factory, expected, end, bom, quoted):
     check(ManifestPairs(folder / "m.csv", columns=["prompt"]), oracle, numbers, "m.csv")
 
 
+def test_empty_prompts_and_captions(folder):
+    """In a table nothing is an empty text; in JSON an empty prompt is one."""
+    (folder / "m.csv").write_text("win,lose,prompt,caption\na.jpg,b.jpg,,a cat\nb.jpg,a.jpg,a dog,x\nc.jpg,a.jpg,,\n")
+    source = ManifestPairs(folder / "m.csv", columns=["prompt"])
+    assert [source[index].prompt for index in range(3)] == ["a cat", "a dog", ""]
+    record = {"win": "a.jpg", "lose": "b.jpg", "caption": "a cat"}
+    source = ManifestPairs(lines(folder / "m.jsonl", {**record, "prompt": ""}, {**record, "prompt": None}))
+    assert [pair.prompt for pair in (source[0], source[1])] == ["", "a cat"]
+
+
 def test_clips_in_local_files_are_paths(tmp_path):
     for name in ("a.mp4", "b.MKV"):
         (tmp_path / name).write_bytes(b"clip")
