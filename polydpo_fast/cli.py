@@ -354,7 +354,7 @@ def reference(
     seed: _Seed = None,
     shard_pairs: _ShardPairs = 1024,
     draws: Annotated[
-        int, typer.Option(min=1, help="Draws of noise stored per pair; training reuses them after as many epochs.")
+        int, typer.Option(min=1, help="Draws of noise stored per pair; training reuses them when it has come as often.")
     ] = 4,
     assign: _Assign = None,
 ) -> None:

@@ -70,17 +70,18 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
 
 
 def place(position: int, size: int, seed: int, epoch: int) -> int:
-    """The pair at a position: a Feistel network of six rounds on the smallest even number of bits, at least two, that
-    `size` numbers take; of what lands beyond them again. Keys are splitmix64 of seed, epoch and round, chained."""
+    """The pair at a position: a Feistel network of 12 rounds on the smallest even number of bits, at least two, that
+    `size` numbers take; of what lands beyond them again. Keys are splitmix64 of seed, epoch and round, chained. If
+    that of a round 12 is odd, 0 and 1 are swapped."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     key = _chained(_chained(0, seed), epoch)
     while True:
         left, right = divmod(position, 2**half)
-        for number in range(6):
+        for number in range(12):
             left, right = right, left ^ splitmix(right + _chained(_chained(0, key), number)) % 2**half
         position = left * 2**half + right
         if position < size:
-            return position
+            return position ^ (_chained(_chained(0, key), 12) & 1) if position < 2 <= size else position
 
 
 def _chained(state: int, number: int) -> int:

@@ -21,6 +21,8 @@ class PairBatch:
     prompts: B texts; "" where the prompt was dropped.
     keys: B names of the pairs in their source; "" where there is no pair (last="pad").
     index: (B,) int64, the numbers of the pairs in their source; -1 where there is none.
+    lap: (B,) int64, how many times the pair comes before, in this epoch and all earlier ones: the number of the epoch,
+        but with `categories`, where a pair may come several times in one. 0 where there is none.
     weight: (B,) float32; 0 where there is no pair: give it to the loss as `pair_weight`.
     category: B texts.
     ok: (B,) bool; False where there is no pair, whose pixels are zeros then.
@@ -35,6 +37,7 @@ class PairBatch:
     prompts: list[str]
     keys: list[str]
     index: Tensor
+    lap: Tensor
     weight: Tensor
     category: list[str]
     ok: Tensor

@@ -31,7 +31,7 @@ from .sources import open_source
 __all__ = ["LoaderError", "LoaderStats", "PairLoader"]
 
 _CPU = torch.device("cpu")
-_STATE_VERSION = 1
+_STATE_VERSION = 2  # to be raised when the order, or what is drawn for a pair, is another
 _NOT_PART_OF_TRANSFORM = frozenset(("win", "lose", "seeds", "out", "on_error", "limits", "threads", "cache"))
 _OF_SOURCES = ("ties", "root", "columns", "category", "weight", "memory_bytes")
 _DEFAULT_WINDOW = 8  # row groups, where single pairs cannot be read

@@ -103,6 +103,7 @@ class _Slot:
 
     position: int
     index: int = -1
+    lap: int = 0
     pair: Pair | None = None
     attempt: int = 0
     lost: set[int] = field(default_factory=set)  # blocks of which nothing can be read
@@ -227,8 +228,8 @@ class Pipeline:
         try:
             readers = Readers(plan.source, plan.clips, plan.readers, plan.timeout_s)
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                for step, pairs in self._in_order():
-                    waiting.append((step, self._ask(step, pairs, readers)))
+                for step, pairs, laps in self._in_order():
+                    waiting.append((step, self._ask(step, pairs, laps, readers)))
                     if len(waiting) > plan.prefetch:
                         self._finish_batch(*waiting.popleft(), readers)
                 while waiting:
@@ -261,17 +262,17 @@ class Pipeline:
                 continue
         self._stats.waiting_for_consumer_s += time.monotonic() - began
 
-    def _in_order(self) -> Iterator[tuple[Step, list[int]]]:
-        """The steps, and for each position the pair, or -1. Some at once, which takes hardly longer than one."""
+    def _in_order(self) -> Iterator[tuple[Step, list[int], list[int]]]:
+        """The steps, and for each position the pair, or -1, and its lap. Some at once, which is hardly slower."""
         steps = iter(self._steps)
         while some := list(islice(steps, _STEPS)):
             positions = np.stack([step.positions for step in some])
-            here, pairs = positions < len(self._plan.source), np.full(positions.shape, -1)
-            pairs[here] = self._plan.order(positions[here])
-            yield from zip(some, pairs.tolist(), strict=True)
+            here, pairs, laps = positions < len(self._plan.source), np.full(positions.shape, -1), 0 * positions
+            pairs[here], laps[here] = self._plan.order(positions[here]), self._plan.order.laps(positions[here])
+            yield from zip(some, pairs.tolist(), laps.tolist(), strict=True)
 
-    def _ask(self, step: Step, pairs: list[int], readers: Readers) -> list[_Slot]:
-        slots = [_Slot(position, pair) for position, pair in zip(step.positions.tolist(), pairs, strict=True)]
+    def _ask(self, step: Step, pairs: list[int], laps: list[int], readers: Readers) -> list[_Slot]:
+        slots = [_Slot(*facts) for facts in zip(step.positions.tolist(), pairs, laps, strict=True)]
         for slot in slots:
             if slot.index >= 0:
                 slot.reading = readers.ask(slot.index)
@@ -316,7 +317,8 @@ class Pipeline:
             self._unread += 1
 
     def _substitute(self, slot: _Slot, readers: Readers) -> None:
-        """Another pair for the slot, which depends on seed, epoch, position and attempt alone; or none."""
+        """Another pair for the slot, with the lap of its own place, which depends on seed, epoch, position and attempt
+        alone; or none."""
         slot.pair, slot.reading = None, None
         if not self._plan.replace_bad:
             slot.index = -1
@@ -326,13 +328,14 @@ class Pipeline:
             if slot.attempt > _MOST_ATTEMPTS or len(self._plan.source) < 2:
                 where = self._plan.source.position(slot.index)
                 raise LoaderError(f"no pair was found to replace {where}; the last that was bad: {self._last_bad}")
-            slot.index = self._candidate(slot)
+            place = np.array([self._candidate(slot)])
+            slot.index, slot.lap = int(self._plan.order(place)[0]), int(self._plan.order.laps(place)[0])
             if not slot.lost or readers.block_of(slot.index) not in slot.lost:
                 break
         slot.reading = readers.ask(slot.index)
 
     def _candidate(self, slot: _Slot) -> int:
-        """First of the blocks that are being read, where reading another one for a single pair takes long."""
+        """A position: first of the blocks being read, where reading another one for a single pair takes long."""
         plan = self._plan
         begin, end = 0, len(plan.source)
         if not plan.source.random_access and slot.attempt <= _NEARBY_ATTEMPTS:
@@ -340,7 +343,7 @@ class Pipeline:
             begin, end = nearby if nearby[1] - nearby[0] > 1 else (begin, end)
         size = end - begin
         ahead = 1 + mix(plan.seed, plan.epoch, slot.position, slot.attempt) % min(size - 1, _REPLACEMENT_WINDOW)
-        return int(plan.order(np.array([begin + (slot.position - begin + ahead) % size]))[0])
+        return begin + (slot.position - begin + ahead) % size
 
     def _record_bad(self, slot: _Slot, key: str, arm: str | None, error: Exception, run: int) -> None:
         """run: how many pairs in a row have the same trouble, this one among them."""
@@ -448,6 +451,7 @@ class Pipeline:
             prompts=prompts,
             keys=[pair.key for pair in pairs],
             index=torch.tensor([slot.index for slot in slots], dtype=torch.int64),
+            lap=torch.tensor([slot.lap for slot in slots], dtype=torch.int64),
             weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
             category=[pair.category for pair in pairs],
             ok=torch.tensor(ok, dtype=torch.bool),

@@ -44,7 +44,7 @@ def precompute_reference_errors(
         errors = ReferenceErrors("errors")
         errors.check(model=unet, scheduler=scheduler, source=loader)
         for batch in loader:
-            draw = loader.epoch % errors.draws
+            draw = batch.lap % errors.draws
             ref_error, seeds = errors(batch.index, draw), errors.seeds(batch.index, draw)
             loss, metrics = objective(unet, latents, conditioning, seeds=seeds, ref_error=ref_error)
 
@@ -63,7 +63,7 @@ def precompute_reference_errors(
             say the same each time: the mean or the mode of a VAE's distribution.
         folder: local; made if it is not there.
         model: the policy, where the objective's reference is a function of it.
-        draws: noises per pair: as many epochs have noise of their own, then it comes again.
+        draws: noises per pair: so many times that it comes it has one of its own, then the first one again.
         parts: what else the errors depend on, to be compared later: {"vae": vae, "text_encoder": text_encoder}.
         shard_pairs: pairs per shard, of which an interruption costs one at the most on each rank.
         vary: a function of a batch, its conditioning, and its seeds in a draw, that returns the conditioning in that
@@ -134,7 +134,7 @@ def precompute_reference_errors(
 class ReferenceErrors:
     """What `precompute_reference_errors` stored in a folder, of all ranks.
 
-    One draw at a time is in memory, 16 bytes per pair; another one is read when it is asked for.
+    A draw is read when it is asked for, and stays in memory: 16 bytes per pair.
 
     Raises SourceError where a shard is missing or damaged.
     """
@@ -148,29 +148,32 @@ class ReferenceErrors:
         expected: Form = {"errors": ("F64", (self.draws, 2))}
         if form != expected:
             raise SourceError(f"{folder}: its shards have {form}; expected {expected}")
-        self._loaded: tuple[int, np.ndarray] | None = None
+        self._loaded: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Pairs."""
         return self._store.pairs
 
-    def seeds(self, index: Tensor, draw: int) -> list[int]:
-        """Of the noise and timesteps of these pairs, (B,) int64, in this draw: what PairObjective takes as `seeds`."""
-        self._check_draw(draw)
-        return [mix(self._seed, draw, number) for number in index.tolist()]
+    def seeds(self, index: Tensor, draw: int | Tensor) -> list[int]:
+        """Of the noise and timesteps of these pairs, (B,) int64: PairObjective's `seeds`. draw: as below."""
+        chosen = zip(self._draws_of(index, draw), index.tolist(), strict=True)
+        return [mix(self._seed, one, number) for one, number in chosen]
 
-    def __call__(self, index: Tensor, draw: int) -> Tensor:
+    def __call__(self, index: Tensor, draw: int | Tensor) -> Tensor:
         """The errors of these pairs, (2B,) float64 on the index's device: what PairObjective takes as `ref_error`.
 
-        index: (B,) int64, as `PairBatch.index`; -1 where there is no pair, whose errors are 0. draw: 0 to draws - 1.
+        index: (B,) int64, as `PairBatch.index`; -1 where there is no pair, whose errors are 0.
+        draw: 0 to draws - 1, of all or (B,) of each: `batch.lap % errors.draws`.
         Raises IndexError for other numbers, ValueError for a pair that could not be read or decoded.
         """
-        self._check_draw(draw)
-        numbers = index.cpu().numpy()
+        numbers, draws = index.cpu().numpy(), np.array(self._draws_of(index, draw))
         wrong = (numbers < -1) | (numbers >= len(self))
         if wrong.any():
             raise IndexError(f"pair {numbers[wrong][0]} of {len(self)}")
-        found = np.where(numbers[:, None] < 0, 0.0, self._of(draw)[numbers])
+        found = np.zeros((len(numbers), 2))
+        for one in np.unique(draws[numbers >= 0]).tolist():
+            here = (draws == one) & (numbers >= 0)
+            found[here] = self._of(one)[numbers[here]]
         absent = np.isnan(found).any(axis=1)
         if absent.any():
             raise ValueError(
@@ -201,21 +204,27 @@ class ReferenceErrors:
             parts["source"] = source
         self._store.check(**parts)
 
-    def _check_draw(self, draw: int) -> None:
-        if not 0 <= draw < self.draws:
-            raise ValueError(f"draw is {draw}; expected 0 to {self.draws - 1}, such as epoch % draws")
+    def _draws_of(self, index: Tensor, draw: int | Tensor) -> list[int]:
+        draws = torch.as_tensor(draw)
+        if draws.shape not in ((), index.shape):
+            raise ValueError(
+                f"draw has shape {tuple(draws.shape)}; expected that of index, {tuple(index.shape)}, or an int"
+            )
+        if wrong := [one for one in draws.flatten().tolist() if not 0 <= one < self.draws]:
+            raise ValueError(f"draw is {wrong[0]}; expected 0 to {self.draws - 1}, such as batch.lap % draws")
+        result: list[int] = draws.expand(index.shape).tolist()
+        return result
 
     def _of(self, draw: int) -> np.ndarray:
         """(pairs, 2)."""
-        loaded = self._loaded
-        if loaded is None or loaded[0] != draw:
+        if draw not in self._loaded:
             result = np.empty((len(self), 2))
             for number in range(self._store.shards):
                 begin, end = self._store.span(number)
                 with self._store.reading(number) as file:
                     result[begin:end] = file.get_slice("errors")[:, draw].numpy()
-            self._loaded = loaded = draw, result
-        return loaded[1]
+            self._loaded[draw] = result
+        return self._loaded[draw]
 
 
 def random_options(loader: PairLoader) -> str:

@@ -2,8 +2,9 @@
 
     accelerate launch -m polydpo_fast train --config configs/sd15-pickapic.yaml
 
-What is drawn at random, noise, timesteps, samples of the VAE, crops, is a function of the seed, the epoch and the pair.
-So neither the number of processes nor an interruption changes what is learned.
+What is drawn at random is a function: noise, timesteps and samples of the VAE of the seed, the pair, and how many times
+it came before; crops and mirrors of the seed, the epoch and the place in it. So neither the number of processes nor
+an interruption changes what is learned.
 """
 
 from __future__ import annotations
@@ -160,11 +161,12 @@ class _Loop:
                 self.ema.step(self.parameters)
 
     def pair_losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        loader, ref_error = self.inputs.loader, None
+        ref_error = None
         if self.errors is None:
-            seeds = [mix(self.settings.seed, loader.epoch, pair) for pair in batch.index.tolist()]
+            came = zip(batch.lap.tolist(), batch.index.tolist(), strict=True)
+            seeds = [mix(self.settings.seed, lap, pair) for lap, pair in came]
         else:
-            draw = loader.epoch % self.errors.draws
+            draw = batch.lap % self.errors.draws
             seeds, ref_error = self.errors.seeds(batch.index, draw), self.errors(batch.index, draw)
         text = self.inputs.encode(batch, seeds)
         latents = text.pop("latents")

@@ -162,6 +162,30 @@ def test_categories_in_equal_shares():
         PairLoader(Tiny(100, codes=codes), 10, categories={"cat": 1}, **TINY)
 
 
+def test_batches_tell_how_many_times_a_pair_came_before():
+    """Over epochs, ranks and what replaces bad pairs; without categories it is the number of the epoch."""
+    codes = np.array([0] * 18 + [1] * 2)
+    how = dict(categories="balanced", last="pad", max_bad_rate=1.0, seed=2, **TINY)
+    whole = [PairLoader(Tiny(20, codes=codes), 2, rank=rank, world_size=3, **how) for rank in range(3)]
+    came = {}
+    for _ in range(3):
+        for batch in (batch for loader in whole for batch in loader):
+            for index, lap in zip(batch.index.tolist(), batch.lap.tolist(), strict=True):
+                came.setdefault(index, []).append(lap)
+    assert set(came.pop(-1)) == {0}
+    assert len(came[18]) == 15
+    assert all(sorted(laps) == list(range(len(laps))) for laps in came.values())
+    damaged = PairLoader(Tiny(20, {18: "read", 3: "win"}, codes=codes), 20, **how)
+    damaged.set_epoch(1)
+    (batch,) = damaged
+    for index, lap in zip(batch.index.tolist(), batch.lap.tolist(), strict=True):
+        assert lap in ((5, 6, 7, 8, 9) if index == 19 else (0, 1))
+    plain = PairLoader(Tiny(20, {3: "lose"}), 5, max_bad_rate=1.0, **TINY)
+    assert [batch.lap.tolist() for _ in range(3) for batch in plain] == [
+        [epoch] * 5 for epoch in range(3) for _ in range(4)
+    ]
+
+
 def test_bad_pairs_are_written_down(tmp_path):
     ledger = tmp_path / "bad.jsonl"
     bad = {3: "read", 5: "win", 7: "lose", 9: "bug"}

@@ -43,6 +43,7 @@ def batch(size):
         prompts=PROMPTS,
         keys=PROMPTS,
         index=torch.arange(count),
+        lap=torch.zeros(count, dtype=torch.int64),
         weight=torch.ones(count),
         category=[""] * count,
         ok=torch.ones(count, dtype=torch.bool),

@@ -283,8 +283,18 @@ def test_pairs_without_errors_are_named(store):
         errors(torch.tensor([2, 3]), 0)
     with pytest.raises(IndexError, match="pair 10 of 10"):
         errors(torch.tensor([10]), 0)
-    with pytest.raises(ValueError, match=r"draw is 2; expected 0 to 1, such as epoch % draws"):
+    with pytest.raises(ValueError, match=r"draw is 2; expected 0 to 1, such as batch.lap % draws"):
         errors(torch.tensor([1]), 2)
+    with pytest.raises(ValueError, match=r"draw has shape \(1,\); expected that of index, \(2,\), or an int"):
+        errors(torch.tensor([1, 2]), torch.tensor([1]))
+
+
+def test_pairs_may_be_in_draws_of_their_own(store):
+    index, draw = torch.tensor([9, 1, -1, 0, 9]), torch.tensor([1, 0, 0, 1, 0])
+    errors = ReferenceErrors(store)
+    alone = [ReferenceErrors(store)(index[i : i + 1], int(draw[i])) for i in range(5)]
+    assert torch.equal(errors(index, draw), torch.stack(alone, 1).flatten())
+    assert errors.seeds(index, draw) == [errors.seeds(index, draw_)[i] for i, draw_ in enumerate(draw.tolist())]
 
 
 def damage(path, how):
