@@ -53,7 +53,8 @@ def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None,
 def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: int = 1024) -> None:
     """Computes the reference's errors of `settings.data` into a folder that is `reference_errors` of a training then.
 
-    draws: so many times that a pair comes it has noise and timesteps of its own. shard_pairs: see `precompute_reference_errors`.
+    draws: so many times that a pair comes it has noise and timesteps of its own. shard_pairs: see
+    `precompute_reference_errors`.
 
     The processes share the work; what was interrupted goes on.
 
