@@ -478,8 +478,9 @@ def test_float16_skips_what_overflows_and_goes_on(here, tmp_path, float16_on_cpu
     norms = [line["grad_norm"] for line in lines(out)]
     skipped = norms.count(None)
     assert 1 <= skipped <= 6
-    assert norms[:skipped] == [None] * skipped
-    assert [line["loss"] for line in lines(out)][: skipped + 1] == [torch.tensor(math.log(2)).item()] * (skipped + 1)
+    first = next(step for step, norm in enumerate(norms) if norm is not None)  # later ones may overflow once more
+    assert first >= 1
+    assert [line["loss"] for line in lines(out)][: first + 1] == [torch.tensor(math.log(2)).item()] * (first + 1)
     assert lines(out)[-1]["loss"] != lines(out)[0]["loss"]
     assert lines(out)[-1]["learning_rate"] == pytest.approx(1e-3 * (8 - skipped) / 7)
     checkpoint = out / "checkpoint-8"
