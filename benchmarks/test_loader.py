@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 PAIRS = 96  # of an epoch, whose first batch waits for everything
 BATCH = 4
-ROUNDS = 5
+ROUNDS = 9
 MILLION = 1_000_000
 
 
