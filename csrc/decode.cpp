@@ -135,6 +135,13 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
     const std::size_t plane = static_cast<std::size_t>(options.output.height) * options.output.width;
     const std::size_t bytes = options.planes ? plane * 3 / 2 : plane * 3 * size_of(options.dtype);
     const Finish finish(options.dtype, options.normal, images.size() * bytes >= large_batch);
+    const auto fail = [&](std::size_t i, const char* text) {
+        try {
+            results[i].error = text;
+        } catch (const std::bad_alloc&) {
+            results[i].error = "out of memory";  // short enough to need none
+        }
+    };
     const auto decode = [&](std::size_t i) {
         char* sample = static_cast<char*>(out) + i * bytes;
         try {
@@ -149,9 +156,9 @@ std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::v
                 whole(JpegDecoder::libjpeg);
             }
         } catch (const std::bad_alloc&) {
-            results[i].error = "there is not enough memory to decode it";
+            fail(i, "there is not enough memory to decode it");
         } catch (const std::exception& error) {
-            results[i].error = error.what();
+            fail(i, error.what());
         }
         finish.settle();
     };

@@ -173,8 +173,8 @@ struct FreeDecompressor {
 
 libdeflate_result decompress(const std::uint8_t* from, std::size_t size, std::uint8_t* to, std::size_t room,
                              std::size_t* used, std::size_t* made) {
-    thread_local std::unique_ptr<libdeflate_decompressor, FreeDecompressor> decompressor(
-        libdeflate_alloc_decompressor());
+    thread_local std::unique_ptr<libdeflate_decompressor, FreeDecompressor> decompressor;
+    if (!decompressor) decompressor.reset(libdeflate_alloc_decompressor());
     if (!decompressor) throw std::bad_alloc();
     if (checksums) return libdeflate_zlib_decompress_ex(decompressor.get(), from, size, to, room, used, made);
     if (size < 6) return LIBDEFLATE_BAD_DATA;

@@ -66,7 +66,8 @@ def load_or_build(
                 np.savez(file, **{**built, "stamp": np.array(stamp)})  # type: ignore[arg-type]  # of the stubs
             os.replace(name, path)
         except BaseException:
-            os.unlink(name)
+            with contextlib.suppress(OSError):  # it may have been renamed already
+                os.unlink(name)
             raise
         if secrets.randbelow(_ROUNDS) == 0:
             _prune(path.parent, _MOST_BYTES)

@@ -182,7 +182,7 @@ def decode_timed(
         for row, source in enumerate([*asked.win, *asked.lose])
     ]
     times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
-    with ThreadPoolExecutor(min(asked.threads, 2 * pairs)) as pool:
+    with ThreadPoolExecutor(min(asked.threads, 2 * pairs), thread_name_prefix="polydpo-clip") as pool:
         try:
             list(pool.map(_Row.index, rows))
             plans = [

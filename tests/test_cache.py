@@ -80,3 +80,16 @@ def test_what_others_may_have_put_there(kept):
     kept.unlink()
     kept.symlink_to("/dev/zero")
     assert not is_what_was_kept(kept)
+
+
+def test_an_interruption_right_after_an_index_was_kept_is_one(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(*names):
+        replace(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_or_build("stamp", lambda: ARRAYS, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1

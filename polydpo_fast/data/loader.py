@@ -417,15 +417,15 @@ class _Iteration(Iterator[PairBatch]):
             batch, end = self._pipeline.next()
         except StopIteration:
             self._close()
-            if self._pass == self._loader._pass:
+            if self._pipeline.is_complete and self._pass == self._loader._pass:
                 self._loader.set_epoch(self._loader.epoch + 1)
             raise
         except BaseException:
             self._close()
             raise
+        self._loader.stats.pairs += int(batch.ok.sum())
         if self._pass == self._loader._pass:
             self._loader._position = end
-        self._loader.stats.pairs += int(batch.ok.sum())
         return batch
 
     def state_dict(self) -> dict[str, Any]:

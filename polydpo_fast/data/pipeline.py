@@ -22,7 +22,7 @@ from .batch import PairBatch
 from .buffers import Buffers
 from .ledger import Ledger
 from .order import Order, mix
-from .reading import READING_THREAD, LoaderError, Readers, Reading
+from .reading import LoaderError, Readers, Reading
 from .ready import ReadyPair, stack_pairs
 from .source import Pair, PairError, Source
 
@@ -167,6 +167,8 @@ class Pipeline:
         self._buffers = buffers
         self._batches: queue.Queue[Any] = queue.Queue(maxsize=plan.prefetch)
         self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self.is_complete = False  # the last batch was taken
         self._seen, self._bad = 0, 0
         self._unread, self._undecoded = 0, 0  # in a row: all of a batch are read before any is decoded
         self._last_bad = ""  # what was wrong with it, and where
@@ -190,14 +192,16 @@ class Pipeline:
                 item = self._batches.get(timeout=0.5)  # so that Ctrl-C is looked at
                 break
             except queue.Empty:
-                if self._stop.is_set():  # by another thread that had the last batch
-                    raise StopIteration from None
+                if self._stop.is_set():  # by another thread that had the last batch, or an error
+                    raise self._error or StopIteration from None
                 if not self._thread.is_alive() and self._batches.empty():
                     raise RuntimeError("the loader's thread is gone") from None
         self._stats.waiting_for_loader_s += time.monotonic() - began
         if item is None:
+            self.is_complete = True
             raise StopIteration
         if isinstance(item, BaseException):
+            self._error = item
             raise item
         batch, end, event = item
         if event is not None:
@@ -212,7 +216,7 @@ class Pipeline:
         if os.getpid() != self._process:
             return
         self._stop.set()
-        if threading.current_thread().name in (_THREAD, READING_THREAD):
+        if threading.current_thread().name.startswith("polydpo-"):
             return  # garbage that was collected there: what would be waited for may wait for a lock of this thread
         self._thread.join(timeout=60.0)
         with contextlib.suppress(queue.Empty):

@@ -17,9 +17,8 @@ import numpy as np
 
 from .source import Arm, Pair, PairError, Source, is_unicode, weight_of
 
-__all__ = ["READING_THREAD", "LoaderError", "Readers", "Reading", "checked", "read_ahead", "was_given_up"]
+__all__ = ["LoaderError", "Readers", "Reading", "checked", "read_ahead", "was_given_up"]
 
-READING_THREAD = "polydpo-read"
 
 _PATIENCE_S = 0.002  # that is waited for a pair until all threads read
 _READERS, _AHEAD = 4, 8  # of `read_ahead`
@@ -226,7 +225,7 @@ class _Tasks:
 class _Worker:
     def __init__(self, source: Source, clips: bool, tasks: _Tasks) -> None:
         self.at: tuple[Reading | None, float] = None, 0.0  # what it reads, and since when
-        self.thread = _Thread(target=self._run, args=(source, clips, tasks), name=READING_THREAD, daemon=True)
+        self.thread = _Thread(target=self._run, args=(source, clips, tasks), name="polydpo-read", daemon=True)
         self.thread.start()
 
     def _run(self, source: Source, clips: bool, tasks: _Tasks) -> None:

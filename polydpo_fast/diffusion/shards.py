@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,7 +322,8 @@ def _packed(texts: list[bytes]) -> Tensor:
 
 
 def _put(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Ranks in containers often have the same number of process.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)

@@ -26,6 +26,7 @@ from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import reading as reading_module
 from polydpo_fast.data.buffers import _MOST_FREE, Buffers
 from polydpo_fast.data.dali import CppDecoder
+from polydpo_fast.data.pipeline import Pipeline
 from polydpo_fast.data.reading import Readers
 
 
@@ -86,6 +87,34 @@ def test_one_pass_in_two_threads_ends_in_both():
         thread.join(10)
     assert sum(ends) == 40
     assert len(ends) == 2
+
+
+def test_an_error_in_one_of_two_threads_is_no_end_of_the_epoch_in_the_other(monkeypatch):
+    finish = Pipeline._finish_batch
+
+    def broken(pipeline, step, slots, readers):
+        if step.positions[0] >= 20:
+            time.sleep(0.3)
+            raise LoaderError("too many bad pairs")
+        finish(pipeline, step, slots, readers)
+
+    monkeypatch.setattr(Pipeline, "_finish_batch", broken)
+    loader = PairLoader(Tiny(40), 4, **TINY)
+    one, raised = iter(loader), []
+
+    def consume():
+        try:
+            raised.append(list(one))
+        except BaseException as error:
+            raised.append(error)
+
+    both = [threading.Thread(target=consume) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(10)
+    assert [str(x) for x in raised] == ["too many bad pairs"] * 2
+    assert (loader.epoch, loader.state_dict()["position"]) == (0, 20)
 
 
 # ------------------------------------------------------------------------------------- workers that take turns

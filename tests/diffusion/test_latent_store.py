@@ -1,6 +1,7 @@
 """Cached latents and text embeddings, against encoding the images of the same loader in each step."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from polydpo_fast.diffusion import (
     fingerprint,
     precompute_reference_errors,
 )
+from polydpo_fast.diffusion.shards import _put
 
 PIXELS = dict(size=2, dtype=torch.uint8)
 LOADER = dict(max_bad_rate=1.0, readers=2)
@@ -363,3 +365,21 @@ def test_loaders_of_latents_take_no_decoding(store):
     assert batch.pixels.is_meta
     assert batch.extra["encoder_hidden_states"].is_meta
     assert next(iter(PairLoader(latents, 2, **LOADER))).to("meta").extra["encoder_hidden_states"].is_meta
+
+
+def test_ranks_with_the_same_number_of_process_write_under_different_names(tmp_path, monkeypatch):
+    """In containers of two nodes all are often number 1."""
+    replace, renamed = os.replace, []
+
+    def noted(part, path):
+        if len(renamed) < 2:
+            renamed.append(part)
+        if len(renamed) == 1:
+            _put(tmp_path / "store.json", b"second")  # the other rank, before this one's file has its name
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", noted)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    _put(tmp_path / "store.json", b"first")
+    assert len(set(renamed)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
