@@ -74,6 +74,19 @@ def without_range(data):
     return data.replace(old, new)
 
 
+def remuxed(data, container="mp4", metadata=(), **options):
+    """The same packets in another file. options: the container's."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container, options=options) as output:
+        output.metadata.update(metadata)
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    return file.getvalue()
+
+
 def joined(first, second):
     """A clip of eight frames or fewer in WebM and another behind it, under the header of the first."""
     file = io.BytesIO()

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from clip_oracle import ALL, av, encode, index_folder, joined  # noqa: F401
+from clip_oracle import ALL, av, encode, index_folder, joined, remuxed  # noqa: F401
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
 from polydpo_fast.mp4 import check_counts
@@ -173,15 +173,7 @@ def test_an_mp4_whose_tables_are_cut_off_says_so():
 
 
 def test_a_fragment_whose_table_is_cut_off_is_told():
-    file = io.BytesIO()
-    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
-    with av.open(io.BytesIO(CLIP)) as source, av.open(file, "w", format="mp4", options=options) as output:
-        stream = output.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                output.mux(packet)
-    data = file.getvalue()
+    data = remuxed(CLIP, movflags="frag_keyframe+empty_moov+default_base_moof")
     assert decoded(data).ok.all()
     last = data.rindex(b"moof") - 4
     with pytest.raises(DecodeError, match=r"its moof box has \d+ bytes, of which 30 are there"):
@@ -379,15 +371,8 @@ def test_texts_are_no_tables():
     data = box(b"moov", box(b"udta", box(b"\xa9cmt", words), box(b"meta", bytes(4), table(b"hdlr", 0),
                box(b"ilst", box(b"\xa9nam", box(b"data", words))))), box(b"uuid", words), box(b"trak"))  # fmt: skip
     counted(data, most=1)
-    file = io.BytesIO()
-    with av.open(io.BytesIO(CLIP)) as source, av.open(file, "w", format="mp4") as output:
-        output.metadata["comment"] = output.metadata["title"] = words[:60].decode()
-        stream = output.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.pts is not None:
-                packet.stream = stream
-                output.mux(packet)
-    assert decoded(file.getvalue()).ok.all()
+    told = dict.fromkeys(("comment", "title"), words[:60].decode())
+    assert decoded(remuxed(CLIP, metadata=told)).ok.all()
 
 
 @pytest.mark.parametrize(
@@ -455,18 +440,7 @@ def test_uncompressed_sound_is_counted_by_its_chunks(in_chunk, entries):
 @pytest.mark.parametrize("live", ["0", "1"])
 def test_matroska_that_is_cut_off_anywhere(codec, live):
     """FFmpeg takes what is left for the whole: times would be others, and so would the frames in the middle be."""
-    file = io.BytesIO()
-    options = {"live": live, "cluster_time_limit": "200"}
-    with (
-        av.open(io.BytesIO(encode(24, codec=codec))) as source,
-        av.open(file, "w", format="matroska", options=options) as output,
-    ):
-        stream = output.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.pts is not None:
-                packet.stream = stream
-                output.mux(packet)
-    data = file.getvalue()
+    data = remuxed(encode(24, codec=codec), "matroska", live=live, cluster_time_limit="200")
     assert decoded(data, frames=6, start="center").ok.all()
     begins = {place + 4 * k for _, place, _, _ in packets(data) for k in range(-3, 1)}
     passed = []
@@ -610,7 +584,7 @@ def test_neither_descriptors_nor_memory_grow(tmp_path):
 # ------------------------------------------------------------------------------------------------ other streams
 
 
-def remuxed(data, container, copies=1, sound=0, cover=False):
+def beside_others(data, container, copies=1, sound=0, cover=False):
     """The clip with its stream so many times; so many frames of sound behind it; a cover before it."""
     file = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container) as output:
@@ -641,7 +615,7 @@ def remuxed(data, container, copies=1, sound=0, cover=False):
 
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
 def test_streams_are_counted(container):
-    data = remuxed(encode(5), container, copies=7)
+    data = beside_others(encode(5), container, copies=7)
     options = dict(frames=5, size=16, on_error="mask")
     assert decoded(data, **options, limits=ClipLimits(streams=7)).ok.all()
     for most in (1, 6):
@@ -658,7 +632,7 @@ def sounds(data):
 @pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
 def test_sound_is_never_decoded(container):
     """It may be any bytes."""
-    data = remuxed(CLIP, container, sound=40)
+    data = beside_others(CLIP, container, sound=40)
     expected = decoded(CLIP).pixels[0]
     assert torch.equal(decoded(data).pixels[0], expected)
     noise = bytearray(data)
@@ -670,7 +644,7 @@ def test_sound_is_never_decoded(container):
 
 def test_a_cover_is_no_clip():
     """Also where it is the first stream, in an MP4 whose metadata come first."""
-    data = remuxed(CLIP, "mp4", cover=True)
+    data = beside_others(CLIP, "mp4", cover=True)
     track, metadata = data.index(b"trak") - 4, data.index(b"udta") - 4
     size = int.from_bytes(data[metadata : metadata + 4], "big")
     assert track < metadata

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder  # noqa: F401
+from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, remuxed  # noqa: F401
 from test_clip_index import SPARSE
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
@@ -98,15 +98,7 @@ def without_restriction(data):
 
 
 def fragmented(data):
-    file = io.BytesIO()
-    options = {"movflags": "frag_keyframe+empty_moov"}
-    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format="mp4", options=options) as output:
-        stream = output.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                output.mux(packet)
-    return file.getvalue()
+    return remuxed(data, movflags="frag_keyframe+empty_moov")
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska", "fragments"])
