@@ -55,9 +55,10 @@ def test_parts_find_what_was_built_not_the_source(gpu, monkeypatch, tmp_path):
 
 
 def test_on_a_gpu_tests_and_checks_run_side_by_side_and_then_the_benchmark(gpu, run, monkeypatch):
-    began, ended = {}, {}
+    began, ended, asked = {}, {}, []
 
     def part(name, command, limit_s, needs=(), folder=None):
+        asked.append(command)
         began[name] = time.monotonic()
         time.sleep(0.5)
         ended[name] = time.monotonic()
@@ -76,6 +77,8 @@ def test_on_a_gpu_tests_and_checks_run_side_by_side_and_then_the_benchmark(gpu, 
     assert set(began) >= {"gpu tests", "check", *shares}
     assert max(began.values()) < min(ended.values())
     assert benchmark >= max(ended[name] for name in began)
+    # A file that cannot be imported, as without the extension, keeps no other from running.
+    assert all("--continue-on-collection-errors" in command for command in asked if "pytest" in command)
 
 
 def test_tests_run_without_hypothesis_and_plugins_each_in_one_share():
