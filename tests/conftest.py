@@ -1,5 +1,7 @@
 """Where there is no GPU, the Triton kernels run under Triton's interpreter: it must be asked for before import.
 
+Or, with EMULATED_GPU in the environment, compiled for one that kernels/emulated.py stands in for.
+
 A machine with a GPU may have pytest and nothing else: what its plugins and Hypothesis would do is left out there.
 """
 
@@ -7,6 +9,7 @@ import importlib.util
 import os
 import socket
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,7 +17,12 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "0" if os.environ.get("EMULATED_GPU") else "1"
+if os.environ.get("EMULATED_GPU"):
+    sys.path.append(str(Path(__file__).parent / "kernels"))
+    import emulated
+
+    emulated.install()
 
 
 def skipping_hypothesis() -> dict[str, ModuleType]:
