@@ -29,7 +29,7 @@ of two that nobody preferred."""
 
 # Of the kept indexes; to be raised when other records than before are refused or left out. The pairs of sources whose
 # records are as good as before keep their fingerprints, so that trainings are resumed.
-_RULES = 1
+_RULES = 2
 
 _READERS = 8
 _PART = 1 << 15
@@ -162,6 +162,8 @@ class IndexedSource(Source):
             notes = Notes()
             try:
                 rows = np.fromiter(self._scan(file, notes), dtype=self.row)
+                if len(rows) and not notes.categories:  # of none of them it can be read
+                    notes.category("")
             except (SourceError, ImportError):
                 raise
             except Exception as error:  # the storages' clients have exceptions of their own

@@ -10,8 +10,9 @@ import math
 import os
 import re
 import urllib.parse
+import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
@@ -53,8 +54,13 @@ class ManifestPairs(IndexedSource):
     Local clips (by their suffix: mp4, m4v, mov, mkv, webm) are handed out as paths, all else as bytes. A pair's key is
     its record's or else MANIFEST:RECORD, in lines and tables MANIFEST:LINE, with #WINNER-LOSER behind it for ranked
     files. A record is read again for each of its pairs; of remote manifests too, so that those are better kept locally.
-    Takes 35 bytes of memory per pair; JSON lists are read as a whole, once. Raises SourceError, with the place, for a
-    record that is none; a manifest that has changed since, or a file that is missing, is a PairError.
+    Takes 35 bytes of memory per pair; JSON lists are read as a whole, once.
+
+    A record that is none (no JSON, no files, a weight below 0) is a pair that cannot be read, a PairError, and a
+    warning counts those of a manifest; so is a file that is missing, or a manifest that has changed since. Raises
+    SourceError, with the place, where no record is one; for a label of another value, and for a key that comes twice,
+    because these say that something else is meant; and where it cannot be told where the next record begins, as in a
+    list or a table after a mistake in its commas or quotes.
     """
 
     kind: ClassVar[str] = "manifest"
@@ -85,13 +91,38 @@ class ManifestPairs(IndexedSource):
         if (repeated := self._repeated()) is not None:
             first, second = map(self.position, repeated)
             raise SourceError(f"{second}: its key is that of {first}; expected keys that are all different")
+        self._warn_of_bad_records()
+
+    def _warn_of_bad_records(self) -> None:
+        if not (bad := self._counts.get(_BAD, 0)):
+            return
+        first = int((self._rows["first"] == self._rows["second"]).argmax())
+        try:
+            self[first]
+        except PairError as error:
+            warnings.warn(
+                f"{bad} of {self._counts['records']} records are no pairs; the first is {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:
         with io.BufferedReader(file.open(), 1 << 20) as opened:
             notes.form, records = _records(opened, file.name)
+            first_bad: _RecordError | None = None
             try:
                 for number, offset, data, record in records:
-                    yield from _rows(number, offset, data, record, notes)
+                    try:
+                        yield from _rows(number, offset, data, record, notes)
+                    except _LabelError as error:
+                        raise _RecordError(number, error) from error
+                    except ValueError as error:
+                        notes.counts[_BAD] += 1
+                        first_bad = first_bad or _RecordError(number, error)
+                        # Of the first category: one of its own would have a share where categories are balanced.
+                        yield 0, 0, False, offset, len(data), number, zlib.crc32(data), *_NO_PAIR
+                if first_bad is not None and notes.counts[_BAD] == notes.counts["records"]:
+                    raise first_bad
             except _RecordError as error:
                 raise SourceError(f"{file.path}{_place(notes.form, error.number)}: {error}") from error
 
@@ -107,6 +138,8 @@ class ManifestPairs(IndexedSource):
         record = _row(data, list(notes.fields)) if notes.form == "csv" else parse_json(data)
         fields, listed = Fields.of(record, self._columns), _listed(record)
         pair = _Ranked(int(row["first"]), int(row["second"]), bool(row["tie"]))
+        if pair.first == pair.second:
+            raise ValueError("the manifest has changed")
         win = self._arm(file, listed.files[pair.first], "win")
         lose = self._arm(file, listed.files[pair.second], "lose")
         return Pair(
@@ -147,12 +180,19 @@ def _resolved(name: str, manifest: File, root: str | None) -> str:
 # ------------------------------------------------------------------------------------------------ records
 
 
-def _rows(number: int, offset: int, data: bytes, record: dict[str, Any], notes: Notes) -> Iterator[tuple[Any, ...]]:
-    try:
-        fields, listed = Fields.of(record), _listed(record)
-    except ValueError as error:
-        raise _RecordError(number, error) from error
+_BAD = "bad records"
+_NO_PAIR = 0, 0
+"""In an index, the numbers of the two files of a record that is none."""
+
+
+def _rows(
+    number: int, offset: int, data: bytes, record: dict[str, Any] | ValueError, notes: Notes
+) -> Iterator[tuple[Any, ...]]:
+    """Raises ValueError for a record that is none."""
     notes.counts["records"] += 1
+    if isinstance(record, ValueError):
+        raise record
+    fields, listed = Fields.of(record), _listed(record)
     notes.see(record)
     crc, category = zlib.crc32(data), notes.category(fields.category)
     for pair in listed.pairs:
@@ -229,7 +269,7 @@ def _labelled(record: dict[str, Any]) -> _Listed:
     if math.isnan(number):
         return _Listed(files, [], False)
     if number not in (0, 0.5, 1):
-        raise ValueError(f"label_0 is {label!r}; expected 1, 0, or 0.5 for a tie")
+        raise _LabelError(f"label_0 is {label!r}; expected 1, 0, or 0.5 for a tie")
     return _Listed(files, [_Ranked(1, 0, False) if number == 0 else _Ranked(0, 1, number == 0.5)], False)
 
 
@@ -258,11 +298,17 @@ def _is_number(value: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------ forms
 
-Records = Iterator[tuple[int, int, bytes, dict[str, Any]]]
-"""The number of the record or its line, from 1; where its bytes begin; its bytes; itself."""
+Records = Iterator[tuple[int, int, bytes, dict[str, Any] | ValueError]]
+"""The number of the record or its line, from 1; where its bytes begin; its bytes; itself, or why it is none."""
+
+
+class _LabelError(ValueError):
+    """Labels mean something else than they are taken for: not the trouble of one record."""
 
 
 class _RecordError(ValueError):
+    """What refuses a whole manifest, and where."""
+
     def __init__(self, number: int, reason: object) -> None:
         super().__init__(reason)
         self.number = number
@@ -293,11 +339,15 @@ def _lines(file: BinaryIO, offset: int) -> Records:
         if not line:
             return
         if not line.isspace():
-            try:
-                yield number, offset, line, parse_json(line)
-            except ValueError as error:
-                raise _RecordError(number, error) from error
+            yield number, offset, line, _tried(parse_json, line)
         offset += len(line)
+
+
+def _tried(read: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any] | ValueError:
+    try:
+        return read(*given)
+    except ValueError as error:
+        return error
 
 
 def _line(file: BinaryIO, number: int) -> bytes:
@@ -317,7 +367,7 @@ def _table(file: BinaryIO, offset: int) -> Records:
         while line := _line(file, number + 1):
             number += 1
             taken.append(line)
-            yield line.decode()
+            yield line.decode(errors="surrogateescape")  # what is not UTF-8 is found in its record
 
     rows = csv.reader(lines(), strict=True)
     header: list[str] | None = None
@@ -330,6 +380,7 @@ def _table(file: BinaryIO, offset: int) -> Records:
             data = b"".join(taken)
             taken.clear()
             if row and header is None:
+                _text(data)
                 header = row
                 if len(set(header)) < len(header) or not any({*names} <= {*header} for names in _IN_TABLES):
                     other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
@@ -339,9 +390,7 @@ def _table(file: BinaryIO, offset: int) -> Records:
                     )
             elif row:
                 assert header is not None
-                yield first, offset, data, _named(row, header)
-        except UnicodeDecodeError as error:
-            raise _RecordError(number, "it is not UTF-8") from error
+                yield first, offset, data, _tried(_named, row, header, data)
         except _RecordError:
             raise
         except (csv.Error, ValueError) as error:
@@ -349,14 +398,23 @@ def _table(file: BinaryIO, offset: int) -> Records:
         offset += len(data)
 
 
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error.reason}") from error
+
+
 def _row(data: bytes, header: list[str]) -> dict[str, Any]:
     try:
-        return _named(next(csv.reader(io.StringIO(data.decode(), newline=""), strict=True), []), header)
+        row = next(csv.reader(io.StringIO(_text(data), newline=""), strict=True), [])
     except csv.Error as error:
         raise ValueError(str(error)) from error
+    return _named(row, header, data)
 
 
-def _named(row: list[str], header: list[str]) -> dict[str, Any]:
+def _named(row: list[str], header: list[str], data: bytes) -> dict[str, Any]:
+    _text(data)
     if len(row) != len(header):
         raise ValueError(f"it has {len(row)} fields; expected {len(header)} as in the header")
     record: dict[str, Any] = dict(zip(header, row, strict=True))
@@ -379,17 +437,16 @@ def _list(file: BinaryIO, offset: int) -> Records:
     for number in itertools.count(1):
         try:
             _, end = decoder.raw_decode(text, at)
-            if end - at > MAX_RECORD_BYTES:
-                raise ValueError(f"it has more than {MAX_RECORD_BYTES} bytes")
-            part = data[at:end]
-            record = parse_json(part)
         except RecursionError:
             raise _RecordError(number, "it is too deeply nested") from None
         except json.JSONDecodeError as error:
             raise _RecordError(number, f"it is not JSON: {error.msg}, in line {error.lineno}") from error
         except ValueError as error:
             raise _RecordError(number, error) from error
-        yield number, offset + at, part, record
+        if end - at > MAX_RECORD_BYTES:
+            raise _RecordError(number, f"it has more than {MAX_RECORD_BYTES} bytes")
+        part = data[at:end]
+        yield number, offset + at, part, _tried(parse_json, part)
         at = _after_space(text, end)
         if text[at : at + 1] != ",":
             break

@@ -353,8 +353,6 @@ def test_files_that_cannot_be_read(folder):
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        ("m.jsonl", '{"win": "a", "lose": "b"}\n\n{"win": "a"\n', r"m\.jsonl:3: it is not JSON"),
-        ("m.jsonl", '{"win": "a", "lose": "b"}\n[1]\n', r"m\.jsonl:2: it is a JSON list; expected an object"),
         ("m.jsonl", '{"win": "a"}', r"m\.jsonl:1: it has no lose"),
         ("m.jsonl", '{"win": "", "lose": "b"}', r"m\.jsonl:1: it has no win"),
         ("m.jsonl", '{"win": ["a"], "lose": "b"}', r"m\.jsonl:1: win is of type list; expected text"),
@@ -377,7 +375,6 @@ def test_files_that_cannot_be_read(folder):
         ("m.json", '[{"win": "a", "lose": "b"}', r"m\.json: record 1: it is followed by neither"),
         ("m.json", '[{"win": "a", "lose": "b"},]', r"m\.json: record 2: it is not JSON"),
         ("m.json", '[{"win": "a", "lose": "b"}] x', r"m\.json: record 1: it is followed by neither"),
-        ("m.json", '[{"win": "a", "lose": "b"},\n {"win": "a"}]', r"m\.json: record 2: it has no lose"),
         ("m.json", "[1]", r"m\.json: record 1: it is a JSON int"),
         ("m.json", "[" * 100_000, r"m\.json: record 1: it is too deeply nested"),
         ("m.json", '[{"file_path": "a", "rank": [1]}]', "file_path is not a list of files"),
@@ -387,13 +384,18 @@ def test_files_that_cannot_be_read(folder):
         ("m.json", '[{"file_path": ["a", "b"]}]', "rank is not a list of 2 numbers"),
         ("m.json", '[{"file_path": ["a"], "rank": [1]}]', "file_path has 1 files; expected 2 to 256"),
         ("m.json", json.dumps([{"file_path": ["a"] * 257, "rank": [1] * 257}]), "file_path has 257 files"),
+        ("m.jsonl", '{"win": "a"}\n[1]\n', r"m\.jsonl:1: it has no lose"),
+        ("m.jsonl", '{"win": "a", "lose": "b"}\n{' + " " * (1 << 24), r"m\.jsonl:2: it has more than 16777216 bytes"),
+        (
+            "m.jsonl",
+            '{"win": "a", "lose": "b"}\n{"jpg_0": "a", "jpg_1": "b", "label_0": 2}',
+            r"m\.jsonl:2: label_0 is 2",
+        ),
         ("m.csv", "", r"m\.csv: no pairs found"),
         ("m.csv", "won,lost\na,b\n", r"m\.csv:1: the header is \['won', 'lost'\]; expected win, lose"),
         ("m.csv", "win,lose,win\n", r"m\.csv:1: the header is \['win', 'lose', 'win'\]; .* all different$"),
         ("m.csv", "win;lose;prompt\na;b;c\n", r"m\.csv:1: the header is .*, and commas between them, not ';'$"),
         ("m.csv", "win\tlose\na\tb\n", r"m\.csv:1: the header is .*, and commas between them, not '\\t'$"),
-        ("m.csv", "win,lose\na,b\n\na,b,c\n", r"m\.csv:4: it has 3 fields; expected 2"),
-        ("m.csv", 'win,lose\na,b\n"a\nb",\n', r"m\.csv:3: it has no lose"),
         ("m.csv", 'win,lose\na,b\n"a,b\n', r"m\.csv:3: unexpected end of data"),
         ("m.csv", 'win,lose\n"a" b,c\n', r"m\.csv:2: "),
         ("m.csv", b"win,lose\na,\xe4\n", r"m\.csv:2: it is not UTF-8"),
@@ -404,6 +406,45 @@ def test_bad_records_are_refused_with_their_place(tmp_path, name, text, reason):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SourceError, match=reason):
         ManifestPairs(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "bad", "reason"),
+    [
+        ("m.jsonl", "", b'{"win": "a"', "it is not JSON"),
+        ("m.jsonl", "", b'{"prompt": "x"}', "it has prompt; expected win and lose"),
+        ("m.jsonl", "", b'{"win": "a.jpg", "lose": "b.jpg", "weight": NaN}', "weight is nan; expected a number >= 0"),
+        ("m.jsonl", "", b'{"win": "\xe4", "lose": "b.jpg"}', "it is not UTF-8"),
+        ("m.csv", "win,lose\n", b"a.jpg,b.jpg,c", "it has 3 fields; expected 2"),
+        ("m.csv", "win,lose\n", b'"a\nb",', "it has no lose"),
+        ("m.csv", "win,lose\n", b"a.jpg,\xe4", "it is not UTF-8"),
+        ("m.json", "[", b'{"win": "a"}', "it has no lose"),
+        ("m.json", "[", b'{"file_path": ["a", "b"], "rank": [1]}', "rank is not a list of 2 numbers"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_bad_record_is_a_bad_pair(folder, name, begin, bad, reason, at):
+    """Opening says so, also where the index was kept; a loader leaves it out; and it makes no category of its own."""
+    good = [json.dumps({"win": f"{c}.jpg", "lose": "f.jpg", "category": "it"}) for c in "abcd"]
+    if name == "m.csv":
+        good = [f"{c}.jpg,f.jpg" for c in "abcd"]
+    records = [record.encode() for record in good]
+    records.insert(at, bad)
+    end = b",\n" if name == "m.json" else b"\n"
+    (folder / name).write_bytes(begin.encode() + end.join(records) + b"]" * (name == "m.json"))
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=rf"^1 of 5 records are no pairs; the first is .*{reason}"):
+            source = ManifestPairs(folder / name)
+    assert len(source) == source.counts["records"] == 5
+    assert source.counts["bad records"] == 1
+    assert source.categories[0] == (("",) if name == "m.csv" else ("it",))
+    for index in range(5):
+        if index == at:
+            with pytest.raises(PairError, match=reason) as error:
+                source[index]
+            assert str(error.value).startswith(source.position(index))
+        else:
+            assert bytes(source[index].win).decode() == "abcd"[index - (index > at)]
 
 
 def test_a_manifest_that_changed_after_opening(folder):
