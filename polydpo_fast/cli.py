@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,9 @@ def pack(
         for name in {"category", "weight"}.intersection(columns or ()):
             raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
         size = packing.bytes_of(shard_size)
+        for folder in source:
+            if os.path.isdir(folder) and out.resolve().is_relative_to(Path(folder).resolve()):
+                raise ValueError(f"OUT is {out}, within {folder}, of which all is read; expected another place")
         where = source[0] if len(source) == 1 else source
         pairs = open_source(where, **_options(given))
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as progress:

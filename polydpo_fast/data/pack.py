@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
@@ -62,15 +63,19 @@ def pack(
 
     A pair that cannot be read, or is neither image nor clip, is left out and written down in unreadable.jsonl. Can be
     interrupted at any moment: called again it goes on after the last whole shard. Raises SourceError if the folder
-    holds the shards of another source or size, or other tar files, or if another process is packing into it; also for
-    extra columns that JSON cannot hold.
+    holds the shards of another source or size, or with other columns, or other tar files, or if another process is
+    packing into it; also for extra columns that JSON cannot hold. Raises ValueError where `out` is an address.
     """
     if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
         raise ValueError(f"shard_size is {shard_size!r}; expected a number of bytes, 1 or more")
-    folder = Path(out)
+    folder = Path(out).expanduser()
+    if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(folder)):  # a Path has only one slash of an address
+        raise ValueError(f"out is {os.fspath(out)}; expected a folder of this machine, to copy the shards from")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
         state = _begin(folder, source, shard_size)
+        if state.shards:
+            _check_first_pair(folder / _shard_name(0), source)
         shard, faults = _Shard(folder), list[bytes]()
         pairs = read_ahead(source, range(state.next, len(source)))
         try:
@@ -200,7 +205,8 @@ class _Shard:
     def abandon(self) -> None:
         """No harm to one that is finished."""
         if not self._file.closed:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what was still to be written may find a full disk
+                self._file.close()
             self._path.unlink()
 
 
@@ -245,6 +251,27 @@ def _begin(folder: Path, source: Source, shard_size: int) -> Packed:
     with open(folder / UNREADABLE, "ab") as file:
         file.truncate(min(file.tell(), state.unreadable_bytes))
     return state
+
+
+def _check_first_pair(shard: Path, source: Source) -> None:
+    """It would become the same bytes now. A fingerprint knows nothing of the columns, and not all of the content."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            files = ((info.name, tar.extractfile(info)) for info in tar)
+            kept = [(name, file.read()) for name, file in itertools.islice(files, 3) if file is not None]
+        index = int(kept[0][0].split(".")[0])
+    except (tarfile.TarError, LookupError, ValueError) as error:
+        raise SourceError(f"{shard} is damaged: {error}") from error
+    try:
+        members = _members(index, source[index])
+    except PairError as error:
+        members = error
+    if isinstance(members, PairError):
+        raise SourceError(f"{shard} has pair {index}, which cannot be read now: {members}")
+    if kept != [(name, bytes(data)) for name, data in members]:
+        raise SourceError(
+            f"{shard.parent} was begun with other columns, or the source has changed: pair {index} is another one now"
+        )
 
 
 def _commit(folder: Path, state: Packed, shard: _Shard, faults: list[bytes], following: int) -> Packed:

@@ -183,7 +183,8 @@ def test_interrupted_by_the_source(tmp_path, at):
     assert pack(source, parted, shard_size=20480).next == len(reading)
     assert contents(parted) == contents(whole)
     if at > 12:
-        assert min(asked) > 0
+        assert asked[0] == 0  # which is compared
+        assert min(asked[1:]) > 0
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
@@ -252,9 +253,78 @@ def test_what_is_done_is_not_done_again(tmp_path):
     first = pack(many(), tmp_path)
     before = contents(tmp_path)
     again = many()
-    again.pairs = [RuntimeError("read again")] * len(again)
+    again.pairs[1:] = [RuntimeError("read again")] * (len(again) - 1)  # the first one is compared
     assert pack(again, tmp_path) == first
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_run_is_not_continued_with_other_columns_or_content(tmp_path, stopped):
+    """Of which the fingerprint says nothing; half of the shards would lack them."""
+
+    def source(**extra):
+        return Listed([Pair(f"{n}", image(n), image(n), extra=extra) for n in range(20)])
+
+    begun = source(a=1)
+    if stopped:
+        begun.pairs[15] = RuntimeError("stop")
+        with pytest.raises(RuntimeError, match="stop"):
+            pack(begun, tmp_path, shard_size=20480)
+    else:
+        pack(begun, tmp_path, shard_size=20480)
+    before = contents(tmp_path)
+    others = [source(b=1), source(), source(a=1), source(a=1)]
+    others[2].pairs[0] = PairError("gone")
+    others[3].pairs[0] = Pair("0", image(0), image(1), extra={"a": 1})
+    for other, reason in zip(others, ["was begun with other columns"] * 2 + ["gone", "pair 0 is another"], strict=True):
+        with pytest.raises(SourceError, match=reason):
+            pack(other, tmp_path, shard_size=20480)
+        assert contents(tmp_path) == before
+    assert pack(source(a=1), tmp_path, shard_size=20480).pairs == 20
+    assert TarPairs(tmp_path, columns=["a"])[19].extra == {"a": 1}
+
+
+def test_out_is_a_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for out in ("s3://bucket/pairs", "memory://pairs", "https://host/pairs"):
+        with pytest.raises(ValueError, match="expected a folder of this machine"):
+            pack(many(), out)
+    assert list(tmp_path.iterdir()) == []
+    pack(many(), "~/out")
+    assert len(TarPairs(tmp_path / "home" / "out")) == 18
+
+
+def test_the_command_refuses_to_write_into_the_folder_that_it_reads(tmp_path):
+    """Its shards would be read as a part of it the next time."""
+    pack(many(), tmp_path / "data")
+    for out in ("data/again", "data", "other/../data/x"):
+        run = CliRunner().invoke(app, ["pack", str(tmp_path / "data"), str(tmp_path / out)])
+        assert run.exit_code == 2
+        assert "of which all is read" in run.output.replace("\n", " ")
+    assert len(open_source(tmp_path / "data")) == 18
+    run = CliRunner().invoke(app, ["pack", str(tmp_path / "data" / "*.tar"), str(tmp_path / "data" / "again")])
+    assert run.exit_code == 0, run.output
+
+
+def test_a_full_disk_leaves_no_half_of_a_shard(tmp_path, monkeypatch):
+    """Which would keep it full. What is buffered finds no room either when the file is closed."""
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > 3000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    genuine = open
+
+    def opened(path, mode="r"):
+        return io.BufferedWriter(Full(path, "w"), 2000) if str(path).endswith("finished.part") else genuine(path, mode)
+
+    monkeypatch.setattr(packing, "open", opened, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        pack(many(), tmp_path)
+    assert sorted(contents(tmp_path)) == ["pack.json", "unreadable.jsonl"]
 
 
 def test_other_folders_and_sources_are_refused(tmp_path):
