@@ -19,6 +19,7 @@ __all__ = [
     "TIE_WEIGHT",
     "WEIGHT",
     "WINS",
+    "IfThere",
     "Layout",
     "check_options",
     "counted",
@@ -33,8 +34,12 @@ __all__ = [
 NONE, WINS, LOSES, TIE = range(4)
 """What a row says of its first image; NONE where it has no label."""
 
-WEIGHT, CATEGORY = "weight", "category"
-"""Columns that count where they are there, without being asked for."""
+
+class IfThere(str):
+    """The name of a column, as a default: it counts where it is there. What a caller names has to be there."""
+
+
+WEIGHT, CATEGORY = IfThere("weight"), IfThere("category")
 
 TIES = ("drop", "keep", "error")
 TIE_WEIGHT = 0.5

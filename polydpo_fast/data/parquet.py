@@ -27,6 +27,7 @@ from .columns import (
     TIE,
     WEIGHT,
     WINS,
+    IfThere,
     Layout,
     check_options,
     counted,
@@ -68,9 +69,9 @@ class ParquetPairs(Source):
     ties: "drop" leaves them out, "keep" gives them weight 0.5 and the arms in the order of the columns, "error" is a
         SourceError.
     columns: further ones, for `Pair.extra`.
-    category, weight: columns of text or integers, and of numbers >= 0; None for none. Those that are named `category`
-        and `weight` need not be there, and where they hold something else they are not used, with a warning. Without a
-        text a pair's category is "", and without a number its weight is 1; a tie has half of it.
+    category, weight: columns of text or integers, and of numbers >= 0; None for none. If not given, `category` and
+        `weight` count where they are there, and where they hold something else they are not used, with a warning.
+        Without a text a pair's category is "", and without a number its weight is 1; a tie has half of it.
     cache: folder for the index; the user's cache folder if None.
     memory_bytes: row groups of up to so many bytes in all are kept in memory; the latest is in any case. It should be
         enough for as many as a loader shuffles together, or they are read again and again.
@@ -114,9 +115,11 @@ class ParquetPairs(Source):
         for name in (self._layout.first, self._layout.second):
             if name in self._extra:
                 raise ValueError(f"columns has {name}, an image of the pair; expected others")
-        if weight == WEIGHT and not _is_usable(schemas, self._files, WEIGHT, _is_number, "numbers"):
+        if isinstance(weight, IfThere) and not _is_usable(schemas, self._files, weight, _is_number, "numbers"):
             weight = None
-        if category == CATEGORY and not _is_usable(schemas, self._files, CATEGORY, _is_category, "text or integers"):
+        if isinstance(category, IfThere) and not _is_usable(
+            schemas, self._files, category, _is_category, "text or integers"
+        ):
             category = None
         self._weight = weight
         for file, schema in zip(self._files, schemas, strict=True):
@@ -213,7 +216,8 @@ class ParquetPairs(Source):
                 f"{file.path} has {other.first} and {other.second}; the first file {layout.first} and {layout.second}"
             )
         has_weight = self._weight in schema.names
-        for name in [*layout.needed, *self._extra, *([self._weight] if has_weight or self._weight != WEIGHT else [])]:
+        weight = self._weight if has_weight or not isinstance(self._weight, IfThere) else None
+        for name in [*layout.needed, *self._extra, weight]:
             if name is not None and schema.get_field_index(name) < 0:
                 twice = " once" if name in schema.names else ""
                 raise SourceError(f"{file.path} does not have {name}{twice}; its columns are {', '.join(schema.names)}")
@@ -414,7 +418,8 @@ def _index_of(file: File, category: str | None, folder: str | os.PathLike[str] |
     if not file.stamp:  # nothing would tell that it has changed
         return _build_index(file, category)
     place = os.path.abspath(file.path) if file.is_local else file.path
-    stamp = json.dumps(["parquet", _FORMAT, category, place, file.size, file.stamp])
+    asked = not isinstance(category, IfThere)
+    stamp = json.dumps(["parquet", _FORMAT, category, asked, place, file.size, file.stamp])
     return load_or_build(stamp, partial(_build_index, file, category), folder, partial(_is_index, category=category))
 
 
@@ -434,9 +439,9 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
                 raise SourceError(f"{file.path} says that it has {facts.num_rows} rows in {file.size} bytes")
             labels = [name for name in (layout.label, HAS_LABEL) if name in schema.names and layout.label is not None]
             has_category = category in schema.names
-            if category not in (None, CATEGORY) and not has_category:
+            if category is not None and not isinstance(category, IfThere) and not has_category:
                 raise SourceError(f"{file.path} has no column {category}; its columns are {', '.join(schema.names)}")
-            if has_category and category == CATEGORY and not _is_category(schema.field(category).type):
+            if has_category and isinstance(category, IfThere) and not _is_category(schema.field(category).type):
                 has_category = False  # nobody asked for it; opening says that it is not used
             if has_category and pa.types.is_nested(kind := schema.field(category).type):
                 raise SourceError(f"{file.path}: {category} is {kind}; expected text or integers, or category=None")

@@ -18,6 +18,7 @@ from .columns import (
     HAS_LABEL,
     WEIGHT,
     WINS,
+    IfThere,
     check_options,
     counted,
     is_labelled,
@@ -87,13 +88,13 @@ class RecordPairs(Source):
         if not isinstance(first, Mapping):
             raise SourceError(f"records[0] is a {type(first).__name__}; expected a mapping")
         self._layout = layout_of([str(name) for name in first], "records[0]")
-        category = None if category == CATEGORY and category not in first else category
-        weight = None if weight == WEIGHT and weight not in first else weight
-        if category == CATEGORY and not _is_category(first[CATEGORY]):
-            warn_ignored("records[0]", CATEGORY, repr(first[CATEGORY]), "text or an integer")
+        category = None if isinstance(category, IfThere) and category not in first else category
+        weight = None if isinstance(weight, IfThere) and weight not in first else weight
+        if isinstance(category, IfThere) and not _is_category(first[category]):
+            warn_ignored("records[0]", category, repr(first[category]), "text or an integer")
             category = None
-        if weight == WEIGHT and not _is_weight(first[WEIGHT]):
-            warn_ignored("records[0]", WEIGHT, repr(first[WEIGHT]), "a number")
+        if isinstance(weight, IfThere) and not _is_weight(first[weight]):
+            warn_ignored("records[0]", weight, repr(first[weight]), "a number")
             weight = None
         self._extra, self._category, self._weight = tuple(columns), category, weight
         for name in (*self._extra, category, weight):
@@ -130,9 +131,9 @@ class RecordPairs(Source):
         row, verdict = int(self._rows[index]), int(self._verdicts[index])
         record = self._record(row)
         win, lose = (self._image(record, column, arm) for arm, column in self._layout.arms(verdict))
-        missing = [name for name in (*self._extra, self._weight) if name not in (None, WEIGHT) and name not in record]
-        if missing:
-            raise PairError(f"it does not have {missing[0]}")
+        for name in (*self._extra, self._weight):
+            if name is not None and not isinstance(name, IfThere) and name not in record:
+                raise PairError(f"it does not have {name}")
         prompt = record.get(self._layout.prompt)
         if not isinstance(prompt, (str, type(None))):
             raise PairError(f"{self._layout.prompt} is a {type(prompt).__name__}; expected text")

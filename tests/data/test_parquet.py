@@ -322,6 +322,28 @@ def test_a_column_that_is_not_there(shard, options):
         ParquetPairs(shard, **options)
 
 
+@pytest.mark.parametrize("name", ["weight", "category"])
+def test_a_column_that_is_asked_for_by_its_usual_name_is_there(tmp_path, shard, name):
+    """As under any other name; also where the file was opened, and its index kept, without being asked."""
+    unasked = ParquetPairs(shard)
+    assert (unasked[0].weight, unasked[0].category) == (1.0, "")
+    with pytest.raises(SourceError, match=rf"shard\.parquet .*{name}; its columns are are_different"):
+        ParquetPairs(shard, **{name: name})
+    table = pick_a_pic([(1.0, True)] * 3)
+    path = write(tmp_path / "wrong.parquet", table.append_column(name, [[["x"]] * 3]))
+    with pytest.warns(RuntimeWarning, match="is not used"):
+        ParquetPairs(path)
+    with pytest.raises(SourceError, match=rf"{name} is list"):
+        ParquetPairs(path, **{name: name})
+    path = write(tmp_path / "right.parquet", table.append_column(name, [[3, 4, 5]]))
+    asked = ParquetPairs(path, **{name: name})
+    assert (asked[1].weight, asked[1].category) == ((4.0, "") if name == "weight" else (1.0, "4"))
+    assert asked.fingerprint == ParquetPairs(path).fingerprint
+    with pytest.raises(SourceError, match=name):
+        ParquetPairs([path, shard], **{name: name})
+    assert ParquetPairs([path, shard])[1].weight == asked[1].weight
+
+
 def test_arguments_are_checked(shard):
     with pytest.raises(TypeError, match="columns is 'caption'; expected a list"):
         ParquetPairs(shard, columns="caption")

@@ -193,6 +193,11 @@ def test_names_of_columns_are_checked():
     for options in ({"columns": ["kind"]}, {"category": "kind"}, {"weight": "kind"}):
         with pytest.raises(SourceError, match=r"records\[0\] does not have kind; it has win, lose"):
             RecordPairs(records, **options)
+    for name in ("category", "weight"):  # asked for, it is to be there
+        with pytest.raises(SourceError, match=rf"records\[0\] does not have {name}; it has win, lose"):
+            RecordPairs(records, **{name: name})
+    with pytest.raises(PairError, match="it does not have weight"):
+        RecordPairs([{**records[0], "weight": 1}, records[0]], weight="weight")[1]
     with pytest.raises(TypeError, match="columns is 'win'"):
         RecordPairs(records, columns="win")
     with pytest.raises(ValueError, match="columns has win"):
