@@ -357,7 +357,7 @@ def test_the_index_is_kept_and_built_anew_when_the_shard_changes(tmp_path, monke
 
 
 def test_at_most_64_bytes_of_memory_per_pair():
-    assert TarPairs.row.itemsize == 25
+    assert TarPairs.row.itemsize == 29
 
 
 def test_remote_shards_read_the_same(tmp_path):
@@ -406,6 +406,37 @@ def test_one_bad_json_is_the_trouble_of_its_pair(tmp_path):
         with pytest.raises(PairError, match=r"s0\.tar at byte \d+: "):
             source[index]
     assert source[len(bad)].key == "good"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_bad_json_makes_no_category(tmp_path, at):
+    """Which would have as many turns as each of the others where categories are balanced."""
+    members = [sample(key, category="it") for key in "ab"]
+    members.insert(at, [*sample("x")[:2], ("x.json", b"{")])
+    source = pairs_of(tmp_path, archive([one for some in members for one in some]))
+    assert source.categories[0] == ("it",)
+    assert [source[index].category for index in range(3) if index != at] == ["it", "it"]
+    assert pairs_of(tmp_path, archive(members[at])).categories[0] == ("",)
+
+
+def test_what_a_remote_shard_says_of_its_pairs_is_not_another_thing_later(tmp_path):
+    """Names and sizes are the same; only the winner is another one, or the prompt."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+
+    def shard(label, prompt):
+        arms = [("k.0.jpg", b"A"), ("k.1.jpg", b"B"), ("k.json", b'{"label": %d}' % label), ("k.txt", prompt)]
+        return archive([*arms, *sample("z")])
+
+    memory.pipe("/later.tar", shard(0, b"cat"))
+    source = TarPairs("memory://later.tar")
+    assert (bytes(source[0].win), source[0].prompt) == (b"A", "cat")
+    for changed in (shard(1, b"cat"), shard(0, b"dog")):
+        memory.pipe("/later.tar", changed)
+        with pytest.raises(PairError, match=r"later\.tar at byte 0: the shard has changed"):
+            source[0]
+        assert source[1].key == "z"
+    memory.pipe("/later.tar", shard(0, b"cat"))
+    assert (bytes(source[0].win), source[0].prompt) == (b"A", "cat")
 
 
 def test_a_shard_replaced_after_opening(tmp_path):
