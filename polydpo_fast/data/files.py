@@ -6,12 +6,13 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .source import SourceError, is_unicode
@@ -19,6 +20,7 @@ from .source import SourceError, is_unicode
 __all__ = ["File", "Location", "contents", "find", "names", "suffix_of_path"]
 
 Location = str | os.PathLike[str]
+T = TypeVar("T")
 _MAX_FILE = 1 << 30
 _BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_DIGITS = 18
@@ -27,6 +29,8 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/(\w[\w.-]*)", re.ASCII)
 _WEB = ("http://", "https://")
 _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond what is asked for
 _ASKING = 16  # questions to a storage at once
+_PAUSES_S = (0.2, 1.0)  # before what a network failed to give is asked for again
+_TOO_SOON = (408, 425, 429)  # answers of a web server that will be another one later, as those from 500 on
 # What storages call it: S3 and Google, the web, Azure, the Hugging Face hub, disks.
 _STAMPS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "blob_id", "mtime", "created")
 
@@ -62,8 +66,11 @@ class File:
         them says of which file."""
         length = max(0, self.size - start) if length is None else length
         if not self.is_local:
+            end = start + length
             try:
-                data = bytes(_part(self._filesystem(), self.path, start, start + length))
+                data = self.patiently(lambda: bytes(_part(self._filesystem(), self.path, start, end)))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"no such file: {error}") from error
             except (OSError, ImportError, SourceError):
                 raise
             except Exception as error:  # the storages' clients have exceptions of their own
@@ -96,6 +103,10 @@ class File:
             return (facts.st_size, str(facts.st_mtime_ns)) != (self.size, self.stamp)
         info = _info(self._filesystem(), self.path)
         return (info.get("size"), _stamp(info)) != (self.size, self.stamp)
+
+    def patiently(self, read: Callable[[], T]) -> T:
+        """What `read` makes of the file. A network fails now and then: of a remote file it is tried again, twice."""
+        return read() if self.is_local else _patiently(read)
 
     def _filesystem(self) -> Any:
         return _filesystem(self.path)[0]
@@ -264,10 +275,10 @@ def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:
     try:
         if any(c in place for c in ("*[" if _is_web(place) else "*?[")):
             found = sorted(filesystem.glob(place))
-        elif not place.endswith("/") and _parts(place)[-1].endswith((*suffixes,)):
+        elif not place.endswith("/") and _parts(place)[-1].lower().endswith((*suffixes,)):
             found = [place]  # isdir would ask a web server for all of it
         elif filesystem.isdir(place):
-            found = sorted(path for path in filesystem.find(place) if path.endswith((*suffixes,)))
+            found = sorted(path for path in filesystem.find(place) if path.lower().endswith((*suffixes,)))
         else:
             found = [place] if filesystem.exists(place) else []
         with ThreadPoolExecutor(_ASKING) as pool:
@@ -286,10 +297,31 @@ def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:
 
 def _info(filesystem: Any, path: str) -> Mapping[str, Any]:
     try:
-        info: Mapping[str, Any] = filesystem.info(path)
+        info: Mapping[str, Any] = _patiently(lambda: filesystem.info(path))
         return info
     except FileNotFoundError as error:  # whatever a web server answered: that is the cause
         raise FileNotFoundError(f"no such file: {error.__cause__ or error}") from error
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    for pause_s in _PAUSES_S:
+        try:
+            return read()
+        except Exception as error:  # the storages' clients have exceptions of their own
+            if not _may_pass(error):
+                raise
+        time.sleep(pause_s)
+    return read()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is the network's or the server's trouble, and not the file's."""
+    status = getattr(error.__cause__ or error, "status", None)
+    if isinstance(status, int):
+        return status in _TOO_SOON or status >= 500
+    if isinstance(error, OSError):
+        return not isinstance(error, (FileNotFoundError, PermissionError))
+    return not isinstance(error, (ValueError, TypeError, LookupError, ImportError, NotImplementedError))
 
 
 def _part(filesystem: Any, path: str, start: int, end: int) -> Any:

@@ -242,15 +242,20 @@ class ParquetPairs(Source):
         layout = self._layout
         images = dict.fromkeys((layout.first, layout.second))
         others = dict.fromkeys(name for name in (layout.prompt, self._weight, *self._extra) if name is not None)
-        try:
+
+        def read() -> Any:
             _check_unchanged(file)
             with _open(file) as parquet:
                 schema = parquet.schema_arrow
                 # Of a struct only its bytes: the path is of no use, and other fields may be large.
                 wanted = [f"{n}.bytes" if pa.types.is_struct(schema.field(n).type) else n for n in images]
                 wanted += [name for name in others if name in schema.names]
-                table = pa.Table.from_batches(_batches(parquet, block.number, wanted, file.size))
+                found = pa.Table.from_batches(_batches(parquet, block.number, wanted, file.size))
             _check_unchanged(file)  # it may have been replaced in between
+            return found
+
+        try:
+            table = file.patiently(read)
             if table.num_rows != block.rows:
                 raise ValueError(f"it has {table.num_rows} rows; expected {block.rows}")
             return _Group(
@@ -430,47 +435,51 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
     digest: of the footer, which says where each column begins and how long it is, and so changes with the content.
     With a category: codes, (rows,) int32, and texts, a list in JSON; both empty in a file without that column.
     """
-    pa = _pyarrow()
     try:
-        with _open(file, () if category is None else (category,)) as parquet:
-            facts, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
-            layout = layout_of(schema.names, file.path)
-            if facts.num_rows >= min(2**32, 64 * file.size):  # so many rows of images cannot be in there
-                raise SourceError(f"{file.path} says that it has {facts.num_rows} rows in {file.size} bytes")
-            labels = [name for name in (layout.label, HAS_LABEL) if name in schema.names and layout.label is not None]
-            has_category = category in schema.names
-            if category is not None and not isinstance(category, IfThere) and not has_category:
-                raise SourceError(f"{file.path} has no column {category}; its columns are {', '.join(schema.names)}")
-            if has_category and isinstance(category, IfThere) and not _is_category(schema.field(category).type):
-                has_category = False  # nobody asked for it; opening says that it is not used
-            if has_category and pa.types.is_nested(kind := schema.field(category).type):
-                raise SourceError(f"{file.path}: {category} is {kind}; expected text or integers, or category=None")
-            wanted = labels + ([category] if has_category else [])
-            table = parquet.read(columns=wanted, use_threads=False)  # without any, no rows either
-            groups = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
-        length = int.from_bytes(file.read(file.size - 8, 4), "little")
-        footer = file.read(file.size - 8 - length, length)
-        _check_unchanged(file)
-        if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or (wanted and len(table) != facts.num_rows):
-            raise SourceError(f"{file.path}: its row groups do not add up to its {facts.num_rows} rows")
-        index = {
-            "verdict": _verdicts(table, layout, facts.num_rows, file),
-            "groups": np.array(groups, dtype=np.int64),
-            "schema": np.frombuffer(schema.serialize(), np.uint8),
-            "digest": np.frombuffer(hashlib.sha256(footer).digest(), np.uint8),
-        }
-        if category is not None:
-            try:
-                codes, texts = _coded(table.column(category)) if has_category else (np.zeros(0, np.int32), [])
-            except Exception as error:  # bytes that are not UTF-8, whatever a conversion raises
-                raise SourceError(f"{file.path}: {category} is no text: {error}; expected text or integers") from error
-            index["codes"] = codes
-            index["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
-        return index
+        return file.patiently(partial(_read_index, file, category))
     except (SourceError, ImportError):
         raise
     except Exception as error:  # pyarrow's, and those of the storages' clients
         raise SourceError(f"{file.path}: {error or type(error).__name__}") from error
+
+
+def _read_index(file: File, category: str | None) -> dict[str, np.ndarray]:
+    pa = _pyarrow()
+    with _open(file, () if category is None else (category,)) as parquet:
+        facts, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
+        layout = layout_of(schema.names, file.path)
+        if facts.num_rows >= min(2**32, 64 * file.size):  # so many rows of images cannot be in there
+            raise SourceError(f"{file.path} says that it has {facts.num_rows} rows in {file.size} bytes")
+        labels = [name for name in (layout.label, HAS_LABEL) if name in schema.names and layout.label is not None]
+        has_category = category in schema.names
+        if category is not None and not isinstance(category, IfThere) and not has_category:
+            raise SourceError(f"{file.path} has no column {category}; its columns are {', '.join(schema.names)}")
+        if has_category and isinstance(category, IfThere) and not _is_category(schema.field(category).type):
+            has_category = False  # nobody asked for it; opening says that it is not used
+        if has_category and pa.types.is_nested(kind := schema.field(category).type):
+            raise SourceError(f"{file.path}: {category} is {kind}; expected text or integers, or category=None")
+        wanted = labels + ([category] if has_category else [])
+        table = parquet.read(columns=wanted, use_threads=False)  # without any, no rows either
+        groups = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
+    length = int.from_bytes(file.read(file.size - 8, 4), "little")
+    footer = file.read(file.size - 8 - length, length)
+    _check_unchanged(file)
+    if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or (wanted and len(table) != facts.num_rows):
+        raise SourceError(f"{file.path}: its row groups do not add up to its {facts.num_rows} rows")
+    index = {
+        "verdict": _verdicts(table, layout, facts.num_rows, file),
+        "groups": np.array(groups, dtype=np.int64),
+        "schema": np.frombuffer(schema.serialize(), np.uint8),
+        "digest": np.frombuffer(hashlib.sha256(footer).digest(), np.uint8),
+    }
+    if category is not None:
+        try:
+            codes, texts = _coded(table.column(category)) if has_category else (np.zeros(0, np.int32), [])
+        except Exception as error:  # bytes that are not UTF-8, whatever a conversion raises
+            raise SourceError(f"{file.path}: {category} is no text: {error}; expected text or integers") from error
+        index["codes"] = codes
+        index["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+    return index
 
 
 def _is_index(arrays: Mapping[str, np.ndarray], category: str | None) -> bool:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from data.pairs import everything, plain, png, which
 
-from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger
+from polydpo_fast.data import PairError, PairLoader, SourceError, files, open_source, read_ledger
 from polydpo_fast.data.files import File
 
 fsspec = pytest.importorskip("fsspec")
@@ -27,6 +27,11 @@ pq = pytest.importorskip("pyarrow.parquet")
 TINY = dict(size=2, dtype=torch.uint8)
 COUNT = 12
 NAMES = ("pairs.parquet", "pairs.tar", "pairs.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(files, "_PAUSES_S", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -61,7 +66,8 @@ def fill(folder, numbers):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves ranges, unless `server.whole`. `server.status` is the answer to everything, if it is set."""
+    """Serves ranges, unless `server.whole`. If they are set, `server.status` is the answer to everything, and
+    `server.busy` to every other request."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # which waits 40 ms for each answer
@@ -70,6 +76,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.server.asked.append((self.path, self.headers.get("Range")))
         if self.server.status:
             return self.send_error(self.server.status)
+        if self.server.busy and len(self.server.asked) % 2:
+            return self.send_error(self.server.busy)
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         path = self.translate_path(self.path)
         if found is None or self.server.whole:
@@ -101,7 +109,7 @@ def web(folder):
     pytest.importorskip("aiohttp", reason="aiohttp is not installed")
     handler = functools.partial(Handler, directory=str(folder.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads, server.asked, server.whole, server.status = True, [], False, 0
+        server.daemon_threads, server.asked, server.whole, server.status, server.busy = True, [], False, 0, 0
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -215,6 +223,30 @@ def test_a_server_that_fails_in_the_middle(web, name, tmp_path):
     assert "503" in next(read_ledger(tmp_path / "bad"))["reason"]
 
 
+@pytest.mark.parametrize("busy", [429, 503])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_server_that_is_busy_now_and_then_costs_no_pair(folder, web, name, busy):
+    server, address = web
+    source = open_source(f"{address}/{name}")
+    server.busy = busy
+    assert everything(source) == everything(open_source(folder / name))
+
+
+def test_what_a_server_does_not_have_is_not_asked_for_again(web, folder, monkeypatch):
+    server, address = web
+    source = open_source(f"{address}/pairs.tar")
+    (folder / "pairs.tar").unlink()
+    server.asked.clear()
+    with pytest.raises(PairError, match=r"pairs\.tar at byte 0: no such file: http"):
+        source[0]
+    assert len(server.asked) == 1
+    monkeypatch.setattr(files, "_PAUSES_S", (60.0,))  # which would be waited for
+    for status in (401, 403, 404, 416):
+        server.status = status
+        with pytest.raises(PairError):
+            source[0]
+
+
 def test_servers_without_ranges_are_told(web):
     server, address = web
     source = open_source(f"{address}/pairs.tar")
@@ -315,6 +347,16 @@ class Hosted(fsspec.get_filesystem_class("memory")):
     @staticmethod
     def _get_kwargs_from_urls(path):
         return {"host": path.removeprefix("hosted://").partition("/")[0]}
+
+
+def test_suffixes_in_capitals(folder):
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/capitals/PAIRS.TAR", (folder / "pairs.tar").read_bytes())
+    try:
+        for address in ("memory://capitals", "memory://capitals/PAIRS.TAR", "memory://capitals/*.TAR"):
+            assert len(open_source(address)) == COUNT
+    finally:
+        memory.rm("/capitals", recursive=True)
 
 
 def test_addresses_keep_their_host(folder):
