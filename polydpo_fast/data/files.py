@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import stat
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .source import SourceError, is_unicode
 
-__all__ = ["File", "Location", "contents", "find", "names", "suffix_of_path"]
+__all__ = ["File", "Location", "contents", "find", "find_one_split", "names", "suffix_of_path"]
 
 Location = str | os.PathLike[str]
 T = TypeVar("T")
@@ -25,6 +26,8 @@ _MAX_FILE = 1 << 30
 _BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_DIGITS = 18
 _MOST_NUMBERED = 1 << 20
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")  # as the package datasets names them
+_SPLIT = re.compile(r"(?<![a-z])(train|val|test|dev|eval)(?:ing|id|idation|uation)?(?![a-z])")
 _HUB_NAME = re.compile(r"\w[\w.-]*/(\w[\w.-]*)", re.ASCII)
 _WEB = ("http://", "https://")
 _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond what is asked for
@@ -169,6 +172,33 @@ def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[
     if not files:
         raise SourceError(f"{place}: {_missing(os.path.expanduser(place), suffixes)}")
     return files
+
+
+def find_one_split(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[File]:
+    """As `find`; but datasets come with their training and test files in one folder, which nobody wants to train on
+    together. Raises SourceError for these, unless they are in a list."""
+    files = find(where, suffixes)
+    if isinstance(where, (str, os.PathLike)):
+        _check_splits(os.fspath(where), files)
+    return files
+
+
+def _check_splits(place: str, files: Sequence[File]) -> None:
+    parts = [_parts(file.path) for file in files]
+    common = len([*itertools.takewhile(lambda level: len({*level}) == 1, zip(*parts, strict=False))])
+    shards: dict[str, str] = {}
+    splits: dict[str, str] = {}  # for each the first of its files
+    for path in ("/".join(part[common:]) for part in parts):
+        if found := _SHARD.fullmatch(path.rpartition("/")[2]):
+            shards.setdefault(found[1], path)
+        if words := _SPLIT.findall(path.lower()):
+            splits.setdefault(words[-1], path)
+    for one in (shards, splits):
+        if len(one) > 1:
+            raise SourceError(
+                f"{place} has files of several splits: {', '.join(sorted(one))}, such as "
+                f"{' and '.join(sorted(one.values())[:2])}; expected a folder or glob of one, or a list of files"
+            )
 
 
 def _numbered(place: str) -> list[str]:

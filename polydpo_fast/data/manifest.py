@@ -21,7 +21,7 @@ from typing_extensions import Buffer
 
 from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
-from .files import File, Location, contents, find
+from .files import File, Location, contents, find_one_split
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .source import Arm, Pair, PairError, SourceError
 
@@ -87,7 +87,8 @@ class ManifestPairs(IndexedSource):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         self._root = None if root is None else os.path.expanduser(os.fspath(root))
-        super().__init__(find(where, (".jsonl", ".csv", ".json")), ties=ties, columns=columns, cache=cache)
+        files = find_one_split(where, (".jsonl", ".csv", ".json"))
+        super().__init__(files, ties=ties, columns=columns, cache=cache)
         if (repeated := self._repeated()) is not None:
             first, second = map(self.position, repeated)
             raise SourceError(f"{second}: its key is that of {first}; expected keys that are all different")

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import threading
 import time
 import warnings
@@ -37,7 +36,7 @@ from .columns import (
     verdicts,
     warn_ignored,
 )
-from .files import File, Location, find, names
+from .files import File, Location, find_one_split, names
 from .reading import was_given_up
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
 
@@ -65,7 +64,7 @@ class ParquetPairs(Source):
     left out. Five bytes of memory per pair (six to nine with categories).
 
     where: a file, a glob, a folder, an address that fsspec knows, or a list of them. Files of several splits,
-        train-00000-of-00645.parquet and test-..., are refused unless they are in a list.
+        train-00000-of-00645.parquet and test-..., or train/ and validation/, are refused unless they are in a list.
     ties: "drop" leaves them out, "keep" gives them weight 0.5 and the arms in the order of the columns, "error" is a
         SourceError.
     columns: further ones, for `Pair.extra`.
@@ -101,10 +100,8 @@ class ParquetPairs(Source):
         check_options(ties, columns)
         if isinstance(memory_bytes, bool) or not isinstance(memory_bytes, int) or memory_bytes < 0:
             raise ValueError(f"memory_bytes is {memory_bytes!r}; expected an int >= 0")
-        self._files = find(where, [".parquet"])
+        self._files = find_one_split(where, [".parquet"])
         self._names = names(self._files)
-        if isinstance(where, (str, os.PathLike)):
-            _check_splits(self._files)
         self._extra = tuple(columns)
 
         # Side by side: what takes time is waiting for the storage.
@@ -588,17 +585,6 @@ def _open(file: File, coded: Sequence[str] = ()) -> Iterator[Any]:
 def _check_unchanged(file: File) -> None:
     if file.changed():
         raise SourceError(f"{file.path} has been changed since it was opened")
-
-
-def _check_splits(files: Sequence[File]) -> None:
-    """Datasets come with their training and test files in one folder, which nobody wants to train on together."""
-    splits = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}.*", file.name))}
-    if len(splits) > 1:
-        one = min(splits)
-        raise SourceError(
-            f"there are files of several splits: {', '.join(sorted(splits))}; give a glob such as "
-            f"{one}-*.parquet, or a list of files"
-        )
 
 
 def _is_text(kind: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
-from .files import File, Location, find
+from .files import File, Location, find_one_split
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .source import Pair, PairError, SourceError
@@ -76,7 +76,7 @@ class TarPairs(IndexedSource):
         columns: Sequence[str] = (),
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        files = find(where, (".tar",))
+        files = find_one_split(where, (".tar",))
         _check_complete(files)
         super().__init__(files, ties=ties, columns=columns, cache=cache)
         self._long_keys = self._repeated() is not None

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+import tarfile
 import threading
 import time
 from decimal import Decimal
@@ -371,6 +372,58 @@ def test_splits_are_not_mixed_by_accident(tmp_path):
     train = ParquetPairs(f"{tmp_path}/train-*.parquet")
     both = ParquetPairs([f"{tmp_path}/train-*.parquet", f"{tmp_path}/test_unique-*.parquet"])
     assert len(both) == 2 * len(train)
+
+
+@pytest.mark.parametrize(
+    ("paths", "splits"),
+    [
+        (("data/train.parquet", "data/test.parquet"), "test, train"),
+        (("default/train/0000.parquet", "default/validation/0000.parquet"), "train, val"),
+        (("train/a-00000-of-00001.parquet", "test/a-00000-of-00001.parquet"), "test, train"),
+        (("Training_0.parquet", "eval-0.parquet", "extra.parquet"), "eval, train"),
+        (("train-00000-of-00001.parquet", "train_sft-00000-of-00001.parquet"), "train, train_sft"),
+        (("training/a.parquet", "partial-train/b.parquet", "constrain/test.parquet"), "test, train"),
+        (("train/0.parquet", "train/1.parquet"), ""),
+        (("test/of/train.parquet", "test/of/latest.parquet", "test/of/retrain.parquet"), ""),
+        (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "more.parquet"), ""),
+    ],
+)
+def test_splits_by_the_names_of_folders_and_files(tmp_path, paths, splits):
+    """Of a folder whose own name says nothing, even where it does."""
+    folder = tmp_path / "my-test-set"
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / path, pick_a_pic(SOME))
+    if splits:
+        with pytest.raises(SourceError, match=rf"several splits: {splits}, such as \S+ and \S+; expected"):
+            ParquetPairs(folder)
+    else:
+        ParquetPairs(folder)
+    each = len(ParquetPairs(folder / paths[0]))
+    assert len(ParquetPairs([folder / path for path in paths])) == each * len(paths)
+
+
+def test_splits_of_shards_and_manifests(tmp_path):
+    """HPDv2 has train.json and test.json in one folder; what is of another kind does not count."""
+    texts = {"json": '[{"win": "a", "lose": "b"}]', "csv": "win,lose\na,b\n", "jsonl": '{"win": 1, "lose": 2}'}
+    for kind, text in texts.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        for split in ("train", "test"):
+            (folder / f"{split}.{kind}").write_text(text)
+        with pytest.raises(SourceError, match="several splits: test, train"):
+            open_source(folder)
+        assert len(open_source(str(folder / "train.*"))) == 1
+    (tmp_path / "shards").mkdir()
+    for name in ("train-0.tar", "val-0.tar"):
+        with tarfile.open(tmp_path / "shards" / name, "w") as shard:
+            for arm in ("win", "lose"):
+                shard.addfile(tarfile.TarInfo(f"{name[:-4]}.{arm}.jpg"))
+    with pytest.raises(SourceError, match="several splits: train, val"):
+        open_source(tmp_path / "shards")
+    (tmp_path / "shards" / "val-0.tar").rename(tmp_path / "shards" / "more.tar")
+    (tmp_path / "shards" / "test.json").write_text("[]")
+    assert len(open_source(tmp_path / "shards")) == 2
 
 
 def test_parquet_files_beside_what_datasets_says_of_them(tmp_path):
