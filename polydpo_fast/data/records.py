@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -135,13 +136,14 @@ class RecordPairs(Source):
             if name is not None and not isinstance(name, IfThere) and name not in record:
                 raise PairError(f"it does not have {name}")
         prompt = record.get(self._layout.prompt)
-        if not isinstance(prompt, (str, type(None))):
+        prompt = "" if _is_nothing(prompt) else prompt
+        if not isinstance(prompt, str):
             raise PairError(f"{self._layout.prompt} is a {type(prompt).__name__}; expected text")
         return Pair(
             key=str(row),
             win=win,
             lose=lose,
-            prompt=prompt or "",
+            prompt=prompt,
             weight=row_weight(None if self._weight is None else record.get(self._weight), str(self._weight), verdict),
             category="" if self._categories is None else self._categories[0][int(self._categories[1][index])],
             extra={name: record[name] for name in self._extra},
@@ -263,8 +265,13 @@ def _is_weight(value: Any) -> bool:
     return value is None or (isinstance(value, Real) and not isinstance(value, bool))
 
 
+def _is_nothing(value: Any) -> bool:
+    """None, or the NaN that a data frame has in its place. (A weight of NaN is a mistake.)"""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _is_category(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, np.integer, np.bool_))
+    return _is_nothing(value) or isinstance(value, (str, int, np.integer, np.bool_))
 
 
 def _text(value: Any, name: str, row: int) -> str:
@@ -273,7 +280,7 @@ def _text(value: Any, name: str, row: int) -> str:
         raise SourceError(
             f"records[{row}]: {name} is of type {type(value).__name__}; expected text or integers, or category=None"
         )
-    return "" if value is None else str(value)
+    return "" if _is_nothing(value) else str(value)
 
 
 def _digest(data: Buffer | os.PathLike[str]) -> str:

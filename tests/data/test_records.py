@@ -223,6 +223,21 @@ def test_weight_and_category_are_taken_where_they_are_there():
             RecordPairs([{**image, "weight": weight}])[0]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_nan_of_a_data_frame_is_nothing(first):
+    """As null is in Parquet, but for weights, where it may be a mistake."""
+    nan = float("nan")
+    rows = [("cat", "a"), (nan, np.float64("nan")), (None, None), ("", "")]
+    records = [{"win": b"w", "lose": b"l", "prompt": prompt, "category": category} for prompt, category in rows]
+    records = records[first:] + records[:first]
+    source = RecordPairs(records)
+    found = [(source[i].prompt, source[i].category) for i in range(4)]
+    assert found[-first:] + found[:-first] == [("cat", "a")] + [("", "")] * 3
+    assert source.categories[0] == ("", "a")
+    with pytest.raises(PairError, match="weight is nan"):
+        RecordPairs([{**records[0], "weight": nan}])[0]
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("weight", "high"), ("weight", True), ("category", ["a"]), ("category", 1.5)]
 )
