@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -280,11 +280,7 @@ def names(files: Sequence[File]) -> list[str]:
 def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
     place = os.path.expanduser(place)
     if os.path.isdir(place):
-        found = [
-            path
-            for path in glob.glob(os.path.join(glob.escape(place), "**"), recursive=True)
-            if path.lower().endswith((*suffixes,))
-        ]
+        found = [path for path in _walk(place) if path.lower().endswith((*suffixes,))]
     elif os.path.exists(place):  # before globbing: its name may have brackets
         found = [place]
     else:
@@ -298,6 +294,18 @@ def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
                 raise SourceError(f"{path!a}: the file's name is not UTF-8; expected one that is")
             files.append(File(path, facts.st_size, str(facts.st_mtime_ns)))
     return files
+
+
+def _walk(place: str) -> Iterator[str]:
+    """The files in a folder and those within, but for hidden ones. Links to folders are followed, each folder once."""
+    seen = set()
+    for folder, inside, names in os.walk(place, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
 def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:

@@ -330,6 +330,20 @@ def test_a_shard_is_found_by_any_case_of_its_suffix_and_from_any_folder(tmp_path
             assert bytes(source[0].win) == b"W"
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    """Each pair would come twice, or, of a folder within itself, forty times."""
+    for folder in ("v2", ".hidden"):
+        (tmp_path / "all" / folder).mkdir(parents=True)
+        (tmp_path / "all" / folder / f"{folder}.tar").write_bytes(archive(sample(folder)))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.TAR").write_bytes(archive(sample("x")))
+    for name, to in (("latest", "v2"), ("loop", "."), ("v2/loop", "../v2"), ("more", "../elsewhere")):
+        (tmp_path / "all" / name).symlink_to(to, target_is_directory=True)
+    source = TarPairs(tmp_path / "all")
+    assert sorted(source[i].key for i in range(len(source))) == ["v2", "x"]
+    assert source.position(0).startswith(str(tmp_path / "all" / "latest" / "v2.tar"))
+
+
 def test_the_index_is_kept_and_built_anew_when_the_shard_changes(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     data = archive([*sample("a"), *sample("b", category="n")])
