@@ -93,14 +93,11 @@ def sample(source: Source, indices: Iterable[int]) -> Sample:
         cpu_ms = (time.process_time() - began) * 1000 / 2
         bad = {error.arm: error.reason for error in decoded.errors}
         found.problems += [_problem(source, index, pair.key, arm, reason) for arm, reason in bad.items()]
-        for arm, data, shape in zip(
-            ("win", "lose"), (pair.win, pair.lose), decoded.original_size.tolist(), strict=True
-        ):
+        for data, shape in zip((pair.win, pair.lose), decoded.original_size.tolist(), strict=True):
             name = _format(data)
             found.sizes.setdefault(name, []).append(_size(data))
-            if arm not in bad:
-                found.pixels.setdefault(name, []).append((shape[0], shape[1]))
             if not bad:
+                found.pixels.setdefault(name, []).append((shape[0], shape[1]))
                 found.cpu_ms.setdefault(name, []).append(cpu_ms)
     return found
 
@@ -229,7 +226,8 @@ def _read(source: Source, index: int) -> tuple[Pair | None, list[Problem]]:
 
 
 def _problem(source: Source, index: int, key: str, arm: str | None, reason: str) -> Problem:
-    return Problem(index, key, source.position(index), arm, reason)
+    position = source.position(index)
+    return Problem(index, key, position, arm, reason.removeprefix(f"{position}: "))
 
 
 def _undecodable(source: Source, batch: list[tuple[int, Pair]]) -> list[Problem]:

@@ -165,7 +165,9 @@ def _plain(value: Any) -> Any:
 
 
 def _fault(source: Source, index: int, error: PairError) -> bytes:
-    fault = {"pair": index, "position": source.position(index), "arm": error.arm, "error": error.reason}
+    position = source.position(index)
+    reason = error.reason.removeprefix(f"{position}: ")
+    fault = {"pair": index, "position": position, "arm": error.arm, "error": reason}
     return json.dumps(fault).encode() + b"\n"
 
 

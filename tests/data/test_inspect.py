@@ -16,6 +16,7 @@ from polydpo_fast.cli import app
 from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data.inspect import check, replay, sample, sampled_indices
 from polydpo_fast.data.ledger import options_of_json
+from polydpo_fast.data.pack import pack
 from polydpo_fast.data.records import RecordPairs
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -121,6 +122,23 @@ def test_a_sample_with_bad_pairs_is_a_failure(bad):
     assert code == 1
     assert "unknown" in output
     assert "row 4: win: " in output
+    assert "0 x 0" not in output  # of the other arm, of which nothing was decoded
+    assert rows_of(output)["JPEG"][:7][3:] == ["96", "x", "64", "(2)"]
+
+
+def test_a_place_is_said_once(tmp_path):
+    """Also where the error of the source has it."""
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "m.jsonl").write_text('{"win": "a.jpg", "lose": "a.jpg"}\n{"win": "a.jpg"}\n')
+    with pytest.warns(RuntimeWarning, match="1 of 2 records are no pairs"):
+        code, output = run(tmp_path / "m.jsonl", "--all", "--sample", "0")
+    assert code == 1
+    assert output.count("m.jsonl:2") == output.count("it has no lose") == 1
+    with pytest.warns(RuntimeWarning, match="1 of 2 records are no pairs"):
+        done = pack(open_source(tmp_path / "m.jsonl"), tmp_path / "out")
+    assert (done.pairs, done.unreadable) == (1, 1)
+    (line,) = (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()
+    assert json.loads(line)["error"] == "it has no lose"
 
 
 @pytest.mark.parametrize("cut", [0.5, 0.9, 0.97])
