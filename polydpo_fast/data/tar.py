@@ -88,9 +88,9 @@ class TarPairs(IndexedSource):
 
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:
         with file.open_to_skip() as opened:
-            begin = opened.read(8)
+            begin = opened.read(_BLOCK)
             for magic, name in _COMPRESSED.items():
-                if begin.startswith(magic):
+                if begin.startswith(magic) and not _is_header(begin):  # a member may be named BZh
                     raise ValueError(
                         f"it is compressed with {name}; expected a plain tar file, which can be read in parts"
                     )

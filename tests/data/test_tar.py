@@ -236,6 +236,10 @@ def test_keys_with_dots_are_told(tmp_path):
     assert [number for name, number in source.counts.items() if "further dot" in name] == [4]
 
 
+def test_a_key_that_begins_as_bzip2_does(tmp_path):
+    assert pairs_of(tmp_path, archive(sample("BZh9")))[0].key == "BZh9"
+
+
 def test_shards_by_their_numbers(tmp_path):
     for number in range(3):
         (tmp_path / f"s-{number:02}.tar").write_bytes(archive(sample(f"k{number}")))
