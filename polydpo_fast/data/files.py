@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import itertools
 import os
 import re
 import stat
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ _MAX_FILE = 1 << 30
 _BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_DIGITS = 18
 _MOST_NUMBERED = 1 << 20
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")  # as the package datasets names them
+_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5}).*")  # as the package datasets names them
 _SPLIT = re.compile(r"(?<![a-z])(train|val|test|dev|eval)(?:ing|id|idation|uation)?(?![a-z])")
 _HUB_NAME = re.compile(r"\w[\w.-]*/(\w[\w.-]*)", re.ASCII)
 _WEB = ("http://", "https://")
@@ -180,6 +182,7 @@ def find_one_split(where: Location | Sequence[Location], suffixes: Sequence[str]
     files = find(where, suffixes)
     if isinstance(where, (str, os.PathLike)):
         _check_splits(os.fspath(where), files)
+        _warn_of_missing(os.fspath(where), files)
     return files
 
 
@@ -190,7 +193,7 @@ def _check_splits(place: str, files: Sequence[File]) -> None:
     splits: dict[str, str] = {}  # for each the first of its files
     for path in ("/".join(part[common:]) for part in parts):
         if found := _SHARD.fullmatch(path.rpartition("/")[2]):
-            shards.setdefault(found[1], path)
+            shards.setdefault(found["split"], path)
         if words := _SPLIT.findall(path.lower()):
             splits.setdefault(words[-1], path)
     for one in (shards, splits):
@@ -198,6 +201,27 @@ def _check_splits(place: str, files: Sequence[File]) -> None:
             raise SourceError(
                 f"{place} has files of several splits: {', '.join(sorted(one))}, such as "
                 f"{' and '.join(sorted(one.values())[:2])}; expected a folder or glob of one, or a list of files"
+            )
+
+
+def _warn_of_missing(place: str, files: Sequence[File]) -> None:
+    """A download that is not finished has fewer shards than their names say. Of a glob those count that it means."""
+    given = _parts(place)[-1]
+    is_glob = any(c in given for c in "*?[")
+    there: dict[tuple[str, ...], dict[int, re.Match[str]]] = {}
+    for file in files:
+        if file.name != given and (found := _SHARD.fullmatch(file.name)):
+            there.setdefault((file.folder, found["split"], found["count"]), {})[int(found["number"])] = found
+    for (_, _, count), shards in there.items():
+        some = next(iter(shards.values()))
+        before, after = some[0][: some.start("number")], some[0][some.end("number") :]
+        absent = [f"{before}{n:05}{after}" for n in range(int(count)) if n not in shards]
+        if absent := [name for name in absent if not is_glob or fnmatch.fnmatchcase(name, given)]:
+            warnings.warn(
+                f"{place}: {len(absent)} files are not there, though the names of the others say so; the first is "
+                f"{absent[0]}",
+                RuntimeWarning,
+                stacklevel=4,
             )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, ClassVar, NamedTuple
@@ -38,6 +39,7 @@ _REGULAR = b"\x0007"  # a file; 7 is one that lies in one piece
 _EXTENSIONS = b"LKxXg"  # of the member that follows: L its long name, K its link's; x or X PAX fields; g PAX for all
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 _ARMS = (("win", "lose"), ("0", "1"))
+_CUT_OFF = "files cut off"
 _DOTTED = "arms passed over for a further dot in their names (a key ends at the first one)"
 
 
@@ -59,7 +61,8 @@ class TarPairs(IndexedSource):
 
     A pair's key is its `pair_key` or else KEY; SHARD/KEY where the shards' keys are not all different. A sample that
     lacks an arm or a label is left out and counted. So is the last one of a shard that was cut off, which is one that
-    does not end as tar files do. A sample that cannot be read, or has changed since, is a PairError.
+    does not end as tar files do, and a warning says so. A sample that cannot be read, or has changed since, is a
+    PairError.
     Takes 29 bytes of memory per pair. Raises SourceError for what is no tar file, or no plain one: compressed, sparse,
     damaged; for two samples or two members of the same name; for samples of more than 4 GiB.
     """
@@ -80,6 +83,14 @@ class TarPairs(IndexedSource):
         _check_complete(files)
         super().__init__(files, ties=ties, columns=columns, cache=cache)
         self._long_keys = self._repeated() is not None
+        cut_off = [file.path for file, notes in zip(files, self._notes, strict=True) if notes.counts[_CUT_OFF]]
+        if cut_off:
+            others = f" and {len(cut_off) - 1} others" if len(cut_off) > 1 else ""
+            warnings.warn(
+                f"cut off, so that at least the last sample is missing: {cut_off[0]}{others}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def blocks(self) -> np.ndarray:
@@ -223,7 +234,7 @@ def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
         if at == 0:
             raise ValueError("it ends before its first member does") from None
         # What was to follow may have been of the last sample: its prompt, its label.
-        notes.counts["files cut off"] += 1
+        notes.counts[_CUT_OFF] += 1
         return
     if sample is not None and sample.arms:
         yield sample

@@ -281,7 +281,7 @@ def test_shards_as_they_are_published(tmp_path):
         for i, label in enumerate([1.0, 0.0, 0.5, None])
     ]
     table = pa.Table.from_pylist(rows, published(PICK_A_PIC))
-    write(tmp_path / "train-00000-of-00645-b66ac786bf6fb553.parquet", table, rows_per_group=3)
+    write(tmp_path / "train-00000-of-00001-b66ac786bf6fb553.parquet", table, rows_per_group=3)
     columns = ["created_at", "user_id", "__index_level_0__"]
     source = ParquetPairs(tmp_path / "train-*.parquet", ties="keep", columns=columns, category="user_id")
     assert [plain(source[i])[1:6] for i in range(3)] == [
@@ -424,6 +424,28 @@ def test_splits_of_shards_and_manifests(tmp_path):
     (tmp_path / "shards" / "val-0.tar").rename(tmp_path / "shards" / "more.tar")
     (tmp_path / "shards" / "test.json").write_text("[]")
     assert len(open_source(tmp_path / "shards")) == 2
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize(
+    ("where", "count", "first"),
+    [
+        ("", 2, "train-00001-of-00004-x.parquet"),
+        ("train-*.parquet", 2, "train-00001-of-00004-x.parquet"),
+        ("train-0000[23]-*", 1, "train-00003-of-00004-x.parquet"),
+        ("train-0000[02]-*", 0, ""),
+        ("train-00002-of-00004-x.parquet", 0, ""),
+    ],
+)
+def test_shards_that_were_not_downloaded_are_told(tmp_path, recwarn, where, count, first):
+    for number in (0, 2):
+        write(tmp_path / f"train-0000{number}-of-00004-x.parquet", pick_a_pic(SOME))
+    ParquetPairs(tmp_path / where)
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == bool(count)
+    for text in told:
+        assert f": {count} files are not there" in text
+        assert text.endswith(f"; the first is {first}")
 
 
 def test_parquet_files_beside_what_datasets_says_of_them(tmp_path):

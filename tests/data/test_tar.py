@@ -487,13 +487,17 @@ def test_a_shard_cut_off_anywhere_loses_its_last_sample_and_says_so(tmp_path):
     for length in range(600, 10240 + 1, 172):
         expected = [key for key, end in shown.items() if length >= end]
         if expected:
-            source = pairs_of(tmp_path, whole[:length])
+            with pytest.warns(RuntimeWarning, match=r"cut off, so that at least the last sample is .*s0\.tar$"):
+                source = pairs_of(tmp_path, whole[:length])
             assert source.counts["files cut off"] == 1
             assert [source[i].key for i in range(len(source))] == expected
         else:
             with pytest.raises(SourceError, match=r"1 files cut off|ends before its first member"):
                 pairs_of(tmp_path, whole[:length])
     assert len(pairs_of(tmp_path, whole)) == 3
+    for _ in range(2):  # from the kept index, too
+        with pytest.warns(RuntimeWarning, match=r"missing: .*s1\.tar and 1 others$"):
+            pairs_of(tmp_path, whole, whole[:6000], whole[:9000])
 
 
 @pytest.mark.parametrize(
