@@ -377,12 +377,12 @@ def _patiently(read: Callable[[], T]) -> T:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it is the network's or the server's trouble, and not the file's."""
+    """Whether it is the network's or the server's trouble, of a moment, and not the file's."""
     status = getattr(error.__cause__ or error, "status", None)
     if isinstance(status, int):
         return status in _TOO_SOON or status >= 500
     if isinstance(error, OSError):
-        return not isinstance(error, (FileNotFoundError, PermissionError))
+        return not isinstance(error, (FileNotFoundError, PermissionError, TimeoutError))
     return not isinstance(error, (ValueError, TypeError, LookupError, ImportError, NotImplementedError))
 
 

@@ -55,6 +55,8 @@ def pack(
 ) -> Packed:
     """Writes pairs-000000.tar, pairs-000001.tar, ... into the folder `out`, for `TarPairs`.
 
+    out: a folder of this machine; not within one that the source was opened as, or they are read as a part of it.
+
     A pair becomes NUMBER.win.EXT, NUMBER.lose.EXT and NUMBER.json with pair_key, prompt, weight, category and what it
     has in `extra`, where floats that are not finite become null. Images and clips are copied as they are; EXT is told
     from their first bytes. The same source makes the same bytes.

@@ -247,6 +247,44 @@ def test_what_a_server_does_not_have_is_not_asked_for_again(web, folder, monkeyp
             source[0]
 
 
+class AnswerError(Exception):
+    """As aiohttp's."""
+
+    def __init__(self, status):
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (ConnectionResetError("reset"), 3),
+        (OSError("its end came early"), 3),
+        (AnswerError(500), 3),
+        (AnswerError(503), 3),
+        (AnswerError(429), 3),
+        (AnswerError(403), 1),
+        (AnswerError(404), 1),
+        (FileNotFoundError("gone"), 1),
+        (PermissionError("no"), 1),
+        (TimeoutError("after minutes"), 1),
+        (ValueError("damaged"), 1),
+    ],
+)
+def test_what_is_asked_for_again(error, attempts):
+    asked = []
+
+    def read():
+        asked.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        File("memory://x", 1, "").patiently(read)
+    assert len(asked) == attempts
+    with pytest.raises(type(error)):
+        File("/x", 1, "").patiently(read)
+    assert len(asked) == attempts + 1
+
+
 def test_servers_without_ranges_are_told(web):
     server, address = web
     source = open_source(f"{address}/pairs.tar")
