@@ -73,7 +73,7 @@ def read_ledger(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
         for line in file:
             try:
                 facts = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter for what is nested without end
                 continue
             if isinstance(facts, dict):
                 yield facts

@@ -75,7 +75,10 @@ class RecordPairs(Source):
                 f"records is a {type(records).__name__} of {', '.join(map(str, records))}; expected one of these"
             )
         if isinstance(records, (str, bytes)) or not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
-            raise TypeError(f"records is a {type(records).__name__}; expected a sequence of mappings, with a length")
+            raise TypeError(
+                f"records is a {type(records).__name__}; expected a sequence of mappings, with a length"
+                + ("; a streaming dataset has none: load it with streaming=False" * hasattr(records, "take"))
+            )
         if not len(records):
             raise SourceError("records is empty; expected at least one pair")
         self._records, self._columnar = _as_stored(records)

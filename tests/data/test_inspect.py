@@ -209,7 +209,7 @@ def test_the_ledger_is_replayed(bad, tmp_path):
     assert run(bad, "--sample", "0", "--ledger", tmp_path / "none")[0] == 2
 
 
-@pytest.mark.parametrize("text", ["hello\nworld\n", '{"win": "a.png", "lose": "b.png"}\n', "[1, 2]\n"])
+@pytest.mark.parametrize("text", ["hello\nworld\n", '{"win": "a.png", "lose": "b.png"}\n', "[1, 2]\n", "[" * 100_000])
 def test_what_is_no_ledger_is_an_error(good, tmp_path, text):
     (tmp_path / "other.jsonl").write_text(text)
     code, output = run(good, "--sample", "0", "--ledger", tmp_path / "other.jsonl")

@@ -168,9 +168,20 @@ class DataFrame:
         return {"win": [b"w"], "lose": [b"l"]}[name]
 
 
+class Streaming:
+    """As an IterableDataset of the package datasets."""
+
+    def __iter__(self):
+        return iter([{"win": b"w", "lose": b"l"}])
+
+    def take(self, count):
+        return self
+
+
 @pytest.mark.parametrize(
     ("records", "error", "reason"),
     [
+        (Streaming(), TypeError, "records is a Streaming; .* a streaming dataset has none: load it with"),
         ([], SourceError, "records is empty"),
         (DataFrame(), TypeError, r"records is a DataFrame, which has no records\[0\]; .*frame.to_dict\('records'\)"),
         ([1], SourceError, r"records\[0\] is a int; expected a mapping"),
