@@ -340,21 +340,30 @@ def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:
         elif not place.endswith("/") and _parts(place)[-1].lower().endswith((*suffixes,)):
             found = [place]  # isdir would ask a web server for all of it
         elif filesystem.isdir(place):
-            found = sorted(path for path in filesystem.find(place) if path.lower().endswith((*suffixes,)))
+            found = _within(filesystem, place, suffixes)
         else:
             found = [place] if filesystem.exists(place) else []
         with ThreadPoolExecutor(_ASKING) as pool:
             facts = list(pool.map(partial(_info, filesystem), found))
+            if found == [place] and facts[0].get("type") == "directory":  # Spark makes folders named so
+                found = _within(filesystem, place, suffixes)
+                facts = list(pool.map(partial(_info, filesystem), found))
     except Exception as error:  # the storages' clients have exceptions of their own
         raise SourceError(f"{place}: {error or type(error).__name__}") from error
     outer = _outer(place, inner)
     files = []
     for path, info in zip(found, facts, strict=True):
+        if info.get("type") == "directory":  # which a glob finds too
+            continue
         if info.get("size") is None:
             raise SourceError(f"{path}: its size is not known, so that it cannot be read in parts")
         address = path if "://" in path else outer + (path.lstrip("/") if outer.endswith("://") else path)
         files.append(File(address, int(info["size"]), _stamp(info)))
     return files
+
+
+def _within(filesystem: Any, place: str, suffixes: Sequence[str]) -> list[str]:
+    return sorted(path for path in filesystem.find(place) if path.lower().endswith((*suffixes,)))
 
 
 def _info(filesystem: Any, path: str) -> Mapping[str, Any]:

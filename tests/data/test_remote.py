@@ -387,6 +387,23 @@ class Hosted(fsspec.get_filesystem_class("memory")):
         return {"host": path.removeprefix("hosted://").partition("/")[0]}
 
 
+def test_folders_that_are_named_as_files(folder):
+    """As Spark writes tables; and what a glob finds beside them."""
+    memory = fsspec.filesystem("memory")
+    for name in ("part-0.parquet", "part-1.parquet", "_SUCCESS"):
+        memory.pipe_file(f"/spark/pairs.parquet/{name}", (folder / "pairs.parquet").read_bytes())
+    for name in ("pairs.tar", "more/pairs.txt"):
+        memory.pipe_file(f"/spark/tars/{name}", (folder / "pairs.tar").read_bytes())
+    try:
+        for address in ("memory://spark/pairs.parquet", "memory://spark/pairs.parquet/"):
+            assert len(open_source(address)) == 2 * COUNT
+        assert len(open_source("memory://spark/tars/*")) == COUNT
+        with pytest.raises(SourceError, match="no such file"):
+            open_source("memory://spark/none.parquet")
+    finally:
+        memory.rm("/spark", recursive=True)
+
+
 def test_suffixes_in_capitals(folder):
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/capitals/PAIRS.TAR", (folder / "pairs.tar").read_bytes())
