@@ -207,6 +207,8 @@ def _check_splits(place: str, files: Sequence[File]) -> None:
 def _warn_of_missing(place: str, files: Sequence[File]) -> None:
     """A download that is not finished has fewer shards than their names say. Of a glob those count that it means."""
     given = _parts(place)[-1]
+    if _BRACES.search(given):  # which means just these
+        return
     is_glob = any(c in given for c in "*?[")
     there: dict[tuple[str, ...], dict[int, re.Match[str]]] = {}
     for file in files:

@@ -435,6 +435,7 @@ def test_splits_of_shards_and_manifests(tmp_path):
         ("train-0000[23]-*", 1, "train-00003-of-00004-x.parquet"),
         ("train-0000[02]-*", 0, ""),
         ("train-00002-of-00004-x.parquet", 0, ""),
+        ("train-{00002..00002}-of-00004-x.parquet", 0, ""),
     ],
 )
 def test_shards_that_were_not_downloaded_are_told(tmp_path, recwarn, where, count, first):
