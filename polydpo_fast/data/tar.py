@@ -40,6 +40,7 @@ _EXTENSIONS = b"LKxXg"  # of the member that follows: L its long name, K its lin
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 _ARMS = (("win", "lose"), ("0", "1"))
 _CUT_OFF = "files cut off"
+_LINKED = "arms passed over for being links (tar --hard-dereference --dereference stores their files)"
 _DOTTED = "arms passed over for a further dot in their names (a key ends at the first one)"
 
 
@@ -170,7 +171,8 @@ def _check_complete(files: Sequence[File]) -> None:
 
 
 class _Member(NamedTuple):
-    name: str  # "" of what is no regular file
+    name: str
+    is_file: bool  # and no folder, link or device
     start: int  # of its first header
     data: int
     size: int
@@ -221,6 +223,10 @@ def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
             if named is None:
                 continue
             key, role = named
+            if not member.is_file:
+                if role not in ("", "json", "txt"):
+                    notes.counts[_LINKED] += 1
+                continue
             if sample is not None and sample.key != key:
                 if sample.arms:
                     yield sample
@@ -252,7 +258,7 @@ def _only_sample(data: bytes) -> _Sample:
         if member is None:
             raise ValueError("the archive ends where it should not")
         at = member.end
-        key, role = _key_and_role(member.name) or ("", "")
+        key, role = (member.is_file and _key_and_role(member.name)) or ("", "")
         if role:
             sample = sample or _Sample(key)
             if sample.key != key:
@@ -395,7 +401,7 @@ def _member(file: BinaryIO, start: int, size: int) -> _Member | None:
     if end > size:
         raise EOFError("it ends within a member")
     is_file = kind in _REGULAR and not name.endswith("/")
-    return _Member(name if is_file else "", start, at, length, end)
+    return _Member(name, is_file, start, at, length, end)
 
 
 def _take(file: BinaryIO, at: int, length: int, size: int) -> bytes:

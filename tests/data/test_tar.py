@@ -240,6 +240,23 @@ def test_a_key_that_begins_as_bzip2_does(tmp_path):
     assert pairs_of(tmp_path, archive(sample("BZh9")))[0].key == "BZh9"
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_arms_that_are_links_are_told(tmp_path, kind):
+    """GNU tar stores a file that has two names, as the same image in two pairs may, as a link the second time."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name in ("a.win.jpg", "a.lose.jpg", "b.win.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+        for name in ("b.lose.jpg", "b.json", "b.cls"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a.win.jpg"
+            tar.addfile(link)
+    source = pairs_of(tmp_path, file.getvalue())
+    assert [source[i].key for i in range(len(source))] == ["a"]
+    (told,) = [count for name, count in source.counts.items() if "links (tar --hard-dereference" in name]
+    assert (told, source.counts["incomplete"]) == (1, 1)
+
+
 def test_shards_by_their_numbers(tmp_path):
     for number in range(3):
         (tmp_path / f"s-{number:02}.tar").write_bytes(archive(sample(f"k{number}")))
