@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Fused Poly-DPO losses and preference-pair decoding for diffusion models.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its tables leave the help of `train` sixteen columns, and cut names of options off
     pretty_exceptions_enable=False,
 )
 
@@ -75,7 +76,11 @@ def demo(
     """Teach a small diffusion model to prefer bold handwriting, on real scanned digits."""
     from .demo import Settings, run
 
-    run(Settings(alpha=alpha, beta=beta, steps=steps, seed=seed, label_noise=label_noise, device=device), out)
+    settings = Settings(alpha=alpha, beta=beta, steps=steps, seed=seed, label_noise=label_noise, device=device)
+    try:
+        run(settings, out)
+    except OSError as error:
+        raise _failed(error) from error
 
 
 @app.command()
@@ -91,7 +96,7 @@ def inspect(
 ) -> None:
     """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
     from .data import open_source
-    from .data.inspect import report, safe
+    from .data.inspect import report
 
     console = Console()
     given = {"ties": ties, "root": root, "category": category, "weight": weight}
@@ -100,8 +105,7 @@ def inspect(
         pairs = open_source(source[0] if len(source) == 1 else source, **options)
         fine = report(pairs, every=every, count=sample, ledger=ledger, console=console)
     except (OSError, TypeError, ValueError, ImportError) as error:
-        Console(stderr=True).print(safe(str(error)), style="red", soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise _failed(error) from error
     raise typer.Exit(0 if fine else 1)
 
 
@@ -119,7 +123,6 @@ def pack(
     """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
     from .data import open_source
     from .data import pack as packing
-    from .data.inspect import safe
 
     given = {"ties": ties, "root": root, "category": category, "weight": weight, "columns": columns}
     try:
@@ -137,8 +140,7 @@ def pack(
                 pairs, out, shard_size=size, progress=lambda number: progress.update(task, completed=number)
             )
     except (OSError, TypeError, ValueError, ImportError) as error:
-        Console(stderr=True).print(safe(str(error)), style="red", soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise _failed(error) from error
     left_out = f"; {done.unreadable} could not be read: {out / packing.UNREADABLE}" if done.unreadable else ""
     Console().print(f"{done.pairs} pairs in {done.shards} shards in {out}{left_out}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if done.unreadable else 0)
@@ -194,8 +196,7 @@ def check(
         if json is not None:
             json.write_text(report.as_json() + "\n")
     except (OSError, ValueError) as error:
-        errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise _failed(error) from error
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -223,8 +224,7 @@ def bench(
             raise ValueError("--compare measures nothing; expected no SUITES, --out, --replace or --dirty beside it")
         found = benchmarks.compare(*map(benchmarks.read_results, compare))
     except (OSError, RuntimeError, ValueError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise _failed(error) from error
     _print_comparison(found)
     raise typer.Exit(1 if found.worse else 0)
 
@@ -376,6 +376,7 @@ def geneval(
     out: Annotated[Path, typer.Argument(help="Folder for GenEval's scorer.")],
     result: Annotated[Path | None, typer.Option(help="Output folder of `train`, whose weights are rendered.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images rendered at once; more is faster on a GPU.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's own).")] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Side in pixels (default: the model's own).")] = None,
@@ -390,7 +391,6 @@ def geneval(
 
     Runs under `accelerate launch` too.
     """
-    console = Console(stderr=True)
     try:
         import torch
 
@@ -398,14 +398,16 @@ def geneval(
 
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16")
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar:
-            task = bar.add_task("rendering")
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("rendering", visible=False)  # until the model is there
             render(
                 model,
                 prompts,
                 out,
                 result=result,
                 samples=samples,
+                batch_size=batch_size,
                 steps=steps,
                 guidance=guidance,
                 size=None if size is None else (size, size),
@@ -413,11 +415,10 @@ def geneval(
                 dtype=None if dtype is None else getattr(torch, dtype),
                 variant=variant,
                 revision=revision,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
             )
     except (OSError, TypeError, ValueError, ImportError) as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise _failed(error) from error
 
 
 @contextmanager
@@ -433,8 +434,18 @@ def _training(context: typer.Context, *own: str) -> Iterator[Any]:
         given |= read_assignments(assign)
         yield read_settings(config, **{name: value for name, value in given.items() if name not in own})
     except (OSError, TypeError, ValueError, ImportError, ArithmeticError, LoaderError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, (ArithmeticError, LoaderError)) else 2) from error
+        raise _failed(error, 1 if isinstance(error, (ArithmeticError, LoaderError)) else 2) from error
+
+
+def _failed(error: Exception, code: int = 2) -> typer.Exit:
+    """Says in a line what went wrong; the exit to be raised then."""
+    from .data.inspect import safe
+
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:  # without a number
+        text = f"{error.filename}: {error.strerror}"
+    Console(stderr=True).print(safe(" ".join(text.splitlines())), style="red", soft_wrap=True)
+    return typer.Exit(code)
 
 
 if __name__ == "__main__":

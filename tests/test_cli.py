@@ -42,6 +42,22 @@ def test_demo_refuses_bad_options(option):
     assert option[0] in result.output
 
 
+def test_the_demo_says_in_a_line_that_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = runner.invoke(app, ["demo", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2
+    assert result.output == f"{tmp_path / 'file'}: File exists\n"
+
+
+def test_help_has_the_options_whole_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in typer.main.get_command(app).commands.items():
+        told = runner.invoke(app, [name, "--help"]).output
+        for option in command.params:
+            for word in (*option.opts, *option.secondary_opts):
+                assert re.search(rf"(?m)^  .*(?<![\w-]){re.escape(word)}(?![\w-])", told), (name, word)
+
+
 def test_importing_the_library_is_light():
     """Neither Triton nor the demo's packages are loaded before they are used."""
     code = "import sys, polydpo_fast; print([m for m in ('triton', 'diffusers', 'pyarrow', 'PIL') if m in sys.modules])"

@@ -18,6 +18,7 @@ from .config import Settings
 from .families import LORA_FILE, Family, save_lora, save_rest, save_scheduler
 from .fingerprints import EARLIER
 from .reference import unwrapped
+from .setup import check_writable
 
 __all__ = ["check_output", "checkpoint_adapters_only", "result_of", "resume", "save_checkpoint", "save_result"]
 
@@ -33,6 +34,7 @@ def check_output(settings: Settings) -> Path | None:
     Two results in one folder would be mixed: of all weights, LoRA, and a scheduler each takes what it finds.
     """
     output = Path(settings.output)
+    check_writable("output", output)
     checkpoint = _resumed(settings, output)
     goes_on = checkpoint is not None and checkpoint.parent.resolve() == output.resolve()
     left = [name for name in ("unet", "transformer", LORA_FILE) if (output / name).exists()]

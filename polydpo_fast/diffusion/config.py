@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,14 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--config is {str(file)!r}: there is no such file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not YAML: {error}") from error
+            raise ValueError(f"{file} is not YAML: {_place_and_reason(error)}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{file} is a {type(values).__name__}; expected names and values")
     values = {**values, **given}
     known = {one.name for one in fields(Settings)}
     if unknown := sorted(str(name) for name in set(values) - known):
-        raise ValueError(f"{', '.join(unknown)}: no setting; expected {', '.join(sorted(known))}")
+        meant = sorted({one for name in unknown for one in get_close_matches(name.replace("-", "_"), known, n=1)})
+        raise ValueError(f"{', '.join(unknown)}: no setting; expected {', '.join(meant or sorted(known))}")
     if missing := [name for name in ("model", "data") if values.get(name) is None]:
         options, keys = (" and ".join(map(mark.format, missing)) for mark in ("--{}", "{}:"))
         raise ValueError(f"{' and '.join(missing)} not given; expected {options}, or {keys} in the file of --config")
@@ -196,8 +198,14 @@ def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             values[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set is {assignment!r}, whose value is not YAML: {error}") from error
+            raise ValueError(f"--set is {assignment!r}, whose value is not YAML: {_place_and_reason(error)}") from error
     return values
+
+
+def _place_and_reason(error: Exception) -> str:
+    """In a line, where YAML's own text has six."""
+    mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
 
 
 def write_settings(settings: Settings, file: Path) -> None:
@@ -307,4 +315,6 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
         if origin in (str, bool, int) and type(value) is origin:
             return value
     shown = hint.__name__ if isinstance(hint, type) else str(hint)
+    if shown.startswith("dict"):
+        shown = "names and values, such as {name: value}"
     raise ValueError(f"{name} is {value!r}; expected {shown}")

@@ -251,33 +251,36 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 def sample(
     pipe: Any,
     family: Family,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     size: tuple[int, int],
     frames: int | None = None,
     steps: int,
-    seed: int,
+    seeds: Sequence[int],
     guidance: float | None = None,
 ) -> Tensor:
-    """One image, (3, H, W) uint8, or clip, (3, T, H, W), decoded in the VAE's own dtype. On the CPU."""
+    """Of each prompt an image, (N, 3, H, W) uint8, or a clip, (N, 3, T, H, W), by the VAE's own dtype. On the CPU.
+
+    seeds: one for each, of its noise alone, so that other images in the batch change no more of it than rounding.
+    """
     height, width = size
     options: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     if family.video:
         options["num_frames"] = frames
     latents = pipe(
-        prompt=prompt,
+        prompt=list(prompts),
         height=height,
         width=width,
         num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(seed % 2**63),
+        generator=[torch.Generator().manual_seed(seed % 2**63) for seed in seeds],
         output_type="latent",
         return_dict=False,
         **options,
     )[0]
     if latents.dim() == 3:  # FLUX's tokens
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    with torch.autocast(latents.device.type, enabled=False):
-        pixels = decode_latents(pipe.vae, latents)[0]
+    with torch.autocast(latents.device.type, enabled=False):  # one by one: the VAE's memory is the largest of all
+        pixels = torch.cat([decode_latents(pipe.vae, one) for one in latents.split(1)])
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 

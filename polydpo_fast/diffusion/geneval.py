@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def render(
     *,
     result: Path | None = None,
     samples: int = 4,
+    batch_size: int = 1,
     steps: int = 50,
     guidance: float | None = None,
     size: tuple[int, int] | None = None,
@@ -72,11 +74,13 @@ def render(
     revision: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Renders what is not there yet, an image at a time; under `accelerate launch` the processes share the prompts.
+    """Renders what is not there yet; under `accelerate launch` the processes share the prompts.
 
     model: a pipeline of images. result: the output folder of a training, whose weights take the place of the model's.
+    samples: images of a prompt. batch_size: images that are rendered at once.
     guidance: None for the pipeline's own. size: height and width; None for what the model was made for.
-    seed: each image is a function of it, of the prompt's number and the sample's alone, on one kind of device.
+    seed: each image is a function of it, of the prompt's number and the sample's alone, on one kind of device; of
+        batch_size no more than by rounding.
     dtype: None for float32 on a CPU and bfloat16 elsewhere.
     variant, revision: of the model's files, as Diffusers has them.
     progress: called with the number of this process's images that are there, and that there will be.
@@ -117,23 +121,31 @@ def render(
         },
         {"model": model, "result": None if result is None else str(result)},
     )
-    for done, (number, one) in enumerate(((n, s) for n in mine for s in range(samples)), 1):
-        file = out / f"{number:05d}" / "samples" / f"{one:05d}.png"
-        if not file.exists():
-            pixels = sample(
-                pipe,
-                family,
-                records[number]["prompt"],
-                size=size,
-                steps=steps,
-                guidance=guidance,
-                seed=mix(seed, number, one),
-            )
+    missing = [image for image in product(mine, range(samples)) if not _file(out, *image).exists()]
+    total = len(mine) * samples
+    progress(total - len(missing), total)
+    for begin in range(0, len(missing), batch_size):
+        batch = missing[begin : begin + batch_size]
+        pixels = sample(
+            pipe,
+            family,
+            [records[number]["prompt"] for number, _ in batch],
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            seeds=[mix(seed, number, one) for number, one in batch],
+        )
+        for (number, one), image in zip(batch, pixels, strict=True):
+            file = _file(out, number, one)
             partial = file.with_name(f"partial-{file.name}")  # the scorer takes whatever begins as 00000.png does
-            Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(partial, "PNG")
+            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(partial, "PNG")
             partial.rename(file)
-        progress(done, len(mine) * samples)
+        progress(total - len(missing) + begin + len(batch), total)
     accelerator.wait_for_everyone()
+
+
+def _file(out: Path, number: int, one: int) -> Path:
+    return out / f"{number:05d}" / "samples" / f"{one:05d}.png"
 
 
 def _claim_all(out: Path, process: int, settings: dict[str, Any], told: dict[str, Any]) -> None:

@@ -123,16 +123,10 @@ class Inputs:
     def _loader(self) -> PairLoader:
         settings, setup = self._settings, self._setup
         accelerator = setup.accelerator
-        pairs, processes = len(setup.source), accelerator.num_processes
-        if 0 < pairs < settings.batch_size * processes:
-            raise ValueError(
-                f"batch_size is {settings.batch_size}, in each of {processes} processes, and data has only {pairs} "
-                "pairs; expected a smaller batch_size, or more pairs"
-            )
         options = dict(
             seed=settings.seed,
             rank=accelerator.process_index,
-            world_size=processes,
+            world_size=accelerator.num_processes,
             device=accelerator.device,
         )
         if isinstance(setup.source, LatentPairs):

@@ -214,6 +214,15 @@ class LatentPairs(Source):
         return {"shards": self._store.shards, "pairs": len(self)}
 
     @property
+    def unreadable(self) -> int:
+        """How many pairs could not be read or decoded when their latents were to be made."""
+        there = 0
+        for number in range(self._store.shards):
+            with self._store.reading(number) as file:
+                there += int(file.get_slice("ok")[:].sum())
+        return len(self) - there
+
+    @property
     def ready(self) -> Ready:
         return self._ready
 

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
-from ..data import PairBatch
+from ..data import LoaderError, PairBatch
 from ..data.order import mix
 from .config import Settings
 from .forward import predict
 from .inputs import Inputs
 from .latent_store import LatentPairs, cache_latents
 from .reference_store import ReferenceErrors, precompute_reference_errors
-from .setup import objective_of, set_up
+from .setup import check_writable, objective_of, set_up
 from .shards import Progress as Told
 
 __all__ = ["cache", "reference"]
@@ -32,8 +32,9 @@ def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None,
 
     Crops, mirrors and samples of the VAE are drawn once. The processes share the work; what was interrupted goes on.
 
-    Raises ValueError where the folder holds something else.
+    Raises ValueError where the folder holds something else, LoaderError where no pair could be read or decoded.
     """
+    check_writable("out", folder)
     setup = set_up(settings)
     inputs = Inputs(settings, setup)
     if inputs.cached:
@@ -47,7 +48,7 @@ def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None,
     with _progress(setup.accelerator, "encoding") as told:
         cache_latents(inputs.loader, encode, folder, parts=parts, dtype=dtype, shard_pairs=shard_pairs, progress=told)
     setup.accelerator.wait_for_everyone()
-    LatentPairs(folder)
+    _tell(setup.accelerator, LatentPairs(folder), folder)
 
 
 def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: int = 1024) -> None:
@@ -58,8 +59,10 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
 
     The processes share the work; what was interrupted goes on.
 
-    Raises ValueError where the folder holds something else, and where pixels or latents are drawn anew in each epoch.
+    Raises ValueError where the folder holds something else, and where pixels or latents are drawn anew in each epoch;
+    LoaderError where no pair could be read or decoded.
     """
+    check_writable("out", folder)
     setup = set_up(settings)
     inputs = Inputs(settings, setup)
     inputs.check_fixed()
@@ -86,7 +89,17 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
             progress=told,
         )
     setup.accelerator.wait_for_everyone()
-    ReferenceErrors(folder)
+    _tell(setup.accelerator, ReferenceErrors(folder), folder)
+
+
+def _tell(accelerator: Any, store: LatentPairs | ReferenceErrors, folder: Path) -> None:
+    """Of pairs that are not there. Raises LoaderError where none is: a training could do nothing with it."""
+    text = f"{store.unreadable} of {len(store)} pairs of {folder} could not be read or decoded"
+    if store.unreadable == len(store):
+        raise LoaderError(f"{text}; `polydpo-fast inspect` says why, and {folder} is to be removed before the next try")
+    if store.unreadable and accelerator.is_main_process:
+        note = f"{text}: a training has others in their place; `polydpo-fast inspect --all` says why"
+        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -154,6 +154,11 @@ class ReferenceErrors:
         """Pairs."""
         return self._store.pairs
 
+    @property
+    def unreadable(self) -> int:
+        """How many pairs have no errors, as they could not be read or decoded."""
+        return int(np.isnan(self._of(0)).any(axis=1).sum())
+
     def seeds(self, index: Tensor, draw: int | Tensor) -> list[int]:
         """Of the noise and timesteps of these pairs, (B,) int64: PairObjective's `seeds`. draw: as below."""
         chosen = zip(self._draws_of(index, draw), index.tolist(), strict=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..data import Source, open_source
+from ..data import PairLoader, Source, open_source
 from .config import Settings
 from .extras import need
 from .families import Family, check_geometry, family_of, load_pipeline, native_size, training_scheduler
@@ -15,7 +17,7 @@ from .latent_store import LatentPairs
 from .objective import PairObjective
 from .shards import is_store
 
-__all__ = ["Setup", "new_accelerator", "objective_of", "set_up", "sharded_and_compiled"]
+__all__ = ["Setup", "check_writable", "new_accelerator", "objective_of", "set_up", "sharded_and_compiled"]
 
 # Processes wait for each other where one downloads a model, or has more to encode or to render than another, and NCCL's
 # own patience is ten minutes.
@@ -39,7 +41,9 @@ def set_up(settings: Settings) -> Setup:
     """The pipeline is on the CPU yet. Raises ValueError for settings that do not fit the model, ImportError."""
     accelerator = _accelerator(settings)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    source = _open(settings)  # before the model, which is large: what is wrong is said at once
+    # Before the model, which is large: what is wrong is said at once.
+    source = _open(settings)
+    _check_loader(settings, source, accelerator.num_processes)
     family = family_of(settings.model, settings.revision)
     with accelerator.main_process_first():  # it may download
         pipe = load_pipeline(
@@ -121,6 +125,27 @@ def _open(settings: Settings) -> Source:
     return LatentPairs(stores[0]) if stores else open_source(settings.data, **settings.data_options)
 
 
+def _check_loader(settings: Settings, source: Source, processes: int) -> None:
+    """Raises ValueError or TypeError for what `Inputs` could not make a loader of."""
+    if 0 < len(source) < settings.batch_size * processes:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}, in each of {processes} processes, and data has only {len(source)} "
+            "pairs; expected a smaller batch_size, or more pairs"
+        )
+    if not isinstance(source, LatentPairs):
+        PairLoader(source, settings.batch_size, size=64, device="cpu", **settings.loader)
+
+
+def check_writable(name: str, folder: str | os.PathLike[str]) -> None:
+    """Raises ValueError where there could be no such folder. name: of the setting."""
+    path = Path(folder)
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{name} is {str(folder)!r}, and {there} is no folder that can be written to; expected another"
+        )
+
+
 def _check_sharding(settings: Settings, accelerator: Any) -> None:
     """Raises ValueError where a reference of all weights could not be computed as the policy is.
 
@@ -153,15 +178,16 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
 
 def _accelerator(settings: Settings) -> Any:
     need("accelerate", "transformers", "diffusers", "safetensors", *(["peft"] if settings.lora_rank else []))
-    from accelerate.tracking import get_available_trackers
+    from accelerate.tracking import LoggerType, get_available_trackers
     from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, set_seed
     from diffusers.utils import logging
 
+    known = sorted({*map(str, LoggerType)} - {"all"})  # members of an Enum, which equal no text
     for name in settings.trackers:
-        if name not in map(str, get_available_trackers()):  # members of an Enum, which equal no text
-            raise ImportError(
-                f"trackers has {name!r}, which is none of Accelerate's or is not installed: pip install {name}"
-            )
+        if name not in known:
+            raise ValueError(f"trackers has {name!r}; expected some of {', '.join(known)}")
+        if name not in map(str, get_available_trackers()):
+            raise ImportError(f"trackers has {name!r}, which is not installed: pip install {name}")
     accelerator = new_accelerator(
         gradient_accumulation_steps=settings.accumulation,
         mixed_precision=settings.mixed_precision,

@@ -29,13 +29,13 @@ def render(
             pixels = sample(
                 pipe,
                 family,
-                settings.validation_prompts[number],
+                [settings.validation_prompts[number]],
                 size=size,
                 frames=settings.loader.get("frames"),
                 steps=settings.validation_steps,
-                seed=mix(settings.seed, number),
+                seeds=[mix(settings.seed, number)],
             )
-        rows.append((number, pixels.numpy()))
+        rows.append((number, pixels[0].numpy()))
     rows = sorted(gather_object(rows))
     if accelerator.is_main_process:
         if family.video:  # a row of four frames for each prompt

@@ -96,18 +96,19 @@ def test_prompts_are_encoded_as_the_pipeline_does(loaded):
             assert torch.equal(given, theirs[0])
 
 
-def test_samples_are_the_pipelines(loaded):
-    """Within a level of 255: the pipelines round down."""
+def test_samples_are_the_pipelines_one_by_one(loaded):
+    """Within a level of 255: the pipelines round down, and a batch of another size is summed in another order."""
     name, pipe, family = loaded
     size = SIZES.get(name, (16, 16))
     frames = 5 if family.video else None
-    ours = families.sample(pipe, family, "ab", size=size, frames=frames, steps=2, seed=7)
+    found = families.sample(pipe, family, ["c", "ab"], size=size, frames=frames, steps=2, seeds=[8, 7])
     _, theirs = own_call(pipe, family, "ab", size, output_type="np")
     theirs = torch.from_numpy(np.moveaxis(theirs[0] * 255, -1, 0))
-    assert ours.shape == theirs.shape
-    assert ours.dtype == torch.uint8
-    assert ours.float().std() > 1  # there is something to compare
-    assert (ours.float() - theirs.float()).abs().max() <= 1
+    assert found[1].shape == theirs.shape
+    assert found.dtype == torch.uint8
+    assert found[1].float().std() > 1  # there is something to compare
+    assert (found[1].float() - theirs.float()).abs().max() <= 1
+    assert (found[0].float() - theirs.float()).abs().max() > 1
 
 
 NORMALISED = {

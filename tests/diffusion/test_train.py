@@ -1224,7 +1224,8 @@ def test_the_published_settings_are_settings(file):
         (dict(scheduler={"shfit": 1}), "scheduler has shfit; a DDIMScheduler knows beta_end, "),
         (dict(scheduler={"_class_name": "AutoencoderKL"}), "scheduler has _class_name 'AutoencoderKL'"),
         (dict(optimizer="adamw8bit"), "needs bitsandbytes: pip install bitsandbytes"),
-        (dict(trackers=["wandb"]), "trackers has 'wandb', which .* is not installed: pip install wandb"),
+        (dict(trackers=["wandb"]), "trackers has 'wandb', which is not installed: pip install wandb"),
+        (dict(trackers=["wandbb"]), "trackers has 'wandbb'; expected some of .*tensorboard.*wandb"),
         (dict(lora_rank=2, lora_targets=["to_nowhere"]), "to_nowhere"),
         (dict(mixed_precision="fp16"), "mixed_precision is 'fp16', which Accelerate has on GPUs only"),
     ],
@@ -1241,23 +1242,83 @@ def test_what_does_not_fit_is_said_by_the_command(here, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("command", [["train"], ["cache", "out"], ["reference", "out"]], ids=lambda words: words[0])
+def test_what_can_be_known_before_it_is_said_before_the_model_is_loaded(here, tmp_path, monkeypatch, command):
+    def loaded(*arguments, **options):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup, "load_pipeline", loaded)
+    monkeypatch.setattr(setup, "family_of", loaded)  # of a hub's model a download
+    (tmp_path / "file").write_text("")
+    there = command[1:] and [f"file/{command[1]}"]
+    for change, words, message in (
+        (dict(loader={"crops": "center"}), command[1:], "crops: no argument of PairLoader"),
+        (dict(loader={"crop": "middle"}), command[1:], "crop is 'middle'; expected"),
+        (dict(batch_size=99), command[1:], "batch_size is 99, in each of 1 processes, and data has only 16 pairs"),
+        (dict(output="file/run"), there, f"{'out' if there else 'output'} is 'file/"),
+    ):
+        write_settings(settings(here, change.pop("output", "run"), **change), tmp_path / "run.yaml")
+        result = CliRunner().invoke(app, [command[0], *words, "--config", "run.yaml"])
+        assert result.exit_code == 2, result.output
+        assert result.output.splitlines()[-1].startswith(message), result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [a\n", "run.yaml is not YAML: line 2, column 1: expected ',' or ']'"),
+        ("modle: m\ndata: d\n", "modle: no setting; expected model\n"),
+        ("model: m\ndata: d\nlora-rank: 8\n", "lora-rank: no setting; expected lora_rank\n"),
+        ("model: m\ndata: d\nloader: center\n", "loader is 'center'; expected names and values"),
+        ("just text", "run.yaml is a str; expected names and values"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_told_in_a_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(text)
+    result = CliRunner().invoke(app, ["train", "--config", "run.yaml"])
+    assert result.exit_code == 2
+    assert result.output.startswith(message)
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["train"], ["cache", "out"], ["reference", "out"]], ids=lambda words: words[0])
 def test_a_loader_that_gives_up_is_said_in_a_line(here, tmp_path, monkeypatch, command):
-    """With another status than wrong settings, and no traceback. Stores keep bad pairs as such: theirs hang."""
+    """With another status than wrong settings, and no traceback."""
     monkeypatch.chdir(tmp_path)
     rows = [{"jpg_0": b"none", "jpg_1": b"none", "label_0": 1.0, "caption": "x"}] * 16
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bad.parquet")
     given = settings(here, tmp_path / "run", data=str(tmp_path / "bad.parquet"), latents="mode")
     write_settings(given, tmp_path / "run.yaml")
-    if command != ["train"]:
 
-        def hang(*arguments):
-            raise LoaderError("all 16 pairs hang")
+    def refused(message):
+        result = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "run.yaml")])
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code == 1, result.output
+        assert re.search(message, result.output, re.MULTILINE), result.output
 
-        monkeypatch.setattr(Shards, "fill", hang)
-    result = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "run.yaml")])
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == 1, result.output
-    assert re.search(r"^all 16 pairs (of the source failed; the first was .*|hang)$", result.output, re.MULTILINE)
+    if command == ["train"]:
+        refused(r"^all 16 pairs of the source failed; the first was ")
+        return
+    refused(r"^16 of 16 pairs of out could not be read or decoded; ")
+
+    def hang(*arguments):
+        raise LoaderError("all 16 pairs hang")
+
+    monkeypatch.setattr(Shards, "fill", hang)
+    refused(r"^all 16 pairs hang$")
+
+
+@pytest.mark.parametrize("command", ["cache", "reference"])
+def test_stores_tell_of_pairs_that_are_not_in_them(here, tmp_path, command):
+    rows = pq.read_table(here / "pairs.parquet").to_pylist()
+    rows[3]["jpg_1"] = rows[5]["jpg_0"] = b"none"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "some.parquet")
+    given = settings(here, tmp_path / "run", data=str(tmp_path / "some.parquet"), latents="mode")
+    write_settings(given, tmp_path / "run.yaml")
+    result = CliRunner().invoke(app, [command, str(tmp_path / "out"), "--config", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 0, result.output
+    assert f"2 of 16 pairs of {tmp_path / 'out'} could not be read or decoded: a training has others" in result.output
 
 
 # -------------------------------------------------------------------------------------------------- GenEval
@@ -1317,6 +1378,12 @@ def test_geneval_folders(here, tmp_path):
     assert {file: (out / file).read_bytes() for file in files} == after
     assert CliRunner().invoke(app, [*arguments, "--samples", "3"]).exit_code == 0
     assert len(list(out.rglob("*.png"))) == 6
+    # Several at once, of more than one prompt, are the same but for rounding.
+    result = CliRunner().invoke(app, [*arguments[:3], str(tmp_path / "batched"), *arguments[4:], "--batch-size", "3"])
+    assert result.exit_code == 0, result.output
+    for file in (file for file in files if file.endswith("png")):
+        found = np.asarray(Image.open(tmp_path / "batched" / file), dtype=int)
+        assert np.abs(found - np.asarray(Image.open(io.BytesIO(before[file])), dtype=int)).max() <= 1
 
 
 def test_the_scorer_does_not_see_a_picture_that_is_not_whole(here, tmp_path, monkeypatch):
