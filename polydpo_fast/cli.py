@@ -48,6 +48,10 @@ _Seed = Annotated[int | None, typer.Option(help="Random seed (default 0).")]
 _Assign = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting, in YAML; may be repeated.")
 ]
+_LESS_MEMORY = (
+    "Less is taken by --gradient-checkpointing, a smaller --batch-size with more --accumulation, latents made ahead "
+    "(`polydpo-fast cache`), --optimizer adamw8bit, --lora-rank"
+)
 
 
 @app.command()
@@ -391,9 +395,9 @@ def geneval(
 
     Runs under `accelerate launch` too.
     """
-    try:
-        import torch
+    import torch
 
+    try:
         from .diffusion.geneval import render
 
         if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -419,6 +423,8 @@ def geneval(
             )
     except (OSError, TypeError, ValueError, ImportError) as error:
         raise _failed(error) from error
+    except torch.OutOfMemoryError as error:
+        raise _failed(f"{error}\nLess is taken by a smaller --batch-size, --dtype bfloat16", 1) from error
 
 
 @contextmanager
@@ -426,6 +432,8 @@ def _training(context: typer.Context, *own: str) -> Iterator[Any]:
     """The settings that a command was given, without what is its own. What goes wrong is said in a line."""
     given = {name: value for name, value in context.params.items() if value is not None and value not in ([], ())}
     config, assign = given.pop("config", None), given.pop("assign", ())
+    import torch
+
     from .data import LoaderError
 
     try:
@@ -435,9 +443,11 @@ def _training(context: typer.Context, *own: str) -> Iterator[Any]:
         yield read_settings(config, **{name: value for name, value in given.items() if name not in own})
     except (OSError, TypeError, ValueError, ImportError, ArithmeticError, LoaderError) as error:
         raise _failed(error, 1 if isinstance(error, (ArithmeticError, LoaderError)) else 2) from error
+    except torch.OutOfMemoryError as error:
+        raise _failed(f"{error}\n{_LESS_MEMORY}", 1) from error
 
 
-def _failed(error: Exception, code: int = 2) -> typer.Exit:
+def _failed(error: Exception | str, code: int = 2) -> typer.Exit:
     """Says in a line what went wrong; the exit to be raised then."""
     from .data.inspect import safe
 

@@ -162,6 +162,48 @@ def test_the_table_of_objectives_is_the_code_s():
     assert rows == [(name, one.formula, one.slope, one.source) for name, one in OBJECTIVES.items()]
 
 
+def rows(text):
+    """Of tables, their cells."""
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def test_the_messages_that_are_explained_are_the_code_s():
+    code = "\n".join(path.read_text() for path in (ROOT / "polydpo_fast").rglob("*.py"))
+    (section,) = (DOCS / "questions.md").read_text().split("## It says ...")[1:]
+    messages = [row[0] for row in rows(section)[2:]]
+    assert len(messages) > 5
+    for message in messages:
+        assert message in code or message == "out of memory", message  # which is PyTorch's
+
+
+def test_the_bytes_of_a_training_add_up():
+    table = {row[0]: row[1:] for row in rows((DOCS / "questions.md").read_text())}
+    ways = {name: sum(int(cell or 0) for cell in row[:4]) for name, row in table.items() if row[-1].isdecimal()}
+    assert ways == {name: int(table[name][-1]) for name in ways}
+    whole, _, least, lora = ways.values()
+    models = [row for row in table.values() if len(row) == 5 and re.fullmatch(r"\d+\.\d+", row[0])]
+    assert len(models) == 5
+    for weights, *gigabytes, _ in (map(float, row) for row in models):
+        assert gigabytes == pytest.approx([weights * each for each in (whole, least, lora)], abs=0.051)
+
+
+def test_the_readme_has_the_extras_of_the_package():
+    """Those for users."""
+    text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", text, re.MULTILINE))
+    told = {row[0] for row in rows((ROOT / "README.md").read_text().split("| extra | for |")[1].split("\n\n")[0])[1:]}
+    assert told == extras - {"bench", "docs", "dev"}
+
+
+def test_the_source_distribution_has_what_git_has():
+    manifest = re.findall(r"^(?:include|graft) (.*)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)
+    by_itself = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py", "kernels", "polydpo_fast"}
+    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()} | {"shared"}
+    built = {name for name in there if name.endswith(".egg-info")}
+    assert there - ignored - built - by_itself == {name for line in manifest for name in line.split()}
+
+
 @pytest.mark.parametrize("package", ["", ".data", ".diffusion", ".check"])
 def test_every_public_name_has_its_place_in_the_reference(package):
     module = importlib.import_module(f"polydpo_fast{package}")

@@ -1309,6 +1309,20 @@ def test_a_loader_that_gives_up_is_said_in_a_line(here, tmp_path, monkeypatch, c
     refused(r"^all 16 pairs hang$")
 
 
+@pytest.mark.parametrize("command", ["train", "geneval"])
+def test_a_lack_of_memory_is_told_with_what_helps(here, tmp_path, monkeypatch, command):
+    def too_large(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(training, "train", too_large)
+    monkeypatch.setattr("polydpo_fast.diffusion.geneval.render", too_large)
+    prompts = write_prompts(tmp_path / "p.jsonl", "a dog")
+    words = {"train": ["--model", "m", "--data", "d"], "geneval": ["m", prompts, str(tmp_path / "out")]}[command]
+    result = CliRunner().invoke(app, [command, *words])
+    assert result.exit_code == 1
+    assert re.search(r"^CUDA out of memory. .* Less is taken by .*--batch-size", result.output, re.MULTILINE)
+
+
 @pytest.mark.parametrize("command", ["cache", "reference"])
 def test_stores_tell_of_pairs_that_are_not_in_them(here, tmp_path, command):
     rows = pq.read_table(here / "pairs.parquet").to_pylist()
