@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="polydpo-fast",
-    help="Fused Poly-DPO losses and preference-pair decoding for diffusion models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # its tables leave the help of `train` sixteen columns, and cut names of options off
@@ -54,6 +53,23 @@ _LESS_MEMORY = (
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ._version import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fused Poly-DPO losses and preference-pair decoding for diffusion models."""
+
+
 @app.command()
 def info() -> None:
     """Print versions, devices, loss backends, SIMD level and codecs."""
@@ -77,7 +93,7 @@ def demo(
     label_noise: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of pairs whose label is flipped.")] = 0.0,
     device: Annotated[str, typer.Option(help="Device of the models: cpu, cuda.")] = "cpu",
 ) -> None:
-    """Teach a small diffusion model to prefer bold handwriting, on real scanned digits."""
+    """Teach a small model to prefer bold handwriting, on real digits."""
     from .demo import Settings, run
 
     settings = Settings(alpha=alpha, beta=beta, steps=steps, seed=seed, label_noise=label_noise, device=device)
@@ -172,7 +188,7 @@ def check(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
-    """Compare losses, decoding and loading with references on this machine. Exits with 1 if a gate is broken."""
+    """Compare losses, decoding and loading with references. Exits with 1 if a gate is broken on this machine."""
     import secrets
 
     from .check import check as run
@@ -216,7 +232,7 @@ def bench(
         tuple[Path, Path] | None, typer.Option(help="Compare two files of results, before and after.")
     ] = None,
 ) -> None:
-    """Run the benchmarks and keep their results; or compare two files, and exit with 1 if something got worse."""
+    """Run the benchmarks, or compare two files of results. Comparing exits with 1 if something got worse."""
     from . import bench as benchmarks
 
     try:
@@ -312,7 +328,7 @@ def train(
     seed: _Seed = None,
     assign: _Assign = None,
 ) -> None:
-    """Align a Diffusers pipeline with preference pairs; runs under `accelerate launch` too."""
+    """Align a Diffusers pipeline with preference pairs. Runs under `accelerate launch` too."""
     with _training(context) as settings:
         from .diffusion.train import train as run
 
@@ -334,7 +350,7 @@ def cache(
     store: Annotated[str | None, typer.Option(help="Dtype of the stored latents: float32, bfloat16, float16.")] = None,
     assign: _Assign = None,
 ) -> None:
-    """Encode images and prompts once; `train --data OUT` needs neither then. Runs under `accelerate launch` too."""
+    """Encode images and prompts once, for `train --data OUT`. Runs under `accelerate launch` too."""
     with _training(context, "out", "store", "shard_pairs") as settings:
         import torch
 
@@ -366,7 +382,10 @@ def reference(
     ] = 4,
     assign: _Assign = None,
 ) -> None:
-    """Compute the reference's errors once, for `train --reference-errors OUT`. Runs under `accelerate launch` too."""
+    """Compute the reference's errors once. They are for `train --reference-errors OUT`.
+
+    Runs under `accelerate launch` too.
+    """
     with _training(context, "out", "draws", "shard_pairs") as settings:
         from .diffusion.precompute import reference as run
 
@@ -391,7 +410,7 @@ def geneval(
     variant: Annotated[str | None, typer.Option(help="Variant of the model's files, such as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
-    """Render GenEval's prompts into the folders that its official scorer reads; goes on where it stopped.
+    """Render GenEval's prompts for its official scorer. Goes on where it stopped.
 
     Runs under `accelerate launch` too.
     """

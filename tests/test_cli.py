@@ -23,10 +23,17 @@ def test_info_names_versions_backends_and_codecs():
         assert text in result.stdout
 
 
-def test_no_arguments_show_the_commands():
-    result = runner.invoke(app, [])
-    assert "demo" in result.output
-    assert "info" in result.output
+def test_the_version_is_told():
+    result = runner.invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"{polydpo_fast.__version__}\n")
+
+
+def test_no_arguments_show_the_commands(monkeypatch):
+    """And whole sentences of what they do."""
+    monkeypatch.setenv("COLUMNS", "80")
+    told = runner.invoke(app, []).output
+    for name in typer.main.get_command(app).commands:
+        assert re.search(rf"(?m)^  {name} +[A-Z].*[^.]\.$", told), name
 
 
 def test_the_module_is_the_command(monkeypatch):

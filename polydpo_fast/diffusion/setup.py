@@ -72,10 +72,15 @@ def set_up(settings: Settings) -> Setup:
 
 
 def new_accelerator(**options: Any) -> Any:
-    """Accelerate's, whose processes wait for each other for hours."""
+    """Accelerate's, whose processes wait for each other for hours. Makes Diffusers and Transformers quiet, too."""
+    import diffusers
+    import transformers
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    # Else they tell of every prompt that is longer than 77 tokens, and of image processors that nothing here uses.
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)], **options)
 
 
@@ -180,7 +185,6 @@ def _accelerator(settings: Settings) -> Any:
     need("accelerate", "transformers", "diffusers", "safetensors", *(["peft"] if settings.lora_rank else []))
     from accelerate.tracking import LoggerType, get_available_trackers
     from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, set_seed
-    from diffusers.utils import logging
 
     known = sorted({*map(str, LoggerType)} - {"all"})  # members of an Enum, which equal no text
     for name in settings.trackers:
@@ -214,5 +218,4 @@ def _accelerator(settings: Settings) -> Any:
         # elsewhere than in the reference's: with a beta of thousands the first loss would be far from log 2.
         inductor.emulate_precision_casts = True
     set_seed(settings.seed % 2**32)  # NumPy takes no more
-    logging.set_verbosity_error()  # else it tells of every prompt that is longer than 77 tokens
     return accelerator

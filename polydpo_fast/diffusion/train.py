@@ -97,6 +97,10 @@ def train(settings: Settings) -> None:
         checkpoint_adapters_only(accelerator)
     result_of(accelerator, model, settings)
     done = resume(accelerator, settings, checkpoint, run)
+    if settings.resume is not None:
+        _say(
+            accelerator, f"goes on from {checkpoint}" if done else f"no checkpoint is in {output} yet: a new run begins"
+        )
     accelerator.step = 0  # of its count of forwards, which is another where accumulation was another
     if ema is not None:
         ema.to(accelerator.device)
@@ -120,6 +124,8 @@ def train(settings: Settings) -> None:
     with _ema_weights(ema, parameters):
         save_result(accelerator, pipe, family, model, settings, output)
     accelerator.end_training()
+    loads = f"pipe.load_lora_weights({str(output)!r})" if settings.lora_rank else f"from_pretrained({str(output)!r})"
+    _say(accelerator, f"the result is in {output}: {loads} takes it")
 
 
 @dataclass(frozen=True)
@@ -355,6 +361,11 @@ def _ema(parameters: list[Tensor], settings: Settings, accelerator: Any) -> Any:
     ema = EMAModel(parameters, decay=settings.ema, foreach=True)
     ema.to(accelerator.device)
     return ema
+
+
+def _say(accelerator: Any, text: str) -> None:
+    if accelerator.is_main_process:
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _flat(settings: Settings) -> dict[str, Any]:

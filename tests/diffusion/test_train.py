@@ -76,8 +76,11 @@ def test_a_training_from_the_command_line(here, tmp_path):
         "--set",
         "loader={hflip: 0.5}",
     ]
+    arguments += ["--resume", "latest"]
     result = CliRunner().invoke(app, ["train", *arguments])
     assert result.exit_code == 0, result.output
+    assert f"\nno checkpoint is in {out} yet: a new run begins\n" in f"\n{result.output}"
+    assert result.output.splitlines()[-1] == f"the result is in {out}: from_pretrained({str(out)!r}) takes it"
     written = lines(out)
     assert [line["step"] for line in written] == [2, 3, 4, 5]
     assert [line["steps"] for line in written] == [2, 1, 1, 1]
@@ -94,6 +97,11 @@ def test_a_training_from_the_command_line(here, tmp_path):
     assert not equal(averaged, last)
     unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
     assert equal(dict(unet.state_dict()), averaged)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = CliRunner().invoke(app, ["train", *arguments, "--steps", "6"])
+    assert result.exit_code == 0, result.output
+    assert f"\ngoes on from {out / 'checkpoint-5'}\n" in f"\n{result.output}"
+    assert [line["step"] for line in lines(out)][-2:] == [5, 6]
 
 
 def images(pipe):
