@@ -43,7 +43,7 @@ def set_up(settings: Settings) -> Setup:
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     # Before the model, which is large: what is wrong is said at once.
     source = _open(settings)
-    _check_loader(settings, source, accelerator.num_processes)
+    _check_loader(settings, source, accelerator)
     family = family_of(settings.model, settings.revision)
     with accelerator.main_process_first():  # it may download
         pipe = load_pipeline(
@@ -130,15 +130,16 @@ def _open(settings: Settings) -> Source:
     return LatentPairs(stores[0]) if stores else open_source(settings.data, **settings.data_options)
 
 
-def _check_loader(settings: Settings, source: Source, processes: int) -> None:
+def _check_loader(settings: Settings, source: Source, accelerator: Any) -> None:
     """Raises ValueError or TypeError for what `Inputs` could not make a loader of."""
+    processes = accelerator.num_processes
     if 0 < len(source) < settings.batch_size * processes:
         raise ValueError(
             f"batch_size is {settings.batch_size}, in each of {processes} processes, and data has only {len(source)} "
             "pairs; expected a smaller batch_size, or more pairs"
         )
     if not isinstance(source, LatentPairs):
-        PairLoader(source, settings.batch_size, size=64, device="cpu", **settings.loader)
+        PairLoader(source, settings.batch_size, size=64, device=accelerator.device, **settings.loader)
 
 
 def check_writable(name: str, folder: str | os.PathLike[str]) -> None:
