@@ -24,9 +24,12 @@ from .buffers import Buffers
 from .dali import Decoder, choose_decoder
 from .ledger import Ledger, options_as_json
 from .order import Order, Shuffled, order_of
-from .pipeline import LoaderError, LoaderStats, Pipeline, Plan, Step
+from .pipeline import Pipeline
+from .plan import Plan, Step
+from .reading import LoaderError
 from .source import Source
 from .sources import open_source
+from .stats import LoaderStats
 
 __all__ = ["LoaderError", "LoaderStats", "PairLoader"]
 

@@ -11,7 +11,7 @@ from data.pairs import Tiny
 from data.test_loader import TINY, expected, threads, yielded
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import PairLoader, dali, pipeline
+from polydpo_fast.data import PairLoader, dali, transfer
 from polydpo_fast.data import loader as loader_module
 
 
@@ -20,9 +20,9 @@ def machine(monkeypatch):
     """Of which the test's thread uses the second device."""
     late_cuda.set_device(1)
     monkeypatch.setattr(dali, "_has_cuda", lambda: False)  # DALI would ask a real one
-    pipeline._stream_of.cache_clear()
+    transfer._stream_of.cache_clear()
     yield Late(monkeypatch)
-    pipeline._stream_of.cache_clear()
+    transfer._stream_of.cache_clear()
     late_cuda.set_device(0)
 
 

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import reading as reading_module
+from polydpo_fast.data.assembly import Assembler
 from polydpo_fast.data.buffers import _MOST_FREE, Buffers
 from polydpo_fast.data.dali import CppDecoder
-from polydpo_fast.data.pipeline import Pipeline
 from polydpo_fast.data.reading import Readers
 
 
@@ -90,15 +90,15 @@ def test_one_pass_in_two_threads_ends_in_both():
 
 
 def test_an_error_in_one_of_two_threads_is_no_end_of_the_epoch_in_the_other(monkeypatch):
-    finish = Pipeline._finish_batch
+    decode = Assembler._decode
 
-    def broken(pipeline, step, slots, readers):
-        if step.positions[0] >= 20:
+    def broken(assembler, places):
+        if places[0].position >= 20:
             time.sleep(0.3)
             raise LoaderError("too many bad pairs")
-        finish(pipeline, step, slots, readers)
+        return decode(assembler, places)
 
-    monkeypatch.setattr(Pipeline, "_finish_batch", broken)
+    monkeypatch.setattr(Assembler, "_decode", broken)
     loader = PairLoader(Tiny(40), 4, **TINY)
     one, raised = iter(loader), []
 
@@ -330,6 +330,25 @@ def test_control_c_ends_the_threads(waits_for):
         time.sleep(0.01)
     assert threads() == []
     assert [i for batch in PairLoader(Tiny(8), 4, **TINY) for i in yielded(batch)] == expected(8, 0, 0)
+
+
+def test_control_c_while_a_pass_begins_ends_its_thread(monkeypatch):
+    """`Thread.start` waits until the thread runs: nobody has the iterator yet, whose end would end it."""
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == "polydpo-load":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            iter(PairLoader(Tiny(4000), 4, **TINY))
+    until = time.monotonic() + 5
+    while threads() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threads() == []
 
 
 @pytest.mark.parametrize("name", ["polydpo-load", "polydpo-read"])

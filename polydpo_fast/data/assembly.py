@@ -1,0 +1,225 @@
+"""From steps to batches: pairs are read ahead and decoded, and others take the place of those that are bad."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bad_pairs import BadPairs
+from .batch import PairBatch
+from .buffers import Buffers
+from .order import mix
+from .plan import Plan, Step
+from .reading import LoaderError, Readers, Reading
+from .ready import ReadyPair, stack_pairs
+from .rows import Rows
+from .source import Pair, PairError
+from .stats import LoaderStats
+
+__all__ = ["Assembler"]
+
+_STEPS = 32  # whose pairs are worked out together
+_REPLACEMENT_WINDOW = 4096  # positions ahead: read soon anyway, but hardly in the same batch
+_NEARBY_ATTEMPTS = 4  # with pairs of the blocks that are in memory already
+_MOST_ATTEMPTS = 1000
+
+
+@dataclass(eq=False)
+class _Place:
+    """A place in a batch, and the pair that comes to it: first the one that the order has there, then, as long as it is
+    bad, another one."""
+
+    row: int  # of the batch
+    position: int  # of the epoch
+    index: int  # of the pair in its source; -1: the place stays empty
+    lap: int
+    pair: Pair | None = None  # once it is read
+    reading: Reading | None = field(default=None, repr=False)  # until then
+    attempt: int = 0  # how many pairs were bad
+    lost_blocks: set[int] = field(default_factory=set)  # of which nothing can be read
+
+
+class Assembler:
+    """Makes batches, one after the other. look: is called now and then, and raises what is to end it."""
+
+    def __init__(
+        self, plan: Plan, buffers: Buffers | None, stats: LoaderStats, readers: Readers, look: Callable[[], None]
+    ) -> None:
+        self._plan, self._buffers, self._stats, self._readers, self._look = plan, buffers, stats, readers, look
+        self._bad = BadPairs(plan, stats)
+
+    def batches(self, steps: Iterable[Step]) -> Iterator[tuple[PairBatch, int]]:
+        """And the position of the epoch after each. While one is made, the next ones are being read."""
+        waiting: deque[tuple[list[_Place], int]] = deque()
+        for step, pairs, laps in self._in_order(steps):
+            waiting.append((self._ask(step, pairs, laps), step.end))
+            if len(waiting) > self._plan.prefetch:
+                yield self._assembled(*waiting.popleft())
+        while waiting:
+            yield self._assembled(*waiting.popleft())
+
+    def _in_order(self, steps: Iterable[Step]) -> Iterator[tuple[Step, list[int], list[int]]]:
+        """The steps, and for each position the pair, or -1, and its lap. Some at once, which is hardly slower."""
+        order, remaining = self._plan.order, iter(steps)
+        while some := list(islice(remaining, _STEPS)):
+            positions = np.stack([step.positions for step in some])
+            here, pairs, laps = positions < len(self._plan.source), np.full(positions.shape, -1), 0 * positions
+            pairs[here], laps[here] = order(positions[here]), order.laps(positions[here])
+            yield from zip(some, pairs.tolist(), laps.tolist(), strict=True)
+
+    def _ask(self, step: Step, pairs: list[int], laps: list[int]) -> list[_Place]:
+        facts = zip(range(len(pairs)), step.positions.tolist(), pairs, laps, strict=True)
+        places = [_Place(*one) for one in facts]
+        for place in places:
+            if place.index >= 0:
+                place.reading = self._readers.ask(place.index)
+        return places
+
+    def _assembled(self, places: list[_Place], end: int) -> tuple[PairBatch, int]:
+        began = time.monotonic()
+        for place in places:
+            self._read(place)
+        read = time.monotonic()
+        self._stats.waiting_for_source_s += read - began
+        batch = self._batch(places, self._decode(places))
+        self._stats.decoding_s += time.monotonic() - read
+        return batch, end
+
+    # ---------------------------------------------------------------------------------- reading, and replacing
+
+    def _read(self, place: _Place) -> None:
+        """Waits for the place's pair, or for the first of those that may take it that can be read."""
+        while place.pair is None and place.index >= 0:
+            self._look()
+            assert place.reading is not None
+            self._readers.wait(place.reading, self._look)
+            place.pair, error, block = place.reading.pair, place.reading.error, place.reading.block
+            place.reading = None
+            self._bad.count_seen()
+            if error is not None:
+                is_lost = block >= 0 and isinstance(error, PairError) and error.whole_block
+                if is_lost:
+                    place.lost_blocks.add(block)
+                self._bad.add_unread(place.position, place.index, error, block if is_lost else None)
+                self._replace(place)
+            elif not place.attempt:  # what takes another's place says nothing
+                self._bad.end_unread_run()
+
+    def _replace(self, place: _Place) -> None:
+        """Another pair for the place, or none. Which depends on seed, epoch, position and attempt alone."""
+        place.pair = None
+        if not self._plan.replace_bad:
+            place.index = -1
+            return
+        while True:
+            place.attempt += 1
+            if place.attempt > _MOST_ATTEMPTS or len(self._plan.source) < 2:
+                where = self._plan.source.position(place.index)
+                raise LoaderError(f"no pair was found to replace {where}; the last that was bad: {self._bad.last}")
+            at = np.array([self._candidate(place)])
+            # With the lap of that position: elsewhere it may come with this one's.
+            place.index, place.lap = int(self._plan.order(at)[0]), int(self._plan.order.laps(at)[0])
+            if not place.lost_blocks or self._readers.block_of(place.index) not in place.lost_blocks:
+                break
+        place.reading = self._readers.ask(place.index)
+
+    def _candidate(self, place: _Place) -> int:
+        """A position: first of the blocks being read, where reading another one for a single pair takes long."""
+        plan = self._plan
+        begin, end = 0, len(plan.source)
+        if not plan.source.random_access and place.attempt <= _NEARBY_ATTEMPTS:
+            nearby = plan.order.window(place.position)
+            begin, end = nearby if nearby[1] - nearby[0] > 1 else (begin, end)
+        size = end - begin
+        ahead = 1 + mix(plan.seed, plan.epoch, place.position, place.attempt) % min(size - 1, _REPLACEMENT_WINDOW)
+        return begin + (place.position - begin + ahead) % size
+
+    # ------------------------------------------------------------------------------------------------ decoding
+
+    def _decode(self, places: list[_Place]) -> Rows:
+        plan = self._plan
+        out = None if self._buffers is None else self._buffers.take()
+        taken = [place for place in places if place.pair is not None]
+        if len(taken) == len(places):
+            result = self._decoded(taken, out)
+            rows = Rows.of(result)
+        else:  # places without a pair stay zero
+            pixels = torch.zeros(plan.batch_shape, dtype=plan.dtype, device="cpu") if out is None else out.zero_()
+            rows = Rows.empty(pixels, plan.clips)
+            if not taken:
+                return rows
+            result = self._decoded(taken, None)
+            rows.pixels = pixels.to(result.pixels.device)
+            rows.put([place.row for place in taken], result)
+        self._replace_undecodable(taken, result.errors, rows)
+        return rows
+
+    def _decoded(self, places: list[_Place], out: Tensor | None) -> Any:
+        pairs = [place.pair for place in places if place.pair is not None]
+        if self._plan.source.ready is not None:
+            return stack_pairs([pair for pair in pairs if isinstance(pair, ReadyPair)], out)
+        seeds = [self._plan.seed_at(place.position) for place in places]
+        wins, loses = [pair.win for pair in pairs], [pair.lose for pair in pairs]
+        return self._plan.decode(wins, loses, seeds=seeds, out=out, on_error="mask")
+
+    def _replace_undecodable(self, taken: list[_Place], errors: Iterable[Any], rows: Rows) -> None:
+        """Puts others in the place of pairs that did not decode. errors: DecodeFailures, by the numbers of `taken`."""
+        first_failures = {failure.index: failure for failure in reversed(tuple(errors))}
+        for number, place in enumerate(taken):
+            failure = first_failures.get(number)
+            if failure is None and not place.attempt:
+                self._bad.end_undecoded_run()
+            while failure is not None:
+                self._look()
+                assert place.pair is not None
+                error = PairError(failure.reason, failure.arm)
+                self._bad.add_undecoded(place.position, place.index, place.pair.key, error)
+                self._replace(place)
+                self._read(place)
+                if place.index < 0:
+                    rows.clear(place.row)
+                    break
+                single = self._decoded([place], None)
+                failure = single.errors[0] if single.errors else None
+                if failure is None:
+                    rows.put([place.row], single)
+
+    def _batch(self, places: list[_Place], rows: Rows) -> PairBatch:
+        nothing = Pair("", b"", b"", weight=0.0)
+        pairs = [place.pair or nothing for place in places]
+        names = list(dict.fromkeys(name for pair in pairs for name in pair.extra))
+        return PairBatch(
+            pixels=rows.pixels,
+            prompts=[
+                "" if self._plan.drops_prompt_at(place.position) else pair.prompt
+                for place, pair in zip(places, pairs, strict=True)
+            ],
+            keys=[pair.key for pair in pairs],
+            index=torch.tensor([place.index for place in places], dtype=torch.int64),
+            lap=torch.tensor([place.lap for place in places], dtype=torch.int64),
+            weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+            category=[pair.category for pair in pairs],
+            ok=torch.tensor([place.pair is not None for place in places], dtype=torch.bool),
+            original_size=rows.original_size,
+            crop_top_left=rows.crop_top_left,
+            flipped=rows.flipped,
+            matrix=tuple(matrix for matrix, _ in rows.colours),
+            full_range=tuple(full_range for _, full_range in rows.colours),
+            extra={name: _column([pair.extra.get(name) for pair in pairs]) for name in names},
+        )
+
+
+def _column(values: list[Any]) -> list[Any] | Tensor:
+    """The values; tensors as one, with zeros where there is no pair."""
+    some = next((value for value in values if value is not None), None)
+    if not isinstance(some, Tensor):
+        return values
+    return torch.stack([torch.zeros_like(some) if value is None else value for value in values])
