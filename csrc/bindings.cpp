@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -76,44 +77,132 @@ private:
     std::vector<Py_buffer> views_;
 };
 
-// One row of `draws`: 0 or 1 whether the crop is centred, its two random numbers, 0 or 1 whether it is mirrored.
-using DrawRow = std::array<std::uint32_t, 4>;
-// An image that is pixels already: its row of the batch, height, width, EXIF orientation.
-using RawRow = std::array<std::int64_t, 4>;
+// ---------------------------------------------------------------------------------------------- decoding
+// What belongs together comes as one object whose attributes have the names that they have here.
 
-// The caller vouches for `out`: 2B * 3 * height * width elements of the dtype; dtype -1 is planes, 2B * height * 3/2 *
-// width bytes. Returns the geometry of each sample, (2B, 4) int64 (oriented height and width, crop top and left), the
+// An argument that is one of a few names, or None.
+template <class Value>
+Value named(const py::handle& given, const char* argument, const std::vector<std::pair<const char*, Value>>& known) {
+    const auto text = py::str(given).cast<std::string>();
+    for (const auto& [name, value] : known) {
+        if (text == name) return value;
+    }
+    throw py::value_error(std::string(argument) + " is '" + text + "', which is none of those that are known");
+}
+
+polydpo::Resize resize_of(const py::handle& given) {
+    using polydpo::Resize;
+    return named<Resize>(given, "resize",
+                         {{"None", Resize::none},
+                          {"cover", Resize::cover},
+                          {"contain", Resize::contain},
+                          {"stretch", Resize::stretch}});
+}
+
+polydpo::Interpolation interpolation_of(const py::handle& given) {
+    using polydpo::Interpolation;
+    return named<Interpolation>(given, "interpolation",
+                                {{"bilinear", Interpolation::bilinear}, {"bicubic", Interpolation::bicubic}});
+}
+
+polydpo::Dtype dtype_of(const py::handle& given) {
+    using polydpo::Dtype;
+    return named<Dtype>(given, "dtype",
+                        {{"uint8", Dtype::uint8},
+                         {"bfloat16", Dtype::bfloat16},
+                         {"float16", Dtype::float16},
+                         {"float32", Dtype::float32},
+                         {"yuv420", Dtype::uint8}});
+}
+
+polydpo::JpegDecoder jpeg_decoder_of(const py::handle& given) {
+    using polydpo::JpegDecoder;
+    return named<JpegDecoder>(
+        given, "jpeg", {{"either", JpegDecoder::either}, {"libjpeg", JpegDecoder::libjpeg}, {"own", JpegDecoder::own}});
+}
+
+polydpo::Matrix matrix_of(const py::handle& given) {
+    using polydpo::Matrix;
+    return named<Matrix>(given, "matrix",
+                         {{"bt601", Matrix::bt601},
+                          {"bt709", Matrix::bt709},
+                          {"bt2020", Matrix::bt2020},
+                          {"fcc", Matrix::fcc},
+                          {"smpte240m", Matrix::smpte240m},
+                          {"rgb", Matrix::rgb}});
+}
+
+polydpo::Size height_and_width(const py::handle& given) {
+    const auto [height, width] = given.cast<std::pair<int, int>>();
+    return {height, width};
+}
+
+// decode_arguments.DecodeLimits.
+polydpo::Limits limits_of(const py::handle& given) {
+    const auto count = [&](const char* name) { return given.attr(name).cast<std::int64_t>(); };
+    return {count("pixels"), count("bytes"), count("decoded"), given.attr("scans").cast<int>(), count("chunk")};
+}
+
+// decode_arguments.Draw.
+polydpo::Draw draw_of(const py::handle& given) {
+    return {given.attr("centre").cast<bool>(), given.attr("top").cast<std::uint32_t>(),
+            given.attr("left").cast<std::uint32_t>(), given.attr("flipped").cast<bool>()};
+}
+
+std::vector<polydpo::Draw> draws_of(const py::sequence& given) {
+    std::vector<polydpo::Draw> draws;
+    for (const py::handle draw : given) draws.push_back(draw_of(draw));
+    return draws;
+}
+
+// decode_arguments.Output. What it says nothing of is that of one image, decoded strictly and without limits.
+polydpo::Options options_of(const py::handle& given) {
+    polydpo::Options options{};
+    options.output = height_and_width(given.attr("size"));
+    options.resize = resize_of(given.attr("resize"));
+    options.interpolation = interpolation_of(given.attr("interpolation"));
+    options.dtype = dtype_of(given.attr("dtype"));
+    options.planes = given.attr("planes").cast<bool>();
+    const auto offset = given.attr("offset").cast<std::array<float, 3>>();
+    const auto scale = given.attr("scale").cast<std::array<float, 3>>();
+    std::copy(offset.begin(), offset.end(), options.normal.offset);
+    std::copy(scale.begin(), scale.end(), options.normal.scale);
+    const auto [red, green, blue] = given.attr("background").cast<std::array<std::uint8_t, 3>>();
+    options.background = {red, green, blue};
+    options.strict = true;
+    options.threads = 1;
+    return options;
+}
+
+// An image that is pixels already: decode.RawImage.
+void set_raw(std::vector<polydpo::Image>& images, const py::handle& given) {
+    polydpo::Image& image = images.at(given.attr("row").cast<std::size_t>());
+    image.raw = height_and_width(given.attr("size"));
+    image.orientation = given.attr("orientation").cast<int>();
+    if (image.bytes != 4 * static_cast<std::size_t>(image.raw.height) * static_cast<std::size_t>(image.raw.width)) {
+        throw py::value_error("raw pixels are short");
+    }
+}
+
+// The caller vouches for `out`: 2B * 3 * height * width elements of the dtype, or of planes 2B * height * 3/2 * width
+// bytes. Returns the geometry of each sample, (2B, 4) int64 (oriented height and width, crop top and left), the
 // failures as (sample, reason), and the damage that was let pass, likewise.
-py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const std::vector<RawRow>& raw,
-                       const std::vector<DrawRow>& draws, std::uintptr_t out, int dtype,
-                       const std::array<float, 6>& normal, const std::array<std::uint8_t, 3>& background,
-                       const std::array<int, 2>& size, int resize, int interpolation, bool apply_orientation,
-                       bool strict, const std::array<std::int64_t, 5>& limits, int threads, int jpeg) {
+py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const py::sequence& raw,
+                       const py::sequence& draws, std::uintptr_t out, const py::object& output, bool apply_orientation,
+                       bool strict, const py::object& limits, int threads, const py::str& jpeg) {
     Buffers buffers;
     buffers.add(win, "win");
     buffers.add(lose, "lose");
     std::vector<polydpo::Image> images = buffers.images();
-    if (images.size() != 2 * draws.size()) throw py::value_error("win and lose do not hold B images each");
-    for (const auto& [row, height, width, orientation] : raw) {
-        polydpo::Image& image = images.at(static_cast<std::size_t>(row));
-        image.raw = {static_cast<int>(height), static_cast<int>(width)};
-        image.orientation = static_cast<int>(orientation);
-        if (image.bytes != static_cast<std::size_t>(4 * height * width)) throw py::value_error("raw pixels are short");
-    }
-    std::vector<polydpo::Draw> drawn;
-    for (const auto& [centre, top, left, flipped] : draws) drawn.push_back({centre != 0, top, left, flipped != 0});
-    const polydpo::Options options{{size[0], size[1]},
-                                   static_cast<polydpo::Resize>(resize),
-                                   static_cast<polydpo::Interpolation>(interpolation),
-                                   dtype < 0,
-                                   static_cast<polydpo::Dtype>(std::max(dtype, 0)),
-                                   {{normal[0], normal[1], normal[2]}, {normal[3], normal[4], normal[5]}},
-                                   {background[0], background[1], background[2]},
-                                   apply_orientation,
-                                   strict,
-                                   {limits[0], limits[1], limits[2], static_cast<int>(limits[3]), limits[4]},
-                                   threads,
-                                   static_cast<polydpo::JpegDecoder>(jpeg)};
+    const std::vector<polydpo::Draw> drawn = draws_of(draws);
+    if (images.size() != 2 * drawn.size()) throw py::value_error("win and lose do not hold B images each");
+    for (const py::handle image : raw) set_raw(images, image);
+    polydpo::Options options = options_of(output);
+    options.apply_orientation = apply_orientation;
+    options.strict = strict;
+    options.limits = limits_of(limits);
+    options.threads = threads;
+    options.jpeg = jpeg_decoder_of(jpeg);
     bool interrupted = false;
     // Only the main thread hears of signals; and whoever asks for the lock while Python ends does not come back, though
     // other threads are still at work on what lies on this one's stack.
@@ -144,98 +233,102 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
     return py::make_tuple(geometry, failures, damages);
 }
 
-// What a foreign decoder is told of an image: height and width as stored; of the whole resized image; top, left, height and
-// width of the crop in it; top and left of the crop in the output; whether it is transposed, its rows reversed, its columns
-// reversed; the corner that is reported, top and left; and whether a bicubic resize goes down first.
-using PlanRow = std::array<int, 16>;
-
-PlanRow plan_row(const polydpo::Size& source, const polydpo::Geometry& g) {
-    return {source.height, source.width, g.stored.height, g.stored.width, g.crop.top,
-            g.crop.left,   g.crop.height, g.crop.width,   g.inner.top,    g.inner.left,
-            g.transposed,  g.row_reversed, g.col_reversed, g.top,         g.left,
-            g.down_first};
+// What a foreign decoder is told of an image: the arguments of dali_picture.Plan.
+py::dict plan_of(const polydpo::Size& source, const polydpo::Geometry& way) {
+    using namespace py::literals;
+    return py::dict("height"_a = source.height, "width"_a = source.width, "resized_height"_a = way.stored.height,
+                    "resized_width"_a = way.stored.width, "crop_top"_a = way.crop.top, "crop_left"_a = way.crop.left,
+                    "crop_height"_a = way.crop.height, "crop_width"_a = way.crop.width, "to_top"_a = way.inner.top,
+                    "to_left"_a = way.inner.left, "transposed"_a = way.transposed,
+                    "rows_reversed"_a = way.row_reversed, "cols_reversed"_a = way.col_reversed, "top"_a = way.top,
+                    "left"_a = way.left, "down_first"_a = way.down_first);
 }
 
-// Image i with draws[i % draws.size()]. Zeros where our own decoder is to be asked.
-std::vector<PlanRow> foreign_plans(const py::sequence& images, const std::vector<DrawRow>& draws,
-                                   const std::array<int, 2>& size, int resize, int interpolation,
-                                   bool apply_orientation, const std::array<std::int64_t, 5>& limits) {
+// Image i with draws[i % draws.size()]. None where our own decoder is to be asked.
+py::list foreign_plans(const py::sequence& images, const py::sequence& draws, const py::object& output,
+                       bool apply_orientation, const py::object& limits) {
     Buffers buffers;
     buffers.add(images, "images");
     const std::vector<polydpo::Image> views = buffers.images();
-    if (draws.empty()) throw py::value_error("draws is empty");
-    std::vector<PlanRow> rows(views.size());
-    const ReleasedGil released;
-    for (std::size_t i = 0; i < views.size(); ++i) {
-        const auto& [centre, top, left, flipped] = draws[i % draws.size()];
-        const auto found = polydpo::foreign_plan(
-            views[i], {centre != 0, top, left, flipped != 0}, {size[0], size[1]}, static_cast<polydpo::Resize>(resize),
-            static_cast<polydpo::Interpolation>(interpolation), apply_orientation,
-            {limits[0], limits[1], limits[2], static_cast<int>(limits[3]), limits[4]});
-        if (found) rows[i] = plan_row(found->source, found->geometry);
+    const std::vector<polydpo::Draw> drawn = draws_of(draws);
+    if (drawn.empty()) throw py::value_error("draws is empty");
+    const polydpo::Options options = options_of(output);
+    const polydpo::Limits most = limits_of(limits);
+    std::vector<std::optional<polydpo::ForeignPlan>> found(views.size());
+    {
+        const ReleasedGil released;
+        for (std::size_t i = 0; i < views.size(); ++i) {
+            found[i] = polydpo::foreign_plan(views[i], drawn[i % drawn.size()], options.output, options.resize,
+                                             options.interpolation, apply_orientation, most);
+        }
     }
-    return rows;
+    py::list plans;
+    for (const auto& plan : found) {
+        plans.append(plan ? py::object(plan_of(plan->source, plan->geometry)) : py::object(py::none()));
+    }
+    return plans;
 }
 
 // Of an upright frame. Throws RuntimeError where it does not fit.
-PlanRow plan(const std::array<int, 2>& source, const DrawRow& draw, const std::array<int, 2>& size, int resize) {
-    const polydpo::Size stored{source[0], source[1]};
-    return plan_row(stored, polydpo::plan(stored, 1, {size[0], size[1]}, static_cast<polydpo::Resize>(resize),
-                                          {draw[0] != 0, draw[1], draw[2], draw[3] != 0}));
+py::dict plan(const py::object& source, const py::object& draw, const py::object& output) {
+    const polydpo::Size stored = height_and_width(source);
+    const polydpo::Options options = options_of(output);
+    return plan_of(stored, polydpo::plan(stored, 1, options.output, options.resize, draw_of(draw)));
 }
 
 // The filter of one axis, for the outputs [offset, offset + length): the first input of each, (length,), and the weights from
 // there on, (length, taps), those beyond its own 0.
-py::tuple resize_filter(int interpolation, int source, int resized, int offset, int length) {
+py::tuple resize_filter(const py::str& interpolation, int source, int resized, int offset, int length) {
     if (source < 1 || resized < 1 || offset < 0 || length < 1 || length > resized - offset) {
         throw py::value_error("the outputs are none of the axis");
     }
-    const auto filter =
-        polydpo::make_filter(static_cast<polydpo::Interpolation>(interpolation), source, resized, offset, length);
+    const auto filter = polydpo::make_filter(interpolation_of(interpolation), source, resized, offset, length);
     py::array_t<int> first(length, filter.first.data());
     return py::make_tuple(first, py::array_t<float>({length, filter.taps}, filter.weights.data()));
 }
 
 // Stores the frames of one clip, one by one, all under the same geometry. The caller vouches for `out`: 3 planes of
-// height * width elements of the dtype, `plane` elements apart; or, if `planes`, height * 3/2 * width bytes, and the dtype is
-// not looked at.
+// height * width elements of the dtype, `plane` elements apart; or, of planes as they are stored, height * 3/2 * width
+// bytes, and `plane` is not looked at.
 class FrameStore {
 public:
-    FrameStore(const DrawRow& draw, int dtype, const std::array<float, 6>& normal,
-               const std::array<std::uint8_t, 3>& background, const std::array<int, 2>& size, int resize,
-               int interpolation, bool apply_orientation, std::int64_t memory, bool planes)
-        : draw_{draw[0] != 0, draw[1], draw[2], draw[3] != 0},
-          options_{{size[0], size[1]},
-                   static_cast<polydpo::Resize>(resize),
-                   static_cast<polydpo::Interpolation>(interpolation),
-                   planes,
-                   static_cast<polydpo::Dtype>(planes ? 0 : dtype),
-                   {{normal[0], normal[1], normal[2]}, {normal[3], normal[4], normal[5]}},
-                   {background[0], background[1], background[2]},
-                   apply_orientation,
-                   true,
-                   {0, 0, memory, 0},
-                   1},
-          finish_(options_.dtype, options_.normal, 3 * std::int64_t{size[0]} * size[1] >= large_frame) {
-        if (planes && (size[0] % 2 || size[1] % 2)) throw py::value_error("size is odd; expected even sides for planes");
+    // memory: bytes that a resize may take.
+    FrameStore(const py::object& draw, const py::object& output, std::int64_t memory)
+        : draw_(draw_of(draw)),
+          options_(options_of(output)),
+          finish_(options_.dtype, options_.normal,
+                  3 * std::int64_t{options_.output.height} * options_.output.width >= large_frame) {
+        options_.apply_orientation = true;
+        options_.limits.decoded = memory;
+        if (options_.planes && (options_.output.height % 2 || options_.output.width % 2)) {
+            throw py::value_error("size is odd; expected even sides for planes");
+        }
     }
 
-    // planes: Y, Cb, Cr (or G, B, R) as buffers; strides: in bytes; form: height, width, depth, and the shifts of the
-    // chroma's width and height; siting: of the chroma; shown: height and width with square pixels, before the frame is
-    // turned, or zeros for the frame's own. Returns oriented height and width as shown, crop top and left. Throws
-    // RuntimeError.
+    // planes: Y, Cb, Cr (or G, B, R) as buffers; strides: in bytes; depth: bits of a sample; shifts: of the chroma's
+    // width and height; siting: of the chroma; shown: height and width with square pixels, before the frame is turned,
+    // or None for the frame's own. Returns oriented height and width as shown, crop top and left. Throws RuntimeError.
     std::array<int, 4> store(const py::sequence& planes, const std::array<std::ptrdiff_t, 3>& strides,
-                             const std::array<int, 5>& form, bool full_range, int matrix, int orientation,
-                             std::uintptr_t out, std::size_t plane, const std::array<int, 2>& shown, int siting) const {
+                             const std::pair<int, int>& size, int depth, const std::pair<int, int>& shifts,
+                             bool full_range, const py::str& matrix, int siting, int orientation,
+                             const std::optional<std::pair<int, int>>& shown, std::uintptr_t out,
+                             std::size_t plane) const {
         Buffers buffers;
         buffers.add(planes, "planes");
         const std::vector<polydpo::Image> views = buffers.images();
         if (views.size() != 3) throw py::value_error("planes are not three");
-        const auto& [height, width, depth, shift_x, shift_y] = form;
-        polydpo::Frame frame{{}, {}, {height, width}, depth, shift_x, shift_y, full_range,
-                             static_cast<polydpo::Matrix>(matrix), orientation, {height, width},
-                             static_cast<polydpo::Siting>(siting)};
-        if (shown[0] > 0 && shown[1] > 0) frame.shown = {shown[0], shown[1]};
+        const auto& [height, width] = size;
+        const auto& [shift_x, shift_y] = shifts;
+        polydpo::Frame frame{};
+        frame.size = frame.shown = {height, width};
+        if (shown) frame.shown = {shown->first, shown->second};
+        frame.depth = depth;
+        frame.shift_x = shift_x;
+        frame.shift_y = shift_y;
+        frame.full_range = full_range;
+        frame.matrix = matrix_of(matrix);
+        frame.siting = static_cast<polydpo::Siting>(siting);  // the numbers of H.264
+        frame.orientation = orientation;
         for (std::size_t i = 0; i < 3; ++i) {
             const std::ptrdiff_t rows = i ? (height + shift_y) >> shift_y : height;
             const std::ptrdiff_t bytes = (i ? (width + shift_x) >> shift_x : width) * (depth > 8 ? 2 : 1);
@@ -262,6 +355,8 @@ private:
     polydpo::Options options_;
     polydpo::Finish finish_;
 };
+
+// -------------------------------------------------------------------------------------------------- losses
 
 using Address = std::array<std::int64_t, 4>;  // winners, losers, dtype, stride in elements
 
@@ -420,23 +515,19 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "The C++ half of polydpo_fast: decode_pairs, and the losses on a CPU. Not for direct use.";
     main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
     module.def("decode_pairs", &decode_pairs, py::arg("win"), py::arg("lose"), py::kw_only(), py::arg("raw"),
-               py::arg("draws"), py::arg("out"), py::arg("dtype"), py::arg("normal"), py::arg("background"),
-               py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
-               py::arg("strict"), py::arg("limits"), py::arg("threads"), py::arg("jpeg") = 0);
-    module.def("foreign_plans", &foreign_plans, py::arg("images"), py::kw_only(), py::arg("draws"), py::arg("size"),
-               py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"), py::arg("limits"));
+               py::arg("draws"), py::arg("out"), py::arg("output"), py::arg("apply_orientation"), py::arg("strict"),
+               py::arg("limits"), py::arg("threads"), py::arg("jpeg") = "either");
+    module.def("foreign_plans", &foreign_plans, py::arg("images"), py::kw_only(), py::arg("draws"), py::arg("output"),
+               py::arg("apply_orientation"), py::arg("limits"));
     module.def("resize_filter", &resize_filter, py::arg("interpolation"), py::arg("source"), py::arg("resized"),
                py::arg("offset"), py::arg("length"));
-    module.def("plan", &plan, py::arg("source"), py::kw_only(), py::arg("draw"), py::arg("size"), py::arg("resize"));
+    module.def("plan", &plan, py::arg("source"), py::kw_only(), py::arg("draw"), py::arg("output"));
     py::class_<FrameStore>(module, "FrameStore")
-        .def(py::init<const DrawRow&, int, const std::array<float, 6>&, const std::array<std::uint8_t, 3>&,
-                      const std::array<int, 2>&, int, int, bool, std::int64_t, bool>(),
-             py::kw_only(), py::arg("draw"), py::arg("dtype"), py::arg("normal"), py::arg("background"),
-             py::arg("size"), py::arg("resize"), py::arg("interpolation"), py::arg("apply_orientation"),
-             py::arg("memory"), py::arg("planes") = false)
-        .def("store", &FrameStore::store, py::arg("planes"), py::arg("strides"), py::arg("form"), py::arg("full_range"),
-             py::arg("matrix"), py::arg("orientation"), py::arg("out"), py::arg("plane"),
-             py::arg("shown") = std::array<int, 2>{0, 0}, py::arg("siting") = 0);
+        .def(py::init<const py::object&, const py::object&, std::int64_t>(), py::kw_only(), py::arg("draw"),
+             py::arg("output"), py::arg("memory"))
+        .def("store", &FrameStore::store, py::arg("planes"), py::arg("strides"), py::kw_only(), py::arg("size"),
+             py::arg("depth"), py::arg("shifts"), py::arg("full_range"), py::arg("matrix"), py::arg("siting") = 0,
+             py::arg("orientation") = 1, py::arg("shown") = py::none(), py::arg("out"), py::arg("plane"));
     py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
     py::class_<BoundLoss>(module, "BoundLoss")
         .def(py::init<const std::array<std::array<std::int64_t, 3>, 4>&, const std::array<std::int64_t, 3>&,

@@ -1,72 +1,75 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .decode import RawImage
+from .decode_arguments import DecodeLimits, Draw, Output
 
 def decode_pairs(
     win: Sequence[Any],
     lose: Sequence[Any],
     *,
-    raw: Sequence[tuple[int, int, int, int]],
-    draws: Sequence[tuple[bool, int, int, bool]],
+    raw: Sequence[RawImage],
+    draws: Sequence[Draw],
     out: int,
-    dtype: int,
-    normal: Sequence[float],
-    background: tuple[int, int, int],
-    size: tuple[int, int],
-    resize: int,
-    interpolation: int,
+    output: Output,
     apply_orientation: bool,
     strict: bool,
-    limits: tuple[int, int, int, int, int],
+    limits: DecodeLimits,
     threads: int,
-    jpeg: int = 0,
+    jpeg: str = "either",
 ) -> tuple[NDArray[np.int64], list[tuple[int, str]], list[tuple[int, str]]]: ...
+
+class _Plan(TypedDict):
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+    crop_top: int
+    crop_left: int
+    crop_height: int
+    crop_width: int
+    to_top: int
+    to_left: int
+    transposed: bool
+    rows_reversed: bool
+    cols_reversed: bool
+    top: int
+    left: int
+    down_first: bool
+
 def foreign_plans(
     images: Sequence[Any],
     *,
-    draws: Sequence[tuple[bool, int, int, bool]],
-    size: tuple[int, int],
-    resize: int,
-    interpolation: int,
+    draws: Sequence[Draw],
+    output: Output,
     apply_orientation: bool,
-    limits: tuple[int, int, int, int, int],
-) -> list[list[int]]: ...
+    limits: DecodeLimits,
+) -> list[_Plan | None]: ...
 def resize_filter(
-    interpolation: int, source: int, resized: int, offset: int, length: int
+    interpolation: str, source: int, resized: int, offset: int, length: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
-def plan(
-    source: tuple[int, int], *, draw: tuple[bool, int, int, bool], size: tuple[int, int], resize: int
-) -> list[int]: ...
+def plan(source: tuple[int, int], *, draw: Draw, output: Output) -> _Plan: ...
 
 class FrameStore:
-    def __init__(
-        self,
-        *,
-        draw: tuple[bool, int, int, bool],
-        dtype: int,
-        normal: Sequence[float],
-        background: tuple[int, int, int],
-        size: tuple[int, int],
-        resize: int,
-        interpolation: int,
-        apply_orientation: bool,
-        memory: int,
-        planes: bool = False,
-    ) -> None: ...
+    def __init__(self, *, draw: Draw, output: Output, memory: int) -> None: ...
     def store(
         self,
         planes: Sequence[Any],
         strides: Sequence[int],
-        form: tuple[int, int, int, int, int],
+        *,
+        size: tuple[int, int],
+        depth: int,
+        shifts: tuple[int, int],
         full_range: bool,
-        matrix: int,
-        orientation: int,
+        matrix: str,
+        siting: int = 0,
+        orientation: int = 1,
+        shown: tuple[int, int] | None = None,
         out: int,
         plane: int,
-        shown: tuple[int, int] = (0, 0),
-        siting: int = 0,
     ) -> tuple[int, int, int, int]: ...
 
 class Head:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .colour import MATRICES
 from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipLimits, check_clips
 from .timeline import TooShortError, plan
@@ -27,15 +26,13 @@ __all__ = ["ClipLimits", "DecodedClips", "decode_clips"]
 
 # Of what csrc/frame.hpp takes: bits, and the shifts of the chroma's width and height.
 _FORMATS = {
-    f"yuv{j}{name}p{end}": (depth, *shifts)
+    f"yuv{j}{name}p{end}": (depth, shifts)
     for name, shifts in (("420", (1, 1)), ("422", (1, 0)), ("444", (0, 0)), ("440", (0, 1)))
     for j, end, depth in (("", "", 8), ("j", "", 8), ("", "9le", 9), ("", "10le", 10), ("", "12le", 12))
 }
 _RGB = {f"gbrp{end}": depth for end, depth in (("", 8), ("9le", 9), ("10le", 10), ("12le", 12))}
 _GREY = {f"gray{end}": depth for end, depth in (("", 8), ("9le", 9), ("10le", 10), ("12le", 12))}
-# csrc/frame.hpp's Matrix, and of which of ITU-T H.273's numbers, which are FFmpeg's, it is. 2 and 3 tell nothing, and
-# 0, which is RGB, nothing of YCbCr.
-_MATRIX_NAMES = (*MATRICES, "rgb")
+# By ITU-T H.273's numbers, which are FFmpeg's. 2 and 3 tell nothing, and 0, which is RGB, nothing of YCbCr.
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 _UNTOLD = (0, 2, 3)
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
@@ -167,11 +164,8 @@ def decode_timed(
     asked = check_clips(win, lose, **options)
     frames, fps, start = asked.frames, asked.fps, asked.start
     short, resize, layout, strict, cache = (options[name] for name in ("short", "resize", "layout", "strict", "cache"))
-    pairs, out, planes = len(asked.win), asked.out, asked.planes
-    stores = [
-        _C.FrameStore(draw=draw, apply_orientation=True, memory=1 << 30, planes=planes, **asked.native)
-        for draw in asked.draws
-    ]
+    pairs, out, planes = len(asked.win), asked.out, asked.output.planes
+    stores = [_C.FrameStore(draw=draw, output=asked.output, memory=1 << 30) for draw in asked.draws]
     # FFmpeg's own threads only where there are more processors than clips.
     own_threads = min(max(1, asked.threads // (2 * pairs)), _MOST_THREADS)
     frames_of = out if planes or layout == "TCHW" else out.transpose(1, 2)
@@ -219,7 +213,7 @@ def decode_timed(
         ok[pair], times[pair] = False, 0
         for row in (rows[pair], rows[pair + pairs]):  # nothing is told of the other arm either
             row.clear()
-    flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
+    flipped = torch.tensor([draw.flipped for draw in asked.draws], device="cpu")
     geometry = torch.tensor([row.geometry for row in rows], dtype=torch.int64, device="cpu")
     concealed = torch.tensor([max(row.clip.concealed, row.clip.is_damaged) for row in rows], device="cpu")
     matrix, full_range = zip(*(row.colours for row in rows), strict=True)
@@ -333,28 +327,30 @@ def _store(
     name, height, width = frame.format.name, frame.height, frame.width
     planes, strides = list(frame.planes), [plane.line_size for plane in frame.planes]
     if name in _RGB:
-        form = _RGB[name], 0, 0
+        depth, shifts = _RGB[name], (0, 0)
     elif name in _GREY:
-        form = _GREY[name], 1, 1
+        depth, shifts = _GREY[name], (1, 1)
         neutral = np.full(
-            ((height + 1) // 2, (width + 1) // 2), 1 << (form[0] - 1), np.uint8 if form[0] == 8 else np.uint16
+            ((height + 1) // 2, (width + 1) // 2), 1 << (depth - 1), np.uint8 if depth == 8 else np.uint16
         )
         planes, strides = [*planes, neutral, neutral], [*strides, *[neutral.strides[0]] * 2]
     elif name in _FORMATS:
-        form = _FORMATS[name]
+        depth, shifts = _FORMATS[name]
     else:
         raise ValueError(f"its pixels are {name}; expected YCbCr, RGB or grey of 8, 9, 10 or 12 bits")
     matrix, full_range = colours_of(frame, clip)
     geometry = store.store(
         planes,
         strides,
-        (height, width, *form),
-        full_range,
-        _MATRIX_NAMES.index(matrix),
-        orientation(frame),
-        out.data_ptr(),
-        out.stride(0) if out.dim() == 3 else 0,
-        (height, max(1, round(width * clip.aspect))),
-        clip.siting if form[1:] == (1, 1) else 0,
+        size=(height, width),
+        depth=depth,
+        shifts=shifts,
+        full_range=full_range,
+        matrix=matrix,
+        siting=clip.siting if shifts == (1, 1) else 0,
+        orientation=orientation(frame),
+        shown=(height, max(1, round(width * clip.aspect))),
+        out=out.data_ptr(),
+        plane=out.stride(0) if out.dim() == 3 else 0,
     )
     return (matrix, full_range), geometry

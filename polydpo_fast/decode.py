@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,11 +171,11 @@ def decode_pairs(
             raw=raw,
             draws=asked.draws,
             out=out.data_ptr(),
+            output=asked.output,
             apply_orientation=exif == "apply",
             strict=strict,
-            limits=limits.native,
+            limits=limits,
             threads=asked.threads,
-            **asked.native,
         )
     finally:
         if not out.is_inference():
@@ -191,20 +191,28 @@ def decode_pairs(
     numbers = torch.from_numpy(geometry)
     if errors:
         numbers[torch.cat((~ok, ~ok))] = 0  # nothing is told of the other arm either
-    flipped = torch.tensor([bool(flip) for *_, flip in asked.draws], device="cpu")
+    flipped = torch.tensor([draw.flipped for draw in asked.draws], device="cpu")
     return DecodedPairs(out, ok, errors, numbers[:, :2], numbers[:, 2:], flipped, damaged)
 
 
 # ------------------------------------------------------------------------------------------ through Pillow
 
 
+class RawImage(NamedTuple):
+    """That image of a batch has been decoded to RGBX bytes. size: height and width. orientation: of its EXIF."""
+
+    row: int
+    size: tuple[int, int]
+    orientation: int
+
+
 def _through_pillow(
     images: list[Buffer], background: tuple[int, int, int], limits: DecodeLimits, strict: bool
-) -> tuple[list[Buffer], list[tuple[int, int, int, int]], dict[int, str]]:
+) -> tuple[list[Buffer], list[RawImage], dict[int, str]]:
     """Replaces the images that C++ does not decode by their pixels.
 
-    Returns the images, (row, height, width, EXIF orientation) of those that are pixels now, and the reasons of those
-    that Pillow could not decode: they go on as they are, to be refused with the others.
+    Returns the images, those that are pixels now, and the reasons of those that Pillow could not decode: they go on as
+    they are, to be refused with the others.
     """
     raw, refused = [], {}
     for row, image in enumerate(images):
@@ -215,11 +223,11 @@ def _through_pillow(
         if len(data) < 4 or len(data) > limits.bytes or _is_native(bytes(data[:8])):
             continue
         try:
-            images[row], *facts = _pillow_pixels(data, background, limits, strict)
+            images[row], size, orientation = _pillow_pixels(data, background, limits, strict)
         except Exception as error:  # Pillow's plugins raise anything: OSError, ValueError, SyntaxError, struct.error
             refused[row] = f"{error or type(error).__name__}"
         else:
-            raw.append((row, facts[0], facts[1], facts[2]))
+            raw.append(RawImage(row, size, orientation))
     return images, raw, refused
 
 
@@ -229,8 +237,8 @@ def _is_native(head: bytes) -> bool:
 
 def _pillow_pixels(
     data: memoryview, background: tuple[int, int, int], limits: DecodeLimits, strict: bool
-) -> tuple[bytes, int, int, int]:
-    """RGBX bytes, height, width and EXIF orientation."""
+) -> tuple[bytes, tuple[int, int], int]:
+    """RGBX bytes, height and width, and EXIF orientation."""
     begins = f"it begins with {data[:4].hex(' ')}"
     try:
         from PIL import Image, ImageFile, UnidentifiedImageError
@@ -272,7 +280,7 @@ def _pillow_pixels(
         else:
             canvas = turned.convert("RGB")
         pixels = canvas.convert("RGB").tobytes("raw", "RGBX")
-    return pixels, height, width, orientation if orientation in range(1, 9) else 1
+    return pixels, (height, width), orientation if orientation in range(1, 9) else 1
 
 
 def _check_size(width: int, height: int, limits: DecodeLimits) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "ClipLimits",
     "DecodeLimits",
     "Draw",
+    "Output",
     "Request",
     "check_clips",
     "check_count",
@@ -26,17 +27,37 @@ __all__ = [
     "is_number",
 ]
 
-# The numbers of csrc/pixels.hpp, geometry.hpp and resample.hpp.
-_DTYPES = {"yuv420": -1, torch.uint8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-_RESIZES = {None: 0, "cover": 1, "contain": 2, "stretch": 3}
-_INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
+_DTYPES = ("yuv420", torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _MAX_SIDE = 16384
 _CPU = torch.device("cpu")
 
 T = TypeVar("T")
 
-Draw = tuple[bool, int, int, bool]
-"""Whether a pair's crop is centred, two uniform 32-bit numbers for its corner, whether it is mirrored."""
+
+class Draw(NamedTuple):
+    """What is drawn for a pair. centre: of its crop; else two uniform 32-bit numbers choose the corner."""
+
+    centre: bool
+    top: int
+    left: int
+    flipped: bool
+
+
+class Output(NamedTuple):
+    """What is made of an image, or of a frame, as csrc/bindings.cpp reads it: (level - offset) * scale, of R, G, B."""
+
+    size: tuple[int, int]  # height and width
+    resize: str | None
+    interpolation: str
+    dtype: str  # a name of PyTorch's, or "yuv420"
+    offset: Sequence[float]
+    scale: Sequence[float]
+    background: tuple[int, int, int]  # R, G, B
+
+    @property
+    def planes(self) -> bool:
+        """Whether they are left as they are stored."""
+        return self.dtype == "yuv420"
 
 
 @dataclass(frozen=True)
@@ -62,11 +83,6 @@ class DecodeLimits:
         for name in ("pixels", "bytes", "scans", "decoded", "chunk"):
             count = check_count(f"limits.{name}", getattr(self, name), 2**30 if name == "scans" else 2**62)
             object.__setattr__(self, name, count)
-
-    @property
-    def native(self) -> tuple[int, int, int, int, int]:
-        """In the order in which C++ takes them."""
-        return self.pixels, self.bytes, self.decoded, self.scans, self.chunk
 
 
 @dataclass(frozen=True)
@@ -99,15 +115,13 @@ class Request(NamedTuple):
 
     win: list[Any]
     lose: list[Any]
-    size: tuple[int, int]
-    planes: bool  # stored ones: dtype="yuv420"
+    output: Output
     out: Tensor
     seeds: list[int] | None  # of the pairs; None where nothing is drawn
     draws: list[Draw]
     starts: list[float]  # for each pair, from 0 to less than 1: where a random start falls
     limits: Any
     threads: int
-    native: dict[str, Any]  # arguments of csrc/bindings.cpp
     # Of clips.
     frames: int = 0
     fps: float | Fraction | None = None
@@ -189,8 +203,8 @@ def _check(
     """What both have in common. is_drawn: whether more than crop and mirror is."""
     pairs = len(arms[0])
     height, width = _check_size(size)
-    check_choice("resize", resize, (*_RESIZES,))
-    check_choice("interpolation", interpolation, (*_INTERPOLATIONS,))
+    check_choice("resize", resize, (None, "cover", "contain", "stretch"))
+    check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
     check_choice("crop", crop, ("center", "random"))
     check_choice("on_error", on_error, ("raise", "mask"))
     if not isinstance(dtype, (torch.dtype, str)) or dtype not in _DTYPES:
@@ -201,14 +215,9 @@ def _check(
     if not isinstance(strict, bool):
         raise TypeError(f"strict is {strict!r}; expected True or False")
     threads = check_threads(threads)
-    native = dict(
-        dtype=_DTYPES[dtype],
-        normal=_normalisation(mean, std),
-        background=_check_colour(background),
-        size=(height, width),
-        resize=_RESIZES[resize],
-        interpolation=_INTERPOLATIONS[interpolation],
-    )
+    offset, scale = _normalisation(mean, std)
+    name = f"{dtype}".removeprefix("torch.")
+    output = Output((height, width), resize, interpolation, name, offset, scale, _check_colour(background))
     shape = (2 * pairs, *frames, 3, height, width) if frames_first else (2 * pairs, 3, *frames, height, width)
     if planes:
         shape = (2 * pairs, *frames, height * 3 // 2, width)
@@ -221,7 +230,7 @@ def _check(
         raise ValueError(f"hflip is {hflip!r}; expected a number from 0 to 1")
     drawn = _check_seeds(seeds, pairs, is_drawn or crop == "random" or hflip not in (0, 1))
     draws, starts = _drawn(drawn, pairs, crop, hflip)
-    return Request(*arms, (height, width), planes, out, drawn, draws, starts, limits, threads, native)
+    return Request(*arms, output, out, drawn, draws, starts, limits, threads)
 
 
 # ------------------------------------------------------------------------------------------------ one by one
@@ -298,12 +307,12 @@ def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) -> list[float]:
-    """What C++ subtracts from the levels of each channel, and what it multiplies them with."""
+def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) -> tuple[list[float], list[float]]:
+    """What is subtracted from the levels of each channel, and what they are multiplied with then."""
     means, stds = _per_channel("mean", mean), _per_channel("std", std)
     if not all(s >= 1e-6 for s in stds):
         raise ValueError(f"std is {std!r}; expected numbers > 0, at least 1e-6")
-    return [255 * m for m in means] + [1 / (255 * s) for s in stds]
+    return [255 * m for m in means], [1 / (255 * s) for s in stds]
 
 
 def _per_channel(name: str, value: float | Sequence[float]) -> list[float]:
@@ -373,11 +382,11 @@ def _check_seeds(seeds: Sequence[int] | Tensor | None, pairs: int, is_drawn: boo
 def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tuple[list[Draw], list[float]]:
     """For each pair its crop and mirror, and where its start falls."""
     if seeds is None:
-        return [(True, 0, 0, hflip == 1)] * pairs, [0.0] * pairs
+        return [Draw(True, 0, 0, bool(hflip == 1))] * pairs, [0.0] * pairs
     draws, starts = [], []
     for seed in seeds:
         top, left, flip, start = (_splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3, 4))
-        draws.append((crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
+        draws.append(Draw(crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
         starts.append((start >> 11) * 2.0**-53)
     return draws, starts
 

@@ -349,7 +349,7 @@ def test_crops_and_mirrors_of_other_numbers_are_caught(wrong, monkeypatch):
 
     def changed(seeds, pairs, crop, hflip):
         draws, starts = drawn(seeds, pairs, crop, 0.5 if wrong == "even" else hflip)
-        return [(c, top, top if wrong == "diagonal" else left, flip) for c, top, left, flip in draws], starts
+        return [draw._replace(left=draw.top) if wrong == "diagonal" else draw for draw in draws], starts
 
     monkeypatch.setattr(decode_arguments, "_drawn", changed)
     assert "crops" in of_images(*range(8))

@@ -125,7 +125,8 @@ def test_decoding_into_a_buffer_allocates_no_pixels():
 # ------------------------------------------------------------------------------------------------- instructions
 
 DECODING = """
-import ast, ctypes, importlib.util, sys
+import ctypes, importlib.util, sys
+from types import SimpleNamespace
 extension, photograph, count, arguments, bare = sys.argv[1:]
 image = open(photograph, "rb").read()
 if bare:
@@ -139,7 +140,9 @@ else:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     out = ctypes.create_string_buffer(2 * 2 * 3 * 256 * 256)
-    arguments = dict(ast.literal_eval(arguments), out=ctypes.addressof(out))
+    names = dict.fromkeys(("Draw", "Output", "DecodeLimits"), SimpleNamespace)
+    arguments = eval(arguments, names) | {"out": ctypes.addressof(out)}
+    arguments["output"].planes = False
     for _ in range(int(count)):
         _, failed, _ = module.decode_pairs([image], [image], **arguments)
         assert not failed

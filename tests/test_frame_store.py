@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast import _C
+from polydpo_fast.decode_arguments import Draw, Output
 
-CENTRE = (True, 0, 0, False)
+CENTRE = Draw(True, 0, 0, False)
+MATRICES = ["bt601", "bt709", "bt2020", "fcc", "smpte240m"]
 
 
-def make_store(size, draw=CENTRE, dtype=0, resize=1, planes=False):
-    return _C.FrameStore(
-        draw=draw, dtype=dtype, normal=(127.5,) * 3 + (1 / 127.5,) * 3, background=(255, 255, 255), size=size,
-        resize=resize, interpolation=0, apply_orientation=True, memory=1 << 30, planes=planes,
-    )  # fmt: skip
+def make_store(size, draw=CENTRE, dtype="uint8", resize="cover"):
+    output = Output(size, resize, "bilinear", dtype, (127.5,) * 3, (1 / 127.5,) * 3, (255, 255, 255))
+    return _C.FrameStore(draw=draw, output=output, memory=1 << 30)
 
 
 def make_frame(height, width, depth=8, shift_x=1, shift_y=1, seed=0):
@@ -26,11 +26,17 @@ def make_frame(height, width, depth=8, shift_x=1, shift_y=1, seed=0):
     return [random.integers(0, 1 << depth, (h, w + 3 * k + 1), word) for k, (h, w) in enumerate(shapes)]
 
 
-def store(target, frame, form, out, full_range=True, matrix=0, orientation=1, **more):
+def store(target, frame, form, out, full_range=True, matrix="bt601", **more):
     """`frame`: three arrays with rows that may be longer than the frame."""
-    strides = [plane.strides[0] for plane in frame]
     step = out[0].size if out.ndim == 3 else 0
-    return target.store(frame, strides, form, full_range, matrix, orientation, out.ctypes.data, step, **more)
+    return store_at(target, frame, form, out.ctypes.data, step, full_range=full_range, matrix=matrix, **more)
+
+
+def store_at(target, frame, form, address, step, strides=None, full_range=True, matrix="bt601", **more):
+    height, width, depth, *shifts = form
+    strides = strides or [plane.strides[0] for plane in frame]
+    how = dict(size=(height, width), depth=depth, shifts=shifts, full_range=full_range, matrix=matrix)
+    return target.store(frame, strides, **how, out=address, plane=step, **more)
 
 
 def planes_of(frame, top, left, height, width):
@@ -46,18 +52,18 @@ def planes_of(frame, top, left, height, width):
 @pytest.mark.parametrize("corner", [None, (0, 0), (2**32 - 1, 2**32 - 1), (2**31, 3 * 2**30)])
 def test_planes_are_cut_where_pixels_are(height, width, flipped, corner):
     """A mirrored pair's pixels are cut in the mirrored image; the planes of that region are stored, not mirrored."""
-    draw = (corner is None, *(corner or (0, 0)), flipped)
+    draw = Draw(corner is None, *(corner or (0, 0)), flipped)
     frame = make_frame(height, width)
     out = np.zeros((60, 48), np.uint8)
     form = (height, width, 8, 1, 1)
-    *original, top, left = store(make_store((40, 48), draw, resize=0, planes=True), frame, form, out)
+    *original, top, left = store(make_store((40, 48), draw, "yuv420", None), frame, form, out)
     assert original == [height, width]
     stored_left = width - 48 - left if flipped else left
     assert top % 2 == 0
     assert stored_left % 2 == 0
     np.testing.assert_array_equal(out, planes_of(frame, top, stored_left, 40, 48))
     pixels = np.zeros((3, 40, 48), np.uint8)
-    _, _, pixel_top, pixel_left = store(make_store((40, 48), draw, resize=0), frame, form, pixels)
+    _, _, pixel_top, pixel_left = store(make_store((40, 48), draw, resize=None), frame, form, pixels)
     assert abs(top - pixel_top) <= 1
     assert abs(left - pixel_left) <= 2
 
@@ -70,9 +76,8 @@ def test_planes_fill_a_block_exactly(height, width, offset):
     size = height * width * 3 // 2
     out = np.full(size + 192, 7, np.uint8)
     place = -out.ctypes.data % 64 + offset
-    target = make_store((height, width), planes=True)
-    strides = [plane.strides[0] for plane in frame]
-    target.store(frame, strides, (height, width, 8, 1, 1), False, 0, 1, out.ctypes.data + place, 0)
+    target = make_store((height, width), dtype="yuv420")
+    store_at(target, frame, (height, width, 8, 1, 1), out.ctypes.data + place, 0, full_range=False)
     np.testing.assert_array_equal(
         out[place : place + size].reshape(height * 3 // 2, width), planes_of(frame, 0, 0, height, width)
     )
@@ -83,24 +88,24 @@ def test_planes_fill_a_block_exactly(height, width, offset):
 @pytest.mark.parametrize(
     ("form", "orientation", "size", "resize", "message"),
     [
-        ((48, 64, 10, 1, 1), 1, (48, 64), 1, "it is not stored as YCbCr 4:2:0 of 8 bits"),
-        ((48, 64, 8, 1, 0), 1, (48, 64), 1, "it is not stored as YCbCr 4:2:0 of 8 bits"),
-        ((48, 64, 8, 0, 0), 1, (48, 64), 1, "it is not stored as YCbCr 4:2:0 of 8 bits"),
-        ((48, 64, 8, 1, 1), 6, (64, 48), 1, r"it is stored turned or mirrored \(EXIF orientation 6\)"),
-        ((48, 64, 8, 1, 1), 1, (24, 32), 1, "it is 48 x 64 and would have to be resized or padded"),
-        ((48, 64, 8, 1, 1), 1, (48, 96), 2, "it is 48 x 64 and would have to be resized or padded"),
-        ((48, 64, 8, 1, 1), 1, (50, 64), 0, "it is 48 x 64, smaller than the crop of 50 x 64"),
+        ((48, 64, 10, 1, 1), 1, (48, 64), "cover", "it is not stored as YCbCr 4:2:0 of 8 bits"),
+        ((48, 64, 8, 1, 0), 1, (48, 64), "cover", "it is not stored as YCbCr 4:2:0 of 8 bits"),
+        ((48, 64, 8, 0, 0), 1, (48, 64), "cover", "it is not stored as YCbCr 4:2:0 of 8 bits"),
+        ((48, 64, 8, 1, 1), 6, (64, 48), "cover", r"it is stored turned or mirrored \(EXIF orientation 6\)"),
+        ((48, 64, 8, 1, 1), 1, (24, 32), "cover", "it is 48 x 64 and would have to be resized or padded"),
+        ((48, 64, 8, 1, 1), 1, (48, 96), "contain", "it is 48 x 64 and would have to be resized or padded"),
+        ((48, 64, 8, 1, 1), 1, (50, 64), None, "it is 48 x 64, smaller than the crop of 50 x 64"),
     ],
 )
 def test_frames_without_such_planes_are_refused(form, orientation, size, resize, message):
     out = np.zeros((size[0] * 3 // 2, size[1]), np.uint8)
     with pytest.raises(RuntimeError, match=message):
-        store(make_store(size, resize=resize, planes=True), make_frame(*form), form, out, orientation=orientation)
+        store(make_store(size, resize=resize, dtype="yuv420"), make_frame(*form), form, out, orientation=orientation)
 
 
 def test_planes_have_even_sides():
     with pytest.raises(ValueError, match="size is odd; expected even sides for planes"):
-        make_store((41, 48), planes=True)
+        make_store((41, 48), dtype="yuv420")
 
 
 # Where chroma lies, in pixels from the first of its two columns and of its two rows: H.264's figure E-1, in its order.
@@ -130,7 +135,7 @@ def levels_of(frame, form, full_range, matrix, siting=0):
         y, cb, cr = (255 / most * part for part in (y, cb, cr))
     else:
         y, cb, cr = 255 / 219 / unit * (y - 16 * unit), 255 / 224 / unit * cb, 255 / 224 / unit * cr
-    kr, kb = [(0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593), (0.30, 0.11), (0.212, 0.087)][matrix]
+    kr, kb = [(0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593), (0.30, 0.11), (0.212, 0.087)][MATRICES.index(matrix)]
     red, blue = y + 2 * (1 - kr) * cr, y + 2 * (1 - kb) * cb
     return np.stack([red, (y - kr * red - kb * blue) / (1 - kr - kb), blue]).clip(0, 255)
 
@@ -143,11 +148,11 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("full_range", [False, True])
-@pytest.mark.parametrize("matrix", range(5))
+@pytest.mark.parametrize("matrix", MATRICES)
 def test_levels_are_those_of_the_formulas(form, full_range, matrix):
     """Noise of all samples, and of the extreme ones only, which sums must not overflow with."""
     for height, width in ((37, 201), (2, 64), (1, 1), (8, 65)):
-        frame = make_frame(height, width, *form, seed=matrix)
+        frame = make_frame(height, width, *form, seed=MATRICES.index(matrix))
         most = 2 ** form[0] - 1
         for planes in (frame, [np.where(plane > most // 2, most, 0).astype(plane.dtype) for plane in frame]):
             out = np.zeros((3, height, width), np.uint8)
@@ -174,8 +179,8 @@ def test_chroma_lies_where_the_stream_says(form, siting):
         most = 2 ** form[0] - 1
         for planes in (frame, [np.where(plane > most // 2, most, 0).astype(plane.dtype) for plane in frame]):
             out = np.zeros((3, height, width), np.uint8)
-            store(make_store((height, width)), planes, (height, width, *form), out, False, 1, siting=siting)
-            error = out - levels_of(planes, (height, width, *form), False, 1, siting)
+            store(make_store((height, width)), planes, (height, width, *form), out, False, "bt709", siting=siting)
+            error = out - levels_of(planes, (height, width, *form), False, "bt709", siting)
             assert np.abs(error).max() <= (0.53 if form[0] == 8 and form[1] else 0.51)
 
 
@@ -185,7 +190,7 @@ def test_rgb_is_rescaled(depth, full_range):
     """Planes of green, blue and red, as FFmpeg has them."""
     frame, form = make_frame(21, 75, depth, 0, 0), (21, 75, depth, 0, 0)
     out = np.zeros((3, 21, 75), np.uint8)
-    store(make_store((21, 75)), frame, form, out, full_range, 5)
+    store(make_store((21, 75)), frame, form, out, full_range, "rgb")
     samples = np.stack([frame[part][:, :75] for part in (2, 0, 1)]) / 2 ** (depth - 8)
     levels = samples * 255 / (256 - 2 ** (8 - depth)) if full_range else (samples - 16) * 255 / 219
     assert np.abs(out - levels.clip(0, 255)).max() <= 0.5 + 1e-6
@@ -199,7 +204,7 @@ def test_crops_turns_and_mirrors_are_those_of_the_whole_frame(data):
     form = (height, width, *draw(st.sampled_from(FORMS)))
     frame = make_frame(*form, seed=draw(st.integers(0, 99)))
     orientation, flipped = draw(st.integers(1, 8)), draw(st.booleans())
-    colours = dict(matrix=draw(st.integers(0, 4)), siting=draw(st.integers(0, 5)))
+    colours = dict(matrix=draw(st.sampled_from(MATRICES)), siting=draw(st.integers(0, 5)))
     whole = np.zeros((3, height, width), np.uint8)
     store(make_store((height, width)), frame, form, whole, **colours)
     shown = whole[:, ::-1] if orientation in (3, 4, 6, 7) else whole
@@ -209,7 +214,7 @@ def test_crops_turns_and_mirrors_are_those_of_the_whole_frame(data):
     size = draw(st.integers(1, shown.shape[1])), draw(st.integers(1, shown.shape[2]))
     corner = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2**32 - 1))
     out = np.zeros((3, *size), np.uint8)
-    target = make_store(size, (False, *corner, flipped), resize=0)
+    target = make_store(size, Draw(False, *corner, flipped), resize=None)
     *original, top, left = store(target, frame, form, out, orientation=orientation, **colours)
     assert original == list(shown.shape[1:])
     np.testing.assert_array_equal(out, shown[:, top : top + size[0], left : left + size[1]])
@@ -218,14 +223,12 @@ def test_crops_turns_and_mirrors_are_those_of_the_whole_frame(data):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_other_dtypes_are_the_levels_normalised(dtype, flipped):
-    frame, form, draw = make_frame(20, 203), (20, 203, 8, 1, 1), (True, 0, 0, flipped)
+    frame, form, draw = make_frame(20, 203), (20, 203, 8, 1, 1), Draw(True, 0, 0, flipped)
     levels = np.zeros((3, 20, 203), np.uint8)
     store(make_store((20, 203), draw), frame, form, levels)
-    number = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
     out = torch.zeros(3, 20, 203, dtype=dtype)
-    strides = [plane.strides[0] for plane in frame]
-    target = make_store((20, 203), draw, dtype=number)
-    target.store(frame, strides, form, True, 0, 1, out.data_ptr(), 20 * 203)
+    target = make_store((20, 203), draw, f"{dtype}".removeprefix("torch."))
+    store_at(target, frame, form, out.data_ptr(), 20 * 203)
     expected = (torch.from_numpy(levels).float() - 127.5) * np.float32(1 / 127.5)
     assert torch.equal(out, expected.to(dtype))
 
@@ -246,21 +249,20 @@ def test_planes_that_are_too_short_are_refused():
         short = [plane.ravel()[:-40].copy() if k == part else plane for k, plane in enumerate(frame)]
         strides = [plane.strides[0] for plane in frame]
         with pytest.raises(ValueError, match="a plane is smaller than its frame"):
-            make_store((16, 30)).store(short, strides, (16, 30, 8, 1, 1), True, 0, 1, out.ctypes.data, 480)
+            store_at(make_store((16, 30)), short, (16, 30, 8, 1, 1), out.ctypes.data, 480, strides)
 
 
-@pytest.mark.parametrize("dtype", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_large_frames_are_the_same_wherever_they_are_stored(dtype):
     """On some processors those that begin at multiples of 64 bytes go past the caches."""
     frame, form = make_frame(800, 640), (800, 640, 8, 1, 1)
-    strides, plane = [part.strides[0] for part in frame], 800 * 640
+    plane = 800 * 640
     stored = []
     for offset in (0, 1, 32):
         room = torch.full((3 * plane + 33,), 7, dtype=torch.int16)
         assert room.data_ptr() % 64 == 0
-        make_store((800, 640), dtype=dtype).store(
-            frame, strides, form, False, 1, 1, room.data_ptr() + 2 * offset, plane
-        )
+        target = make_store((800, 640), dtype=dtype)
+        store_at(target, frame, form, room.data_ptr() + 2 * offset, plane, full_range=False, matrix="bt709")
         assert (room[:offset] == 7).all()
         assert (room[offset + 3 * plane :] == 7).all()
         stored.append(room[offset : offset + 3 * plane])

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 import polydpo_fast
 from polydpo_fast import _C
 
-EITHER, LIBJPEG, OWN = range(3)  # csrc/reader.hpp
+EITHER, LIBJPEG, OWN = "either", "libjpeg", "own"
 
 
 def decoded(data, decoder, **options):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..decode_arguments import Output
+
 __all__ = ["CanaryError", "compare", "to_709"]
 
 _LEVELS = 8.0
@@ -23,15 +25,15 @@ def compare(
     pair: int,
     mine: Tensor,
     known: Tensor,
-    normal: list[float],
+    output: Output,
     bt709: Sequence[bool] = (False, False),
     tile: int = _TILE,
 ) -> None:
     """(2, 3, H, W) of both. bt709: whether an arm came by way of BT.601, where its colours were clipped."""
-    numbers = torch.tensor(normal if mine.dtype != torch.uint8 else [0.0] * 3 + [1.0] * 3, device="cpu").view(
-        2, 3, 1, 1
-    )
-    levels = torch.stack((mine.cpu(), known)).float() / numbers[1] + numbers[0]
+    levels = torch.stack((mine.cpu(), known)).float()
+    if output.dtype != "uint8":
+        offset, scale = torch.tensor([output.offset, output.scale], device="cpu").view(2, 3, 1, 1)
+        levels = levels / scale + offset
     for arm, clipped in enumerate(bt709):
         if clipped:
             back = torch.tensor(np.linalg.inv(to_709()), dtype=torch.float32, device="cpu")

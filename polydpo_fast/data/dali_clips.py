@@ -35,25 +35,23 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
     require_av()
     options = engine.with_defaults(_DEFAULTS, options)
     asked = check_clips(win, lose, device=engine.device, **options)
-    pairs, out, frames, short = len(asked.win), asked.out, asked.frames, options["short"]
+    pairs, out, frames = len(asked.win), asked.out, asked.frames
+    short, strict, cache = options["short"], options["strict"], options["cache"]
     frames_axis = 1 if options["layout"] == "TCHW" else 2  # of the whole
-    finish = Finish(out.dtype, asked.native, engine.device)
+    finish = Finish(asked.output, engine.device)
     facts = _Facts(pairs, frames)
     with engine.writing(out):
         others: list[int] = []
         refused: dict[int, RuntimeError] = {}
         for i in range(pairs):
             pair = (asked.win[i], asked.lose[i])
-            sides = None if asked.planes else _opened(engine, pair, options["strict"], asked.limits, options["cache"])
+            sides = None if asked.output.planes else _opened(engine, pair, strict, asked.limits, cache)
             try:
                 if sides is None:
                     raise ValueError("it is not for DALI")
                 timelines = sides[0].clip.timeline, sides[1].clip.timeline
                 times = plan(timelines, frames, asked.fps, asked.start, asked.starts[i], short)
-                where = [
-                    Plan(*_C.plan(side.size, draw=asked.draws[i], size=asked.size, resize=asked.native["resize"]))
-                    for side in sides
-                ]
+                where = [Plan(**_C.plan(side.size, draw=asked.draws[i], output=asked.output)) for side in sides]
                 clock = timelines[0].unit if asked.fps is None else Fraction(0)
                 for row, side, way in zip((i, i + pairs), sides, where, strict=True):
                     shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short, clock))
@@ -77,7 +75,7 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
                     if known.ok.all():
                         mine = out[[i, i + pairs]].select(frames_axis, k)
                         there = known.pixels.select(frames_axis, 0)
-                        compare(i, mine, there, asked.native["normal"], colours, _TILE)
+                        compare(i, mine, there, asked.output, colours, _TILE)
         if others:
             *arms, given = for_cpp(asked, options, others)
             rest = decode_clips(*arms, **given)
@@ -231,7 +229,7 @@ class _Facts:
         self.failures += [DecodeFailure(e.arm, chosen[e.index], e.reason) for e in rest.errors]
 
     def result(self, out: Tensor, draws: Sequence[Draw]) -> DecodedClips:
-        flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
+        flipped = torch.tensor([draw.flipped for draw in draws], device="cpu")
         places = self._original, self._corner, flipped, self._concealed
         colours = tuple(self._matrix), tuple(self._full_range)
         return DecodedClips(out, self._ok, tuple(self.failures), self._times, *places, *colours)

@@ -30,20 +30,12 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     asked = check_images(win, lose, device=engine.device, **options)
     pairs, out, limits, draws = len(asked.win), asked.out, asked.limits, asked.draws
     images = [memoryview(image).cast("B") for image in (*asked.win, *asked.lose)]
-    plans = [
-        Plan(*row)
-        for row in _C.foreign_plans(
-            images,
-            draws=draws,
-            size=asked.size,
-            resize=asked.native["resize"],
-            interpolation=asked.native["interpolation"],
-            apply_orientation=options["exif"] == "apply",
-            limits=limits.native,
-        )
-    ]
-    chosen = [i for i in range(pairs) if plans[i].height and plans[i + pairs].height and not asked.planes]
-    finish = Finish(out.dtype, asked.native, engine.device)
+    found = _C.foreign_plans(
+        images, draws=draws, output=asked.output, apply_orientation=options["exif"] == "apply", limits=limits
+    )
+    plans = {row: Plan(**plan) for row, plan in enumerate(found) if plan is not None}
+    chosen = [i for i in range(pairs) if {i, i + pairs} <= plans.keys() and not asked.output.planes]
+    finish = Finish(asked.output, engine.device)
     with engine.writing(out):
         rows = [row for first in (0, pairs) for row in (first + i for i in chosen)]
         done, trouble = _decoded(engine, rows, images, plans, finish, out)
@@ -75,16 +67,16 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
                 *arms, given = for_cpp(asked, options, [i])
                 known = decode_pairs(*arms, **given)
                 if known.ok.all():
-                    compare(i, out[[i, i + pairs]], known.pixels, asked.native["normal"])
+                    compare(i, out[[i, i + pairs]], known.pixels, asked.output)
     failures.sort(key=lambda failure: (failure.arm == "lose", failure.index))
     if failures and options["on_error"] == "raise":
         raise DecodeError(failures)
-    flipped = torch.tensor([bool(flip) for *_, flip in draws], device="cpu")
+    flipped = torch.tensor([draw.flipped for draw in draws], device="cpu")
     return DecodedPairs(out, ok, tuple(failures), original, corner, flipped, tuple(damaged))
 
 
 def _decoded(
-    engine: Engine, rows: list[int], images: list[memoryview], plans: list[Plan], finish: Finish, out: Tensor
+    engine: Engine, rows: list[int], images: list[memoryview], plans: dict[int, Plan], finish: Finish, out: Tensor
 ) -> tuple[set[int], RuntimeError | None]:
     """Decodes those rows, and returns which of them DALI could, and the last of its errors."""
     done: set[int] = set()
@@ -107,7 +99,7 @@ def _decoded(
     return done, trouble
 
 
-def _runs(rows: list[int], plans: list[Plan]) -> list[list[int]]:
+def _runs(rows: list[int], plans: dict[int, Plan]) -> list[list[int]]:
     """As many images at a time as there may be pixels, one at least."""
     runs: list[list[int]] = []
     room = 0

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
+from ..decode_arguments import Output
 
 __all__ = ["Finish", "Plan"]
 
 
 class Plan(NamedTuple):
-    """One image's way into the output, from csrc/bindings.cpp: all as stored. Zeros where C++ is to be asked."""
+    """One image's way into the output, from csrc/bindings.cpp: all as stored."""
 
     height: int
     width: int
@@ -26,12 +27,12 @@ class Plan(NamedTuple):
     crop_width: int
     to_top: int
     to_left: int
-    transposed: int
-    rows_reversed: int
-    cols_reversed: int
+    transposed: bool
+    rows_reversed: bool
+    cols_reversed: bool
     top: int
     left: int
-    down_first: int
+    down_first: bool
 
     def is_resized(self) -> bool:
         return (self.height, self.width) != (self.resized_height, self.resized_width)
@@ -46,9 +47,9 @@ class Plan(NamedTuple):
 class Finish:
     """From levels to elements of the output, with the arithmetic of csrc/resample.cpp and csrc/pixels.cpp."""
 
-    def __init__(self, dtype: torch.dtype, native: dict[str, Any], device: torch.device) -> None:
-        self._in_bytes, self._interpolation, self._device = dtype == torch.uint8, native["interpolation"], device
-        numbers = torch.tensor([*native["normal"], *native["background"]], dtype=torch.float32, device=device)
+    def __init__(self, output: Output, device: torch.device) -> None:
+        self._in_bytes, self._interpolation, self._device = output.dtype == "uint8", output.interpolation, device
+        numbers = torch.tensor([output.offset, output.scale, output.background], dtype=torch.float32, device=device)
         self._offset, self._scale, self._background = numbers.view(3, 3, 1, 1).unbind()
         self._filters: dict[tuple[int, ...], _Filter] = {}
 
@@ -78,7 +79,7 @@ class Finish:
         down = self._filter(where.height, where.resized_height, where.crop_top, where.crop_height)
         part = levels[down.begin : down.end, across.begin : across.end].float()
         # Of a cubic filter in the order of csrc/, as what comes of the first pass is clamped; else down is cheaper.
-        down_first = where.down_first or self._interpolation == 0
+        down_first = where.down_first or self._interpolation == "bilinear"
         for axis, way in ((0, down), (1, across)) if down_first else ((1, across), (0, down)):
             part = way.along(axis, part).clamp_(0, 255)
         return part

@@ -18,11 +18,11 @@ from polydpo_fast import _C, DecodeError, DecodeLimits, decode_clips, decode_pai
 from polydpo_fast.data import dali, dali_clips, dali_images
 from polydpo_fast.data.dali import CanaryError, CppDecoder, DaliDecoder, choose_decoder
 from polydpo_fast.data.dali_engine import Engine
-from polydpo_fast.decode_arguments import _drawn
+from polydpo_fast.decode_arguments import Draw, Output, _drawn
 
 LEVELS = dict(dtype=torch.float32, mean=0.0, std=1 / 255)  # pixels are levels of 255, not rounded
-LIMITS = DecodeLimits().native
-CENTRE = (True, 0, 0, False)
+LIMITS = DecodeLimits()
+CENTRE = Draw(True, 0, 0, False)
 
 needs_dali = pytest.mark.skipif(not dali._is_installed(), reason="nvidia-dali is not installed")
 
@@ -59,13 +59,13 @@ def assert_same_facts(a, b, *names):
 # ------------------------------------------------------------------------------------ what DALI may be given
 
 
-def plans(*images, draws=(CENTRE,), size=(32, 32), resize=1, limits=LIMITS):
-    given = dict(draws=draws, size=size, resize=resize, interpolation=0, apply_orientation=True, limits=limits)
-    return _C.foreign_plans(images, **given)
+def plans(*images, draws=(CENTRE,), size=(32, 32), resize="cover", limits=LIMITS):
+    output = Output(size, resize, "bilinear", "uint8", (0, 0, 0), (1, 1, 1), (0, 0, 0))
+    return _C.foreign_plans(images, draws=draws, output=output, apply_orientation=True, limits=limits)
 
 
 def is_for_dali(image, **options):
-    return any(plans(image, **options)[0])
+    return plans(image, **options)[0] is not None
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def is_for_dali(image, **options):
 )
 def test_common_jpegs_are_for_dali(image):
     assert is_for_dali(image)
-    assert plans(image)[0][:2] == [61, 83]
+    assert (plans(image)[0]["height"], plans(image)[0]["width"]) == (61, 83)
 
 
 def changed(marker, offset, value):
@@ -134,22 +134,22 @@ def test_no_truncated_jpeg_is_for_dali(options):
 
 def test_limits_are_those_of_the_cpp_decoder():
     image = jpeg(picture(61, 83), progressive=True)
-    assert is_for_dali(image, limits=DecodeLimits(61 * 83, len(image), 10).native)
+    assert is_for_dali(image, limits=DecodeLimits(61 * 83, len(image), 10))
     for tight in (
         dict(pixels=61 * 83 - 1),
         dict(bytes=len(image) - 1),
         dict(decoded=100),
         dict(scans=9),
     ):
-        assert not is_for_dali(image, limits=DecodeLimits(**tight).native)
-    few = DecodeLimits(decoded=1000).native  # as little as a baseline JPEG takes, until it is resized
+        assert not is_for_dali(image, limits=DecodeLimits(**tight))
+    few = DecodeLimits(decoded=1000)  # as little as a baseline JPEG takes, until it is resized
     assert is_for_dali(jpeg(picture(32, 32)), limits=few)
     assert not is_for_dali(jpeg(picture(61, 83)), limits=few)
 
 
 def test_what_does_not_fit_is_left_to_cpp():
-    assert not is_for_dali(jpeg(picture(20, 40)), resize=0)
-    assert is_for_dali(jpeg(picture(32, 32)), resize=0)
+    assert not is_for_dali(jpeg(picture(20, 40)), resize=None)
+    assert is_for_dali(jpeg(picture(32, 32)), resize=None)
 
 
 def test_the_plan_is_the_one_that_cpp_follows():
@@ -157,9 +157,9 @@ def test_the_plan_is_the_one_that_cpp_follows():
     images, seeds = [oriented(o) for o in range(1, 9)], range(8)
     options = dict(size=(32, 48), crop="random", hflip=0.5, seeds=seeds)
     known = decode_pairs(images, images, **options)
-    rows = plans(*images, draws=_drawn([*seeds], 8, "random", 0.5)[0], size=(32, 48))
-    assert [row[13:15] for row in rows] == known.crop_top_left[:8].tolist()
-    assert all(row[10] == (orientation >= 5) for orientation, row in enumerate(rows, 1))
+    found = plans(*images, draws=_drawn([*seeds], 8, "random", 0.5)[0], size=(32, 48))
+    assert [[plan["top"], plan["left"]] for plan in found] == known.crop_top_left[:8].tolist()
+    assert [plan["transposed"] for plan in found] == [orientation >= 5 for orientation in range(1, 9)]
 
 
 # --------------------------------------------------------------------------------------------- the choice
@@ -296,7 +296,7 @@ def test_pixels_that_are_not_resized_are_the_same_bits(decoder, in_cpp, dtype, r
 @pytest.mark.parametrize("column", [0, 7])
 def test_crops_of_one_column(decoder, column, monkeypatch):
     image = jpeg(picture(61, 83), subsampling=2)
-    draws = [(False, 0, (column << 32) // 83, False)], (0.5,)
+    draws = [Draw(False, 0, (column << 32) // 83, False)], (0.5,)
     monkeypatch.setattr("polydpo_fast.decode_arguments._drawn", lambda *_: draws)
     options = dict(size=(50, 1), resize=None, crop="random")
     a, b = decode_pairs([image], [image], **options), decoder.decode_pairs([image], [image], **options)
