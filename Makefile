@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp)
+ALL_CPP := $(SOURCES) $(wildcard csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-heavy lint format bench report docs bench-peers precision check gpu sanitize fuzz clean
@@ -24,11 +25,13 @@ test-heavy: setup  ## Run the long tests too: crashes, leaks, many seeds (minute
 lint: setup  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(ALL_CPP)
 	$(BIN)/mypy
 
 format: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(ALL_CPP)
 
 bench: setup  ## Run the benchmarks, or SUITES="loss decode", and keep their results (an hour)
 	$(BIN)/polydpo-fast bench $(SUITES) $(ARGS)

@@ -92,11 +92,9 @@ Value named(const py::handle& given, const char* argument, const std::vector<std
 
 polydpo::Resize resize_of(const py::handle& given) {
     using polydpo::Resize;
-    return named<Resize>(given, "resize",
-                         {{"None", Resize::none},
-                          {"cover", Resize::cover},
-                          {"contain", Resize::contain},
-                          {"stretch", Resize::stretch}});
+    return named<Resize>(
+        given, "resize",
+        {{"None", Resize::none}, {"cover", Resize::cover}, {"contain", Resize::contain}, {"stretch", Resize::stretch}});
 }
 
 polydpo::Interpolation interpolation_of(const py::handle& given) {
@@ -239,9 +237,9 @@ py::dict plan_of(const polydpo::Size& source, const polydpo::Geometry& way) {
     return py::dict("height"_a = source.height, "width"_a = source.width, "resized_height"_a = way.stored.height,
                     "resized_width"_a = way.stored.width, "crop_top"_a = way.crop.top, "crop_left"_a = way.crop.left,
                     "crop_height"_a = way.crop.height, "crop_width"_a = way.crop.width, "to_top"_a = way.inner.top,
-                    "to_left"_a = way.inner.left, "transposed"_a = way.transposed,
-                    "rows_reversed"_a = way.row_reversed, "cols_reversed"_a = way.col_reversed, "top"_a = way.top,
-                    "left"_a = way.left, "down_first"_a = way.down_first);
+                    "to_left"_a = way.inner.left, "transposed"_a = way.transposed, "rows_reversed"_a = way.row_reversed,
+                    "cols_reversed"_a = way.col_reversed, "top"_a = way.top, "left"_a = way.left,
+                    "down_first"_a = way.down_first);
 }
 
 // Image i with draws[i % draws.size()]. None where our own decoder is to be asked.
@@ -276,8 +274,8 @@ py::dict plan(const py::object& source, const py::object& draw, const py::object
     return plan_of(stored, polydpo::plan(stored, 1, options.output, options.resize, draw_of(draw)));
 }
 
-// The filter of one axis, for the outputs [offset, offset + length): the first input of each, (length,), and the weights from
-// there on, (length, taps), those beyond its own 0.
+// The filter of one axis, for the outputs [offset, offset + length): the first input of each, (length,), and the
+// weights from there on, (length, taps), those beyond its own 0.
 py::tuple resize_filter(const py::str& interpolation, int source, int resized, int offset, int length) {
     if (source < 1 || resized < 1 || offset < 0 || length < 1 || length > resized - offset) {
         throw py::value_error("the outputs are none of the axis");
@@ -368,11 +366,9 @@ polydpo::Arms arms_of(const Address& at) {
 // sizes: pairs, elements per sample, whether to compute in float64, threads.
 polydpo::Batch batch_of(const Address& pred, const Address& ref, const Address& target,
                         const std::array<std::int64_t, 2>& mask, const std::array<std::int64_t, 4>& sizes) {
-    return {sizes[0],       sizes[1],
-            arms_of(pred),  arms_of(ref),
-            arms_of(target), reinterpret_cast<const std::uint8_t*>(mask[0]),
-            mask[1],        sizes[2] != 0,
-            static_cast<int>(sizes[3])};
+    return {sizes[0],     sizes[1],        arms_of(pred),
+            arms_of(ref), arms_of(target), reinterpret_cast<const std::uint8_t*>(mask[0]),
+            mask[1],      sizes[2] != 0,   static_cast<int>(sizes[3])};
 }
 
 polydpo::Head make_head(const std::vector<std::tuple<int, int, int, double>>& program, int loss, int slope) {
@@ -408,7 +404,9 @@ void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, 
     const auto store = [&](auto* loss, auto* metric) {
         using Value = std::remove_pointer_t<decltype(loss)>;
         if (objective.reduction == polydpo::Objective::none) {
-            for (std::int64_t i = 0; i < batch.pairs; ++i) loss[i] = static_cast<Value>(table[polydpo::pair_columns * i]);
+            for (std::int64_t i = 0; i < batch.pairs; ++i) {
+                loss[i] = static_cast<Value>(table[polydpo::pair_columns * i]);
+            }
         } else {
             *loss = static_cast<Value>(total);
         }
@@ -534,9 +532,8 @@ PYBIND11_MODULE(_C, module) {
                       const polydpo::Head&, const std::array<double, 9>&, int>())
         .def("errors", &BoundLoss::errors)
         .def("gradient", &BoundLoss::gradient);
-    module.def("set_openmp", [](std::uintptr_t entry) {
-        polydpo::set_openmp(reinterpret_cast<polydpo::GompParallel>(entry));
-    });
+    module.def("set_openmp",
+               [](std::uintptr_t entry) { polydpo::set_openmp(reinterpret_cast<polydpo::GompParallel>(entry)); });
     module.def("pair_loss", &pair_loss);
     module.def("pair_gradient", &pair_gradient);
     module.def("build_info", &build_info);

@@ -108,8 +108,8 @@ struct Bits {
     }
 };
 
-// A number of `size` bits as JPEG writes it: those that begin with 0 are negative. Without a branch, as nobody could foresee
-// it.
+// A number of `size` bits as JPEG writes it: those that begin with 0 are negative. Without a branch, as nobody could
+// foresee it.
 POLYDPO_INLINE int extended(int bits, int size) {
     const int least = 1 << size >> 1;  // of the positive ones
     return bits + ((bits - least) >> 31 & (1 - (1 << size)));

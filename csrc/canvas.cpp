@@ -55,11 +55,7 @@ void scatter(const char* from, int count, char* to, std::size_t stride) {
 }  // namespace
 
 Canvas::Canvas(void* sample, std::size_t plane, Size output, const Finish& finish, const Geometry& geometry)
-    : sample_(static_cast<char*>(sample)),
-      output_(output),
-      finish_(finish),
-      geometry_(geometry),
-      plane_(plane) {}
+    : sample_(static_cast<char*>(sample)), output_(output), finish_(finish), geometry_(geometry), plane_(plane) {}
 
 char* Canvas::at(int y, int x) const {
     return sample_ + (static_cast<std::size_t>(y) * output_.width + x) * size_of(finish_.dtype());

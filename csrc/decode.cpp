@@ -35,7 +35,7 @@ std::string not_an_image(const Image& image) {
     return text;
 }
 
-constexpr std::size_t large_batch = 1 << 23;  // bytes; a smaller one may stay in the caches
+constexpr std::size_t large_batch = 1 << 23;         // bytes; a smaller one may stay in the caches
 constexpr std::int64_t small_progressive = 80 * 80;  // pixels; libjpeg decodes a smaller one before our tables are made
 
 std::unique_ptr<Reader> open(const Image& image, const Options& options, JpegDecoder jpeg) {

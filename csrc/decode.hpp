@@ -47,9 +47,9 @@ struct Decoded {
 void render(Reader& reader, const Draw& draw, const Options& options, const Finish& finish, void* sample,
             std::size_t plane, Decoded& result);
 
-// Decodes every image into its place of `out`, (images.size(), 3, H, W), or (images.size(), H * 3/2, W) of planes; image
-// i with draws[i % draws.size()]. Where one fails, its place and that of the other image with its draw are zeroed. `stop`
-// is asked now and then on the calling thread: true leaves the rest undone.
+// Decodes every image into its place of `out`, (images.size(), 3, H, W), or (images.size(), H * 3/2, W) of planes;
+// image i with draws[i % draws.size()]. Where one fails, its place and that of the other image with its draw are
+// zeroed. `stop` is asked now and then on the calling thread: true leaves the rest undone.
 std::vector<Decoded> decode_batch(const std::vector<Image>& images, const std::vector<Draw>& draws,
                                   const Options& options, void* out, const std::function<bool()>& stop);
 

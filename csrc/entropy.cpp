@@ -19,12 +19,12 @@ using namespace jpeg;
 struct EntropyState {
     // A component, in blocks.
     struct Part {
-        int across, down;            // of it
+        int across, down;  // of it
         int in_mcu_across, in_mcu_down;
-        int stored_across;           // whole MCUs
-        std::size_t first;           // number of its first block of those of the current row of MCUs, or of the image
+        int stored_across;  // whole MCUs
+        std::size_t first;  // number of its first block of those of the current row of MCUs, or of the image
         int name;
-        int dc_table, ac_table;      // of the current scan
+        int dc_table, ac_table;  // of the current scan
         int last_dc;
         std::int8_t bits_missing[DCTSIZE2];  // of each coefficient; -1: nothing of it is known
     };
@@ -56,11 +56,13 @@ struct EntropyState {
     Pairs pairs[NUM_HUFF_TBLS];
     Refinements refinements;
 
-    std::unique_ptr<Block[]> blocks;  // of a row of MCUs; or of the image, as its first scans gave them, if it is progressive
-    std::size_t room = 0;             // for so many
+    // Of a row of MCUs; or of the image, as its first scans gave them, if it is progressive.
+    std::unique_ptr<Block[]> blocks;
+    std::size_t room = 0;          // for so many
     std::vector<Further> further;  // of each block of a progressive image
-    std::vector<std::uint8_t> last;  // of a row, be it of MCUs or of the blocks of a progressive image that are asked for
-    std::vector<Block> whole;        // the latter, with all their bits
+    // Of a row, be it of MCUs or of the blocks of a progressive image that are asked for; and the latter with all bits.
+    std::vector<std::uint8_t> last;
+    std::vector<Block> whole;
 };
 
 namespace {
@@ -98,8 +100,8 @@ POLYDPO_INLINE void check(const EntropyState& state, const Bits& in, bool right)
     if (__builtin_expect(!right || state.window.overrun(in.next, in.count), 0)) throw LibjpegNeeded();
 }
 
-// A block's first coefficient, which was `last` in the block before. False: there is no such code. Afterwards there are 46
-// bits.
+// A block's first coefficient, which was `last` in the block before. False: there is no such code. Afterwards there are
+// 46 bits.
 POLYDPO_INLINE bool read_first(Bits& in, const Differences& differences, int* last) {
     in.refill();
     if (const std::uint32_t entry = differences.entries[in.bits >> (64 - Differences::bits)];
@@ -117,8 +119,8 @@ POLYDPO_INLINE bool read_first(Bits& in, const Differences& differences, int* la
 }
 
 // A block's coefficients after the one at `at`, up to that at `last`; `at` becomes the position of the last one there
-// is, or one later. Of progressive images, `further` gets which they are, and `ended` how many further blocks have none.
-// There must be 44 bits.
+// is, or one later. Of progressive images, `further` gets which they are, and `ended` how many further blocks have
+// none. There must be 44 bits.
 template <bool progressive>
 POLYDPO_INLINE bool read_rest(Bits& in, const Pairs& pairs, JCOEF* block, unsigned& at, const unsigned last, int shift,
                               Further* further, unsigned& ended) {
@@ -201,7 +203,8 @@ int places_of(EntropyState& state, int row, EntropyState::Place* places) {
     int count = 0;
     for (int i = 0; i < state.scan_count; ++i) {
         Part& part = state.parts[state.in_scan[i]];
-        const int across = state.scan_count == 1 ? 1 : part.in_mcu_across, down = state.scan_count == 1 ? 1 : part.in_mcu_down;
+        const bool alone = state.scan_count == 1;
+        const int across = alone ? 1 : part.in_mcu_across, down = alone ? 1 : part.in_mcu_down;
         for (int y = 0; y < down; ++y) {
             const std::size_t first = part.first + (static_cast<std::size_t>(row) * down + y) * part.stored_across;
             for (int x = 0; x < across; ++x) {
@@ -246,7 +249,8 @@ POLYDPO_V3_INLINE void for_each_block(EntropyState& state, int row, int mcus, Re
     state.unread = in;
 }
 
-// Clears the coefficients of a row of MCUs before any of them is read: the first scan of a component has its first ones.
+// Clears the coefficients of a row of MCUs before any of them is read: the first scan of a component has its first
+// ones.
 void clear(EntropyState& state, int row) {
     for (int i = 0; i < state.scan_count; ++i) {
         const Part& part = state.parts[state.in_scan[i]];
@@ -379,7 +383,8 @@ void begin_scan(EntropyState& state, const std::uint8_t* from, const std::uint8_
             need(part.bits_missing[k] == (first ? -1 : state.high));
             part.bits_missing[k] = static_cast<std::int8_t>(state.low);
         }
-        need(part.dc_table >= 0 && part.dc_table < NUM_HUFF_TBLS && part.ac_table >= 0 && part.ac_table < NUM_HUFF_TBLS);
+        need(part.dc_table >= 0 && part.dc_table < NUM_HUFF_TBLS && part.ac_table >= 0 &&
+             part.ac_table < NUM_HUFF_TBLS);
         if (dc && first) need(state.differences[part.dc_table].build(state.tables[0][part.dc_table]));
         if (!state.progressive || (!dc && first)) {
             need(state.pairs[part.ac_table].build(state.tables[1][part.ac_table], state.progressive, state.low));
@@ -449,8 +454,8 @@ bool next_scan(EntropyState& state) {
 void read_progressive(EntropyState& state) {
     do {
         const bool dc = state.from == 0, first = state.high == 0;
-        const auto read = dc ? (first ? first_of_dc : more_of_dc)
-                          : first             ? first_of_ac
+        const auto read = dc                ? (first ? first_of_dc : more_of_dc)
+                          : first           ? first_of_ac
                           : pdep_is_quick() ? more_of_ac_by_pdep
                                             : more_of_ac;
         const Part& part = state.parts[state.in_scan[0]];

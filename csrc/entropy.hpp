@@ -19,10 +19,11 @@ struct LibjpegNeeded {};
 struct EntropyState;
 
 // Baseline and progressive images, of which a header has been read by libjpeg: grey, or of three components, the first
-// with as many samples as there are pixels and the others with as many or half of them in either direction or only across.
+// with as many samples as there are pixels and the others with as many or half of them in either direction or only
+// across.
 //
-// Only what is as it should be is decoded here. At anything else (a code that there is not, bytes missing or left over, a
-// marker out of its turn, an image without its last bits) LibjpegNeeded is thrown, so that the warnings, errors and
+// Only what is as it should be is decoded here. At anything else (a code that there is not, bytes missing or left over,
+// a marker out of its turn, an image without its last bits) LibjpegNeeded is thrown, so that the warnings, errors and
 // repairs are always libjpeg's.
 class EntropyDecoder {
 public:
@@ -41,11 +42,11 @@ public:
     // After the last row: everything up to the end of the image.
     void finish();
 
-    // Of `count` blocks from the one at `left` on, in row y of those in the row of MCUs that has been read; the last MCU has
-    // some outside the image. Valid until the next call. A block more may be read.
+    // Of `count` blocks from the one at `left` on, in row y of those in the row of MCUs that has been read; the last
+    // MCU has some outside the image. Valid until the next call. A block more may be read.
     struct Row {
         const JCOEF* coefficients;  // of a block in the order of rows, block after block
-        const std::uint8_t* last;   // of each block: no coefficient that comes later, in the order of storage, is not zero
+        const std::uint8_t* last;   // of each block; coefficients that come later, as they are stored, are zeros
     };
     Row row(int component, int y, int left, int count);
 

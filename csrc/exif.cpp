@@ -7,16 +7,15 @@
 namespace polydpo {
 
 int exif_orientation(const std::uint8_t* tiff, std::size_t size) {
-    static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};  // a JPEG's, which also chunks and texts of PNGs may have
+    // A JPEG's, which also chunks and texts of PNGs may have.
+    static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};
     if (size >= sizeof name && std::memcmp(tiff, name, sizeof name) == 0) tiff += sizeof name, size -= sizeof name;
     if (size < 8 || tiff[0] != tiff[1] || (tiff[0] != 'I' && tiff[0] != 'M')) return 1;
     const bool little = tiff[0] == 'I';
     const auto u16 = [&](std::size_t at) -> std::uint32_t {
         return little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1];
     };
-    const auto u32 = [&](std::size_t at) {
-        return little ? u16(at) | u16(at + 2) << 16 : u16(at) << 16 | u16(at + 2);
-    };
+    const auto u32 = [&](std::size_t at) { return little ? u16(at) | u16(at + 2) << 16 : u16(at) << 16 | u16(at + 2); };
     const std::size_t directory = u32(4);
     if (u16(2) != 42 || directory > size - 2) return 1;
     std::size_t entry = directory + 2;
@@ -40,7 +39,9 @@ int raw_profile_orientation(const std::uint8_t* text, std::size_t size) {
     int first = -1;
     for (; at < end; ++at) {
         const int letter = *at | 32;
-        const int digit = *at >= '0' && *at <= '9' ? *at - '0' : letter >= 'a' && letter <= 'f' ? letter - 'a' + 10 : -1;
+        const int digit = *at >= '0' && *at <= '9'         ? *at - '0'
+                          : letter >= 'a' && letter <= 'f' ? letter - 'a' + 10
+                                                           : -1;
         if (digit < 0) {
             if (*at == '\n' || *at == ' ') continue;
             return 1;

@@ -10,7 +10,8 @@ namespace polydpo {
 // them or not; 1 where they tell none or are damaged in any way.
 int exif_orientation(const std::uint8_t* tiff, std::size_t size);
 
-// Of EXIF in hexadecimal digits after three lines, as ImageMagick put it into texts of PNGs before they had a chunk for it.
+// Of EXIF in hexadecimal digits after three lines, as ImageMagick put it into texts of PNGs before they had a chunk for
+// it.
 int raw_profile_orientation(const std::uint8_t* text, std::size_t size);
 
 }  // namespace polydpo

@@ -8,7 +8,8 @@
 namespace polydpo {
 namespace {
 
-// The body of a start of frame: precision, height, width, count, then of each component its name, h and v in a byte, table.
+// The body of a start of frame: precision, height, width, count, then of each component its name, h and v in a byte,
+// table.
 bool is_common_frame(const std::uint8_t* body, std::size_t length) {
     if (length < 9 || body[0] != 8) return false;
     if (body[5] == 1) return true;
@@ -28,7 +29,8 @@ std::int64_t restarts_of(const std::uint8_t* scan, const std::uint8_t* frame, in
     const int across = grey ? 1 : frame[7] >> 4, down = grey ? 1 : frame[7] & 15;
     // Of luma alone the blocks count, of chroma alone those of its own, smaller size; of several the units they share.
     const bool luma = scan[0] == 1 && scan[1] == frame[6];
-    const std::int64_t units = luma ? blocks(height, 8) * blocks(width, 8) : blocks(height, 8 * down) * blocks(width, 8 * across);
+    const std::int64_t units =
+        luma ? blocks(height, 8) * blocks(width, 8) : blocks(height, 8 * down) * blocks(width, 8 * across);
     return (units - 1) / interval;
 }
 

@@ -21,8 +21,8 @@ POLYDPO_INLINE Value load(const void* from, std::size_t i = 0) {
     return value;
 }
 
-// Two rows of a chroma plane to four times the row between them: three parts near, one far; or two of each. Words are cut
-// to their depth: no sum overflows, whatever a decoder left there.
+// Two rows of a chroma plane to four times the row between them: three parts near, one far; or two of each. Words are
+// cut to their depth: no sum overflows, whatever a decoder left there.
 template <class Sample, int parts>
 POLYDPO_INLINE void blend(const std::uint8_t* near, const std::uint8_t* far, int most, int count,
                           std::uint16_t* __restrict out) {
@@ -36,7 +36,8 @@ POLYDPO_INLINE void blend(const std::uint8_t* near, const std::uint8_t* far, int
 POLYDPO_CLONES void blend_rows(const std::uint8_t* near, const std::uint8_t* far, bool halfway, bool wide, int most,
                                int count, std::uint16_t* out) {
     if (halfway) {
-        return wide ? blend<std::uint16_t, 2>(near, far, most, count, out) : blend<std::uint8_t, 2>(near, far, most, count, out);
+        return wide ? blend<std::uint16_t, 2>(near, far, most, count, out)
+                    : blend<std::uint8_t, 2>(near, far, most, count, out);
     }
     wide ? blend<std::uint16_t, 3>(near, far, most, count, out) : blend<std::uint8_t, 3>(near, far, most, count, out);
 }
@@ -51,10 +52,11 @@ POLYDPO_CLONES void spread(const std::uint16_t* row, int columns, std::uint16_t*
 }
 
 // ---------------------------------------------------------------------------- 8 bits, and chroma on the even columns
-// What nearly all video is, in words of 16 bits: 1/64 of a level each, less 128 levels. Products are rounded down, which
-// the offsets make good on average: a level is within 0.53 of its exact value.
+// What nearly all video is, in words of 16 bits: 1/64 of a level each, less 128 levels. Products are rounded down,
+// which the offsets make good on average: a level is within 0.53 of its exact value.
 
-constexpr int y_bits = 7, chroma_bits = 5;  // eight bits of Y, and eleven of eight times Cb and Cr, up to 16 or just less
+// Eight bits of Y, and eleven of eight times Cb and Cr, up to 16 or just less.
+constexpr int y_bits = 7, chroma_bits = 5;
 constexpr int lanes = 32;
 
 typedef std::uint16_t Words __attribute__((vector_size(2 * lanes)));
@@ -63,7 +65,9 @@ typedef std::int16_t Integers __attribute__((vector_size(2 * lanes)));
 POLYDPO_INLINE Words product(Words a, std::uint16_t factor) {
     std::uint16_t words[lanes];
     std::memcpy(words, &a, sizeof a);
-    for (std::uint16_t& word : words) word = static_cast<std::uint16_t>(static_cast<std::uint32_t>(word) * factor >> 16);
+    for (std::uint16_t& word : words) {
+        word = static_cast<std::uint16_t>(static_cast<std::uint32_t>(word) * factor >> 16);
+    }
     return load<Words>(words);
 }
 
@@ -94,7 +98,8 @@ POLYDPO_CLONES void colour_pairs(const std::uint8_t* luma, const std::uint16_t* 
         const Words y0 = product((pairs & 255) << y_bits, k.luma), y1 = product(pairs >> 8 << y_bits, k.luma);
         const Words b = load<Words>(cb), b0 = (b + b) << chroma_bits, b1 = (b + load<Words>(cb + 1)) << chroma_bits;
         const Words r = load<Words>(cr), r0 = (r + r) << chroma_bits, r1 = (r + load<Words>(cr + 1)) << chroma_bits;
-        store_pairs(level(y0 + product(r0, k.red), k.red_offset), level(y1 + product(r1, k.red), k.red_offset), red + x);
+        store_pairs(level(y0 + product(r0, k.red), k.red_offset), level(y1 + product(r1, k.red), k.red_offset),
+                    red + x);
         const Words g0 = (product(b0, k.green_blue) + product(r0, k.green_red)) >> 1;
         const Words g1 = (product(b1, k.green_blue) + product(r1, k.green_red)) >> 1;
         store_pairs(level(y0 - g0, k.green_offset), level(y1 - g1, k.green_offset), green + x);
@@ -149,7 +154,8 @@ POLYDPO_CLONES void colour_each(const std::uint8_t* luma, const std::uint16_t* c
 
 // Samples that are levels already, but for their depth and range.
 template <class Sample>
-POLYDPO_INLINE void rescale(const std::uint8_t* from, const Coefficients<int>& k, int width, std::uint8_t* __restrict to) {
+POLYDPO_INLINE void rescale(const std::uint8_t* from, const Coefficients<int>& k, int width,
+                            std::uint8_t* __restrict to) {
     for (int x = 0; x < width; ++x) to[x] = level((load<Sample>(from, x) & k.most) * k.luma + k.red_offset);
 }
 
@@ -161,8 +167,8 @@ POLYDPO_CLONES void rescale_row(const std::uint8_t* from, bool wide, const Coeff
 
 constexpr std::int64_t large_crop = 1 << 18;  // pixels; of smaller ones a clip may stay in the caches
 
-// Past the caches, which the decoder needs for the frames that others are made from. Nobody may be told of what was copied
-// before end_of_copies().
+// Past the caches, which the decoder needs for the frames that others are made from. Nobody may be told of what was
+// copied before end_of_copies().
 void copy_past_caches(std::uint8_t* to, const std::uint8_t* from, std::size_t bytes) {
 #if defined(__SSE2__)
     constexpr std::size_t lane = sizeof(__m128i), line = 4 * lane;
@@ -170,7 +176,8 @@ void copy_past_caches(std::uint8_t* to, const std::uint8_t* from, std::size_t by
     std::memcpy(to, from, head);
     for (to += head, from += head, bytes -= head; bytes >= line; to += line, from += line, bytes -= line) {
         for (std::size_t i = 0; i < line; i += lane) {
-            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                             _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
         }
     }
 #endif
@@ -184,13 +191,14 @@ void end_of_copies() {
 }
 
 bool is_between_columns(const Frame& frame) {
-    return frame.shift_x && (frame.siting == Siting::centre || frame.siting == Siting::top || frame.siting == Siting::bottom);
+    return frame.shift_x &&
+           (frame.siting == Siting::centre || frame.siting == Siting::top || frame.siting == Siting::bottom);
 }
 
 bool in_pairs(const Frame& frame) { return frame.depth == 8 && frame.shift_x && !is_between_columns(frame); }
 
-// R = y + red Cr, and so on, in 0..255, of eight times Cb and Cr; or of sixteen times, where they lie between the columns.
-// Of RGB, whose last are never looked at, those of a grey pixel.
+// R = y + red Cr, and so on, in 0..255, of eight times Cb and Cr; or of sixteen times, where they lie between the
+// columns. Of RGB, whose last are never looked at, those of a grey pixel.
 Coefficients<int> coefficients_of(const Frame& frame) {
     static constexpr double reds[6] = {0.299, 0.2126, 0.2627, 0.30, 0.212, 0.299};
     static constexpr double blues[6] = {0.114, 0.0722, 0.0593, 0.11, 0.087, 0.114};
@@ -198,7 +206,8 @@ Coefficients<int> coefficients_of(const Frame& frame) {
     const double kr = reds[static_cast<int>(frame.matrix)], kb = blues[static_cast<int>(frame.matrix)];
     const double unit = 1 << (frame.depth - 8), most = (1 << frame.depth) - 1;
     const double black = frame.full_range ? 0 : 16 * unit, grey = times * 128 * unit;
-    const double y = 255 / (frame.full_range ? most : 219 * unit), c = 255 / (frame.full_range ? most : 224 * unit) / times;
+    const double y = 255 / (frame.full_range ? most : 219 * unit);
+    const double c = 255 / (frame.full_range ? most : 224 * unit) / times;
     const double red = 2 * (1 - kr) * c, blue = 2 * (1 - kb) * c;
     const double green_blue = 2 * kb * (1 - kb) / (1 - kr - kb) * c, green_red = 2 * kr * (1 - kr) / (1 - kr - kb) * c;
 
@@ -228,8 +237,8 @@ Coefficients<int> coefficients_of(const Frame& frame) {
     k.green_blue = integer(2 * green_blue * of_c);  // twice as fine: they are added first
     k.green_red = integer(2 * green_red * of_c);
     k.blue = integer(blue * of_c);
-    // Exact for grey, whatever rounding did to the factors; and what products lose on average, less half a part for ties,
-    // which are rounded up.
+    // Exact for grey, whatever rounding did to the factors; and what products lose on average, less half a part for
+    // ties, which are rounded up.
     const double start = (0.5 - 128 + (128 - black) * y) * 64 - 128 * k.luma / of_y * 64;
     const auto at_grey = [&](int factor) { return grey * factor / of_c * 64; };
     k.red_offset = integer(start - at_grey(k.red) + 0.5);
@@ -243,8 +252,8 @@ Coefficients<int> coefficients_of(const Frame& frame) {
 FrameReader::FrameReader(const Frame& frame) : frame_(frame), coefficients_(coefficients_of(frame)) {
     const auto word = [](int value) { return static_cast<std::uint16_t>(value); };
     const Coefficients<int>& k = coefficients_;
-    words_ = {word(k.most),      word(k.luma),       word(k.red),          word(k.green_blue), word(k.green_red),
-              word(k.blue),      word(k.red_offset), word(k.green_offset), word(k.blue_offset)};
+    words_ = {word(k.most), word(k.luma),       word(k.red),          word(k.green_blue), word(k.green_red),
+              word(k.blue), word(k.red_offset), word(k.green_offset), word(k.blue_offset)};
 }
 
 Region FrameReader::start(const Region& wanted) {
@@ -276,8 +285,8 @@ Levels FrameReader::read_rgb(int y) {
     return result;
 }
 
-// Four times the chroma of a row of the region, one sample to the left of it and one to the right: the outermost again beyond
-// the edges of the frame.
+// Four times the chroma of a row of the region, one sample to the left of it and one to the right: the outermost again
+// beyond the edges of the frame.
 void FrameReader::read_chroma(int y) {
     const bool wide = frame_.depth > 8;
     const int left = region_.left >> frame_.shift_x;
@@ -343,7 +352,8 @@ void FrameReader::read_planes(const Region& crop, std::uint8_t* planes) {
     const bool is_large = std::int64_t{crop.height} * crop.width >= large_crop;
     for (int part = 0; part < 3; ++part) {
         const int shift = part > 0 ? 1 : 0;
-        const std::uint8_t* from = frame_.planes[part] + (crop.top >> shift) * frame_.strides[part] + (crop.left >> shift);
+        const std::uint8_t* from =
+            frame_.planes[part] + (crop.top >> shift) * frame_.strides[part] + (crop.left >> shift);
         const auto width = static_cast<std::size_t>(crop.width >> shift);
         for (int y = 0; y < crop.height >> shift; ++y, from += frame_.strides[part], planes += width) {
             is_large ? copy_past_caches(planes, from, width) : static_cast<void>(std::memcpy(planes, from, width));

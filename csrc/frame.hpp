@@ -55,8 +55,8 @@ private:
     Coefficients<int> coefficients_;
     Coefficients<std::uint16_t> words_;  // the same, for arithmetic in 16 bits
     Region region_{};
-    int columns_ = 0, row_ = 0;  // of chroma in the region; the next one
-    std::vector<std::uint16_t> chroma_[2];  // four times Cb and Cr between two rows
+    int columns_ = 0, row_ = 0;              // of chroma in the region; the next one
+    std::vector<std::uint16_t> chroma_[2];   // four times Cb and Cr between two rows
     std::vector<std::uint16_t> between_[2];  // where they lie between the columns: sixteen times, of every column
     std::vector<std::uint8_t> levels_[3];
 };

@@ -31,9 +31,9 @@ struct Geometry {
     Region inner;   // what the image covers of the output; the rest is padding ("contain")
 
     // The same seen from the image as stored, so that its rows can be used in the order in which they are decoded.
-    Size stored;                     // of the resized image
-    Region crop;                     // in it
-    bool transposed;                 // rows of the crop are columns of the output
+    Size stored;                      // of the resized image
+    Region crop;                      // in it
+    bool transposed;                  // rows of the crop are columns of the output
     bool row_reversed, col_reversed;  // the first row (column) of the crop is the last one of the output
     bool down_first;                  // the order of a resize whose two passes are not exchangeable
 };
@@ -43,9 +43,8 @@ struct Geometry {
 // cover: the smaller scale that covers the output, the other side rounded down (as torchvision's Resize).
 // contain: the larger scale that fits into the output, the other side rounded down; padded on both sides.
 // stretch: each side to that of the output. none: as it is.
-// A resize goes across first in the oriented image, unless that loses over twice as many rows as columns (as Pillow 13's).
-// A centred corner is rounded half to even (as torchvision's CenterCrop).
-// Corners are multiples of `step`.
+// A resize goes across first in the oriented image, unless that loses over twice as many rows as columns (as Pillow
+// 13's). A centred corner is rounded half to even (as torchvision's CenterCrop). Corners are multiples of `step`.
 Geometry plan(Size source, int orientation, Size output, Resize resize, const Draw& draw, int step = 1);
 
 }  // namespace polydpo

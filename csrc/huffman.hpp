@@ -92,7 +92,7 @@ public:
         table_ = table;
         std::fill(std::begin(entries), std::end(entries), 0);
         bool within = true;
-        built_ = for_each_code(table, [&](int length, int code, std::uint8_t size) {
+        const auto enter = [&](int length, int code, std::uint8_t size) {
             within = within && size < 16;
             const int rest = bits - length - size;
             for (int i = 0; rest >= 0 && i < 1 << size; ++i) {
@@ -100,7 +100,8 @@ public:
                 std::fill_n(entries + (((code << size) + i) << rest), 1 << rest,
                             value << 16 | static_cast<std::uint32_t>(length + size));
             }
-        }) && within && codes.build(table);
+        };
+        built_ = for_each_code(table, enter) && within && codes.build(table);
         return built_;
     }
 
@@ -149,7 +150,8 @@ private:
                 const int value = extended(i, size) * (1 << shift);
                 if (!is_coefficient(value)) continue;
                 const One one{static_cast<std::uint8_t>(length + size),
-                              static_cast<std::uint8_t>(size == 0 ? end_of_block : run + 1), static_cast<std::int16_t>(value)};
+                              static_cast<std::uint8_t>(size == 0 ? end_of_block : run + 1),
+                              static_cast<std::int16_t>(value)};
                 std::fill_n(ones + (((code << size) + i) << rest), 1 << rest, one);
             }
         });
@@ -181,11 +183,11 @@ class Refinements {
 public:
     static constexpr int bits = 11;
 
-    // In one word, as it is looked up where everything waits for it. From the least significant bit: bits of both symbols (6)
-    // and of the first (4); how many unknown coefficients come before the first that becomes known (4), how many in all,
-    // with these (5); whether the block ends (1); which of the unknown ones become known and are negative (22), and which
-    // become known (22), the uppermost bit being the next unknown one. Where the block ends, its only coefficient is among
-    // the next ten, and the lower twelve of the 22 say how many blocks end, this one among them.
+    // In one word, as it is looked up where everything waits for it. From the least significant bit: bits of both
+    // symbols (6) and of the first (4); how many unknown coefficients come before the first that becomes known (4), how
+    // many in all, with these (5); whether the block ends (1); which of the unknown ones become known and are negative
+    // (22), and which become known (22), the uppermost bit being the next unknown one. Where the block ends, its only
+    // coefficient is among the next ten, and the lower twelve of the 22 say how many blocks end, this one among them.
     struct Entry {
         std::uint64_t word = ends_only;
 
@@ -226,7 +228,8 @@ private:
                     word |= ends_only | ((1u << run) + i) << 20;
                 } else {
                     const std::uint64_t found = std::uint64_t{1} << 63 >> run;
-                    word |= static_cast<std::uint64_t>(run << 10 | (run + 1) << 14) | found | (i == 0 ? found >> reach : 0);
+                    word |=
+                        static_cast<std::uint64_t>(run << 10 | (run + 1) << 14) | found | (i == 0 ? found >> reach : 0);
                 }
                 std::fill_n(ones + (((static_cast<unsigned>(code) << extra) + i) << rest), 1 << rest, Entry{word});
             }

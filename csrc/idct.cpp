@@ -50,8 +50,10 @@ POLYDPO_V3_INLINE void transform(Row (&r)[8]) {
     constexpr int half = 1 << (shift - 1);
     Wide e0, e1, e2, e3, o0, o1, o2, o3;
     if constexpr (rows == 8) {
-        const Wide sum = whole(_mm256_add_epi16(r[0], r[4]), half), difference = whole(_mm256_sub_epi16(r[0], r[4]), half);
-        const Wide t2 = products(r[2], r[6], k0_541, k0_541 - k1_847), t3 = products(r[2], r[6], k0_541 + k0_765, k0_541);
+        const Wide sum = whole(_mm256_add_epi16(r[0], r[4]), half);
+        const Wide difference = whole(_mm256_sub_epi16(r[0], r[4]), half);
+        const Wide t2 = products(r[2], r[6], k0_541, k0_541 - k1_847);
+        const Wide t3 = products(r[2], r[6], k0_541 + k0_765, k0_541);
         e0 = sum + t3;
         e1 = difference + t2;
         e2 = difference - t2;
@@ -113,7 +115,8 @@ POLYDPO_V3_INLINE void store(const Row (&c)[8], std::uint8_t* to, std::ptrdiff_t
     const Row upper_left = _mm256_unpacklo_epi16(c01, c23), lower_left = _mm256_unpackhi_epi16(c01, c23);
     const Row upper_right = _mm256_unpacklo_epi16(c45, c67), lower_right = _mm256_unpackhi_epi16(c45, c67);
     const Row rows[4] = {_mm256_unpacklo_epi32(upper_left, upper_right), _mm256_unpackhi_epi32(upper_left, upper_right),
-                         _mm256_unpacklo_epi32(lower_left, lower_right), _mm256_unpackhi_epi32(lower_left, lower_right)};
+                         _mm256_unpacklo_epi32(lower_left, lower_right),
+                         _mm256_unpackhi_epi32(lower_left, lower_right)};
     for (const Row& two : rows) {
         // One row of both blocks in either half.
         const Row sorted = _mm256_permute4x64_epi64(_mm256_add_epi8(two, _mm256_set1_epi8(-128)), 0xd8);
@@ -126,7 +129,8 @@ POLYDPO_V3_INLINE void store(const Row (&c)[8], std::uint8_t* to, std::ptrdiff_t
 // A row of two blocks, times its quantisation.
 POLYDPO_V3_INLINE Row load(const std::int16_t* coefficients, const std::uint16_t* steps, int row) {
     const auto at = [row](const auto* from) POLYDPO_V3_LAMBDA {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + row);
+        const auto* rows = reinterpret_cast<const __m128i*>(from);
+        return _mm_loadu_si128(rows + row);
     };
     const Row both = _mm256_inserti128_si256(_mm256_castsi128_si256(at(coefficients)), at(coefficients + 64), 1);
     return _mm256_mullo_epi16(both, _mm256_broadcastsi128_si256(at(steps)));
@@ -166,7 +170,8 @@ POLYDPO_V3_INLINE void two_even_blocks(const std::int16_t* coefficients, int ste
         const int value = ((scaled + 16) >> 5) + 128;
         return static_cast<char>(value < 0 ? 0 : value > 255 ? 255 : value);
     };
-    const __m128i row = _mm_unpacklo_epi64(_mm_set1_epi8(sample(coefficients[0])), _mm_set1_epi8(sample(coefficients[64])));
+    const __m128i row =
+        _mm_unpacklo_epi64(_mm_set1_epi8(sample(coefficients[0])), _mm_set1_epi8(sample(coefficients[64])));
     for (int i = 0; i < 8; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * stride), row);
 }
 

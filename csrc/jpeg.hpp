@@ -79,7 +79,7 @@ private:
     std::unique_ptr<JpegHeader> header_;
     jpeg_decompress_struct& info_;
     bool cmyk_;
-    bool partly_;  // whether libjpeg may be asked for a part of the image
+    bool partly_;                        // whether libjpeg may be asked for a part of the image
     std::vector<std::uint8_t> dropped_;  // a row that nobody wants
 };
 

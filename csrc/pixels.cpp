@@ -130,9 +130,10 @@ POLYDPO_CLONES void compute_row(const Levels& levels, int width, Dtype dtype, co
 // Of 256 levels there are 256 results. Where the processor looks 64 bytes up in a table at once (AVX-512 VBMI), that is
 // a third of the work of computing them.
 //
-// 64 levels to their elements. Two bytes of an element are joined within 16-byte lanes, the lower eight of a lane for the
-// first half of the pixels: so lane L has the pixels 8 L to 8 L + 7 of either half.
-POLYDPO_VBMI inline void look_up(__m512i levels, const std::uint8_t (*table)[256], std::uint16_t* out, bool past_caches) {
+// 64 levels to their elements. Two bytes of an element are joined within 16-byte lanes, the lower eight of a lane for
+// the first half of the pixels: so lane L has the pixels 8 L to 8 L + 7 of either half.
+POLYDPO_VBMI inline void look_up(__m512i levels, const std::uint8_t (*table)[256], std::uint16_t* out,
+                                 bool past_caches) {
     const __mmask64 upper = _mm512_movepi8_mask(levels);
     __m512i bytes[2];
     for (int half = 0; half < 2; ++half) {
@@ -152,8 +153,8 @@ POLYDPO_VBMI inline void look_up(__m512i levels, const std::uint8_t (*table)[256
 }
 
 // Both take the largest multiple of 64 pixels, and return how many that was.
-POLYDPO_VBMI int look_row_up(const std::uint8_t* rgbx, int width, const std::uint8_t (*table)[2][256], std::uint16_t* to,
-                             std::size_t plane, bool past_caches) {
+POLYDPO_VBMI int look_row_up(const std::uint8_t* rgbx, int width, const std::uint8_t (*table)[2][256],
+                             std::uint16_t* to, std::size_t plane, bool past_caches) {
     alignas(64) std::uint8_t places[64];
     for (int i = 0; i < 64; ++i) places[i] = static_cast<std::uint8_t>(4 * (8 * (i / 16) + i % 8));
     const __m512i first = _mm512_load_si512(places);

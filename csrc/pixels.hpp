@@ -8,9 +8,7 @@ namespace polydpo {
 
 enum class Dtype : int { uint8 = 0, bfloat16 = 1, float16 = 2, float32 = 3 };
 
-inline std::size_t size_of(Dtype dtype) {
-    return dtype == Dtype::uint8 ? 1 : dtype == Dtype::float32 ? 4 : 2;
-}
+inline std::size_t size_of(Dtype dtype) { return dtype == Dtype::uint8 ? 1 : dtype == Dtype::float32 ? 4 : 2; }
 
 // (v - offset) * scale of each channel, for floating dtypes.
 struct Normalisation {
@@ -25,14 +23,14 @@ struct Levels {
     }
 };
 
-// Stores rows of pixels as three planes: normalised, computed in float32, rounded to nearest even in 16 bits; uint8 is the
-// level itself, rounded half up. `to` is where the row begins in the first plane, and `plane` the distance to the next
-// in elements.
+// Stores rows of pixels as three planes: normalised, computed in float32, rounded to nearest even in 16 bits; uint8 is
+// the level itself, rounded half up. `to` is where the row begins in the first plane, and `plane` the distance to the
+// next in elements.
 class Finish {
 public:
-    // past_caches: what is stored is more than the caches hold, and had better not go through them. The rows of its planes
-    // go past them where they begin at multiples of 64 bytes, for dtypes of 16 bits, on processors with AVX-512 VBMI; then
-    // settle() must be called before anybody else is told of them.
+    // past_caches: what is stored is more than the caches hold, and had better not go through them. The rows of its
+    // planes go past them where they begin at multiples of 64 bytes, for dtypes of 16 bits, on processors with AVX-512
+    // VBMI; then settle() must be called before anybody else is told of them.
     Finish(Dtype dtype, const Normalisation& normal, bool past_caches = false);
     void settle() const;
 

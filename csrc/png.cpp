@@ -113,8 +113,8 @@ POLYDPO_INLINE std::uint32_t over(std::uint32_t sample, std::uint32_t alpha, std
 }
 POLYDPO_INLINE std::uint32_t over_wide(std::uint32_t sample, std::uint32_t alpha, std::uint32_t background) {
     constexpr std::uint32_t whole = 65535u * 257;
-    return static_cast<std::uint32_t>(
-        (std::uint64_t{sample * alpha} + background * 257 * (65535 - alpha) + whole / 2) / whole);
+    return static_cast<std::uint32_t>((std::uint64_t{sample * alpha} + background * 257 * (65535 - alpha) + whole / 2) /
+                                      whole);
 }
 
 POLYDPO_INLINE int index_at(const std::uint8_t* row, int x, int depth) {
@@ -157,11 +157,13 @@ POLYDPO_CLONES void expand_row(const PngFormat& format, const std::uint8_t* row,
         return;
     }
     switch (format.channels * (format.depth / 8)) {
-        case 2: return format.depth == 16 ? expand<1, true>(format, row, width, to)
-                                          : expand<2, false>(format, row, width, to);
+        case 2:
+            return format.depth == 16 ? expand<1, true>(format, row, width, to)
+                                      : expand<2, false>(format, row, width, to);
         case 3: return expand<3, false>(format, row, width, to);
-        case 4: return format.depth == 16 ? expand<2, true>(format, row, width, to)
-                                          : expand<4, false>(format, row, width, to);
+        case 4:
+            return format.depth == 16 ? expand<2, true>(format, row, width, to)
+                                      : expand<4, false>(format, row, width, to);
         case 6: return expand<3, true>(format, row, width, to);
         case 8: return expand<4, true>(format, row, width, to);
     }
@@ -178,8 +180,7 @@ libdeflate_result decompress(const std::uint8_t* from, std::size_t size, std::ui
     if (!decompressor) throw std::bad_alloc();
     if (checksums) return libdeflate_zlib_decompress_ex(decompressor.get(), from, size, to, room, used, made);
     if (size < 6) return LIBDEFLATE_BAD_DATA;
-    const auto result =
-        libdeflate_deflate_decompress_ex(decompressor.get(), from + 2, size - 6, to, room, used, made);
+    const auto result = libdeflate_deflate_decompress_ex(decompressor.get(), from + 2, size - 6, to, room, used, made);
     *used += 6;
     return result;
 }
@@ -311,8 +312,7 @@ void PngReader::read_chunks(std::int64_t most) {
         }
         const bool is_text = name == name_of("tEXt") || name == name_of("zTXt");
         const bool used = critical || is_text || name == name_of("tRNS") || name == name_of("eXIf");
-        if (checksums && !cut_ && (used || strict_) &&
-            libdeflate_crc32(0, type, 4 + length) != big32(body + length)) {
+        if (checksums && !cut_ && (used || strict_) && libdeflate_crc32(0, type, 4 + length) != big32(body + length)) {
             if (critical) refuse(" has a wrong checksum");
             object(says(" has a wrong checksum"));
             at += 12 + length;
@@ -419,7 +419,9 @@ void PngReader::inflate() {
     const auto result = decompress(from, idat_bytes_, inflated_.get(), size, &used, &made);
     if (result == LIBDEFLATE_BAD_DATA && !cut_) throw DecodeError("its compressed data are damaged");
     if (result == LIBDEFLATE_SUCCESS && made < size) object("its PNG data end early");
-    if (!cut_ && (result != LIBDEFLATE_SUCCESS || used < idat_bytes_)) object("it has more PNG data than its rows take");
+    if (!cut_ && (result != LIBDEFLATE_SUCCESS || used < idat_bytes_)) {
+        object("it has more PNG data than its rows take");
+    }
     if (result == LIBDEFLATE_SUCCESS) {
         std::memset(inflated_.get() + made, 0, size - made);
     } else {

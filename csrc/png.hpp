@@ -19,11 +19,11 @@ bool is_png(const std::uint8_t* data, std::size_t size);
 // How the samples of an unfiltered row become RGBX pixels.
 struct PngFormat {
     int channels, depth;
-    bool indexed;             // into `table`: a palette, or grey of at most 8 bits
-    std::uint32_t table[256]; // RGBX
-    bool keyed;               // one colour, `key`, is transparent (RGB, and grey of 16 bits)
+    bool indexed;              // into `table`: a palette, or grey of at most 8 bits
+    std::uint32_t table[256];  // RGBX
+    bool keyed;                // one colour, `key`, is transparent (RGB, and grey of 16 bits)
     std::uint32_t key[3];
-    Colour background;        // what shows where the image is transparent
+    Colour background;  // what shows where the image is transparent
 };
 
 class PngReader : public Reader {

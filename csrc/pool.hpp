@@ -10,8 +10,8 @@ namespace polydpo {
 // have returned. Indices are handed out in order. Calls from several threads share the workers. Safe after fork:
 // a child starts workers of its own. body must not throw.
 //
-// stop, if given, is asked on the calling thread, between two indices, at most twenty times a second. Once it is true no
-// index is begun any more; those begun are finished.
+// stop, if given, is asked on the calling thread, between two indices, at most twenty times a second. Once it is true
+// no index is begun any more; those begun are finished.
 void parallel_for(std::size_t count, int threads, const std::function<void(std::size_t)>& body,
                   const std::function<bool()>& stop = nullptr);
 

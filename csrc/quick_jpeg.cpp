@@ -159,8 +159,8 @@ private:
         const int rows = mcu_height() / half_down(part), first = mcu_rows_ * rows, left = first_block_[part];
         for (int y = 0; y < rows; y += DCTSIZE) {
             const EntropyDecoder::Row row = entropy_.row(part, y / DCTSIZE, left, blocks_[part]);
-            inverse_dct(row.coefficients, row.last, blocks_[part], steps_[part], samples_[part].at(first + y, DCTSIZE * left),
-                        samples_[part].stride());
+            inverse_dct(row.coefficients, row.last, blocks_[part], steps_[part],
+                        samples_[part].at(first + y, DCTSIZE * left), samples_[part].stride());
         }
         if (part > 0) samples_[part].extend(first, rows, DCTSIZE * (left + blocks_[part]));
     }
@@ -172,7 +172,7 @@ private:
 
     std::unique_ptr<JpegHeader> header_;
     EntropyDecoder entropy_;
-    int count_;  // of components: 1 or 3
+    int count_;                     // of components: 1 or 3
     bool half_across_, half_down_;  // chroma
     std::uint16_t steps_[3][DCTSIZE2];
 

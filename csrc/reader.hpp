@@ -13,10 +13,10 @@ namespace polydpo {
 
 // What is refused before anything is allocated for it.
 struct Limits {
-    std::int64_t pixels;   // height times width
-    std::int64_t bytes;    // of the compressed image
-    std::int64_t decoded;  // bytes of memory that a decoder may take for one image beside its rows
-    int scans;             // of a progressive JPEG: each costs a pass over all coefficients
+    std::int64_t pixels;           // height times width
+    std::int64_t bytes;            // of the compressed image
+    std::int64_t decoded;          // bytes of memory that a decoder may take for one image beside its rows
+    int scans;                     // of a progressive JPEG: each costs a pass over all coefficients
     std::int64_t chunk = 1 << 23;  // bytes of one of a PNG's that holds no pixels
 };
 
@@ -55,8 +55,8 @@ public:
 // A reader of what is stored as Y, Cb and Cr.
 class PlanesReader : public Reader {
 public:
-    // Instead of start to finish: the planes as they are stored, for 4:2:0 of 8 bits only. The part `crop`, all even, as
-    // Y, then Cb and Cr of half the sides.
+    // Instead of start to finish: the planes as they are stored, for 4:2:0 of 8 bits only. The part `crop`, all even,
+    // as Y, then Cb and Cr of half the sides.
     virtual void read_planes(const Region& crop, std::uint8_t* planes) = 0;
 };
 

@@ -15,8 +15,8 @@
 
 namespace polydpo::jpeg {
 
-// What is known of a block of a progressive image, beside the coefficients that its first scans gave. Those of further bits
-// are kept as masks, two of them at most, until the block is made whole.
+// What is known of a block of a progressive image, beside the coefficients that its first scans gave. Those of further
+// bits are kept as masks, two of them at most, until the block is made whole.
 struct alignas(32) Further {
     static constexpr int bits = 2;
 
@@ -70,7 +70,8 @@ inline bool pdep_is_quick() {
 #endif
 }
 
-// What comes next in a block: unknown coefficients up to the position `stop`, then `known` ones, then `further` unknown ones.
+// What comes next in a block: unknown coefficients up to the position `stop`, then `known` ones, then `further` unknown
+// ones.
 struct Ahead {
     int stop, known, further;
 
@@ -92,10 +93,10 @@ private:
 POLYDPO_INLINE int select(int mask, int where, int elsewhere) { return elsewhere ^ ((where ^ elsewhere) & mask); }
 
 // A further bit of the coefficients of a block. Where one becomes known, a symbol says how many unknown ones are passed
-// over; the bits of the known ones among them follow it, and are kept until the end of the block. `at` and `last`: the first
-// and the last position of the scan; `grown`: coefficients whose absolute values grow, those that become known among them;
-// `ended`: blocks, from this one on, of which only known coefficients get bits. False: there is no such code, or there are
-// too few unknown coefficients.
+// over; the bits of the known ones among them follow it, and are kept until the end of the block. `at` and `last`: the
+// first and the last position of the scan; `grown`: coefficients whose absolute values grow, those that become known
+// among them; `ended`: blocks, from this one on, of which only known coefficients get bits. False: there is no such
+// code, or there are too few unknown coefficients.
 template <class By>
 POLYDPO_V3_INLINE bool refine(Bits& in, const Refinements& symbols, int at, const int last, Further& block,
                               std::uint64_t& grown, unsigned& ended) {
@@ -242,18 +243,22 @@ constexpr InRows in_rows = make_in_rows();
 inline void grow(Block& block, std::uint64_t grown, std::uint64_t negative, int shift) {
     for (; grown != 0; grown &= grown - 1) {
         const auto position = static_cast<unsigned>(63 - __builtin_ctzll(grown));
-        block.values[place[position]] += static_cast<std::int16_t>(negative & bit_of(position) ? -(1 << shift) : 1 << shift);
+        block.values[place[position]] +=
+            static_cast<std::int16_t>(negative & bit_of(position) ? -(1 << shift) : 1 << shift);
     }
 }
 
-// Blocks with all their bits, from the coefficients of their first scans; and of each the position of its last coefficient.
-POLYDPO_V3 inline void make_whole(const Block* blocks, const Further* further, int count, Block* whole, std::uint8_t* last) {
+// Blocks with all their bits, from the coefficients of their first scans; and of each the position of its last
+// coefficient.
+POLYDPO_V3 inline void make_whole(const Block* blocks, const Further* further, int count, Block* whole,
+                                  std::uint8_t* last) {
     for (int i = 0; i < count; ++i, ++further) {
         const std::int16_t* from = blocks[i].values;
         std::int16_t* to = whole[i].values;
         last[i] = static_cast<std::uint8_t>(further->known == 0 ? 0 : 63 - __builtin_ctzll(further->known));
         const auto everywhere = [](std::uint64_t mask) POLYDPO_V3_LAMBDA {
-            return _mm256_set1_epi64x(static_cast<std::int64_t>(mask));
+            const auto bits = static_cast<std::int64_t>(mask);
+            return _mm256_set1_epi64x(bits);
         };
         const __m256i ones = everywhere(further->grown[0]), twos = everywhere(further->grown[1]);
         const __m256i negative = everywhere(further->negative);
@@ -268,7 +273,8 @@ POLYDPO_V3 inline void make_whole(const Block* blocks, const Further* further, i
             const __m256i more = _mm256_sub_epi8(_mm256_xor_si256(less, below), below);    // minus that, with its sign
             const auto half = [from, to](int at, __m128i more) POLYDPO_V3_LAMBDA {
                 const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at));
-                _mm256_store_si256(reinterpret_cast<__m256i*>(to + at), _mm256_sub_epi16(values, _mm256_cvtepi8_epi16(more)));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(to + at),
+                                   _mm256_sub_epi16(values, _mm256_cvtepi8_epi16(more)));
             };
             half(0, _mm256_castsi256_si128(more));
             half(16, _mm256_extracti128_si256(more, 1));

@@ -17,8 +17,8 @@ namespace {
 typedef float Floats16 __attribute__((vector_size(64)));
 typedef float Floats4 __attribute__((vector_size(16)));
 
-// One row across: four taps, that is four neighbouring pixels, at a time. `weights` has 4 * quads for each output, those
-// beyond its taps 0, in units of `unit`. Sums are of integers, and so the same on every processor.
+// One row across: four taps, that is four neighbouring pixels, at a time. `weights` has 4 * quads for each output,
+// those beyond its taps 0, in units of `unit`. Sums are of integers, and so the same on every processor.
 void resample_plainly(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads, int width,
                       float unit, float* out) {
     for (int x = 0; x < width; ++x, out += 4) {
@@ -60,8 +60,8 @@ POLYDPO_V3_INLINE void resample_row(const std::uint8_t* in, const int* first, co
     }
 }
 
-POLYDPO_V3 void resample_by_v3(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads, int width,
-                               float unit, float* out) {
+POLYDPO_V3 void resample_by_v3(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads,
+                               int width, float unit, float* out) {
     switch (quads) {
         case 1: return resample_row<1>(in, first, weights, 1, width, unit, out);
         case 2: return resample_row<2>(in, first, weights, 2, width, unit, out);
@@ -70,8 +70,8 @@ POLYDPO_V3 void resample_by_v3(const std::uint8_t* in, const int* first, const s
 }
 #endif
 
-void resample_row(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads, int width, float unit,
-                  float* out) {
+void resample_row(const std::uint8_t* in, const int* first, const std::int16_t* weights, int quads, int width,
+                  float unit, float* out) {
 #ifdef POLYDPO_V3
     if (is_x86_64_v3()) return resample_by_v3(in, first, weights, quads, width, unit, out);
 #endif
@@ -154,7 +154,8 @@ std::int64_t Resampler::memory(Size source, const Geometry& geometry, Interpolat
     const std::int64_t across = taps_of(support_of(kind, source.width, resized.width));
     const std::int64_t down = taps_of(support_of(kind, source.height, resized.height));
     const std::int64_t weights = crop.width * (across + across + 3) + crop.height * down;
-    const std::int64_t length = padded(std::max(crop.width, goes_down_first(geometry, kind) ? source.width : 0)) + apart;
+    const std::int64_t length =
+        padded(std::max(crop.width, goes_down_first(geometry, kind) ? source.width : 0)) + apart;
     const std::int64_t row = source.width * (across > most_taps ? std::int64_t{5} : 1);
     const std::int64_t rows = length * (std::min<std::int64_t>(down, source.height) + 2) + row + across;
     return static_cast<std::int64_t>(sizeof(float)) * (weights + rows);
@@ -258,8 +259,8 @@ bool Resampler::ready() const {
 const float* Resampler::take() {
     const int y = rows_out_++, count = down_.count[y];
     for (int k = 0; k < count; ++k) taps_[k] = ring_row(down_.first[y] + k);
-    blend_rows(taps_.data(), down_.weights.data() + static_cast<std::size_t>(y) * down_.taps, count,
-               length_, summed_.data());
+    blend_rows(taps_.data(), down_.weights.data() + static_cast<std::size_t>(y) * down_.taps, count, length_,
+               summed_.data());
     if (!down_first_) return summed_.data();
     clamp(4 * static_cast<std::size_t>(given_), summed_.data());
     resample_floats(summed_.data(), across_, width_, resized_.data());

@@ -18,14 +18,14 @@ struct Filter {
     int taps = 0;
 };
 
-// The triangle (bilinear) or Catmull-Rom (bicubic, a = -1/2) filter, widened by the scale when it shrinks, as Pillow and
-// torchvision define it, for the outputs [offset, offset + length) of an axis resized from `source` to `resized`.
+// The triangle (bilinear) or Catmull-Rom (bicubic, a = -1/2) filter, widened by the scale when it shrinks, as Pillow
+// and torchvision define it, for the outputs [offset, offset + length) of an axis resized from `source` to `resized`.
 Filter make_filter(Interpolation kind, int source, int resized, int offset, int length);
 
-// Takes the rows of an RGBX image from top to bottom and gives the rows of a crop of the resized image: across, then down,
-// or the other way around. Across first is in integers, to 1/32 of a level, but where very many pixels become one; all else
-// is in float32. What comes of the first of both is clamped to 0..255, as Pillow's bytes are, so that their order matters
-// where weights are negative.
+// Takes the rows of an RGBX image from top to bottom and gives the rows of a crop of the resized image: across, then
+// down, or the other way around. Across first is in integers, to 1/32 of a level, but where very many pixels become
+// one; all else is in float32. What comes of the first of both is clamped to 0..255, as Pillow's bytes are, so that
+// their order matters where weights are negative.
 class Resampler {
 public:
     // source: as stored, as the geometry's part is that counts here.
@@ -56,10 +56,10 @@ private:
     int width_, ring_rows_, rows_in_ = 0, rows_out_ = 0;
     int given_ = 0;  // columns that come
     bool down_first_;
-    int quads_;                        // of taps across
+    int quads_;                               // of taps across
     std::vector<std::int16_t> quad_weights_;  // across_.weights, four taps at a time
     float unit_;                              // of which they are multiples, a power of two
-    std::size_t length_;               // of a row in the ring
+    std::size_t length_;                      // of a row in the ring
     Row row_;
     std::vector<float> ring_, summed_, resized_, floats_;
     std::vector<const float*> taps_;

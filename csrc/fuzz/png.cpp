@@ -9,7 +9,7 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     if (size < 8) return 0;
-    const int choice = data[4] >> 1;  // its lowest bit is decode.cpp's for strict
+    const int choice = data[4] >> 1;                              // its lowest bit is decode.cpp's for strict
     const std::vector<std::uint8_t> file(data + 8, data + size);  // its own allocation: reads beyond it are seen
     try {
         const polydpo::Limits limits{1 << 16, 1 << 20, 1 << 20, 1};

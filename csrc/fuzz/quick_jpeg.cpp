@@ -1,5 +1,6 @@
 // libFuzzer target: any bytes as a JPEG, decoded with our own decoder and with libjpeg. Unless ours gives
-// it up, pixels and errors are the same, whatever the damage. The first eight bytes choose the options, as those of decode.cpp.
+// it up, pixels and errors are the same, whatever the damage. The first eight bytes choose the options, as those of
+// decode.cpp.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
