@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import operator
@@ -76,6 +75,8 @@ class IndexedSource(Source):
     row: ClassVar[np.dtype[Any]]
     version: ClassVar[int]  # of the index; to be raised when rows change, or what is read by them
 
+    _fingerprint: str | None = None
+
     def __init__(
         self, files: Sequence[File], *, ties: str, columns: Sequence[str], cache: str | os.PathLike[str] | None
     ) -> None:
@@ -120,8 +121,14 @@ class IndexedSource(Source):
         number, row = self._row(index)
         return self._where(self._files[number], row, self._notes[number])
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
+        # Not by functools.cached_property, whose lock before Python 3.12 a fork may leave held.
+        if self._fingerprint is None:
+            self._fingerprint = self._make_fingerprint()
+        return self._fingerprint
+
+    def _make_fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self._rows).data).hexdigest()
         files = [
             (name, file.size, notes.content)

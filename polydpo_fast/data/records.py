@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import os
@@ -59,6 +58,8 @@ class RecordPairs(Source):
     """
 
     kind: ClassVar[str] = "records"
+
+    _fingerprint: str | None = None
 
     def __init__(
         self,
@@ -152,8 +153,14 @@ class RecordPairs(Source):
             extra={name: record[name] for name in self._extra},
         )
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
+        # Not by functools.cached_property, whose lock before Python 3.12 a fork may leave held.
+        if self._fingerprint is None:
+            self._fingerprint = self._make_fingerprint()
+        return self._fingerprint
+
+    def _make_fingerprint(self) -> str:
         facts: list[object] = [1, len(self._records), self._layout, self._ties, self._category, self._weight]
         facts += [self._rows.tobytes(), self._verdicts.tobytes()]
         if self._categories is not None:

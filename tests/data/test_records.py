@@ -2,7 +2,10 @@
 
 import io
 import math
+import os
 import pickle
+import signal
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +22,31 @@ def pick(row, label, labelled=True):
     """As in Pick-a-Pic."""
     images = {"jpg_0": b"zero %d" % row, "jpg_1": b"one %d" % row}
     return {**images, "label_0": label, "has_label": labelled, "caption": f"prompt {row}", "ranking_id": row}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_while_another_thread_makes_the_fingerprint():
+    reading, go_on, main = threading.Event(), threading.Event(), threading.main_thread()
+
+    class Records(list):
+        def __getitem__(self, row):
+            if threading.current_thread() is not main:
+                reading.set()
+                go_on.wait(30)
+            return super().__getitem__(row)
+
+    source, made = RecordPairs(Records([pick(0, 1.0)])), []
+    thread = threading.Thread(target=lambda: made.append(source.fingerprint))
+    thread.start()
+    assert reading.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        os._exit(0 if source.fingerprint else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    go_on.set()
+    thread.join()
+    assert made == [source.fingerprint]
 
 
 def test_rows_without_a_label_however_it_is_written():
