@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -178,7 +179,7 @@ def decode_timed(
     times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
     with ThreadPoolExecutor(min(asked.threads, 2 * pairs), thread_name_prefix="polydpo-clip") as pool:
         try:
-            list(pool.map(_Row.index, rows))
+            _side_by_side(pool, [row.index for row in rows])
             plans = [
                 _plan_of(rows[pair], rows[pair + pairs], frames, fps, start, asked.starts[pair], short)
                 for pair in range(pairs)
@@ -192,7 +193,8 @@ def decode_timed(
             ]
             if clock is not None:
                 clocks = [clock] * pairs
-            list(pool.map(_Row.decode, rows, plans * 2, [short] * 2 * pairs, clocks * 2))
+            ways = zip(rows, plans * 2, clocks * 2, strict=True)
+            _side_by_side(pool, [partial(row.decode, moments, short, unit) for row, moments, unit in ways])
         except BaseException:  # an interrupt: clips that are under way are not decoded to their end
             for row in rows:
                 row.clip.cancel()
@@ -220,6 +222,17 @@ def decode_timed(
     return DecodedClips(
         out, ok, errors, times, geometry[:, :2], geometry[:, 2:], flipped, concealed, matrix, full_range
     )
+
+
+def _side_by_side(pool: ThreadPoolExecutor, work: Iterable[Callable[[], None]]) -> None:
+    begun = []
+    for one in work:
+        try:
+            begun.append(pool.submit(one))
+        except RuntimeError:  # Python's pools take nothing more once its main thread has ended, though others go on
+            one()
+    for future in begun:
+        future.result()
 
 
 def _plan_of(

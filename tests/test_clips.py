@@ -1,5 +1,6 @@
 """`decode_clips` against full decodes, and against the colour formulas written out in NumPy."""
 
+import concurrent.futures.thread
 import gc
 import io
 import itertools
@@ -40,6 +41,13 @@ def test_frames_are_those_of_a_full_decode(codec, container):
     for first in (0, 8, 9, 23):
         late = decode_clips([data], [data], frames=7, size=(48, 64), start=whole[first][0], dtype=torch.uint8)
         assert_frames(late.pixels[0], [frame for _, frame in whole[first : first + 7]])
+
+
+def test_threads_decode_after_the_main_one_has_ended(monkeypatch):
+    """When Python's pools take nothing more; the switch is what the end of the main thread turns."""
+    known = decode_clips([CLIP], [CLIP], frames=3, size=32)
+    monkeypatch.setattr(concurrent.futures.thread, "_shutdown", True)
+    assert torch.equal(decode_clips([CLIP], [CLIP], frames=3, size=32).pixels, known.pixels)
 
 
 @pytest.mark.parametrize(
