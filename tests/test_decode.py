@@ -638,6 +638,26 @@ except DecodeError as error: print(error)
     assert "169000000 pixels, more than 134217728 (limits.pixels)" in printed
 
 
+def test_an_image_for_which_there_is_no_memory_costs_its_pair(tmp_path):
+    """50 MB of coefficients, in a process of its own, whose heap has no room left over."""
+    (tmp_path / "large.jpg").write_bytes(file(Image.new("L", (5000, 5000)), "JPEG", progressive=True))
+    (tmp_path / "small.jpg").write_bytes(jpeg(picture(20, 20)))
+    program = f"""
+import resource, torch
+from polydpo_fast import decode_pairs
+large, small = (open({str(tmp_path)!r} + name, "rb").read() for name in ("/large.jpg", "/small.jpg"))
+how = dict(size=8, dtype=torch.uint8, on_error="mask", threads=1)
+known = decode_pairs([small], [small], **how)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**24,) * 2)
+out = torch.full((4, 3, 8, 8), 7, dtype=torch.uint8)
+decoded = decode_pairs([large, small], [small] * 2, out=out, **how)
+print(decoded.ok.tolist(), *decoded.errors, int(out[[0, 2]].max()), torch.equal(out[[1, 3]], known.pixels))
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed == "[False, True] win[0]: there is not enough memory to decode it 0 True\n"
+
+
 @pytest.mark.parametrize("options", [dict(lossless=True), dict(lossless=False), dict(exif=exif(3))], ids=str)
 def test_what_a_webp_says_of_its_size(options):
     for shape in ((1, 1), (33, 45), (300, 2)):
