@@ -181,6 +181,26 @@ def test_a_fragment_whose_table_is_cut_off_is_told():
     assert decoded(data[: last + 30], frames=1, strict=False).concealed.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("flags", ["dash+global_sidx", "dash", "frag_keyframe"])
+def test_a_file_that_ends_between_fragments_is_told_where_an_index_lists_them(tmp_path, flags):
+    """One index of all fragments, one before each, and none: of the last two nothing tells that there were more."""
+    with av.open(io.BytesIO(CLIP)) as source:
+        movflags = f"frag_keyframe+empty_moov+default_base_moof+{flags}"
+        with av.open(str(tmp_path / "clip.mp4"), "w", options={"movflags": movflags}) as output:  # which is read again
+            stream = output.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    output.mux(packet)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    assert decoded(data).ok.all()
+    cut = data[: data.rindex(b"sidx" if flags == "dash" else b"moof") - 4]
+    if flags == "dash+global_sidx":
+        with pytest.raises(DecodeError, match="cut off: it holds 3 of the 4 fragments that its index lists"):
+            decoded(cut, frames=1)
+    assert decoded(cut, frames=1, strict=False).concealed[0] == (flags == "dash+global_sidx")
+
+
 def test_errors_of_ffmpeg_are_told_in_words():
     """Without the number, and the name that bytes have not."""
     data = encode(30, container="matroska")
