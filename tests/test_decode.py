@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import multiprocessing
+import os
 import pickle
 import re
 import signal
@@ -638,6 +639,7 @@ except DecodeError as error: print(error)
     assert "169000000 pixels, more than 134217728 (limits.pixels)" in printed
 
 
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer has its own limits")
 def test_an_image_for_which_there_is_no_memory_costs_its_pair(tmp_path):
     """50 MB of coefficients, in a process of its own, whose heap has no room left over."""
     (tmp_path / "large.jpg").write_bytes(file(Image.new("L", (5000, 5000)), "JPEG", progressive=True))
