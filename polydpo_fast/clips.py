@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .decode import DecodeError, DecodeFailure
-from .decode_arguments import ClipLimits, check_clips
+from .decode_arguments import ClipLimits, Request, check_clips
 from .timeline import TooShortError, plan
 from .video import Clip, Source, orientation, require_av, words_of
 
@@ -159,56 +159,80 @@ def decode_timed(
 
     clock: of the clip from whose frames the times were taken, in seconds; 0 if from none. None: as the options have it.
     """
-    from . import _C
-
     require_av()
     asked = check_clips(win, lose, **options)
-    frames, fps, start = asked.frames, asked.fps, asked.start
-    short, resize, layout, strict, cache = (options[name] for name in ("short", "resize", "layout", "strict", "cache"))
-    pairs, out, planes = len(asked.win), asked.out, asked.output.planes
+    rows = _rows_of(asked, options)
+    try:
+        times = _decode_rows(rows, asked, options["short"], clock)
+    finally:
+        if not asked.out.is_inference():
+            torch.autograd.graph.increment_version(asked.out)  # written behind PyTorch's back
+    return _result(rows, asked, times, options["on_error"])
+
+
+def _rows_of(asked: Request, options: Mapping[str, Any]) -> list[_Row]:
+    from . import _C
+
+    pairs, planes = len(asked.win), asked.output.planes
     stores = [_C.FrameStore(draw=draw, output=asked.output, memory=1 << 30) for draw in asked.draws]
     # FFmpeg's own threads only where there are more processors than clips.
-    own_threads = min(max(1, asked.threads // (2 * pairs)), _MOST_THREADS)
-    frames_of = out if planes or layout == "TCHW" else out.transpose(1, 2)
-    rows = [
-        _Row(
-            Clip(source, asked.limits, strict, own_threads, cache), stores[row % pairs], frames_of[row], resize, planes
-        )
-        for row, source in enumerate([*asked.win, *asked.lose])
-    ]
-    times = torch.zeros((pairs, frames), dtype=torch.float64, device="cpu")
+    threads = min(max(1, asked.threads // (2 * pairs)), _MOST_THREADS)
+    frames = asked.out if planes or options["layout"] == "TCHW" else asked.out.transpose(1, 2)
+    rows = []
+    for row, source in enumerate([*asked.win, *asked.lose]):
+        clip = Clip(source, asked.limits, options["strict"], threads, options["cache"])
+        rows.append(_Row(clip, stores[row % pairs], frames[row], options["resize"], planes))
+    return rows
+
+
+def _decode_rows(rows: list[_Row], asked: Request, short: str, clock: Fraction | None) -> Tensor:
+    """Side by side. Returns the frames' times, (B, T). clock: as of `decode_timed`."""
+    pairs = len(rows) // 2
+    times = torch.zeros((pairs, asked.frames), dtype=torch.float64, device="cpu")
     with ThreadPoolExecutor(min(asked.threads, 2 * pairs), thread_name_prefix="polydpo-clip") as pool:
         try:
             _side_by_side(pool, [row.index for row in rows])
-            plans = [
-                _plan_of(rows[pair], rows[pair + pairs], frames, fps, start, asked.starts[pair], short)
-                for pair in range(pairs)
-            ]
-            for pair, moments in enumerate(plans):
-                if moments:
-                    times[pair] = torch.tensor([float(moment) for moment in moments], dtype=torch.float64, device="cpu")
-            # The resolution of the winner's times: what is not on a grid of its own is on that.
-            clocks = [
-                rows[pair].clip.timeline.unit if fps is None and plans[pair] else Fraction(0) for pair in range(pairs)
-            ]
-            if clock is not None:
-                clocks = [clock] * pairs
-            ways = zip(rows, plans * 2, clocks * 2, strict=True)
-            _side_by_side(pool, [partial(row.decode, moments, short, unit) for row, moments, unit in ways])
+            work = []
+            for pair, (win, lose) in enumerate(zip(rows[:pairs], rows[pairs:], strict=True)):
+                moments = _plan_of(win, lose, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
+                if not moments:
+                    continue
+                times[pair] = torch.tensor([float(moment) for moment in moments], dtype=torch.float64, device="cpu")
+                # The resolution of the winner's times: what is not on a grid of its own is on that.
+                own = win.clip.timeline.unit if asked.fps is None else Fraction(0)
+                unit = own if clock is None else clock
+                work += [partial(row.decode, moments, short, unit) for row in (win, lose)]
+            _side_by_side(pool, work)
         except BaseException:  # an interrupt: clips that are under way are not decoded to their end
             for row in rows:
                 row.clip.cancel()
             raise
-        finally:
-            if not out.is_inference():
-                torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
+    return times
 
+
+def _side_by_side(pool: ThreadPoolExecutor, work: Iterable[Callable[[], None]]) -> None:
+    begun: list[Future[None]] = []
+    try:
+        for one in work:
+            try:
+                begun.append(pool.submit(one))
+            except RuntimeError:  # Python's pools take nothing more once its main thread has ended, though others go on
+                one()
+        for future in begun:
+            future.result()
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+def _result(rows: list[_Row], asked: Request, times: Tensor, on_error: str) -> DecodedClips:
+    pairs = len(rows) // 2
     errors = tuple(
         DecodeFailure("win" if index < pairs else "lose", index % pairs, row.reason)
         for index, row in enumerate(rows)
         if row.reason
     )
-    if errors and options["on_error"] == "raise":
+    if errors and on_error == "raise":
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
     for pair in {failure.index for failure in errors}:
@@ -220,19 +244,8 @@ def decode_timed(
     concealed = torch.tensor([max(row.clip.concealed, row.clip.is_damaged) for row in rows], device="cpu")
     matrix, full_range = zip(*(row.colours for row in rows), strict=True)
     return DecodedClips(
-        out, ok, errors, times, geometry[:, :2], geometry[:, 2:], flipped, concealed, matrix, full_range
+        asked.out, ok, errors, times, geometry[:, :2], geometry[:, 2:], flipped, concealed, matrix, full_range
     )
-
-
-def _side_by_side(pool: ThreadPoolExecutor, work: Iterable[Callable[[], None]]) -> None:
-    begun = []
-    for one in work:
-        try:
-            begun.append(pool.submit(one))
-        except RuntimeError:  # Python's pools take nothing more once its main thread has ended, though others go on
-            one()
-    for future in begun:
-        future.result()
 
 
 def _plan_of(
@@ -280,10 +293,9 @@ class _Row:
             self.clip.index()
 
     def decode(self, times: list[Fraction], short: str, clock: Fraction) -> None:
-        """The frames that are shown at these times, each decoded once; none if there are no times."""
-        if times:
-            with self._failing():
-                self._decode(self.clip.timeline.shown_at(times, short, clock))
+        """The frames that are shown at these times, each decoded once."""
+        with self._failing():
+            self._decode(self.clip.timeline.shown_at(times, short, clock))
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
