@@ -8,7 +8,7 @@ namespace polydpo {
 namespace {
 
 constexpr int inputs_count = 10, max_registers = 64;
-static_assert(sizeof(HeadInputs) == inputs_count * sizeof(double));
+static_assert(sizeof(HeadInputs) == inputs_count * sizeof(Doubles));
 
 }  // namespace
 
@@ -24,23 +24,23 @@ Head::Head(std::vector<Instruction> instructions, int loss, int slope)
     if (!valid) throw std::invalid_argument("head: a register does not exist");
 }
 
-LossAndSlope Head::operator()(const HeadInputs& inputs) const {
-    double registers[max_registers];
+POLYDPO_CLONES void Head::operator()(const HeadInputs& inputs, LossAndSlope& results) const {
+    Doubles registers[max_registers];
     std::memcpy(registers, &inputs, sizeof inputs);
-    double* result = registers + inputs_count;
+    Doubles* result = registers + inputs_count;
     for (const Instruction& i : instructions_) {
-        const double left = registers[i.left], right = registers[i.right];
+        const Doubles left = registers[i.left], right = registers[i.right];
         switch (i.operation) {
-            case Operation::constant: *result = i.constant; break;
+            case Operation::constant: *result = Doubles{} + i.constant; break;
             case Operation::add: *result = left + right; break;
             case Operation::subtract: *result = left - right; break;
             case Operation::multiply: *result = left * right; break;
             case Operation::divide: *result = left / right; break;
-            case Operation::less: *result = left < right ? 1.0 : 0.0; break;
+            case Operation::less: *result = left < right ? Doubles{} + 1 : Doubles{}; break;
         }
         ++result;
     }
-    return {registers[loss_], registers[slope_]};
+    results = {registers[loss_], registers[slope_]};
 }
 
 }  // namespace polydpo

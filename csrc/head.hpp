@@ -3,11 +3,13 @@
 
 #include <vector>
 
+#include "floats.hpp"
+
 namespace polydpo {
 
-// Registers 0 ... 9 are these inputs; the result of instruction i goes to register 10 + i.
+// Registers 0 ... 9 are these inputs, of eight pairs at a time; the result of instruction i goes to register 10 + i.
 struct HeadInputs {
-    double z, p, q, nlp, nlq, beta, alpha[4];
+    Doubles z, p, q, nlp, nlq, beta, alpha[4];
 };
 
 enum class Operation : int { constant = 0, add = 1, subtract = 2, multiply = 3, divide = 4, less = 5 };
@@ -19,14 +21,14 @@ struct Instruction {
 };
 
 struct LossAndSlope {
-    double loss, slope;
+    Doubles loss, slope;
 };
 
 class Head {
 public:
     // Throws std::invalid_argument where a register does not exist.
     Head(std::vector<Instruction> instructions, int loss, int slope);
-    LossAndSlope operator()(const HeadInputs& inputs) const;
+    void operator()(const HeadInputs& inputs, LossAndSlope& results) const;
 
 private:
     std::vector<Instruction> instructions_;

@@ -39,6 +39,9 @@ constexpr int chunk = 2048;
 // Threads are not worth waking for less work than this, in elements of one tensor.
 constexpr std::int64_t elements_per_thread = 1 << 16;
 
+// The head of the loss and the metrics of a pair take as long as the sums of so many elements.
+constexpr std::int64_t elements_per_head = 1 << 9;
+
 // A gradient of this size or more goes past the caches to memory. Four times as much passes through them in a step:
 // what was written first would be gone before anybody reads it, and would have pushed out something else.
 constexpr std::size_t streamed_bytes = 4 << 20;
@@ -47,15 +50,40 @@ struct Sums {
     double model = 0, excess = 0;
 };
 
-// The same in eight lanes.
+// Of all lanes.
+POLYDPO_INLINE double total(const Doubles& lanes) {
+    typedef double Four __attribute__((vector_size(32)));
+    typedef double Two __attribute__((vector_size(16)));
+    Four fours[2];
+    std::memcpy(fours, &lanes, sizeof fours);
+    fours[0] += fours[1];
+    Two twos[2];
+    std::memcpy(twos, fours, sizeof twos);
+    twos[0] += twos[1];
+    return twos[0][0] + twos[0][1];
+}
+
+// Sums in eight lanes.
 struct VectorSums {
     Doubles model = {}, excess = {};
 
     POLYDPO_INLINE void add_to(Sums& sums) const {
-        for (int l = 0; l < 8; ++l) {
-            sums.model += model[l];
-            sums.excess += excess[l];
-        }
+        sums.model += total(model);
+        sums.excess += total(excess);
+    }
+};
+
+// Of a split of a pair, or of a whole one.
+struct PairSums {
+    Sums win, lose;
+    double elements = 0;  // that count; only kept where there is a mask
+
+    void operator+=(const PairSums& other) {
+        win.model += other.win.model;
+        win.excess += other.win.excess;
+        lose.model += other.lose.model;
+        lose.excess += other.lose.excess;
+        elements += other.elements;
     }
 };
 
@@ -141,30 +169,36 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
     if (has_ref) sums.excess += in_double(found.excess_even) + in_double(found.excess_odd);
 }
 
-// Both arms of [begin, end): add(pred, ref, target, n, sums) takes a chunk, with null where there is no reference. A
-// target shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other,
-// which leaves the hardware's prefetchers half the streams to follow.
+// Pairs first ... last - 1, of which each adds what [begin, end) holds to the next of `sums`.
+struct Range {
+    std::int64_t first, last, begin, end;
+};
+
+// Both arms of a range: add(pred, ref, target, n, sums) takes a chunk, with null where there is no reference. A target
+// shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other, which
+// leaves the hardware's prefetchers half the streams to follow.
 template <class P, class R, class T, class Add>
-POLYDPO_INLINE void add_range(const Arms& pred, const Arms& ref, const Arms& target, std::int64_t pair,
-                              std::int64_t begin, std::int64_t end, Sums& win, Sums& lose, Add add) {
-    const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
-    const std::int64_t turn = target.win == target.lose ? chunk : end - begin;
-    VectorSums sums[2];
-    for (std::int64_t from = begin; from < end; from += turn) {
-        const std::int64_t to = std::min(from + turn, end);
-        for (int arm = 0; arm < 2; ++arm) {
-            const auto of = [arm](const Arms& arms) { return arm == 0 ? arms.win : arms.lose; };
-            for (std::int64_t at = from; at < to; at += chunk) {
-                add(static_cast<const P*>(of(pred)) + p + at,
-                    ref.win ? static_cast<const R*>(of(ref)) + r + at : nullptr,
-                    static_cast<const T*>(of(target)) + t + at,
-                    static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
-                    sums[arm]);
+POLYDPO_INLINE void add_range(const Batch& batch, const Range& range, PairSums* sums, Add add) {
+    const Arms &pred = batch.pred, &ref = batch.ref, &target = batch.target;
+    const std::int64_t turn = target.win == target.lose ? chunk : range.end - range.begin;
+    for (std::int64_t pair = range.first; pair < range.last; ++pair, ++sums) {
+        const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
+        VectorSums found[2];
+        for (std::int64_t from = range.begin; from < range.end; from += turn) {
+            const std::int64_t to = std::min(from + turn, range.end);
+            for (int arm = 0; arm < 2; ++arm) {
+                for (std::int64_t at = from; at < to; at += chunk) {
+                    add(static_cast<const P*>(pred.of(arm)) + p + at,
+                        ref.win ? static_cast<const R*>(ref.of(arm)) + r + at : nullptr,
+                        static_cast<const T*>(target.of(arm)) + t + at,
+                        static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
+                        found[arm]);
+                }
             }
         }
+        found[0].add_to(sums->win);
+        found[1].add_to(sums->lose);
     }
-    sums[0].add_to(win);
-    sums[1].add_to(lose);
 }
 
 template <bool streamed, class Vector, class P, class T>
@@ -201,17 +235,14 @@ POLYDPO_INLINE void scale_range(const P* pred, const T* target, double scale, st
     if (streamed) end_of_stream();
 }
 
-#define POLYDPO_RANGE                                                                                            \
-    const Arms &pred, const Arms &ref, const Arms &target, std::int64_t pair, std::int64_t begin, std::int64_t end, \
-        Sums &win, Sums &lose
-using Add = void (*)(POLYDPO_RANGE);
+using Add = void (*)(const Batch& batch, const Range& range, PairSums* sums);
 using Scale = void (*)(const void* pred, const void* target, double scale, std::int64_t n, void* grad);
 
-#define POLYDPO_ADD(name, Vector, has_ref, P, R, T)                                                                \
-    POLYDPO_CLONES void name(POLYDPO_RANGE) {                                                                      \
-        add_range<P, R, T>(pred, ref, target, pair, begin, end, win, lose,                                         \
-                           [](const P* p, const R* r, const T* t, int n, VectorSums& sums)                         \
-                               __attribute__((always_inline)) { add_chunk<Vector, has_ref>(p, r, t, n, sums); });  \
+#define POLYDPO_ADD(name, Vector, has_ref, P, R, T)                                                                  \
+    POLYDPO_CLONES void name(const Batch& batch, const Range& range, PairSums* sums) {                               \
+        add_range<P, R, T>(batch, range, sums,                                                                       \
+                           [](const P* p, const R* r, const T* t, int n, VectorSums& found)                          \
+                               __attribute__((always_inline)) { add_chunk<Vector, has_ref>(p, r, t, n, found); });   \
     }
 POLYDPO_ADD(add_bfloat16, Floats, true, Bfloat16, Bfloat16, Bfloat16)
 POLYDPO_ADD(add_float32, Floats, true, Float32, Float32, Float32)
@@ -310,8 +341,8 @@ POLYDPO_F16C void add_halves_chunk(const Float16* pred, const Float16* ref, cons
     }
 }
 
-void add_halves(POLYDPO_RANGE) {
-    add_range<Float16, Float16, Float16>(pred, ref, target, pair, begin, end, win, lose, add_halves_chunk);
+void add_halves(const Batch& batch, const Range& range, PairSums* sums) {
+    add_range<Float16, Float16, Float16>(batch, range, sums, add_halves_chunk);
 }
 
 template <bool streamed>
@@ -463,29 +494,66 @@ const Wide* widened(const void* arm, Float dtype, std::int64_t at, int n, const 
 }
 
 template <class Wide>
-void add_converted(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
-                   double& elements) {
+void add_converted_pair(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, PairSums& sums) {
     alignas(64) Wide pred_buffer[piece], ref_buffer[piece], target_buffer[piece];
-    VectorSums sums[2];
+    VectorSums found[2];
     for (std::int64_t at = begin; at < end; at += piece) {
         const int n = static_cast<int>(std::min<std::int64_t>(piece, end - at));
         const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr;
-        if (mask) elements += count_kept(mask, n);
+        if (mask) sums.elements += count_kept(mask, n);
         const Wide* target = nullptr;
         for (int arm = 0; arm < 2; ++arm) {
             const auto of = [&](const Arms& arms, Wide* buffer) {
-                return widened(arm == 0 ? arms.win : arms.lose, arms.dtype, pair * arms.stride + at, n, mask, buffer);
+                return widened(arms.of(arm), arms.dtype, pair * arms.stride + at, n, mask, buffer);
             };
             const Wide* pred = of(batch.pred, pred_buffer);
             const Wide* ref = batch.ref.win ? of(batch.ref, ref_buffer) : nullptr;
             if (arm == 0 || batch.target.win != batch.target.lose) target = of(batch.target, target_buffer);
-            if constexpr (sizeof(Wide) == 8) add_float64_chunk(pred, ref, target, n, sums[arm]);
-            else add_float32_chunk(pred, ref, target, n, sums[arm]);
+            if constexpr (sizeof(Wide) == 8) add_float64_chunk(pred, ref, target, n, found[arm]);
+            else add_float32_chunk(pred, ref, target, n, found[arm]);
         }
     }
-    sums[0].add_to(win);
-    sums[1].add_to(lose);
+    found[0].add_to(sums.win);
+    found[1].add_to(sums.lose);
 }
+
+template <class Wide>
+void add_converted(const Batch& batch, const Range& range, PairSums* sums) {
+    for (std::int64_t pair = range.first; pair < range.last; ++pair) {
+        add_converted_pair<Wide>(batch, pair, range.begin, range.end, *sums++);
+    }
+}
+
+// Samples of less than a block of any dtype, of eight pairs, with zeros behind them. One alone would be read again
+// before its copy has come as far as the cache, for which a processor waits.
+constexpr std::int64_t short_size = 32;
+
+struct ShortSamples {
+    static constexpr std::size_t row = short_size * sizeof(double);
+    alignas(64) char rows[2][8][row] = {};
+
+    Arms of(const Arms& arms, std::int64_t first, std::int64_t count, std::int64_t numel) {
+        const std::size_t size = size_of(arms.dtype), bytes = size * static_cast<std::size_t>(numel);
+        const bool shared = arms.win == arms.lose;
+        for (int arm = 0; arm < (shared ? 1 : 2); ++arm) {
+            const auto* from = static_cast<const char*>(arms.of(arm));
+            for (std::int64_t pair = 0; pair < count; ++pair) {
+                const char* sample = from + static_cast<std::size_t>((first + pair) * arms.stride) * size;
+                copy(sample, bytes, rows[arm][pair]);
+            }
+        }
+        return {rows[0], rows[shared ? 0 : 1], arms.dtype, static_cast<std::int64_t>(row / size)};
+    }
+
+    // memcpy, whose call would take longer.
+    static void copy(const char* from, std::size_t bytes, char* to) {
+        if (bytes % 16) {
+            std::memcpy(to, from, bytes);
+        } else {
+            for (std::size_t i = 0; i < bytes; i += 16) std::memcpy(to + i, from + i, 16);
+        }
+    }
+};
 
 // What reads elements as they are, or null where they must be converted.
 Add add_as_they_are(const Batch& batch) {
@@ -506,13 +574,22 @@ Add add_as_they_are(const Batch& batch) {
     return target == Float::float32 ? add_autocast_ref : ref == Float::float32 ? add_autocast_target : add_autocast;
 }
 
-void add_split(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, Sums& win, Sums& lose,
-               double& elements) {
-    if (const Add add = add_as_they_are(batch)) {
-        return add(batch.pred, batch.ref, batch.target, pair, begin, end, win, lose);
+void add_short(const Batch& batch, const Range& range, PairSums* sums) {
+    const Add add = add_as_they_are(batch);
+    Batch padded = batch;
+    ShortSamples pred, ref, target;
+    for (std::int64_t first = range.first; first < range.last; first += 8) {
+        const std::int64_t count = std::min<std::int64_t>(8, range.last - first);
+        padded.pred = pred.of(batch.pred, first, count, batch.numel);
+        if (batch.ref.win) padded.ref = ref.of(batch.ref, first, count, batch.numel);
+        padded.target = target.of(batch.target, first, count, batch.numel);
+        add(padded, {0, count, 0, short_size}, sums + (first - range.first));
     }
-    const auto add = batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>;
-    add(batch, pair, begin, end, win, lose, elements);
+}
+
+Add add_of(const Batch& batch) {
+    if (const Add add = add_as_they_are(batch)) return batch.numel < short_size ? add_short : add;
+    return batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>;
 }
 
 // grad = scale (pred - target) for one arm of a split.
@@ -576,6 +653,26 @@ void scale_split(const Batch& batch, const void* pred, const void* target, std::
     convert(batch, pred, target, pair, begin, end, scale, streamed, grad);
 }
 
+// Of pairs whose samples are short: scale(pair, arm) is the factor, to(pair, 0, arm) where the gradient goes.
+template <class ScaleOf, class To>
+void scale_short(const Batch& batch, const Range& range, ScaleOf scale, To to) {
+    const std::size_t bytes = size_of(batch.pred.dtype) * static_cast<std::size_t>(batch.numel);
+    Batch padded = batch;
+    ShortSamples pred, target, grad;
+    for (std::int64_t first = range.first; first < range.last; first += 8) {
+        const int count = static_cast<int>(std::min<std::int64_t>(8, range.last - first));
+        padded.pred = pred.of(batch.pred, first, count, batch.numel);
+        padded.target = target.of(batch.target, first, count, batch.numel);
+        for (int arm = 0; arm < 2; ++arm) {
+            const void *pred_arm = padded.pred.of(arm), *target_arm = padded.target.of(arm);
+            for (int i = 0; i < count; ++i) {
+                scale_split(padded, pred_arm, target_arm, i, 0, short_size, scale(first + i, arm), grad.rows[arm][i]);
+            }
+            for (int i = 0; i < count; ++i) ShortSamples::copy(grad.rows[arm][i], bytes, to(first + i, 0, arm));
+        }
+    }
+}
+
 // A fresh gradient is memory that nobody has touched: at 4 KB a page fault, the faults can cost several times the
 // computation. Asks for huge pages where the system gives them on request; elsewhere this does nothing. (Batches of
 // pixels do not: on a virtual machine that gives free memory back to its host, huge pages that are taken again seconds
@@ -587,67 +684,121 @@ void advise_huge_pages(std::uintptr_t begin, std::uintptr_t end) {
 }
 
 int threads_for(const Batch& batch) {
-    const std::int64_t useful = 2 * batch.pairs * batch.numel / elements_per_thread;
+    const std::int64_t useful = batch.pairs * (2 * batch.numel + elements_per_head) / elements_per_thread;
     return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(batch.threads, useful)));
 }
 
 std::int64_t splits_of(const Batch& batch) { return (batch.numel + split_size - 1) / split_size; }
 
-// Calls body(pair, begin, end) for every split of every pair, on PyTorch's threads.
+// Pairs of less than a split are taken several at a time, so that neither a thread nor the head of the loss works on
+// one alone: a multiple of the head's eight, if there is more than one.
+std::int64_t pairs_at_a_time(const Batch& batch) {
+    const std::int64_t fit = split_size / (2 * batch.numel + elements_per_head);
+    return fit < 2 ? 1 : (fit + 7) / 8 * 8;
+}
+
+// Calls body(range) for every split of every pair, or all pairs of less, on PyTorch's threads.
 template <class Body>
-void for_each_split(const Batch& batch, bool reversed, Body body) {
-    const std::int64_t splits = splits_of(batch), all = batch.pairs * splits;
+void for_each_range(const Batch& batch, bool reversed, Body body) {
+    const std::int64_t splits = splits_of(batch), together = pairs_at_a_time(batch);
+    const std::int64_t all = (batch.pairs + together - 1) / together * splits;
     parallel_for_openmp(static_cast<std::size_t>(all), threads_for(batch), [&](std::size_t index) {
-        const std::int64_t at = reversed ? all - 1 - static_cast<std::int64_t>(index) : static_cast<std::int64_t>(index);
-        const std::int64_t begin = at % splits * split_size;
-        body(at / splits, begin, std::min(begin + split_size, batch.numel));
+        const auto in_order = static_cast<std::int64_t>(index), at = reversed ? all - 1 - in_order : in_order;
+        const std::int64_t first = at / splits * together, begin = at % splits * split_size;
+        body(Range{first, std::min(first + together, batch.pairs), begin, std::min(begin + split_size, batch.numel)});
     });
 }
 
-void finish_pair(const Objective& o, std::int64_t i, double scale, double* pair) {
-    const double model_w = pair[model_mse_win], model_l = pair[model_mse_lose];
-    const double excess_w = pair[excess_win], excess_l = pair[excess_lose], size = pair[elements];
+// The columns of up to eight pairs, one in each lane.
+struct Rows {
+    double* at;
+    int count;
+
+    POLYDPO_INLINE void set(Column column, const Doubles& values) const {
+        for (int l = 0; l < count; ++l) at[pair_columns * l + column] = values[l];
+    }
+};
+
+// `value` where there are no values of the pairs.
+POLYDPO_INLINE Doubles doubles_at(const double* values, std::int64_t first, int count, double value) {
+    Doubles found = Doubles{} + value;
+    for (int l = 0; values && l < count; ++l) found[l] = values[first + l];
+    return found;
+}
+
+// From the sums of up to eight pairs, beginning with `first`, to their rows of the table.
+POLYDPO_CLONES void finish_pairs(const Batch& batch, const Objective& o, std::int64_t first, int count,
+                                 const PairSums* sums, double* table) {
+    const Rows rows{table + pair_columns * first, count};
+    const Doubles zero = {}, one = zero + 1;
+    Doubles model_w = {}, model_l = {}, excess_w = {}, excess_l = {}, size = zero + static_cast<double>(batch.numel);
+    for (int l = 0; l < count; ++l) {
+        model_w[l] = sums[l].win.model;
+        model_l[l] = sums[l].lose.model;
+        excess_w[l] = sums[l].win.excess;
+        excess_l[l] = sums[l].lose.excess;
+        if (batch.mask) size[l] = sums[l].elements;
+    }
+    model_w /= size;
+    model_l /= size;
+    excess_w = batch.ref.win ? excess_w / size : model_w - doubles_at(o.ref_error_win, first, count, 0);
+    excess_l = batch.ref.win ? excess_l / size : model_l - doubles_at(o.ref_error_lose, first, count, 0);
+    rows.set(model_mse_win, model_w);
+    rows.set(model_mse_lose, model_l);
+    rows.set(excess_win, excess_w);
+    rows.set(excess_lose, excess_l);
+    rows.set(elements, size);
+    if (!o.head) return;
+
     HeadInputs in;
-    in.beta = o.beta ? o.beta[i] : o.beta_value;
-    std::copy(o.alphas, o.alphas + 4, in.alpha);
-    if (o.alpha) in.alpha[0] = o.alpha[i];
-    const double weight = o.weight ? o.weight[i] : 1.0;
-    double logit = -0.5 * in.beta * (excess_w - excess_l);
-    // An infinite error is no evidence of a preference.
-    if (std::isinf(logit)) logit = std::numeric_limits<double>::quiet_NaN();
+    in.beta = doubles_at(o.beta, first, count, o.beta_value);
+    for (int k = 0; k < 4; ++k) in.alpha[k] = zero + o.alphas[k];
+    if (o.alpha) in.alpha[0] = doubles_at(o.alpha, first, count, 0);
+    const Doubles weight = doubles_at(o.weight, first, count, 1);
+    Doubles logit = -0.5 * in.beta * (excess_w - excess_l);
+    // An infinite error is no evidence of a preference: inf - inf is NaN.
+    logit += logit - logit;
     in.z = logit - o.margin;
-    // Stable sigmoid and softplus of z and -z from e = exp(-|z|) <= 1.
-    const double e = std::exp(-std::abs(in.z)), log1p = std::log1p(e);
-    const bool positive = in.z >= 0;
-    in.p = (positive ? 1.0 : e) / (1.0 + e);
-    in.q = (positive ? e : 1.0) / (1.0 + e);
+    // Stable sigmoid and softplus of z and -z from e = exp(-|z|) <= 1: 0 from 746 on, which std::exp takes long for.
+    const auto decayed = [](double value) { return std::abs(value) > 746 ? 0.0 : std::exp(-std::abs(value)); };
+    Doubles e = {}, log1p = {}, distance = {};
+    for (int l = 0; l < count; ++l) {
+        e[l] = decayed(in.z[l]);
+        log1p[l] = std::log1p(e[l]);
+        distance[l] = o.margin == 0 ? e[l] : decayed(logit[l]);
+    }
+    const auto positive = in.z >= 0;
+    in.p = (positive ? one : e) / (1 + e);
+    in.q = (positive ? e : one) / (1 + e);
     in.nlp = positive ? log1p : log1p - in.z;
     in.nlq = positive ? log1p + in.z : log1p;
-    const LossAndSlope kept = (*o.head)(in);
-    LossAndSlope flipped{0.0, 0.0};
+    LossAndSlope kept, flipped = {};
+    (*o.head)(in, kept);
     if (o.flip != 0) {
         in.z = -in.z;
         std::swap(in.p, in.q);
         std::swap(in.nlp, in.nlq);
-        flipped = (*o.head)(in);
+        (*o.head)(in, flipped);
     }
-    const double slope = o.keep * kept.slope - o.flip * flipped.slope;
-    pair[loss_value] = weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w);
+    const Doubles slope = o.keep * kept.slope - o.flip * flipped.slope;
+    rows.set(loss_value, weight * (o.keep * kept.loss + o.flip * flipped.loss + o.sft_weight * model_w));
     // The metrics, which are not of z but of the logit.
-    const double half_beta = 0.5 * in.beta, distance = o.margin == 0 ? e : std::exp(-std::abs(logit));
-    pair[implicit_accuracy] = logit > 0 ? 1.0 : logit == 0 ? 0.5 : 0.0;
-    pair[reward_win] = -half_beta * excess_w;
-    pair[reward_lose] = -half_beta * excess_l;
-    pair[reward_margin] = pair[reward_win] - pair[reward_lose];
-    pair[logit_mean] = logit;
-    pair[p_mean] = (logit >= 0 ? 1.0 : distance) / (1.0 + distance);
-    pair[saturated] = std::abs(logit) > 10 ? 1.0 : 0.0;
-    pair[false_success] = logit > 0 && excess_w > 0 ? 1.0 : 0.0;
-    pair[ref_mse_win] = model_w - excess_w;
-    pair[ref_mse_lose] = model_l - excess_l;
+    const Doubles win = -0.5 * in.beta * excess_w, lose = -0.5 * in.beta * excess_l;
+    rows.set(implicit_accuracy, logit > 0 ? one : logit == 0 ? zero + 0.5 : zero);
+    rows.set(reward_win, win);
+    rows.set(reward_lose, lose);
+    rows.set(reward_margin, win - lose);
+    rows.set(logit_mean, logit);
+    rows.set(p_mean, (logit >= 0 ? one : distance) / (1 + distance));
+    rows.set(saturated, ((logit > 10) | (logit < -10)) ? one : zero);
+    rows.set(false_success, ((logit > 0) & (excess_w > 0)) ? one : zero);
+    rows.set(ref_mse_win, model_w - excess_w);
+    rows.set(ref_mse_lose, model_l - excess_l);
     // dL/dpred_w = slope dz/dm_w dm_w/dpred = slope (-beta/2) (2/D) (pred - target), the loser's with +.
-    pair[grad_win] = scale * weight / size * (2.0 * o.sft_weight - slope * in.beta);
-    pair[grad_lose] = scale * weight / size * slope * in.beta;
+    const double scale = o.reduction == Objective::mean ? 1.0 / static_cast<double>(batch.pairs) : 1.0;
+    const Doubles each = scale * weight / size;
+    rows.set(grad_win, each * (2.0 * o.sft_weight - slope * in.beta));
+    rows.set(grad_lose, each * slope * in.beta);
 }
 
 void finish_batch(const Objective& o, std::int64_t count, const double* pairs, double* total, double* metrics) {
@@ -664,39 +815,27 @@ void finish_batch(const Objective& o, std::int64_t count, const double* pairs, d
 
 void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* total, double* metrics) {
     const std::int64_t splits = splits_of(batch);
-    struct Slot {
-        Sums win, lose;
-        double elements = 0;
+    const Add add = add_of(batch);
+    const auto finish = [&](std::int64_t first, std::int64_t last, const PairSums* sums) {
+        for (std::int64_t at = first; at < last; at += 8) {
+            const int count = static_cast<int>(std::min<std::int64_t>(8, last - at));
+            finish_pairs(batch, objective, at, count, sums + (at - first), pairs);
+        }
     };
-    std::vector<Slot> slots(static_cast<std::size_t>(batch.pairs * splits));
-    for_each_split(batch, false, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
-        Slot& slot = slots[static_cast<std::size_t>(pair * splits + begin / split_size)];
-        add_split(batch, pair, begin, end, slot.win, slot.lose, slot.elements);
-    });
-    const double scale = objective.reduction == Objective::mean ? 1.0 / static_cast<double>(batch.pairs) : 1.0;
-    for (std::int64_t i = 0; i < batch.pairs; ++i) {
-        Slot sum;
-        for (std::int64_t s = 0; s < splits; ++s) {
-            const Slot& slot = slots[static_cast<std::size_t>(i * splits + s)];
-            sum.win.model += slot.win.model;
-            sum.win.excess += slot.win.excess;
-            sum.lose.model += slot.lose.model;
-            sum.lose.excess += slot.lose.excess;
-            sum.elements += slot.elements;
-        }
-        double* pair = pairs + pair_columns * i;
-        const double size = batch.mask ? sum.elements : static_cast<double>(batch.numel);
-        pair[model_mse_win] = sum.win.model / size;
-        pair[model_mse_lose] = sum.lose.model / size;
-        if (batch.ref.win) {
-            pair[excess_win] = sum.win.excess / size;
-            pair[excess_lose] = sum.lose.excess / size;
-        } else {
-            pair[excess_win] = pair[model_mse_win] - (objective.ref_error_win ? objective.ref_error_win[i] : 0.0);
-            pair[excess_lose] = pair[model_mse_lose] - (objective.ref_error_lose ? objective.ref_error_lose[i] : 0.0);
-        }
-        pair[elements] = size;
-        if (objective.head) finish_pair(objective, i, scale, pair);
+    if (splits == 1) {
+        for_each_range(batch, false, [&](const Range& range) {
+            PairSums sums[split_size / elements_per_head + 8];
+            add(batch, range, sums);
+            finish(range.first, range.last, sums);
+        });
+    } else {
+        std::vector<PairSums> slots(static_cast<std::size_t>(batch.pairs * splits));
+        for_each_range(batch, false, [&](const Range& range) {
+            add(batch, range, &slots[static_cast<std::size_t>(range.first * splits + range.begin / split_size)]);
+        });
+        std::vector<PairSums> sums(static_cast<std::size_t>(batch.pairs));
+        for (std::size_t at = 0; at < slots.size(); ++at) sums[at / static_cast<std::size_t>(splits)] += slots[at];
+        finish(0, batch.pairs, sums.data());
     }
     if (objective.head) finish_batch(objective, batch.pairs, pairs, total, metrics);
 }
@@ -715,17 +854,28 @@ void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t 
         advise_huge_pages(first, first + arm);
         advise_huge_pages(last, last + arm);
     }
-    // From the last to the first: what the forward pass read last may still be in the cache.
-    for_each_split(batch, true, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
+    // The product of what comes from above and a pair's coefficient, of its winner (0) or its loser (1).
+    const auto scale = [&](std::int64_t pair, int arm) {
         const std::int64_t at = pair * grad_loss_stride;
         const double upstream = grad_loss_is_double ? static_cast<const double*>(grad_loss)[at]
                                                     : static_cast<const float*>(grad_loss)[at];
-        const double* scales = coefficients + pair * coefficients_stride;
-        const std::size_t to = static_cast<std::size_t>(pair * grad_stride + begin) * size;
-        scale_split(batch, batch.pred.lose, batch.target.lose, pair, begin, end, upstream * scales[1],
-                    static_cast<char*>(grad_of_lose) + to);
-        scale_split(batch, batch.pred.win, batch.target.win, pair, begin, end, upstream * scales[0],
-                    static_cast<char*>(grad_of_win) + to);
+        return upstream * coefficients[pair * coefficients_stride + arm];
+    };
+    const auto to = [&](std::int64_t pair, std::int64_t begin, int arm) {
+        return static_cast<char*>(arm == 0 ? grad_of_win : grad_of_lose) +
+               static_cast<std::size_t>(pair * grad_stride + begin) * size;
+    };
+    const bool is_short = batch.numel < short_size && scale_as_they_are(batch, false);
+    // From the last to the first: what the forward pass read last may still be in the cache.
+    for_each_range(batch, true, [&](const Range& range) {
+        if (is_short) return scale_short(batch, range, scale, to);
+        for (const int arm : {1, 0}) {
+            const void *pred = batch.pred.of(arm), *target = batch.target.of(arm);
+            for (std::int64_t pair = range.first; pair < range.last; ++pair) {
+                scale_split(batch, pred, target, pair, range.begin, range.end, scale(pair, arm),
+                            to(pair, range.begin, arm));
+            }
+        }
     });
 }
 

@@ -16,6 +16,8 @@ struct Arms {
     const void* lose;
     Float dtype;
     std::int64_t stride;
+
+    const void* of(int arm) const { return arm == 0 ? win : lose; }
 };
 
 struct Batch {

@@ -141,6 +141,70 @@ def test_layouts_agree(backend, dtype, layout, device):
     close(loss, expected.mean(), rtol=2e-5)
 
 
+DTYPES_OF_SMALL_PAIRS = {
+    "bfloat16": (torch.bfloat16,) * 3,
+    "float16": (torch.float16,) * 3,
+    "float32": (torch.float32,) * 3,
+    "float64": (torch.float64,) * 3,
+    "autocast": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "converted": (torch.bfloat16, torch.float16, torch.float32),
+}
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="how many pairs C++ takes at a time")
+@pytest.mark.parametrize("dtypes", DTYPES_OF_SMALL_PAIRS)
+@pytest.mark.parametrize(
+    ("elements", "shared"), [(1, False), (16, True), (16, False), (31, False), (33, True), (200, False)]
+)
+def test_many_small_pairs_are_each_as_if_alone(dtypes, elements, shared, device):
+    """C++ takes small pairs several at a time, and eight at a time through the head: whose are whose?"""
+    pairs, dtypes = 300, DTYPES_OF_SMALL_PAIRS[dtypes]
+    drawn = arms(pairs, (elements,), torch.float64, 5, device)
+    pred, ref, target = ([x.to(dtype) for x in both] for both, dtype in zip(drawn, dtypes, strict=True))
+    target = [target[0], target[0]] if shared else target
+    beta, alpha, weight, upstream = 0.5 + torch.rand(4, pairs, generator=torch.Generator().manual_seed(0)).double()
+    pred[1][77, 0] = torch.nan
+
+    def run(rows):
+        x = [one[rows].clone().requires_grad_() for one in pred]
+        loss, metrics = polydpo_fast.loss(
+            tuple(x),
+            tuple(one[rows] for one in ref),
+            target[0][rows] if shared else tuple(one[rows] for one in target),
+            beta=40 * beta[rows],
+            alpha=alpha[rows],
+            pair_weight=weight[rows],
+            label_smoothing=0.25,
+            margin=0.5,
+            reduction="none",
+            return_metrics=True,
+        )
+        (loss * upstream[rows]).sum().backward()
+        return loss.detach(), *[one.grad for one in x], metrics["model_mse_lose"]
+
+    together = run(torch.arange(pairs))
+    losses, _, gradients = oracle.full(
+        *pred, *target, ref=ref, beta=40 * oracle.wide(beta), alpha=(oracle.wide(alpha),), weight=oracle.wide(weight),
+        smoothing=0.25, margin=0.5,
+    )  # fmt: skip
+    fine = torch.arange(pairs) != 77
+    rtol = 1e-9 if torch.float64 in dtypes else 2e-4  # of logits that are differences
+    close(together[0][fine], losses[fine], rtol=rtol, atol=rtol)
+    for actual, exact in zip(together[1:3], gradients, strict=True):
+        rounding = torch.finfo(dtypes[0]).eps + rtol
+        close(actual[fine], exact[fine] * oracle.wide(upstream)[fine, None], rtol=rounding, atol=rounding)
+        assert torch.isnan(actual[77]).all()
+    assert torch.isnan(together[0][77])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert all(map(torch.equal, run(torch.arange(pairs)[fine])[:3], (x[fine] for x in together[:3])))
+    finally:
+        torch.set_num_threads(threads)
+    for pair in (0, 7, 8, 71, 72, 299):
+        assert all(map(torch.equal, run(torch.tensor([pair]))[:3], (x[pair : pair + 1] for x in together[:3])))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_masked_may_be_nan(backend, device):
     pred, ref, target = arms(2, (3, 8), torch.float32, 1, device)
