@@ -393,7 +393,7 @@ polydpo::Objective objective_of(const polydpo::Head* head, const std::array<doub
 }
 
 // The errors' pass, and loss and metrics in the dtype of their tensors: float64 if the batch is computed in it, else
-// float32.
+// float32. metrics_at may be 0.
 void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, std::uintptr_t loss_at,
               std::uintptr_t metrics_at, std::uintptr_t table_at) {
     auto* table = reinterpret_cast<double*>(table_at);
@@ -410,7 +410,7 @@ void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, 
         } else {
             *loss = static_cast<Value>(total);
         }
-        for (int k = 0; k < polydpo::metric_count; ++k) metric[k] = static_cast<Value>(metrics[k]);
+        for (int k = 0; metric && k < polydpo::metric_count; ++k) metric[k] = static_cast<Value>(metrics[k]);
     };
     if (batch.accumulate_in_double) {
         store(reinterpret_cast<double*>(loss_at), reinterpret_cast<double*>(metrics_at));

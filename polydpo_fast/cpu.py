@@ -167,16 +167,18 @@ class BoundLoss:
         """Whether these are still as they were when they were saved; hooks may have brought back something else."""
         return (_facts(pred), _facts(target)) == self._saved and table.dtype == torch.float64 and table.is_contiguous()
 
-    def errors(self, pred: Tensor, ref: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value = torch.empty(self._shape, dtype=self._dtype, device="cpu")
-        metrics = torch.empty(len(METRICS), dtype=self._dtype, device="cpu")
-        table = torch.empty(self._table, dtype=torch.float64, device="cpu")
+    def errors(
+        self, pred: Tensor, ref: Tensor, target: Tensor, with_metrics: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        value = pred.new_empty(self._shape, dtype=self._dtype)
+        metrics = pred.new_empty(len(METRICS), dtype=self._dtype) if with_metrics else None
+        table = pred.new_empty(self._table, dtype=torch.float64)
         self._c.errors(
             pred.data_ptr(),
             ref.data_ptr(),
             target.data_ptr(),
             value.data_ptr(),
-            metrics.data_ptr(),
+            0 if metrics is None else metrics.data_ptr(),
             table.data_ptr(),
             torch.get_num_threads(),
         )

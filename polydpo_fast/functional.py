@@ -133,8 +133,8 @@ def loss(
     if ref_error is mask is pair_weight is None and _is_plain(tensors, options):
         bound = _bound_loss(*[fact for x in tensors for fact in (x.shape, x.stride(), x.dtype)], *options)  # type: ignore
         if bound:
-            value, metrics = _BoundLoss.apply(model_pred, (ref_pred, target), bound[0])  # type: ignore[no-untyped-call]
-            return (value, unpacked(metrics)) if return_metrics else value
+            found: Any = _BoundLoss.apply(model_pred, (ref_pred, target, bound[0], return_metrics))  # type: ignore[no-untyped-call]
+            return (found[0], unpacked(found[1])) if return_metrics else found
     if backend != "reference":
         _refuse_transforms()
     inputs = check_inputs(
@@ -570,21 +570,23 @@ def _bind(bound: list[Any], inputs: Inputs, head: Head, objective: str, layout: 
 
 class _BoundLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, constants: tuple[Tensor, Tensor], bound: Any) -> tuple[Tensor, Tensor]:
-        ref, target = constants
-        value, metrics, table = bound.errors(pred, ref, target)
+    def forward(ctx: Any, pred: Tensor, others: tuple[Tensor, Tensor, Any, bool]) -> Any:
+        ref, target, bound, with_metrics = others  # as one: each argument of its own costs time
+        value, metrics, table = bound.errors(pred, ref, target, with_metrics)
         # In the order of _FusedLoss: checkpointing may record one and replay the other.
         ctx.save_for_backward(pred, None, None, table, target)
-        ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         ctx.bound = bound
+        if not with_metrics:  # an output costs microseconds, asked for or not
+            return value
+        ctx.mark_non_differentiable(metrics)
         return value, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
         if grad_loss is None:
-            return None, None, None
+            return None, None
         _refuse_batched(grad_loss)
         _refuse_second_derivative()
         pred, _, _, table, target = ctx.saved_tensors
@@ -592,9 +594,9 @@ class _BoundLoss(torch.autograd.Function):
         bound: Any = ctx.bound
         call = _call(_pair_gradient, pred, target, table, grad_loss)
         if call is _pair_gradient and bound.knows(pred, target, table):
-            return bound.gradient(pred, target, table, grad_loss), None, None
+            return bound.gradient(pred, target, table, grad_loss), None
         (grad,) = call([pred], [target], None, table, grad_loss, bound.layout, "cpp")
-        return grad, None, None
+        return grad, None
 
 
 class _FusedErrors(torch.autograd.Function):

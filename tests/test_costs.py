@@ -48,7 +48,7 @@ def test_a_step_allocates_its_gradient_and_no_more_than_a_kilobyte_beside(dtype)
     gradient = batch[0].numel() * dtype.itemsize
     assert max(given) == gradient
     assert sum(given) - gradient <= 1024
-    assert len(given) <= 6
+    assert len(given) <= 5
 
 
 class Operators(TorchDispatchMode):
@@ -92,7 +92,7 @@ def test_a_call_of_a_known_signature_makes_few_python_calls():
     step(batch)
     forward = python_calls(lambda: polydpo_fast.loss(*batch))
     eager = python_calls(lambda: functional.loss(*batch, backend="reference"))
-    assert forward <= 75
+    assert forward <= 70
     assert forward < eager / 2
 
 

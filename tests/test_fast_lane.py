@@ -53,6 +53,24 @@ def test_a_later_call_gives_the_bits_of_the_first(reduction, layout, dtype, form
     assert not torch.equal(run(first, beta=8.0)[0], expected[0])
 
 
+def test_metrics_that_nobody_asked_for_change_nothing_else():
+    tensors = three()
+    found = []
+    for with_metrics in (False, True, False, True):  # of the first call, and of the fast lane
+        x = tensors[0].detach().requires_grad_()
+        loss = polydpo_fast.loss(x, *tensors[1:], beta=30.0, return_metrics=with_metrics)
+        loss, metrics = loss if with_metrics else (loss, {})
+        assert not any(metric.requires_grad for metric in metrics.values())
+        loss.backward()
+        found.append((loss.detach(), x.grad, metrics))
+    expected = polydpo_fast.reference.loss(*tensors, beta=30.0, return_metrics=True)[1]
+    for loss, grad, metrics in found:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(grad, found[0][1])
+        for name, metric in metrics.items():
+            torch.testing.assert_close(metric, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_bad_input_is_named_however_often():
     good = three()
     for _ in range(2):
