@@ -123,19 +123,56 @@ POLYDPO_INLINE void end_of_stream() {
 #endif
 }
 
+// A mask's bytes, 0 or 1, as bits of the numbers of a block of P; nothing where nothing is masked.
+struct NoMask {};
+
+template <bool masked, class P>
+POLYDPO_INLINE auto load_mask([[maybe_unused]] const std::uint8_t* mask) {
+    if constexpr (!masked) {
+        return NoMask{};
+    } else {
+        typedef std::uint8_t Bytes __attribute__((vector_size(16)));
+        typedef std::uint16_t Pairs __attribute__((vector_size(32)));
+        Pairs even, odd;
+        if constexpr (std::is_same_v<P, Bfloat16>) {
+            std::memcpy(&even, mask, sizeof even);
+            odd = even >> 8;
+            even &= 0xff;
+        } else {  // by way of 16 bits: GCC would take the bytes one by one
+            Bytes bytes[2];
+            std::memcpy(bytes, mask, sizeof bytes);
+            even = __builtin_convertvector(bytes[0], Pairs);
+            odd = __builtin_convertvector(bytes[1], Pairs);
+        }
+        return Block<Words>{-__builtin_convertvector(even, Words), -__builtin_convertvector(odd, Words)};
+    }
+}
+
+template <class Vector>
+POLYDPO_INLINE Block<Vector> keep(const Block<Vector>& values, NoMask) {
+    return values;
+}
+
+// Zeros where masked, whatever was there.
+POLYDPO_INLINE Block<Floats> keep(const Block<Floats>& values, const Block<Words>& mask) {
+    return {reinterpret<Floats>(reinterpret<Words>(values.even) & mask.even),
+            reinterpret<Floats>(reinterpret<Words>(values.odd) & mask.odd)};
+}
+
 // Members, not arrays that a lambda refers to: those the compiler would write to memory at each step.
 template <class Vector>
 struct Accumulators {
     Vector model_even = {}, model_odd = {}, excess_even = {}, excess_odd = {};
 
-    template <bool has_ref, class P, class R, class T>
-    POLYDPO_INLINE void add(const P* pred, const R* ref, const T* target) {
-        const Block<Vector> p = load(pred), t = load_beside<P>(target);
+    template <bool has_ref, bool masked, class P, class R, class T>
+    POLYDPO_INLINE void add(const P* pred, const R* ref, const T* target, const std::uint8_t* mask) {
+        const auto m = load_mask<masked, P>(mask);
+        const Block<Vector> p = keep(load(pred), m), t = keep(load_beside<P>(target), m);
         const Vector even = p.even - t.even, odd = p.odd - t.odd;
         model_even += even * even;
         model_odd += odd * odd;
         if (has_ref) {
-            const Block<Vector> r = load_beside<P>(ref);
+            const Block<Vector> r = keep(load_beside<P>(ref), m);
             // (p - t)^2 - (r - t)^2 without the difference of nearly equal numbers.
             const Vector even_step = p.even - r.even, odd_step = p.odd - r.odd;
             excess_even += even_step * (2 * even - even_step);
@@ -145,8 +182,9 @@ struct Accumulators {
 };
 
 // Sums of one arm over n <= chunk elements. Vector is what they are added up in.
-template <class Vector, bool has_ref, class P, class R, class T>
-POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, VectorSums& sums) {
+template <class Vector, bool has_ref, bool masked = false, class P, class R, class T>
+POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, VectorSums& sums,
+                              const std::uint8_t* mask = nullptr) {
     constexpr int size = Block<Vector>::size;
     Accumulators<Vector> found;
     int i = 0;
@@ -154,16 +192,18 @@ POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int 
         prefetch(pred + i);
         if (has_ref) prefetch<true>(ref + i);  // the gradient does not need it: leave the cache to the others
         prefetch(target + i);
-        found.template add<has_ref>(pred + i, ref + i, target + i);
+        found.template add<has_ref, masked>(pred + i, ref + i, target + i, masked ? mask + i : nullptr);
     }
     if (i < n) {  // zeros add nothing
         P last_pred[size] = {};
         R last_ref[size] = {};
         T last_target[size] = {};
+        std::uint8_t last_mask[size] = {};
         std::copy(pred + i, pred + n, last_pred);
         std::copy(target + i, target + n, last_target);
         if (has_ref) std::copy(ref + i, ref + n, last_ref);
-        found.template add<has_ref>(last_pred, last_ref, last_target);
+        if (masked) std::copy(mask + i, mask + n, last_mask);
+        found.template add<has_ref, masked>(last_pred, last_ref, last_target, last_mask);
     }
     sums.model += in_double(found.model_even) + in_double(found.model_odd);
     if (has_ref) sums.excess += in_double(found.excess_even) + in_double(found.excess_odd);
@@ -174,7 +214,7 @@ struct Range {
     std::int64_t first, last, begin, end;
 };
 
-// Both arms of a range: add(pred, ref, target, n, sums) takes a chunk, with null where there is no reference. A target
+// Both arms of a range: add(pred, ref, target, n, sums, mask) takes a chunk, with null for what there is not. A target
 // shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other, which
 // leaves the hardware's prefetchers half the streams to follow.
 template <class P, class R, class T, class Add>
@@ -192,7 +232,8 @@ POLYDPO_INLINE void add_range(const Batch& batch, const Range& range, PairSums* 
                         ref.win ? static_cast<const R*>(ref.of(arm)) + r + at : nullptr,
                         static_cast<const T*>(target.of(arm)) + t + at,
                         static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
-                        found[arm]);
+                        found[arm],
+                        batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr);
                 }
             }
         }
@@ -201,16 +242,18 @@ POLYDPO_INLINE void add_range(const Batch& batch, const Range& range, PairSums* 
     }
 }
 
-template <bool streamed, class Vector, class P, class T>
-POLYDPO_INLINE void scale_range(const P* pred, const T* target, double scale, std::int64_t n, P* grad) {
+template <bool streamed, class Vector, bool masked = false, class P, class T>
+POLYDPO_INLINE void scale_range(const P* pred, const T* target, [[maybe_unused]] const std::uint8_t* mask, double scale,
+                                std::int64_t n, P* grad) {
     constexpr int size = Block<Vector>::size;
     using Value = std::remove_reference_t<decltype(Vector{}[0])>;
     // Whatever NaN it is: one without a payload, which rounding to bfloat16 would take for digits.
     const Vector factor =
         Vector{} + (std::isnan(scale) ? std::numeric_limits<Value>::quiet_NaN() : static_cast<Value>(scale));
-    const auto scaled = [&](const P* pred, const T* target) __attribute__((always_inline)) {
+    const auto scaled = [&](const P* pred, const T* target, const std::uint8_t* mask) __attribute__((always_inline)) {
         const Block<Vector> p = load(pred), t = load_beside<P>(target);
-        return Block<Vector>{factor * (p.even - t.even), factor * (p.odd - t.odd)};
+        // No gradient even where what is masked, or the scale, is NaN.
+        return keep(Block<Vector>{factor * (p.even - t.even), factor * (p.odd - t.odd)}, load_mask<masked, P>(mask));
     };
     std::int64_t i = 0;
     for (; i + size <= n; i += size) {
@@ -218,57 +261,72 @@ POLYDPO_INLINE void scale_range(const P* pred, const T* target, double scale, st
         prefetch(target + i);
         if (streamed) {
             P block[size];
-            store(block, scaled(pred + i, target + i));
+            store(block, scaled(pred + i, target + i, mask + (masked ? i : 0)));
             stream<sizeof block>(block, grad + i);
         } else {
-            store(grad + i, scaled(pred + i, target + i));
+            store(grad + i, scaled(pred + i, target + i, mask + (masked ? i : 0)));
         }
     }
     if (i < n) {
         P last_pred[size] = {}, last_grad[size];
         T last_target[size] = {};
+        std::uint8_t last_mask[size] = {};
         std::copy(pred + i, pred + n, last_pred);
         std::copy(target + i, target + n, last_target);
-        store(last_grad, scaled(last_pred, last_target));
+        if (masked) std::copy(mask + i, mask + n, last_mask);
+        store(last_grad, scaled(last_pred, last_target, last_mask));
         std::copy(last_grad, last_grad + (n - i), grad + i);
     }
     if (streamed) end_of_stream();
 }
 
 using Add = void (*)(const Batch& batch, const Range& range, PairSums* sums);
-using Scale = void (*)(const void* pred, const void* target, double scale, std::int64_t n, void* grad);
+using Scale = void (*)(const void* pred, const void* target, const std::uint8_t* mask, double scale, std::int64_t n,
+                       void* grad);
 
-#define POLYDPO_ADD(name, Vector, has_ref, P, R, T)                                                                  \
-    POLYDPO_CLONES void name(const Batch& batch, const Range& range, PairSums* sums) {                               \
-        add_range<P, R, T>(batch, range, sums,                                                                       \
-                           [](const P* p, const R* r, const T* t, int n, VectorSums& found)                          \
-                               __attribute__((always_inline)) { add_chunk<Vector, has_ref>(p, r, t, n, found); });   \
+#define POLYDPO_ADD(name, Vector, has_ref, masked, P, R, T)                                                       \
+    POLYDPO_CLONES void name(const Batch& batch, const Range& range, PairSums* sums) {                              \
+        add_range<P, R, T>(batch, range, sums,                                                                      \
+                           [](const P* p, const R* r, const T* t, int n, VectorSums& found, const std::uint8_t* m)  \
+                               __attribute__((always_inline)) {                                                     \
+                                   add_chunk<Vector, has_ref, masked>(p, r, t, n, found, m);                        \
+                               });                                                                                  \
     }
-POLYDPO_ADD(add_bfloat16, Floats, true, Bfloat16, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_float32, Floats, true, Float32, Float32, Float32)
-POLYDPO_ADD(add_float64, Doubles, true, Float64, Float64, Float64)
-POLYDPO_ADD(add_bfloat16_alone, Floats, false, Bfloat16, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_float32_alone, Floats, false, Float32, Float32, Float32)
-POLYDPO_ADD(add_float64_alone, Doubles, false, Float64, Float64, Float64)
+POLYDPO_ADD(add_bfloat16, Floats, true, false, Bfloat16, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_float32, Floats, true, false, Float32, Float32, Float32)
+POLYDPO_ADD(add_float64, Doubles, true, false, Float64, Float64, Float64)
+POLYDPO_ADD(add_bfloat16_alone, Floats, false, false, Bfloat16, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_float32_alone, Floats, false, false, Float32, Float32, Float32)
+POLYDPO_ADD(add_float64_alone, Doubles, false, false, Float64, Float64, Float64)
 // A policy under autocast, and what is not.
-POLYDPO_ADD(add_autocast, Floats, true, Float32, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_autocast_ref, Floats, true, Float32, Bfloat16, Float32)
-POLYDPO_ADD(add_autocast_target, Floats, true, Float32, Float32, Bfloat16)
-POLYDPO_ADD(add_autocast_alone, Floats, false, Float32, Float32, Bfloat16)
+POLYDPO_ADD(add_autocast, Floats, true, false, Float32, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_autocast_ref, Floats, true, false, Float32, Bfloat16, Float32)
+POLYDPO_ADD(add_autocast_target, Floats, true, false, Float32, Float32, Bfloat16)
+POLYDPO_ADD(add_autocast_alone, Floats, false, false, Float32, Float32, Bfloat16)
+POLYDPO_ADD(add_masked_bfloat16, Floats, true, true, Bfloat16, Bfloat16, Bfloat16)
+POLYDPO_ADD(add_masked_float32, Floats, true, true, Float32, Float32, Float32)
+POLYDPO_ADD(add_masked_autocast, Floats, true, true, Float32, Bfloat16, Bfloat16)
 
-#define POLYDPO_SCALE(name, streamed, Vector, P, T)                                                            \
-    POLYDPO_CLONES void name(const void* pred, const void* target, double scale, std::int64_t n, void* grad) { \
-        scale_range<streamed, Vector>(static_cast<const P*>(pred), static_cast<const T*>(target), scale, n,    \
-                                      static_cast<P*>(grad));                                                  \
+#define POLYDPO_SCALE(name, streamed, Vector, masked, P, T)                                                       \
+    POLYDPO_CLONES void name(const void* pred, const void* target, const std::uint8_t* mask, double scale,        \
+                             std::int64_t n, void* grad) {                                                        \
+        scale_range<streamed, Vector, masked>(static_cast<const P*>(pred), static_cast<const T*>(target), mask,   \
+                                              scale, n, static_cast<P*>(grad));                                   \
     }
-POLYDPO_SCALE(scale_bfloat16, false, Floats, Bfloat16, Bfloat16)
-POLYDPO_SCALE(scale_float32, false, Floats, Float32, Float32)
-POLYDPO_SCALE(scale_float64, false, Doubles, Float64, Float64)
-POLYDPO_SCALE(scale_autocast, false, Floats, Float32, Bfloat16)
-POLYDPO_SCALE(stream_bfloat16, true, Floats, Bfloat16, Bfloat16)
-POLYDPO_SCALE(stream_float32, true, Floats, Float32, Float32)
-POLYDPO_SCALE(stream_float64, true, Doubles, Float64, Float64)
-POLYDPO_SCALE(stream_autocast, true, Floats, Float32, Bfloat16)
+POLYDPO_SCALE(scale_bfloat16, false, Floats, false, Bfloat16, Bfloat16)
+POLYDPO_SCALE(scale_float32, false, Floats, false, Float32, Float32)
+POLYDPO_SCALE(scale_float64, false, Doubles, false, Float64, Float64)
+POLYDPO_SCALE(scale_autocast, false, Floats, false, Float32, Bfloat16)
+POLYDPO_SCALE(stream_bfloat16, true, Floats, false, Bfloat16, Bfloat16)
+POLYDPO_SCALE(stream_float32, true, Floats, false, Float32, Float32)
+POLYDPO_SCALE(stream_float64, true, Doubles, false, Float64, Float64)
+POLYDPO_SCALE(stream_autocast, true, Floats, false, Float32, Bfloat16)
+POLYDPO_SCALE(scale_masked_bfloat16, false, Floats, true, Bfloat16, Bfloat16)
+POLYDPO_SCALE(scale_masked_float32, false, Floats, true, Float32, Float32)
+POLYDPO_SCALE(scale_masked_autocast, false, Floats, true, Float32, Bfloat16)
+POLYDPO_SCALE(stream_masked_bfloat16, true, Floats, true, Bfloat16, Bfloat16)
+POLYDPO_SCALE(stream_masked_float32, true, Floats, true, Float32, Float32)
+POLYDPO_SCALE(stream_masked_autocast, true, Floats, true, Float32, Bfloat16)
 
 // ------------------------------------------------------------------------------------------------------ float16
 //
@@ -304,7 +362,7 @@ POLYDPO_F16C void float32_to_halves(const Float32* from, int n, void* to) {
 
 // Sums of one arm over n <= chunk elements, as add_chunk.
 POLYDPO_F16C void add_halves_chunk(const Float16* pred, const Float16* ref, const Float16* target, int n,
-                                   VectorSums& sums) {
+                                   VectorSums& sums, const std::uint8_t*) {
     __m256 model[4] = {}, excess[4] = {};
     Float16 last[3][8] = {};  // zeros add nothing
     const auto* r = ref ? ref : pred;
@@ -346,7 +404,8 @@ void add_halves(const Batch& batch, const Range& range, PairSums* sums) {
 }
 
 template <bool streamed>
-POLYDPO_F16C void scale_halves(const void* pred, const void* target, double scale, std::int64_t n, void* grad) {
+POLYDPO_F16C void scale_halves(const void* pred, const void* target, const std::uint8_t*, double scale, std::int64_t n,
+                               void* grad) {
     const auto *p = static_cast<const Float16*>(pred), *t = static_cast<const Float16*>(target);
     auto* to = static_cast<Float16*>(grad);
     const auto value = static_cast<float>(scale);
@@ -555,9 +614,26 @@ struct ShortSamples {
     }
 };
 
+// The same for what is masked, of the usual dtypes; it counts what is not.
+Add masked_sums(const Batch& batch) {
+    const Float pred = batch.pred.dtype, ref = batch.ref.dtype, target = batch.target.dtype;
+    if (!batch.ref.win || ref != target) return nullptr;
+    if (pred == target && pred == Float::bfloat16) return add_masked_bfloat16;
+    if (pred == target && pred == Float::float32) return add_masked_float32;
+    return pred == Float::float32 && target == Float::bfloat16 ? add_masked_autocast : nullptr;
+}
+
+void add_masked_counted(const Batch& batch, const Range& range, PairSums* sums) {
+    masked_sums(batch)(batch, range, sums);
+    for (std::int64_t pair = range.first; pair < range.last; ++pair) {
+        const std::uint8_t* mask = batch.mask + pair * batch.mask_stride + range.begin;
+        sums[pair - range.first].elements += count_kept(mask, static_cast<int>(range.end - range.begin));
+    }
+}
+
 // What reads elements as they are, or null where they must be converted.
 Add add_as_they_are(const Batch& batch) {
-    if (batch.mask) return nullptr;
+    if (batch.mask) return masked_sums(batch) ? add_masked_counted : nullptr;
     const bool has_ref = batch.ref.win != nullptr;
     const Float pred = batch.pred.dtype, target = batch.target.dtype, ref = has_ref ? batch.ref.dtype : pred;
     if (pred == target && pred == ref) {
@@ -588,7 +664,7 @@ void add_short(const Batch& batch, const Range& range, PairSums* sums) {
 }
 
 Add add_of(const Batch& batch) {
-    if (const Add add = add_as_they_are(batch)) return batch.numel < short_size ? add_short : add;
+    if (const Add add = add_as_they_are(batch)) return batch.numel < short_size && !batch.mask ? add_short : add;
     return batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>;
 }
 
@@ -606,8 +682,8 @@ void scale_converted(const Batch& batch, const void* pred_arm, const void* targe
         const Wide* pred = widened<Wide>(pred_arm, dtype, pair * batch.pred.stride + at, n, nullptr, pred_buffer);
         const Wide* target =
             widened<Wide>(target_arm, batch.target.dtype, pair * batch.target.stride + at, n, nullptr, target_buffer);
-        if constexpr (sizeof(Wide) == 8) scale_float64(pred, target, scale, n, pred_buffer);
-        else scale_float32(pred, target, scale, n, pred_buffer);
+        if constexpr (sizeof(Wide) == 8) scale_float64(pred, target, nullptr, scale, n, pred_buffer);
+        else scale_float32(pred, target, nullptr, scale, n, pred_buffer);
         if (mask) {  // no gradient even where what is masked or the scale is NaN
             if constexpr (sizeof(Wide) == 8) clear_float64(mask, n, pred_buffer);
             else clear_float32(mask, n, pred_buffer);
@@ -625,9 +701,16 @@ void scale_converted(const Batch& batch, const void* pred_arm, const void* targe
 
 Scale scale_as_they_are(const Batch& batch, bool streamed) {
     const Float pred = batch.pred.dtype, target = batch.target.dtype;
-    if (batch.mask) return nullptr;
-    if (pred == Float::float32 && target == Float::bfloat16) return streamed ? stream_autocast : scale_autocast;
+    if (pred == Float::float32 && target == Float::bfloat16) {
+        if (batch.mask) return streamed ? stream_masked_autocast : scale_masked_autocast;
+        return streamed ? stream_autocast : scale_autocast;
+    }
     if (pred != target) return nullptr;
+    if (batch.mask) {
+        if (pred == Float::bfloat16) return streamed ? stream_masked_bfloat16 : scale_masked_bfloat16;
+        if (pred == Float::float32) return streamed ? stream_masked_float32 : scale_masked_float32;
+        return nullptr;
+    }
     switch (pred) {
         case Float::bfloat16: return streamed ? stream_bfloat16 : scale_bfloat16;
         case Float::float32: return streamed ? stream_float32 : scale_float32;
@@ -647,7 +730,8 @@ void scale_split(const Batch& batch, const void* pred, const void* target, std::
                static_cast<std::size_t>(pair * arms.stride + begin) * size_of(arms.dtype);
     };
     if (const Scale as_they_are = scale_as_they_are(batch, streamed)) {
-        return as_they_are(from(pred, batch.pred), from(target, batch.target), scale, end - begin, grad);
+        const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + begin : nullptr;
+        return as_they_are(from(pred, batch.pred), from(target, batch.target), mask, scale, end - begin, grad);
     }
     const auto convert = batch.accumulate_in_double ? scale_converted<Float64> : scale_converted<Float32>;
     convert(batch, pred, target, pair, begin, end, scale, streamed, grad);
@@ -865,7 +949,7 @@ void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t 
         return static_cast<char*>(arm == 0 ? grad_of_win : grad_of_lose) +
                static_cast<std::size_t>(pair * grad_stride + begin) * size;
     };
-    const bool is_short = batch.numel < short_size && scale_as_they_are(batch, false);
+    const bool is_short = batch.numel < short_size && !batch.mask && scale_as_they_are(batch, false);
     // From the last to the first: what the forward pass read last may still be in the cache.
     for_each_range(batch, true, [&](const Range& range) {
         if (is_short) return scale_short(batch, range, scale, to);

@@ -206,19 +206,44 @@ def test_many_small_pairs_are_each_as_if_alone(dtypes, elements, shared, device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_masked_may_be_nan(backend, device):
-    pred, ref, target = arms(2, (3, 8), torch.float32, 1, device)
-    mask = torch.ones(2, 1, 8, dtype=torch.bool)
+@pytest.mark.parametrize("columns", [8, 300])
+@pytest.mark.parametrize("dtypes", [torch.bfloat16, torch.float16, torch.float32, (torch.float32, torch.bfloat16)])
+def test_what_is_masked_may_be_nan(backend, dtypes, columns, device):
+    drawn = arms(2, (3, columns), torch.float32, 1, device)
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes, dtypes)
+    pred, ref, target = ([x.to(dtype) for x in pair] for pair, dtype in zip(drawn, (*dtypes, dtypes[1]), strict=True))
+    mask = torch.ones(2, 1, columns, dtype=torch.bool)
     mask[0, :, 5:] = False
-    clean = polydpo_fast.loss(tuple(pred), tuple(ref), tuple(target), mask=mask.to(device), backend=backend)
+    mask[1, :, ::3] = False
+    options = {"beta": 2.0, "mask": mask.to(device), "backend": backend}
+    clean = polydpo_fast.loss(tuple(pred), tuple(ref), tuple(target), **options)
     for x in (*pred, *ref, *target):
-        x[0, :, 5:] = torch.nan
+        x.masked_fill_(~mask.to(device), torch.nan)
     pred = [x.requires_grad_() for x in pred]
-    loss = polydpo_fast.loss(tuple(pred), tuple(ref), tuple(target), mask=mask.to(device), backend=backend)
+    loss = polydpo_fast.loss(tuple(pred), tuple(ref), tuple(target), **options)
     loss.backward()
     assert loss == clean
-    assert all(torch.isfinite(x.grad).all() for x in pred)
-    assert all((x.grad[0, :, 5:] == 0).all() for x in pred)
+    expected, _, gradients = oracle.full(*pred, *target, ref=ref, beta=2.0, mask=mask.numpy())
+    close(loss, expected.mean(), rtol=1e-5)
+    for x, exact in zip(pred, gradients, strict=True):
+        close(x.grad, exact / 2, rtol=2 * torch.finfo(dtypes[0]).eps + 1e-5, atol=1e-7)
+        assert (x.grad[~mask.expand_as(x)] == 0).all()
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the gradient that C++ writes past the caches")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_large_masked_gradient(dtype, device):
+    size = 2**21 // dtype.itemsize + 8  # 4 MB of both arms
+    random = torch.Generator().manual_seed(0)
+    x, ref, target = (torch.randn(2, size, generator=random).to(dtype) for _ in range(3))
+    mask = torch.rand(size, generator=random) > 0.5
+    polydpo_fast.loss(x.requires_grad_(), ref, target, beta=2.0, mask=mask).backward()
+    # dL/dpred of the winner: beta/D (1 - p) (pred - target), of the loser with a minus.
+    difference = (x.detach().float() - target.float()) * mask
+    win, lose = (difference.square() - (ref.float() - target.float()).square() * mask).double().sum(dim=1) / mask.sum()
+    coefficient = 2.0 / mask.sum() / (1 + torch.exp(lose - win))
+    expected = torch.stack((coefficient * difference[0], -coefficient * difference[1]))
+    torch.testing.assert_close(x.grad.float(), expected.float(), rtol=torch.finfo(dtype).eps + 1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
