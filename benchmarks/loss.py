@@ -75,6 +75,8 @@ def jobs(device: str) -> list[Job]:
     found += [Job(model, shape, torch.bfloat16, backward=False) for model, shape in SHAPES.items()]
     for model, numbers in {"SDXL": (1, 2, 4, 8, 16, 32), "SD1.5": (1, 8, 32), "Wan 480p": (4,)}.items():
         found += [Job(f"{model}, {n} pairs", (2 * n, *SHAPES[model][1:]), torch.bfloat16) for n in numbers]
+    if device == "cpu":  # where what a pair costs, whatever its size, is a good part of the time
+        found += [Job(f"{n} pairs of {size}", (2 * n, size), torch.bfloat16) for n, size in ((256, 1024), (1024, 256))]
     return found
 
 
