@@ -231,8 +231,7 @@ POLYDPO_INLINE void add_range(const Batch& batch, const Range& range, PairSums* 
                     add(static_cast<const P*>(pred.of(arm)) + p + at,
                         ref.win ? static_cast<const R*>(ref.of(arm)) + r + at : nullptr,
                         static_cast<const T*>(target.of(arm)) + t + at,
-                        static_cast<int>(std::min<std::int64_t>(chunk, to - at)),
-                        found[arm],
+                        static_cast<int>(std::min<std::int64_t>(chunk, to - at)), found[arm],
                         batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr);
                 }
             }
@@ -284,13 +283,12 @@ using Add = void (*)(const Batch& batch, const Range& range, PairSums* sums);
 using Scale = void (*)(const void* pred, const void* target, const std::uint8_t* mask, double scale, std::int64_t n,
                        void* grad);
 
-#define POLYDPO_ADD(name, Vector, has_ref, masked, P, R, T)                                                       \
-    POLYDPO_CLONES void name(const Batch& batch, const Range& range, PairSums* sums) {                              \
-        add_range<P, R, T>(batch, range, sums,                                                                      \
-                           [](const P* p, const R* r, const T* t, int n, VectorSums& found, const std::uint8_t* m)  \
-                               __attribute__((always_inline)) {                                                     \
-                                   add_chunk<Vector, has_ref, masked>(p, r, t, n, found, m);                        \
-                               });                                                                                  \
+#define POLYDPO_ADD(name, Vector, has_ref, masked, P, R, T)                                                    \
+    POLYDPO_CLONES void name(const Batch& batch, const Range& range, PairSums* sums) {                         \
+        add_range<P, R, T>(                                                                                    \
+            batch, range, sums,                                                                                \
+            [](const P* p, const R* r, const T* t, int n, VectorSums& found, const std::uint8_t* m)            \
+                __attribute__((always_inline)) { add_chunk<Vector, has_ref, masked>(p, r, t, n, found, m); }); \
     }
 POLYDPO_ADD(add_bfloat16, Floats, true, false, Bfloat16, Bfloat16, Bfloat16)
 POLYDPO_ADD(add_float32, Floats, true, false, Float32, Float32, Float32)
@@ -307,11 +305,11 @@ POLYDPO_ADD(add_masked_bfloat16, Floats, true, true, Bfloat16, Bfloat16, Bfloat1
 POLYDPO_ADD(add_masked_float32, Floats, true, true, Float32, Float32, Float32)
 POLYDPO_ADD(add_masked_autocast, Floats, true, true, Float32, Bfloat16, Bfloat16)
 
-#define POLYDPO_SCALE(name, streamed, Vector, masked, P, T)                                                       \
-    POLYDPO_CLONES void name(const void* pred, const void* target, const std::uint8_t* mask, double scale,        \
-                             std::int64_t n, void* grad) {                                                        \
-        scale_range<streamed, Vector, masked>(static_cast<const P*>(pred), static_cast<const T*>(target), mask,   \
-                                              scale, n, static_cast<P*>(grad));                                   \
+#define POLYDPO_SCALE(name, streamed, Vector, masked, P, T)                                                            \
+    POLYDPO_CLONES void name(const void* pred, const void* target, const std::uint8_t* mask, double scale,             \
+                             std::int64_t n, void* grad) {                                                             \
+        scale_range<streamed, Vector, masked>(static_cast<const P*>(pred), static_cast<const T*>(target), mask, scale, \
+                                              n, static_cast<P*>(grad));                                               \
     }
 POLYDPO_SCALE(scale_bfloat16, false, Floats, false, Bfloat16, Bfloat16)
 POLYDPO_SCALE(scale_float32, false, Floats, false, Float32, Float32)
@@ -335,8 +333,7 @@ POLYDPO_SCALE(stream_masked_autocast, true, Floats, true, Float32, Bfloat16)
 #ifdef POLYDPO_F16C_BUILD
 #define POLYDPO_F16C __attribute__((target("avx2,fma,f16c")))
 
-const bool has_f16c =
-    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+const bool has_f16c = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 
 POLYDPO_F16C inline __m256 load_halves(const Float16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -461,12 +458,12 @@ POLYDPO_INLINE void clear_chunk(const std::uint8_t* mask, int n, Wide* values) {
     for (int i = 0; i < n; ++i) values[i].value = mask[i] ? values[i].value : 0;
 }
 
-#define POLYDPO_CONVERT(dtype, wide, Narrow, Wide)                                \
-    POLYDPO_CLONES void dtype##_to_##wide(const void* from, int n, Wide* to) {    \
-        widen_chunk<Wide, Narrow>(from, n, to);                                   \
-    }                                                                             \
-    POLYDPO_CLONES void wide##_to_##dtype(const Wide* from, int n, void* to) {    \
-        narrow_chunk<Wide, Narrow>(from, n, to);                                  \
+#define POLYDPO_CONVERT(dtype, wide, Narrow, Wide)                             \
+    POLYDPO_CLONES void dtype##_to_##wide(const void* from, int n, Wide* to) { \
+        widen_chunk<Wide, Narrow>(from, n, to);                                \
+    }                                                                          \
+    POLYDPO_CLONES void wide##_to_##dtype(const Wide* from, int n, void* to) { \
+        narrow_chunk<Wide, Narrow>(from, n, to);                               \
     }
 POLYDPO_CONVERT(bfloat16, float32, Bfloat16, Float32)
 POLYDPO_CONVERT(float16, float32, Float16, Float32)
@@ -474,14 +471,12 @@ POLYDPO_CONVERT(bfloat16, float64, Bfloat16, Float64)
 POLYDPO_CONVERT(float16, float64, Float16, Float64)
 POLYDPO_CONVERT(float32, float64, Float32, Float64)
 
-#define POLYDPO_CHUNK(wide, Wide, Vector)                                                            \
-    POLYDPO_CLONES void clear_##wide(const std::uint8_t* mask, int n, Wide* values) {                \
-        clear_chunk(mask, n, values);                                                                \
-    }                                                                                                \
-    POLYDPO_CLONES void add_##wide##_chunk(const Wide* pred, const Wide* ref, const Wide* target,    \
-                                           int n, VectorSums& sums) {                                \
-        if (ref) return add_chunk<Vector, true>(pred, ref, target, n, sums);                         \
-        add_chunk<Vector, false>(pred, ref, target, n, sums);                                        \
+#define POLYDPO_CHUNK(wide, Wide, Vector)                                                                             \
+    POLYDPO_CLONES void clear_##wide(const std::uint8_t* mask, int n, Wide* values) { clear_chunk(mask, n, values); } \
+    POLYDPO_CLONES void add_##wide##_chunk(const Wide* pred, const Wide* ref, const Wide* target, int n,              \
+                                           VectorSums& sums) {                                                        \
+        if (ref) return add_chunk<Vector, true>(pred, ref, target, n, sums);                                          \
+        add_chunk<Vector, false>(pred, ref, target, n, sums);                                                         \
     }
 POLYDPO_CHUNK(float32, Float32, Floats)
 POLYDPO_CHUNK(float64, Float64, Doubles)
@@ -941,8 +936,8 @@ void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t 
     // The product of what comes from above and a pair's coefficient, of its winner (0) or its loser (1).
     const auto scale = [&](std::int64_t pair, int arm) {
         const std::int64_t at = pair * grad_loss_stride;
-        const double upstream = grad_loss_is_double ? static_cast<const double*>(grad_loss)[at]
-                                                    : static_cast<const float*>(grad_loss)[at];
+        const double upstream =
+            grad_loss_is_double ? static_cast<const double*>(grad_loss)[at] : static_cast<const float*>(grad_loss)[at];
         return upstream * coefficients[pair * coefficients_stride + arm];
     };
     const auto to = [&](std::int64_t pair, std::int64_t begin, int arm) {

@@ -30,7 +30,7 @@ struct Batch {
 };
 
 struct Objective {
-    const Head* head;  // null: errors only
+    const Head* head;                              // null: errors only
     const double *ref_error_win, *ref_error_lose;  // (B,), or null
     const double *beta, *alpha, *weight;           // (B,) each, or null: then the values below hold
     double beta_value, alphas[4], keep, flip, margin, sft_weight;
@@ -40,14 +40,30 @@ struct Objective {
 // The columns of the table of pairs, a row of doubles for each: polydpo_fast/layout.py has the same. From
 // implicit_accuracy to model_mse_lose they are the metrics of polydpo_fast/metrics.py.
 enum Column : int {
-    loss_value, implicit_accuracy, reward_win, reward_lose, reward_margin, logit_mean, p_mean, saturated, false_success,
-    ref_mse_win, ref_mse_lose, model_mse_win, model_mse_lose, excess_win, excess_lose, elements, grad_win, grad_lose,
+    loss_value,
+    implicit_accuracy,
+    reward_win,
+    reward_lose,
+    reward_margin,
+    logit_mean,
+    p_mean,
+    saturated,
+    false_success,
+    ref_mse_win,
+    ref_mse_lose,
+    model_mse_win,
+    model_mse_lose,
+    excess_win,
+    excess_lose,
+    elements,
+    grad_win,
+    grad_lose,
     pair_columns
 };
 constexpr int metric_count = model_mse_lose;
 
-// `total` is the reduced loss, `metrics` are the means over the pairs. Without a head only the columns from model_mse_win
-// to elements are written.
+// `total` is the reduced loss, `metrics` are the means over the pairs. Without a head only the columns from
+// model_mse_win to elements are written.
 void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* total, double* metrics);
 
 // grad = grad_loss * coefficient * (pred - target), of pred's dtype, 0 where masked. grad_loss_stride is 0 for one
