@@ -60,6 +60,7 @@ class BadPairs:
         self._stats.bad += 1
         where = plan.source.position(index)
         arm, reason = (error.arm, error.reason) if isinstance(error, PairError) else (None, f"{error}")
+        reason = reason.removeprefix(f"{where}: ")  # sources that read text say it themselves
         if plan.ledger.is_kept:
             plan.ledger.add(
                 key=key,

@@ -450,5 +450,7 @@ def _filesystem(address: str) -> tuple[Any, str]:
     try:
         filesystem, path = url_to_fs(address)
         return filesystem, path
+    except ImportError as error:
+        raise SourceError(f"{address}: {error}. pip install 'polydpo-fast[remote]' has HTTP and S3") from error
     except Exception as error:  # an unknown protocol, a package or an address that it needs, whatever it raises
         raise SourceError(f"{address}: {error or type(error).__name__}") from error

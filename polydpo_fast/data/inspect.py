@@ -199,6 +199,8 @@ def _tried(source: Source, index: int, pair: Pair, options: dict[str, Any] | Non
 
 def report(source: Source, *, every: bool, count: int, ledger: Path | None, console: Console) -> bool:
     """Writes all of it. Whether no pair was found that cannot be decoded, or that its ledger calls bad for good."""
+    if ledger is not None:
+        _check_ledger(ledger)
     facts = Table(show_header=False, box=None)
     facts.add_row("source", source.kind)
     for name, number in source.counts.items():

@@ -84,14 +84,16 @@ def _kinds(where: Any, suffixes: Iterable[str]) -> set[str]:
 
 
 def _check_no_dataset(where: Any) -> None:
-    """A folder that `datasets` wrote has JSON files, which are no manifests. One of Parquet files or shards, such as
-    `download_and_prepare` makes, may have some of these too, and is read."""
+    """A folder that `datasets` or Diffusers wrote has JSON files, which are no manifests. One of Parquet files or
+    shards, such as `download_and_prepare` makes, may have some of these too, and is read."""
     if isinstance(where, (str, os.PathLike)):
         folder = os.path.expanduser(os.fspath(where))
 
         def has(pattern: str) -> bool:
             return any(glob.iglob(os.path.join(glob.escape(folder), pattern), recursive=True))
 
+        if has("model_index.json"):
+            raise SourceError(f"{folder} has the model_index.json of a pipeline; expected preference data")
         saved = has("dataset_dict.json") or (has("dataset_info.json") and (has("state.json") or has("*.arrow")))
         if saved and not has("**/*.parquet") and not has("**/*.tar"):
             raise SourceError(

@@ -206,7 +206,16 @@ def test_the_ledger_is_replayed(bad, tmp_path):
     assert run(bad, "--sample", "0", "--ledger", ledger)[0] == 0
     ledger.write_text(json.dumps({**lines[2], "key": ""}) + "\n")  # it could not be read then
     assert run(bad, "--sample", "0", "--ledger", ledger)[0] == 0
-    assert run(bad, "--sample", "0", "--ledger", tmp_path / "none")[0] == 2
+    code, output = run(bad, "--ledger", tmp_path / "none")
+    assert code == 2
+    assert len(output.splitlines()) == 1  # before anything is decoded
+
+
+def test_a_model_is_no_data(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    code, output = run(tmp_path)
+    assert code == 2
+    assert "model_index.json of a pipeline; expected preference data" in " ".join(output.split())
 
 
 @pytest.mark.parametrize("text", ["hello\nworld\n", '{"win": "a.png", "lose": "b.png"}\n', "[1, 2]\n", "[" * 100_000])

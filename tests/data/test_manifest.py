@@ -15,7 +15,7 @@ from data.pairs import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polydpo_fast.data import indexed
+from polydpo_fast.data import LoaderError, PairLoader, indexed, read_ledger
 from polydpo_fast.data import manifest as module
 from polydpo_fast.data.fields import parse_json
 from polydpo_fast.data.manifest import ManifestPairs
@@ -445,6 +445,22 @@ def test_a_bad_record_is_a_bad_pair(folder, name, begin, bad, reason, at):
             assert str(error.value).startswith(source.position(index))
         else:
             assert bytes(source[index].win).decode() == "abcd"[index - (index > at)]
+
+
+def test_the_place_of_a_bad_record_is_said_once(folder, tmp_path):
+    manifest = folder / "m.jsonl"
+    manifest.write_text('{"win": "a.jpg"}\n' + json.dumps({"win": "a.jpg", "lose": "b.jpg"}) + "\n")
+    with pytest.warns(RuntimeWarning, match="records are no pairs"):
+        source = ManifestPairs(manifest)
+    with pytest.raises(LoaderError, match=r"all 2 pairs") as error:
+        list(
+            PairLoader(
+                source, 1, size=8, shuffle=False, max_bad_run=2, max_bad_rate=1.0, ledger=tmp_path / "ledger.jsonl"
+            )
+        )
+    assert str(error.value).count("m.jsonl:") == 1
+    reasons = {line["position"]: line["reason"] for line in read_ledger(tmp_path / "ledger.jsonl")}
+    assert reasons[source.position(0)].startswith("it has no lose")
 
 
 def test_a_manifest_that_changed_after_opening(folder):
