@@ -76,19 +76,17 @@ def check_inputs(
         raise ValueError(f"model_pred has shape {tuple(shape)}; expected at least one pair and one element")
     if not both and pred[1].shape != shape:
         raise ValueError(f"model_pred[1] has shape {tuple(pred[1].shape)}; expected {tuple(shape)} like model_pred[0]")
-    if not both and pred[1].dtype != pred[0].dtype:
-        raise TypeError(f"model_pred[1] has dtype {pred[1].dtype}; expected {pred[0].dtype} like model_pred[0]")
-    _on_device("model_pred", pred, device)
 
     if not isinstance(reference_free, bool):
         raise TypeError(f"reference_free is {_show(reference_free)}; expected True or False")
     given = sum((reference_free, ref_pred is not None, ref_error is not None))
     ref: list[Tensor] | None = None
     if ref_pred is not None:
-        if ref_pred is model_pred and isinstance(ref_pred, Tensor) and ref_pred.requires_grad:
-            raise ValueError("ref_pred is model_pred itself; expected the output of the frozen reference")
         ref = _tensors("ref_pred", ref_pred)
-        _on_device("ref_pred", ref, device)
+        for x, y in zip(pred, ref, strict=False):
+            if x is y and x.requires_grad:
+                raise ValueError("ref_pred is model_pred itself; expected the output of the frozen reference")
+        _on_device("ref_pred", ref[0], device)
         _same_rows("ref_pred", ref, pairs, sample)
     if given != 1:
         raise ValueError(
@@ -98,8 +96,8 @@ def check_inputs(
         )
 
     tgt = _tensors("target", target)
-    _on_device("target", tgt, device)
-    if not (len(tgt) == 1 and tgt[0].dim() == len(shape) and tgt[0].shape[0] == pairs and tgt[0].shape[1:] == sample):
+    _on_device("target", tgt[0], device)
+    if len(tgt) == 2 or tuple(tgt[0].shape) != (pairs, *sample):
         _same_rows("target", tgt, pairs, sample, or_shared=True)
     return Inputs(
         pred,
@@ -117,7 +115,11 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     elif isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(arm, Tensor) for arm in x):
         tensors = list(x)
     else:
-        hint = f": {name}.sample" if isinstance(getattr(x, "sample", None), Tensor) else ""  # an output of Diffusers'
+        hint = ""  # for an output of Diffusers', or of return_dict=False
+        if isinstance(getattr(x, "sample", None), Tensor):
+            hint = f": {name}.sample"
+        elif isinstance(x, (tuple, list)) and len(x) == 1 and isinstance(x[0], Tensor):
+            hint = f": {name}[0]"
         raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor{hint} or a tuple (win, lose) of two")
     for index, tensor in enumerate(tensors):
         place = name if len(tensors) == 1 else f"{name}[{index}]"
@@ -126,8 +128,11 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
             raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
         if is_lazy(tensor):
             raise TypeError(f"{place} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
-    if len(tensors) == 2 and tensors[1].dtype != tensors[0].dtype:
-        raise TypeError(f"{name}[1] has dtype {tensors[1].dtype}; expected {tensors[0].dtype} like {name}[0]")
+    first, last = tensors[0], tensors[-1]
+    if last.dtype != first.dtype:
+        raise TypeError(f"{name}[1] has dtype {last.dtype}; expected {first.dtype} like {name}[0]")
+    if last.device != first.device:
+        raise ValueError(f"{name}[1] is on {last.device}; expected {first.device} like {name}[0]")
     return tensors
 
 
@@ -144,16 +149,15 @@ def is_lazy(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (x.is_neg() or x._is_zerotensor())
 
 
-def _on_device(name: str, tensors: list[Tensor], device: torch.device) -> None:
-    for tensor in tensors:
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {device} like model_pred")
+def _on_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}; expected {device} like model_pred")
 
 
 def _same_rows(name: str, tensors: list[Tensor], pairs: int, sample: torch.Size, *, or_shared: bool = False) -> None:
     rows = 2 * pairs if len(tensors) == 1 else pairs
     for index, tensor in enumerate(tensors):
-        if tensor.dim() != len(sample) + 1 or tensor.shape[0] != rows or tensor.shape[1:] != sample:
+        if tuple(tensor.shape) != (rows, *sample):
             place = name if len(tensors) == 1 else f"{name}[{index}]"
             shared = f", or {(pairs, *sample)} when both arms share it" if or_shared and len(tensors) == 1 else ""
             raise ValueError(
@@ -163,7 +167,7 @@ def _same_rows(name: str, tensors: list[Tensor], pairs: int, sample: torch.Size,
 
 def _check_ref_error(ref_error: Arms, pairs: int, device: torch.device, layout: str) -> Tensor:
     errors = _tensors("ref_error", ref_error)
-    _on_device("ref_error", errors, device)
+    _on_device("ref_error", errors[0], device)
     if errors[0].dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
         _warn_rounded_reference(errors[0].dtype)
     rows = 2 * pairs if len(errors) == 1 else pairs
@@ -184,8 +188,7 @@ def _check_mask(mask: Tensor, pairs: int, sample: torch.Size, device: torch.devi
     _dense("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool, True where an element counts")
-    if mask.device != device:
-        raise ValueError(f"mask is on {mask.device}; expected {device} like model_pred")
+    _on_device("mask", mask, device)
     per_pair = mask.dim() == len(sample) + 1
     rows = mask.shape[0] if per_pair else 1
     inner = mask.shape[1:] if per_pair else mask.shape
@@ -293,8 +296,7 @@ def _per_pair(name: str, value: Tensor, inputs: Inputs) -> Tensor:
     if tuple(value.shape) != (inputs.pairs,):
         hint = " (of all: a float)" if value.dim() == 0 else ""
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(inputs.pairs,)}, one value per pair{hint}")
-    if value.device != inputs.pred[0].device:
-        raise ValueError(f"{name} is on {value.device}; expected {inputs.pred[0].device} like model_pred")
+    _on_device(name, value, inputs.pred[0].device)
     if is_lazy(value):
         raise TypeError(f"{name} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
     if value.requires_grad:

@@ -374,6 +374,8 @@ def _pair_gradient(
     if mask is not None:
         mask = dense_mask(mask, pred[0])
     grad = [empty_dense_like(x) for x in pred]
+    # Hooks on saved tensors may have brought it back in another dtype.
+    coefficients = coefficients.to(torch.float64, memory_format=torch.contiguous_format)
     _module_of(backend).launch_gradient(pred, target, mask, grad, coefficients, grad_loss, layout, double)
     return grad
 

@@ -279,6 +279,25 @@ def test_masks_and_tuples_in_other_memory_orders(backend, argument, device):
     close(pred[1].grad, lose, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_arms_apart_compile_to_one_graph(kind, backend, device):
+    def step(pred, ref, target):
+        pred, ref, target = (kind(x.chunk(2)) for x in (pred, ref, target))
+        errors = polydpo_fast.pair_errors(pred, ref, target, backend=backend)
+        return polydpo_fast.loss(pred, ref, target, beta=2.0, backend=backend) + errors.model_win.sum()
+
+    torch._dynamo.reset()
+    tensors = [torch.cat(x) for x in arms(2, (3, 5), torch.float32, 5, device)]
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        pred = tensors[0].clone().requires_grad_()
+        value = function(pred, *tensors[1:])
+        results.append((value.detach(), *torch.autograd.grad(value, pred)))
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager)
+
+
 # -------------------------------------------------------------------------------------------- your own head
 
 
@@ -420,7 +439,22 @@ def test_functional_transforms_take_the_reference(device):
         (dict(reference_free=True), ValueError, "ref_pred is given, .* reference_free is True; expected exactly one"),
         (dict(reference_free=1), TypeError, "reference_free is 1"),
         (dict(ref_pred=None, ref_error=torch.zeros(3)), ValueError, r"ref_error has shape \(3,\); expected \(4,\)"),
-        (dict(model_pred=(torch.zeros(2, 3),)), TypeError, "model_pred is a tuple; expected a torch.Tensor or a tuple"),
+        (
+            dict(model_pred=(torch.zeros(2, 3),)),
+            TypeError,
+            r"model_pred is a tuple; expected a torch.Tensor: model_pred\[0\] or a tuple \(win, lose\) of two",
+        ),
+        (dict(target=[torch.zeros(2, 3)] * 3), TypeError, "target is a list; expected a torch.Tensor or a tuple"),
+        (
+            dict(model_pred=(torch.zeros(2, 3, 2), torch.zeros(2, 3, 2, device="meta"))),
+            ValueError,
+            r"model_pred\[1\] is on meta; expected cpu like model_pred\[0\]",
+        ),
+        (
+            dict(ref_pred=(torch.zeros(2, 3, 2), torch.zeros(2, 3, 2, device="meta"))),
+            ValueError,
+            r"ref_pred\[1\] is on meta; expected cpu like ref_pred\[0\]",
+        ),
         (
             dict(model_pred=(torch.zeros(2, 3, 2), torch.zeros(2, 3, 1))),
             ValueError,
@@ -615,6 +649,8 @@ def test_a_forgotten_reference_is_an_error():
     for _ in range(2):  # also where a call of the same form came before
         with pytest.raises(ValueError, match="ref_pred is model_pred itself"):
             polydpo_fast.loss(pred, pred, target)
+        with pytest.raises(ValueError, match="ref_pred is model_pred itself"):
+            polydpo_fast.loss((pred[:2], lose := pred[2:]), (pred[:2].detach(), lose), target)
         assert polydpo_fast.loss(pred, pred.detach(), target).item() == pytest.approx(np.log(2))
 
 
