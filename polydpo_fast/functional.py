@@ -56,6 +56,15 @@ def loss(
     return_metrics: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def loss(
+    model_pred: Arms,
+    ref_pred: Arms | None,
+    target: Arms,
+    *,
+    return_metrics: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 def loss(
     model_pred: Arms,
     ref_pred: Arms | None,

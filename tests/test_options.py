@@ -1,5 +1,7 @@
 """Every option of `polydpo_fast.loss` and `pair_errors`, alone and mixed, on every backend, against the oracle."""
 
+import inspect
+import typing
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -556,6 +558,28 @@ def test_numbers_of_numpy_are_numbers():
     tensors = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
     plain = polydpo_fast.loss(*tensors, beta=2.0, alpha=0.5)
     assert polydpo_fast.loss(*tensors, beta=np.float32(2), alpha=np.float16(0.5)) == plain
+
+
+def test_the_types_have_every_option():
+    options = set(typing.get_type_hints(functional._Options))
+    given = set(inspect.signature(polydpo_fast.loss).parameters)
+    assert given == {"model_pred", "ref_pred", "target", "return_metrics"} | options
+    assert given - {"backend"} == set(inspect.signature(polydpo_fast.reference.loss).parameters)
+
+
+@pytest.mark.skipif(not hasattr(typing, "get_overloads"), reason="Python before 3.11 does not keep overloads")
+def test_the_types_take_a_flag_that_is_not_known():
+    """`return_metrics=step % 100 == 0` is of type bool, which is neither literal to a type checker."""
+    returned = {}
+    for form in typing.get_overloads(polydpo_fast.loss):
+        hints = typing.get_type_hints(form)
+        returned[hints["return_metrics"]] = hints["return"]
+    alone, with_metrics = torch.Tensor, tuple[torch.Tensor, dict[str, torch.Tensor]]
+    assert returned == {
+        typing.Literal[False]: alone,
+        typing.Literal[True]: with_metrics,
+        bool: alone | with_metrics,
+    }
 
 
 def test_a_beta_that_is_not_of_the_pairs_is_refused_by_the_logit():
