@@ -1,6 +1,6 @@
 """The scalar heads of the preference losses: from a pair's logit to its loss and its slope.
 
-This table is the single source for every backend. A head is straight-line arithmetic (+, -, *, /, <), so the same
+This table is the single source for every backend. A head is straight-line arithmetic (+, -, *, /, <, >), so the same
 function body runs on PyTorch tensors, is compiled by Triton into the error kernel, and is recorded as a short program
 for the C++ backend (`program`). It is given quantities that are already stable in floating point,
 
@@ -166,8 +166,14 @@ def program(objective: str) -> tuple[tuple[Instruction, ...], int, int]:
         def __truediv__(self, other: Register | float) -> Register:
             return record("/", self, other)
 
+        def __rtruediv__(self, other: float) -> Register:
+            return record("/", other, self)
+
         def __lt__(self, other: Register | float) -> Register:
             return record("<", self, other)
+
+        def __gt__(self, other: Register | float) -> Register:
+            return record("<", other, self)
 
         def __neg__(self) -> Register:
             return record("-", 0.0, self)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polydpo_fast import _C
-from polydpo_fast.objectives import INPUTS, OBJECTIVES, OPERATIONS, program
+from polydpo_fast.objectives import INPUTS, OBJECTIVES, OPERATIONS, Objective, program
 
 ALPHAS = [(0.0,) * 4, (-1.0, 0.0, 0.0, 0.0), (8.0, 0.0, 0.0, 0.0), (0.5, -0.3, 2.0, 1.0)]
 BETA = 7.0
@@ -51,10 +51,16 @@ def test_loss_is_the_closed_form(name, alphas, z):
     assert loss.item() == pytest.approx(closed_form(name, z, alphas), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+def either_side(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):
+    """Every operation of a head, with a number to its left and to its right."""
+    return (2.0 + z) * (z + 2.0) - (2.0 - z) / (3.0 / nlp), (z < 0.5) * 2.0 + 3.0 * (q > 0.5) - (z > p) / 2.0
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "either side"])
 @pytest.mark.parametrize("alphas", ALPHAS)
-def test_the_recorded_program_is_the_head(name, alphas):
+def test_the_recorded_program_is_the_head(name, alphas, monkeypatch):
     """What C++ computes, run here by a five-line machine and compared bit for bit."""
+    monkeypatch.setitem(OBJECTIVES, "either side", Objective(either_side, "", "", ""))
     instructions, loss_at, slope_at = program(name)
     for value in (-40.0, -1.0, 0.0, 0.7, 1.0, 35.0, math.nan):
         z = torch.tensor(value, dtype=torch.float64)
