@@ -252,16 +252,17 @@ def pair_errors(
 def _without_symbols(head: Head, inputs: Inputs) -> Head:
     """A beta or alpha that torch.compile has made symbolic, because it changes from call to call, as a tensor of its
     value: as a number in the operator's arguments it would compile a graph for each value."""
-    try:
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-    except ImportError:  # PyTorch before it: a graph for each value
+    import torch.fx.experimental.symbolic_shapes as symbolic_shapes
+
+    # torch.compile, which traces this, cannot catch the error of an import that fails.
+    if not hasattr(symbolic_shapes, "has_static_value"):  # PyTorch 2.6: a graph for each value
         return head
     beta, alpha = head.beta, head.alpha
     parameters = list(head.parameters)
     ones = torch.ones(inputs.pairs, dtype=torch.float64, device=inputs.pred[0].device)
-    if beta is None and not has_static_value(parameters[0]):
+    if beta is None and not symbolic_shapes.has_static_value(parameters[0]):
         beta, parameters[0] = ones * parameters[0], 0.0
-    if alpha is None and not has_static_value(parameters[1]):
+    if alpha is None and not symbolic_shapes.has_static_value(parameters[1]):
         alpha, parameters[1] = ones * parameters[1], 0.0
     return Head(beta, alpha, head.weight, parameters)
 
