@@ -475,6 +475,10 @@ def test_compiles_to_one_graph(dynamic, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["beta", "alpha"])
 def test_numbers_that_change_do_not_compile_a_graph_each(name, backend, device):
+    from torch.fx.experimental import symbolic_shapes
+
+    if backend != "reference" and not hasattr(symbolic_shapes, "has_static_value"):
+        pytest.skip("PyTorch 2.6 cannot tell which numbers change")
     graphs = []
 
     def counted(graph, inputs):
