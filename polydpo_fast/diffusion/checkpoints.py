@@ -20,7 +20,15 @@ from .fingerprints import EARLIER
 from .reference import unwrapped
 from .setup import check_writable
 
-__all__ = ["check_output", "checkpoint_adapters_only", "result_of", "resume", "save_checkpoint", "save_result"]
+__all__ = [
+    "WholeAverages",
+    "check_output",
+    "checkpoint_adapters_only",
+    "result_of",
+    "resume",
+    "save_checkpoint",
+    "save_result",
+]
 
 _ADAPTERS = "adapters.safetensors"
 _RUN = "run.json"
@@ -174,6 +182,35 @@ def checkpoint_adapters_only(accelerator: Any) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+class WholeAverages:
+    """The state of averages for checkpoints: whole ones, also of weights that FSDP2 shards, so that any number of
+    processes may go on from it. All of them ask for it, and load it.
+    """
+
+    def __init__(self, ema: Any) -> None:
+        self._ema = ema
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._ema.state_dict()
+        # On the CPU, so that the device has one of them whole at a time.
+        whole = [x.full_tensor().cpu() if hasattr(x, "full_tensor") else x for x in state["shadow_params"]]
+        return {**state, "shadow_params": whole}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        own, saved = self._ema.shadow_params, state.pop("shadow_params")
+        if [x.shape for x in own] != [x.shape for x in saved]:
+            raise ValueError("the averages are of other weights than this run's")
+        self._ema.load_state_dict(state)
+        with torch.no_grad():
+            for average, whole in zip(own, saved, strict=True):
+                whole = whole.to(average.device)
+                if hasattr(average, "full_tensor"):
+                    whole = distribute_tensor(whole, average.device_mesh, average.placements)
+                average.copy_(whole)
 
 
 def result_of(accelerator: Any, model: Any, settings: Settings) -> tuple[dict[str, Tensor], Any]:

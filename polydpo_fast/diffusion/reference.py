@@ -116,14 +116,20 @@ def ema_weights(model: torch.nn.Module, ema: Any) -> Iterator[None]:
     """The model with the averaged weights of a `diffusers.training_utils.EMAModel`; afterwards with its own again.
 
     The weights are overwritten in place: not between a forward and its backward. Meanwhile the averages hold those of
-    the model, so that no third set is needed, unless they are of another dtype. Where FSDP2 shards the model, the
-    averages are to be made of its sharded parameters. Raises ValueError for a model within FSDP1, which keeps copies.
+    the model, so that no third set is needed, unless they are of another dtype. They may be of the parameters that are
+    trained alone, such as adapters. Where FSDP2 shards the model, they are to be made of its sharded parameters. Raises
+    ValueError for a model within FSDP1, which keeps copies.
     """
     if any(map(_is_fsdp1, model.modules())):
         raise ValueError("model is within FullyShardedDataParallel; expected fully_shard (FSDP2), or a frozen_copy")
     parameters, averages = list(unwrapped(model).parameters()), list(ema.shadow_params)
-    if len(parameters) != len(averages):
-        raise ValueError(f"ema has {len(averages)} averages; the model has {len(parameters)} parameters, all of them")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if len(averages) not in (len(parameters), len(trained)):
+        raise ValueError(
+            f"ema has {len(averages)} averages; the model has {len(parameters)} parameters, of which {len(trained)} "
+            "are trained: expected averages of all of either"
+        )
+    parameters = parameters if len(averages) == len(parameters) else trained
     kept: list[torch.Tensor | None] = []
     try:
         for parameter, average in zip(parameters, averages, strict=True):

@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ from torch import Tensor
 
 from ..data import PairBatch, PairLoader
 from ..data.order import mix
-from .checkpoints import check_output, checkpoint_adapters_only, result_of, resume, save_checkpoint, save_result
+from .checkpoints import (
+    WholeAverages,
+    check_output,
+    checkpoint_adapters_only,
+    result_of,
+    resume,
+    save_checkpoint,
+    save_result,
+)
 from .config import Settings, lasting, write_settings
 from .families import Family, load_lora
 from .fingerprints import fingerprint
@@ -35,7 +44,7 @@ from .forward import FLUX_GUIDANCE
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
 from .objective import PairObjective
-from .reference import adapters_off, frozen_copy
+from .reference import adapters_off, ema_weights, frozen_copy
 from .reference_store import ReferenceErrors
 from .setup import Setup, objective_of, set_up, sharded_and_compiled
 from .validation import render
@@ -91,8 +100,9 @@ def train(settings: Settings) -> None:
     schedule = _schedule(optimizer, settings)
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 has made others
-    ema = _ema(parameters, settings, accelerator)
-    accelerator.register_for_checkpointing(*filter(None, (inputs.loader, schedule, ema)))
+    ema = _ema(parameters, settings)
+    averages = [] if ema is None else [WholeAverages(ema)]
+    accelerator.register_for_checkpointing(inputs.loader, schedule, *averages)
     if settings.lora_rank:
         checkpoint_adapters_only(accelerator)
     result_of(accelerator, model, settings)
@@ -102,8 +112,6 @@ def train(settings: Settings) -> None:
             accelerator, f"goes on from {checkpoint}" if done else f"no checkpoint is in {output} yet: a new run begins"
         )
     accelerator.step = 0  # of its count of forwards, which is another where accumulation was another
-    if ema is not None:
-        ema.to(accelerator.device)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_settings(settings, output / "settings.yaml")
@@ -121,7 +129,7 @@ def train(settings: Settings) -> None:
             if stop:
                 raise SystemExit(128 + signal.SIGTERM)
 
-    with _ema_weights(ema, parameters):
+    with loop.result_weights():
         save_result(accelerator, pipe, family, model, settings, output)
     accelerator.end_training()
     loads = f"pipe.load_lora_weights({str(output)!r})" if settings.lora_rank else f"from_pretrained({str(output)!r})"
@@ -195,6 +203,10 @@ class _Loop:
                 stacklevel=2,
             )
 
+    def result_weights(self) -> AbstractContextManager[None]:
+        """The model with those that are the result: the averages, if there are any."""
+        return contextlib.nullcontext() if self.ema is None else ema_weights(self.model, self.ema)
+
     def any_told(self, step: int, told: list[int]) -> bool:
         """Whether a process was told to stop. To ask the others costs a wait for the device."""
         accelerator = self.setup.accelerator
@@ -217,7 +229,7 @@ class _Loop:
         if checkpoint:
             save_checkpoint(accelerator, output, step, settings, self.run)
         if picture:
-            with _ema_weights(self.ema, self.parameters):
+            with self.result_weights():
                 self.model.eval()
                 folder, size = output / "validation", self.setup.size
                 render(accelerator, self.setup.pipe, self.setup.family, settings, size, folder, step)
@@ -353,14 +365,13 @@ def _schedule(optimizer: Any, settings: Settings) -> Any:
     )
 
 
-def _ema(parameters: list[Tensor], settings: Settings, accelerator: Any) -> Any:
+def _ema(parameters: list[Tensor], settings: Settings) -> Any:
+    """Where the parameters are; under FSDP2 each process has the averages of its part."""
     if not settings.ema:
         return None
     from diffusers.training_utils import EMAModel
 
-    ema = EMAModel(parameters, decay=settings.ema, foreach=True)
-    ema.to(accelerator.device)
-    return ema
+    return EMAModel(parameters, decay=settings.ema, foreach=True)
 
 
 def _say(accelerator: Any, text: str) -> None:
@@ -404,19 +415,6 @@ def _told_to_stop(settings: Settings) -> Iterator[list[int]]:
         yield told
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _ema_weights(ema: Any, parameters: list[Tensor]) -> Iterator[None]:
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
 
 
 @contextlib.contextmanager

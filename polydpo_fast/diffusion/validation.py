@@ -23,20 +23,21 @@ def render(
     from accelerate.utils import gather_object
     from PIL import Image
 
-    rows = []
-    for number in range(accelerator.process_index, len(settings.validation_prompts), accelerator.num_processes):
+    rows, count, processes = [], len(settings.validation_prompts), accelerator.num_processes
+    # Each renders as many: FSDP's processes go through the model together.
+    for number in range(accelerator.process_index, count + -count % processes, processes):
         with accelerator.autocast():
             pixels = sample(
                 pipe,
                 family,
-                [settings.validation_prompts[number]],
+                [settings.validation_prompts[number % count]],
                 size=size,
                 frames=settings.loader.get("frames"),
                 steps=settings.validation_steps,
                 seeds=[mix(settings.seed, number)],
             )
         rows.append((number, pixels[0].numpy()))
-    rows = sorted(gather_object(rows))
+    rows = sorted(gather_object(rows))[:count]
     if accelerator.is_main_process:
         if family.video:  # a row of four frames for each prompt
             tiles = [clip[:, at] for _, clip in rows for at in np.linspace(0, clip.shape[1] - 1, 4).round().astype(int)]

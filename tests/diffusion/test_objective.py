@@ -273,6 +273,22 @@ def test_averages_are_swapped_and_not_copied_away():
     assert 1 <= seen.most <= 2
 
 
+def test_averages_may_be_of_adapters_alone():
+    model, latents, cond, scheduler = build("sd15")
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema, own = EMAModel(trained), [parameter.detach().clone() for parameter in trained]
+    with torch.no_grad():
+        for average in ema.shadow_params:
+            average.zero_()  # adapters that do nothing
+    objective = PairObjective(scheduler, reference=lambda m: ema_weights(m, ema), beta=BETA)
+    loss, _ = objective(model, latents, cond, seeds=SEEDS)
+    want, _ = PairObjective(scheduler, reference=adapters_off, beta=BETA)(model, latents, cond, seeds=SEEDS)
+    assert loss.item() == want.item() != torch.tensor(math.log(2)).item()
+    assert all(map(torch.equal, trained, own))
+
+
 def test_averages_of_something_else_are_refused():
     model, *_ = build("sd15")
     ema = EMAModel(list(model.parameters())[:-1])

@@ -13,11 +13,13 @@ from diffusers.training_utils import EMAModel
 from diffusion.tiny import PAIRS, build
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from polydpo_fast.diffusion import PairObjective, adapters_off, ema_weights, frozen_copy
+from polydpo_fast.diffusion.checkpoints import WholeAverages
+from polydpo_fast.diffusion.setup import sums_in_float32
 
 STEPS = 3
 
@@ -104,6 +106,33 @@ CASES = [
 ]
 
 
+def averages():
+    """Of a sharded model: their state for a checkpoint, and what is there when twice as much was loaded."""
+    ema = EMAModel(fsdp2(start("")[0]).parameters(), foreach=True)
+    state = WholeAverages(ema).state_dict()
+    twice = {**state, "shadow_params": [2 * average for average in state["shadow_params"]], "optimization_step": 7}
+    WholeAverages(ema).load_state_dict(twice)
+    return state["shadow_params"], [average.full_tensor() for average in ema.shadow_params], ema.optimization_step
+
+
+def half_precision():
+    """The gradient of 512 forwards, each of which adds 1, and a timestep as the model gets it."""
+
+    class Sum(torch.nn.Linear):
+        def forward(self, x, timestep):
+            self.timestep = timestep
+            return super().forward(x.to(self.weight.dtype))
+
+    accelerates = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    model = fully_shard(
+        Sum(2, 2, bias=False), mesh=init_device_mesh("cpu", (2,)), mp_policy=sums_in_float32(accelerates)
+    )
+    for number in range(512):
+        model.set_requires_gradient_sync(number == 511)
+        model(torch.ones(1, 2), timestep=torch.tensor(999.4)).sum().backward()
+    return model.weight.grad.full_tensor(), model.timestep
+
+
 def work(rank, port, folder, cases):
     warnings.simplefilter("ignore")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -124,6 +153,8 @@ def work(rank, port, folder, cases):
         except ValueError as error:
             said[f"{wrap.__name__} {function.__name__}"] = str(error)
     torch.save(said, folder / f"said-{rank}.pt")
+    torch.save(averages(), folder / f"averages-{rank}.pt")
+    torch.save(half_precision(), folder / f"half-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -174,3 +205,22 @@ def test_what_cannot_be_sharded_is_refused(trained):
                 "model is within FullyShardedDataParallel; expected fully_shard (FSDP2), or a frozen_copy"
             ),
         }
+
+
+def test_averages_are_whole_in_checkpoints(trained):
+    """So that one process may go on from what two have written."""
+    wanted = [weight.detach() for weight in start("")[0].parameters()]
+    for rank in range(2):
+        saved, loaded, step = torch.load(trained / f"averages-{rank}.pt")
+        assert [type(average) for average in saved] == [torch.Tensor] * len(wanted)
+        assert all(map(torch.equal, saved, wanted))
+        assert all(torch.equal(average, 2 * weight) for average, weight in zip(loaded, wanted, strict=True))
+        assert step == 7
+
+
+def test_gradients_are_summed_in_float32(trained):
+    """In bfloat16 256 and 1 are 256, and 999.4 is 1000."""
+    for rank in range(2):
+        gradient, timestep = torch.load(trained / f"half-{rank}.pt")
+        assert torch.equal(gradient, torch.full((2, 2), 512.0))
+        assert torch.equal(timestep, torch.tensor(999.4))

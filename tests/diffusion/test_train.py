@@ -1017,8 +1017,9 @@ def test_a_reference_that_would_round_otherwise_is_refused(here, tmp_path, kind,
 @pytest.mark.heavy
 @pytest.mark.parametrize("lora", [0, 2])
 def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp_port, lora):
-    """Through Accelerate's FSDP2, stopped and resumed in between."""
-    change = dict(beta=500.0, adam_epsilon=1e-3, learning_rate=1e-4, lora_rank=lora, checkpoint_every=2)
+    """Through Accelerate's FSDP2, stopped and resumed in between; averages and pictures too."""
+    change = dict(beta=500.0, adam_epsilon=1e-3, learning_rate=1e-4, lora_rank=lora, checkpoint_every=2, ema=0.9)
+    change |= dict(validation_prompts=["ab", "c", "d"], validation_every=2, validation_steps=2)
     train(settings(here, tmp_path / "one", batch_size=4, **change))
     for steps in (2, 4):
         run = settings(here, tmp_path / "two", steps=steps, resume="latest", **change)
@@ -1028,6 +1029,11 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    for step in (2, 4):
+        pictures = [Image.open(tmp_path / run / "validation" / f"{step:06d}.png") for run in ("one", "two")]
+        a, b = (np.asarray(picture).astype(int) for picture in pictures)
+        assert abs(a - b).max() <= 1
+        assert a.std() > 1
     name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
     alone, together = (load_file(tmp_path / run / name) for run in ("one", "two"))
     assert alone.keys() == together.keys()
