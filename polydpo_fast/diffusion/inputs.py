@@ -94,8 +94,10 @@ class Inputs:
         seeds: of the pairs, from which a VAE's sample is drawn.
         """
         if self.cached:
+            # Of the dtypes that the encoders give, whatever they were stored in.
             text = {name: column for name, column in batch.extra.items() if isinstance(column, Tensor)}
-            return {"latents": batch.pixels, **text}
+            text = {name: x.to(self._setup.precision) if x.is_floating_point() else x for name, x in text.items()}
+            return {"latents": batch.pixels.float(), **text}
         pipe, settings = self._setup.pipe, self._settings
         of_arms = None
         if settings.latents == "sample":

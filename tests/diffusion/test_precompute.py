@@ -153,6 +153,11 @@ def test_latents_may_be_stored_in_half_precision(here, tmp_path):
     whole, half = (LatentPairs(tmp_path / kind)[3].pixels for kind in ("float32", "bfloat16"))
     assert torch.equal(whole.bfloat16(), half)
     assert whole.dtype == torch.float32
+    # They are given to the models in the dtypes that the encoders have.
+    for kind in ("float32", "bfloat16"):
+        train(settings(here, tmp_path / f"of-{kind}", data=str(tmp_path / kind), beta=BETA, learning_rate=1e-5))
+    difference, learned = apart(tmp_path / "of-float32", tmp_path / "of-bfloat16")
+    assert 0 < difference < learned / 10
     said = run("cache", tmp_path / "x", *arguments, "--store", "int8", exit_code=2)
     assert "--store is 'int8'; expected float32, bfloat16 or float16" in said
 
