@@ -162,20 +162,24 @@ def check_writable(name: str, folder: str | os.PathLike[str]) -> None:
 
 
 def _check_sharding(settings: Settings, accelerator: Any) -> None:
-    """Raises ValueError where a reference of all weights could not be computed as the policy is.
+    """Raises ValueError for what cannot be had where FSDP or DeepSpeed shard the model.
 
-    FSDP and DeepSpeed compute in half precision alone, and the others by autocast: the difference of their rounding
-    would be a preference. FSDP2 may shard the reference as it does the policy.
+    Of all weights, a reference that could not be computed as the policy is: they compute in half precision alone, and
+    the others by autocast: the difference of their rounding would be a preference. FSDP2 may shard the reference as it
+    does the policy.
     """
     from accelerate.utils import DistributedType
 
-    kind = accelerator.distributed_type
+    kind, fsdp2 = accelerator.distributed_type, getattr(accelerator, "is_fsdp2", False)
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED) or (fsdp2 and settings.reference_errors is None):
+        return
+    other = "expected FSDP's version 2, or none"
+    if settings.ema and not fsdp2:  # DeepSpeed's weights may be in half precision, whose averages would not move
+        raise ValueError(f"ema is {settings.ema}, under {kind.name}; {other}")
+    if settings.validation_prompts and not fsdp2 and kind == DistributedType.FSDP:
+        raise ValueError(f"validation_prompts are given, under {kind.name}; {other}")
     whole = settings.lora_rank == 0 and not settings.loss.get("reference_free")
-    if (
-        not whole
-        or accelerator.mixed_precision == "no"
-        or kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    ):
+    if not whole or accelerator.mixed_precision == "no":
         return
     if settings.reference_errors is not None:
         raise ValueError(
@@ -183,12 +187,23 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
             f"{accelerator.mixed_precision!r} and under {kind.name}, they are rounded otherwise than the policy: "
             "expected none, mixed_precision 'no', or lora_rank above 0"
         )
-    if not getattr(accelerator, "is_fsdp2", False):
-        raise ValueError(
-            f"mixed_precision is {accelerator.mixed_precision!r}, and all weights are trained under {kind.name}, whose "
-            "rounding the reference would not have; expected FSDP's version 2, mixed_precision 'no', or lora_rank "
-            "above 0"
-        )
+    raise ValueError(
+        f"mixed_precision is {accelerator.mixed_precision!r}, and all weights are trained under {kind.name}, whose "
+        "rounding the reference would not have; expected FSDP's version 2, mixed_precision 'no', or lora_rank above 0"
+    )
+
+
+def _set_sharding(settings: Settings, accelerator: Any) -> None:
+    """What FSDP and DeepSpeed do not learn from `accelerate launch`."""
+    fsdp, deepspeed = (getattr(accelerator.state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed"))
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        fsdp.mixed_precision_policy = sums_in_float32(fsdp.mixed_precision_policy)
+    if deepspeed is not None:  # it accumulates and clips on its own
+        deepspeed.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": settings.batch_size,
+            "gradient_accumulation_steps": settings.accumulation,
+            "gradient_clipping": settings.max_grad_norm,
+        }
 
 
 def sums_in_float32(policy: Any) -> Any:
@@ -204,7 +219,7 @@ def sums_in_float32(policy: Any) -> Any:
 def _accelerator(settings: Settings) -> Any:
     need("accelerate", "transformers", "diffusers", "safetensors", *(["peft"] if settings.lora_rank else []))
     from accelerate.tracking import LoggerType, get_available_trackers
-    from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, set_seed
+    from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 
     known = sorted({*map(str, LoggerType)} - {"all"})  # members of an Enum, which equal no text
     for name in settings.trackers:
@@ -225,14 +240,8 @@ def _accelerator(settings: Settings) -> Any:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', which Accelerate has on GPUs only; expected 'bf16' or 'no'")
-    fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False)
-    for name in ("ema", "validation_prompts"):
-        if fsdp1 and getattr(settings, name):
-            raise ValueError(f"{name} is {getattr(settings, name)}, under FSDP; expected FSDP's version 2, or none")
     _check_sharding(settings, accelerator)
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = sums_in_float32(plugin.mixed_precision_policy)
+    _set_sharding(settings, accelerator)
     if accelerator.state.dynamo_plugin.backend == DynamoBackend.INDUCTOR and accelerator.mixed_precision != "no":
         import torch._inductor.config as inductor
 

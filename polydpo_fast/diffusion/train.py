@@ -97,8 +97,8 @@ def train(settings: Settings) -> None:
         errors.check(objective=objective)
     parameters = _trainable(model, family, settings, has_checkpoint=checkpoint is not None)
     optimizer = _optimizer(parameters, settings, _learning_rate(settings, accelerator.num_processes))
-    schedule = _schedule(optimizer, settings)
     model, optimizer = accelerator.prepare(model, optimizer)
+    schedule = _schedule(optimizer, settings)  # not of the other one, in whose place DeepSpeed may have put its own
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 has made others
     ema = _ema(parameters, settings)
     averages = [] if ema is None else [WholeAverages(ema)]
@@ -164,8 +164,8 @@ class _Loop:
                     # All of them: by these it knows a model of FSDP's, whose norm is not that of its shard.
                     # Without clipping too: the norm tells whether the gradient is finite.
                     norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or math.inf)
-                    if isinstance(norm, Tensor):  # DeepSpeed clips on its own
-                        metrics["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                    metrics["grad_norm"] = torch.as_tensor(norm, device=losses.device)  # DeepSpeed's is a number
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.journal.add(step, batch.keys, losses.detach(), metrics)

@@ -504,6 +504,22 @@ def test_float16_skips_what_overflows_and_goes_on(here, tmp_path, float16_on_cpu
     assert equal(trained, again)
 
 
+def test_float16_that_overflows_for_ever_stops(here, tmp_path, monkeypatch, float16_on_cpus):
+    """Else no step would ever be taken, and nothing be said of it."""
+    make = training.objective_of
+
+    def spoiled(model, *inputs):
+        result = predict(model, *inputs)
+        if result.requires_grad:
+            result.register_hook(lambda gradient: gradient * math.inf)
+        return result
+
+    monkeypatch.setattr(training, "objective_of", lambda *given, **more: make(*given, **more, forward=spoiled))
+    float16_on_cpus(2.0**-22)
+    with pytest.raises(NotFiniteError, match="the gradient is not finite at step 3, though the losses are"):
+        train(settings(here, tmp_path / "out", steps=8, mixed_precision="fp16"))
+
+
 # ------------------------------------------------------------------------------- trackers, optimizers, schedules
 
 
@@ -954,18 +970,22 @@ def test_two_processes_with_lora_stop_together_and_resume(here, tmp_path, unused
         assert (together[name] - alone[name]).norm() <= 1e-4 * alone[name].norm() + 1e-7, name
 
 
-def sharded(run, folder, port, blocks="ResnetBlock2D"):
-    """Two processes on CPUs, through Accelerate's FSDP2."""
-    environment = {
-        **os.environ,
-        **dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"),
+def fsdp2(blocks="ResnetBlock2D"):
+    """As `accelerate launch` tells it to processes."""
+    return {
+        **dict(ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_OFFLOAD_PARAMS="false"),
         **dict(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP=blocks),
-        **dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT", FSDP_OFFLOAD_PARAMS="false"),
+        **dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="true"),
     }
+
+
+def sharded(run, folder, port, told):
+    """Two processes on CPUs, through Accelerate's FSDP2 or DeepSpeed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_port", str(port), str(Path(__file__).with_name("fsdp_on_cpus.py")), "train"]
+    launch += ["--master_port", str(port), str(Path(__file__).with_name("sharded_on_cpus.py")), "train"]
     write_settings(run, folder / "sharded.yaml")
     command = [*launch, "--config", str(folder / "sharded.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **told}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -976,7 +996,7 @@ def test_sharded_in_half_precision_the_reference_computes_as_the_policy(tmp_path
     """FSDP computes in bfloat16 alone, where autocast keeps some layers in float32."""
     model, data = pipelines.save(family, tmp_path), pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
     change = dict(model=str(model), data=str(data), mixed_precision="bf16", steps=2, batch_size=1, beta=500.0)
-    sharded(settings(tmp_path, tmp_path / "out", **change), tmp_path, unused_tcp_port, blocks)
+    sharded(settings(tmp_path, tmp_path / "out", **change), tmp_path, unused_tcp_port, fsdp2(blocks))
     first, second = lines(tmp_path / "out")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert (first["reward_win"], first["reward_lose"]) == (0.0, 0.0)
@@ -1000,7 +1020,9 @@ def test_sharded_in_half_precision_the_reference_computes_as_the_policy(tmp_path
             "reference_errors is 'x'; .* they are rounded otherwise than the po",
         ),
         ("FSDP", True, {}, None),
+        ("FSDP", True, dict(ema=0.9, validation_prompts=["x"]), None),
         ("FSDP", False, dict(lora_rank=2), None),
+        ("DEEPSPEED", False, dict(lora_rank=2, validation_prompts=["x"]), None),
         ("FSDP", False, dict(loss={"reference_free": True}), None),
         ("MULTI_GPU", False, {}, None),
     ],
@@ -1014,6 +1036,20 @@ def test_a_reference_that_would_round_otherwise_is_refused(here, tmp_path, kind,
             setup._check_sharding(run, accelerator)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("FSDP", dict(ema=0.9), "ema is 0.9, under FSDP; expected FSDP's version 2, or none"),
+        ("DEEPSPEED", dict(ema=0.9), "ema is 0.9, under DEEPSPEED; expected"),
+        ("FSDP", dict(validation_prompts=["x"]), "validation_prompts are given, under FSDP; expected FSDP's version 2"),
+    ],
+)
+def test_what_sharding_does_not_allow_is_refused(here, tmp_path, kind, change, message):
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], mixed_precision="no", is_fsdp2=False)
+    with pytest.raises(ValueError, match=message):
+        setup._check_sharding(settings(here, tmp_path, lora_rank=2, **change), accelerator)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("lora", [0, 2])
 def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp_port, lora):
@@ -1023,7 +1059,7 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
     train(settings(here, tmp_path / "one", batch_size=4, **change))
     for steps in (2, 4):
         run = settings(here, tmp_path / "two", steps=steps, resume="latest", **change)
-        sharded(run, tmp_path, unused_tcp_port)
+        sharded(run, tmp_path, unused_tcp_port, fsdp2())
     # It was sharded: a process has its part alone.
     assert len(list((tmp_path / "two" / "checkpoint-4" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
@@ -1039,6 +1075,47 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
     assert alone.keys() == together.keys()
     for key in alone:
         assert (together[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-7, key
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("stage", "lora"), [("2", 0), ("2", 2), ("3", 0)])
+def test_deepspeed_equals_one_process_with_twice_the_batch(here, tmp_path, unused_tcp_port, stage, lora):
+    """It clips where the settings say so, and tells the norm."""
+    pytest.importorskip("deepspeed")
+    change = dict(beta=500.0, adam_epsilon=1e-3, learning_rate=1e-3, lora_rank=lora, accumulation=2)
+    change |= dict(max_grad_norm=0.01, checkpoint_every=2, schedule="constant_with_warmup", warmup=3)
+    train(settings(here, tmp_path / "one", batch_size=4, **change))
+    told = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=stage, DS_ACCELERATOR="cpu")
+    told["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"
+    for steps in (2, 4):
+        run = settings(here, tmp_path / "two", steps=steps, resume="latest", **change)
+        sharded(run, tmp_path, unused_tcp_port, told)
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
+    alone, together = (load_file(tmp_path / run / name) for run in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for key in alone:
+        assert (together[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-7, key
+
+
+def test_what_fsdp_and_deepspeed_are_told(here, tmp_path):
+    from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+
+    run = settings(here, tmp_path, batch_size=3, accumulation=2, max_grad_norm=0.5)
+    for kind in (MixedPrecision, MixedPrecisionPolicy):
+        plugin = SimpleNamespace(mixed_precision_policy=kind(torch.bfloat16, torch.bfloat16))
+        setup._set_sharding(run, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+        policy = plugin.mixed_precision_policy
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert not policy.cast_forward_inputs
+    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}})
+    setup._set_sharding(run, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    assert plugin.deepspeed_config == {
+        **dict(train_micro_batch_size_per_gpu=3, gradient_accumulation_steps=2, gradient_clipping=0.5),
+        "zero_optimization": {"stage": 2},
+    }
 
 
 # ------------------------------------------------------------------------------------------------ bad input
