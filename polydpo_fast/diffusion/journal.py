@@ -16,6 +16,7 @@ __all__ = ["Journal", "NotFiniteError"]
 
 
 _SHOWN = 32  # keys in a message
+_LEAST_SCALE = 2.0**-24  # of float16's gradients, 40 steps that overflowed after each other below the first one
 
 
 class NotFiniteError(ArithmeticError):
@@ -59,6 +60,10 @@ class Journal:
                 columns.setdefault(name, []).append(value)
         means = torch.stack([torch.stack([v.float() for v in values]).mean() for values in columns.values()])
         finite = torch.stack([self._finite(losses, metrics) for _, _, losses, metrics in entries])
+        if self._accelerator.mixed_precision == "fp16":  # whose scaler leaves out what overflows, and halves itself
+            scaler = self._accelerator.scaler  # DeepSpeed has its own
+            if scaler is None or scaler.get_scale() >= _LEAST_SCALE:
+                finite[:, 1] = True
         # One exchange: numbers of all processes, and whether any has a loss or a gradient that is none.
         every = self._accelerator.gather(torch.cat((means, (~finite).any().float()[None]))[None]).double().cpu()
         if every[:, -1].any():
@@ -77,13 +82,10 @@ class Journal:
                 file.write(json.dumps({"step": step, "epoch": epoch, "steps": steps, **finite_or_none}) + "\n")
         return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
 
-    def _finite(self, losses: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+    @staticmethod
+    def _finite(losses: Tensor, metrics: dict[str, Tensor]) -> Tensor:
         """(2,): whether the losses are, and the gradient, if this was the last forward of a step."""
-        fine = losses.isfinite().all()
-        norm = metrics.get("grad_norm")
-        if norm is None or self._accelerator.mixed_precision == "fp16":  # whose scaler leaves such a step out
-            return torch.stack((fine, torch.ones_like(fine)))
-        return torch.stack((fine, norm.isfinite().all()))
+        return torch.stack([x.isfinite().all() for x in (losses, metrics.get("grad_norm", losses))])
 
     def _stop(self, entries: Sequence[tuple[int, list[str], Tensor, Any]], finite: list[list[bool]]) -> None:
         from accelerate.utils import gather_object
