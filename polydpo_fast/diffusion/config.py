@@ -56,7 +56,8 @@ class Settings:
     max_grad_norm: 0 for no clipping.
     mixed_precision: "no", "fp16", "bf16", or None for what `accelerate launch` was told.
     ema: decay of the averaged weights, which are the result then, in step n no more than n / (n + 9); 0 for none.
-    prompt_dropout: share of the prompts that are replaced by "".
+    prompt_dropout: share of the prompts that are replaced by "", which is encoded as in the published scripts, also
+        where a pipeline has zeros for it while it samples (SDXL's force_zeros_for_empty_prompt).
     latents: "sample" of the VAE's distribution, or its "mode".
     vae_batch: images or clips that the VAE encodes at once.
     log_every: steps between two lines of metrics, and between two looks for losses that are not finite.

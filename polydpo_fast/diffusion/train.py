@@ -91,18 +91,18 @@ def train(settings: Settings) -> None:
     if not getattr(accelerator, "is_fsdp2", False):  # which moves a block at a time, and keeps its part
         model.to(accelerator.device)
 
+    # The reference is the model as it is now; then it becomes the policy, and another object when it is prepared.
     reference = None if errors is not None else _reference(model, settings, accelerator)
     objective = objective_of(settings, pipe, reference=reference)
     if errors is not None:
         errors.check(objective=objective)
-    parameters = _trainable(model, family, settings, has_checkpoint=checkpoint is not None)
-    optimizer = _optimizer(parameters, settings, _learning_rate(settings, accelerator.num_processes))
+    _make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
+    optimizer = _optimizer(_trained(model), settings, _learning_rate(settings, accelerator.num_processes))
     model, optimizer = accelerator.prepare(model, optimizer)
     schedule = _schedule(optimizer, settings)  # not of the other one, in whose place DeepSpeed may have put its own
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 has made others
-    ema = _ema(parameters, settings)
-    averages = [] if ema is None else [WholeAverages(ema)]
-    accelerator.register_for_checkpointing(inputs.loader, schedule, *averages)
+    ema = _ema(model, settings)
+
+    accelerator.register_for_checkpointing(inputs.loader, schedule, *([] if ema is None else [WholeAverages(ema)]))
     if settings.lora_rank:
         checkpoint_adapters_only(accelerator)
     result_of(accelerator, model, settings)
@@ -118,7 +118,7 @@ def train(settings: Settings) -> None:
     accelerator.init_trackers(settings.project, _flat(settings))
 
     journal = Journal(accelerator, output / "metrics.jsonl", done)
-    loop = _Loop(settings, setup, inputs, errors, objective, model, parameters, optimizer, schedule, ema, journal, run)
+    loop = _Loop(settings, setup, inputs, errors, objective, model, optimizer, schedule, ema, journal, run)
     batches = _forever(inputs.loader)
     model.train()
     with _told_to_stop(settings) as told, _progress(accelerator, settings.steps, done) as advance:
@@ -144,7 +144,6 @@ class _Loop:
     errors: ReferenceErrors | None
     objective: PairObjective
     model: Any
-    parameters: list[Tensor]
     optimizer: Any
     schedule: Any
     ema: Any
@@ -164,15 +163,16 @@ class _Loop:
                     # All of them: by these it knows a model of FSDP's, whose norm is not that of its shard.
                     # Without clipping too: the norm tells whether the gradient is finite.
                     norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or math.inf)
-                    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                    metrics["grad_norm"] = torch.as_tensor(norm, device=losses.device)  # DeepSpeed's is a number
+                    if norm is not None:
+                        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                        metrics["grad_norm"] = torch.as_tensor(norm, device=losses.device)  # DeepSpeed's is a number
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.journal.add(step, batch.keys, losses.detach(), metrics)
         if not accelerator.optimizer_step_was_skipped:  # for an overflow of float16
             self.schedule.step()
             if self.ema is not None:
-                self.ema.step(self.parameters)
+                self.ema.step(_trained(self.model))
 
     def pair_losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         ref_error = None
@@ -285,8 +285,8 @@ def _reference(model: Any, settings: Settings, accelerator: Any) -> Any:
     return sharded_and_compiled(frozen_copy(model), accelerator)
 
 
-def _trainable(model: Any, family: Family, settings: Settings, has_checkpoint: bool) -> list[Tensor]:
-    """has_checkpoint: which has the adapters, so that they need no beginning."""
+def _make_trainable(model: Any, family: Family, settings: Settings, has_checkpoint: bool) -> None:
+    """All of the model, or adapters. has_checkpoint: which has the adapters, so that they need no beginning."""
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     # As TRL does: the reference has none, and its noise would be taken for a preference.
@@ -295,7 +295,7 @@ def _trainable(model: Any, family: Family, settings: Settings, has_checkpoint: b
             module.p = 0.0
     if settings.lora_rank == 0:
         model.requires_grad_(True)
-        return list(model.parameters())
+        return
     from peft import LoraConfig
 
     alpha = settings.lora_alpha or settings.lora_rank
@@ -306,12 +306,14 @@ def _trainable(model: Any, family: Family, settings: Settings, has_checkpoint: b
         target_modules=settings.lora_targets or list(family.lora_targets),
     )
     model.add_adapter(config)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
+    for parameter in _trained(model):
         parameter.data = parameter.data.float()
     if settings.lora_weights is not None and not has_checkpoint:  # after that: they are in float32
         load_lora(family, model, Path(settings.lora_weights), scale=alpha / settings.lora_rank)
-    return parameters
+
+
+def _trained(model: Any) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _learning_rate(settings: Settings, processes: int) -> float:
@@ -365,13 +367,13 @@ def _schedule(optimizer: Any, settings: Settings) -> Any:
     )
 
 
-def _ema(parameters: list[Tensor], settings: Settings) -> Any:
-    """Where the parameters are; under FSDP2 each process has the averages of its part."""
+def _ema(model: Any, settings: Settings) -> Any:
+    """Where the weights are; under FSDP2 each process has the averages of its part."""
     if not settings.ema:
         return None
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(parameters, decay=settings.ema, foreach=True)
+    return EMAModel(_trained(model), decay=settings.ema, foreach=True)
 
 
 def _say(accelerator: Any, text: str) -> None:
