@@ -218,8 +218,8 @@ def result_of(accelerator: Any, model: Any, settings: Settings) -> tuple[dict[st
 
     All processes call it. A training does so before its first step too: what cannot be saved is said then.
     """
-    # What compiled parts of a model are called within it.
-    state = {name.replace("_orig_mod.", ""): value for name, value in accelerator.get_state_dict(model).items()}
+    whole = accelerator.get_state_dict(model) or {}  # DeepSpeed gives the main process alone something
+    state = {name.replace("_orig_mod.", ""): value for name, value in whole.items()}  # as if nothing were compiled
     if settings.lora_rank or not accelerator.is_main_process:
         return state, None
     inner = unwrapped(model)

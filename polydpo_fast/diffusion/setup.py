@@ -171,6 +171,11 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
     from accelerate.utils import DistributedType
 
     kind, fsdp2 = accelerator.distributed_type, getattr(accelerator, "is_fsdp2", False)
+    if fsdp2 and settings.optimizer.endswith("8bit"):
+        raise ValueError(
+            f"optimizer is {settings.optimizer!r}, and bitsandbytes takes no weights that FSDP2 has sharded; expected "
+            "'adamw' or 'adafactor'"
+        )
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED) or (fsdp2 and settings.reference_errors is None):
         return
     other = "expected FSDP's version 2, or none"
@@ -199,6 +204,9 @@ def _set_sharding(settings: Settings, accelerator: Any) -> None:
     if fsdp is not None and fsdp.mixed_precision_policy is not None:
         fsdp.mixed_precision_policy = sums_in_float32(fsdp.mixed_precision_policy)
     if deepspeed is not None:  # it accumulates and clips on its own
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # else Transformers shards the text encoders too, and waits for all processes
         deepspeed.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": settings.batch_size,
             "gradient_accumulation_steps": settings.accumulation,

@@ -88,7 +88,8 @@ def train(settings: Settings) -> None:
     errors = _errors(settings, inputs, model)
     run = _run_identity(settings, setup, inputs, model, errors)
     inputs.to(accelerator.device, keep_encoders=bool(settings.validation_prompts))
-    if not getattr(accelerator, "is_fsdp2", False):  # which moves a block at a time, and keeps its part
+    fsdp2 = getattr(accelerator, "is_fsdp2", False)
+    if not fsdp2:  # which moves a block at a time, and keeps its part
         model.to(accelerator.device)
 
     # The reference is the model as it is now; then it becomes the policy, and another object when it is prepared.
@@ -99,6 +100,8 @@ def train(settings: Settings) -> None:
     _make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
     optimizer = _optimizer(_trained(model), settings, _learning_rate(settings, accelerator.num_processes))
     model, optimizer = accelerator.prepare(model, optimizer)
+    if fsdp2:  # the whole of it calls what torch.compile made, and no other
+        setattr(pipe, family.model, model)
     schedule = _schedule(optimizer, settings)  # not of the other one, in whose place DeepSpeed may have put its own
     ema = _ema(model, settings)
 

@@ -1042,10 +1042,14 @@ def test_a_reference_that_would_round_otherwise_is_refused(here, tmp_path, kind,
         ("FSDP", dict(ema=0.9), "ema is 0.9, under FSDP; expected FSDP's version 2, or none"),
         ("DEEPSPEED", dict(ema=0.9), "ema is 0.9, under DEEPSPEED; expected"),
         ("FSDP", dict(validation_prompts=["x"]), "validation_prompts are given, under FSDP; expected FSDP's version 2"),
+        ("FSDP2", dict(optimizer="adamw8bit"), "optimizer is 'adamw8bit', and bitsandbytes takes no weights that"),
+        ("FSDP2", dict(optimizer="paged_adamw8bit"), "optimizer is 'paged_adamw8bit', and"),
     ],
 )
 def test_what_sharding_does_not_allow_is_refused(here, tmp_path, kind, change, message):
-    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], mixed_precision="no", is_fsdp2=False)
+    fsdp2 = kind == "FSDP2"
+    sharding = DistributedType["FSDP" if fsdp2 else kind]
+    accelerator = SimpleNamespace(distributed_type=sharding, mixed_precision="no", is_fsdp2=fsdp2)
     with pytest.raises(ValueError, match=message):
         setup._check_sharding(settings(here, tmp_path, lora_rank=2, **change), accelerator)
 
@@ -1075,6 +1079,17 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
     assert alone.keys() == together.keys()
     for key in alone:
         assert (together[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-7, key
+
+
+@pytest.mark.heavy
+def test_sharded_and_compiled_there_are_pictures_too(here, tmp_path, unused_tcp_port):
+    change = dict(steps=1, learning_rate=1e-9, validation_prompts=["ab", "c", "d"], validation_steps=2)
+    train(settings(here, tmp_path / "one", **change))
+    compiled = {**fsdp2(), "ACCELERATE_DYNAMO_BACKEND": "EAGER"}
+    sharded(settings(here, tmp_path / "two", **change), tmp_path, unused_tcp_port, compiled)
+    a, b = (np.asarray(Image.open(tmp_path / run / "validation" / "000001.png")).astype(int) for run in ("one", "two"))
+    assert abs(a - b).max() <= 1
+    assert a.std() > 1
 
 
 @pytest.mark.heavy
