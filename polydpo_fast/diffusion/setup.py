@@ -171,10 +171,9 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
     from accelerate.utils import DistributedType
 
     kind, fsdp2 = accelerator.distributed_type, getattr(accelerator, "is_fsdp2", False)
-    if fsdp2 and settings.optimizer.endswith("8bit"):
+    if fsdp2 and settings.optimizer != "adamw":  # bitsandbytes and Transformers mix DTensors with others
         raise ValueError(
-            f"optimizer is {settings.optimizer!r}, and bitsandbytes takes no weights that FSDP2 has sharded; expected "
-            "'adamw' or 'adafactor'"
+            f"optimizer is {settings.optimizer!r}, which takes no weights that FSDP2 has sharded; expected 'adamw'"
         )
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED) or (fsdp2 and settings.reference_errors is None):
         return
