@@ -177,13 +177,20 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
         )
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED) or (fsdp2 and settings.reference_errors is None):
         return
-    other = "expected FSDP's version 2, or none"
+    fsdp1 = kind == DistributedType.FSDP and not fsdp2
+    other = f"under {kind.name}; expected FSDP's version 2, or none"
     if settings.ema and not fsdp2:  # DeepSpeed's weights may be in half precision, whose averages would not move
-        raise ValueError(f"ema is {settings.ema}, under {kind.name}; {other}")
-    if settings.validation_prompts and not fsdp2 and kind == DistributedType.FSDP:
-        raise ValueError(f"validation_prompts are given, under {kind.name}; {other}")
-    whole = settings.lora_rank == 0 and not settings.loss.get("reference_free")
-    if not whole or accelerator.mixed_precision == "no":
+        raise ValueError(f"ema is {settings.ema}, {other}")
+    if settings.validation_prompts and fsdp1:
+        raise ValueError(f"validation_prompts are given, {other}")
+    if accelerator.mixed_precision == "no":
+        return
+    if settings.lora_rank and fsdp1:
+        raise ValueError(
+            f"mixed_precision is {accelerator.mixed_precision!r}, in which adapters are of another dtype than the "
+            "rest, and FSDP's version 1 takes one alone; expected its version 2, or mixed_precision 'no'"
+        )
+    if settings.lora_rank or settings.loss.get("reference_free"):
         return
     if settings.reference_errors is not None:
         raise ValueError(
@@ -193,7 +200,7 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
         )
     raise ValueError(
         f"mixed_precision is {accelerator.mixed_precision!r}, and all weights are trained under {kind.name}, whose "
-        "rounding the reference would not have; expected FSDP's version 2, mixed_precision 'no', or lora_rank above 0"
+        "rounding the reference would not have; expected FSDP's version 2, or mixed_precision 'no'"
     )
 
 
