@@ -459,14 +459,13 @@ public:
 
     void errors(std::uintptr_t pred, std::uintptr_t ref, std::uintptr_t target, std::uintptr_t loss,
                 std::uintptr_t metrics, std::uintptr_t table, int threads) const {
-        if (!pred || !ref || !target) {
-            throw py::value_error("a tensor has no memory; expected one whose storage is there");
-        }
+        check_memory(pred && ref && target);
         run_loss(batch(pred, ref, target, threads), objective_, loss, metrics, table);
     }
 
     void gradient(std::uintptr_t pred, std::uintptr_t target, std::uintptr_t table, std::uintptr_t grad_loss,
                   std::int64_t grad_loss_stride, std::uintptr_t grad, int threads) const {
+        check_memory(pred && target && table && grad_loss);
         const polydpo::Batch tensors = batch(pred, 0, target, threads);
         const auto* coefficients = reinterpret_cast<const double*>(table) + polydpo::grad_win;
         const polydpo::Arms to = at(grad, 3);
@@ -477,6 +476,13 @@ public:
     }
 
 private:
+    // Storages are freed under tensors that are still there by FSDP, and by hand.
+    static void check_memory(bool there) {
+        if (!there) {
+            throw py::value_error("a tensor has no memory; expected one whose storage is there");
+        }
+    }
+
     polydpo::Arms at(std::uintptr_t base, int tensor) const {
         const auto& [lose, dtype, stride] = arms_[tensor];
         return {reinterpret_cast<const void*>(base), reinterpret_cast<const void*>(base + lose),

@@ -656,6 +656,18 @@ def test_freed_memory_is_an_error(freed, calls):
         polydpo_fast.loss(*tensors)
 
 
+@needs_cpp
+@pytest.mark.parametrize("freed", [0, 2])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_memory_that_is_freed_before_backward_is_an_error(freed, calls):
+    tensors = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    tensors[0].requires_grad_()
+    losses = [polydpo_fast.loss(*tensors) for _ in range(calls)]
+    tensors[freed].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="no memory"):
+        losses[-1].backward()
+
+
 def test_sharded_tensors_are_told_to_be_local():
     class Sharded(Wrapped):
         def to_local(self):
