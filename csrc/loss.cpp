@@ -45,6 +45,7 @@ constexpr std::int64_t elements_per_head = 1 << 9;
 // A gradient of this size or more goes past the caches to memory. Four times as much passes through them in a step:
 // what was written first would be gone before anybody reads it, and would have pushed out something else.
 constexpr std::size_t streamed_bytes = 4 << 20;
+constexpr std::size_t least_streamed_bytes = 4096;  // of a sample
 
 struct Sums {
     double model = 0, excess = 0;
@@ -144,7 +145,9 @@ POLYDPO_INLINE auto load_mask([[maybe_unused]] const std::uint8_t* mask) {
             even = __builtin_convertvector(bytes[0], Pairs);
             odd = __builtin_convertvector(bytes[1], Pairs);
         }
-        return Block<Words>{-__builtin_convertvector(even, Words), -__builtin_convertvector(odd, Words)};
+        // Whatever byte is not 0 keeps, as everywhere else.
+        return Block<Words>{reinterpret<Words>(__builtin_convertvector(even, Words) != 0),
+                            reinterpret<Words>(__builtin_convertvector(odd, Words) != 0)};
     }
 }
 
@@ -438,8 +441,9 @@ Scale scale_float16([[maybe_unused]] bool streamed) {
 
 // ------------------------------------------------------------------------------------- through the first-level cache
 //
-// Mixed dtypes and masks, and float16 where the processor does not convert it: a piece of an arm at a time is converted
-// to the dtype that is computed in, and back. Three pieces leave room in a cache of 32 KB for what they are made from.
+// Other mixtures of dtypes, masked or not, and float16 where the processor does not convert it: a piece of an arm at a
+// time is converted to the dtype that is computed in, and back. Three pieces leave room in a cache of 32 KB for what
+// they are made from.
 constexpr int piece = 512;
 
 template <class Wide, class Narrow>
@@ -578,8 +582,8 @@ void add_converted(const Batch& batch, const Range& range, PairSums* sums) {
     }
 }
 
-// Samples of less than a block of any dtype, of eight pairs, with zeros behind them. One alone would be read again
-// before its copy has come as far as the cache, for which a processor waits.
+// Copies of samples that are shorter than a block of any dtype, eight pairs at a time, with zeros behind them. A copy
+// that is read at once would not have come as far as the cache, for which a processor waits.
 constexpr std::int64_t short_size = 32;
 
 struct ShortSamples {
@@ -599,7 +603,7 @@ struct ShortSamples {
         return {rows[0], rows[shared ? 0 : 1], arms.dtype, static_cast<std::int64_t>(row / size)};
     }
 
-    // memcpy, whose call would take longer.
+    // As memcpy, without the call where it can be.
     static void copy(const char* from, std::size_t bytes, char* to) {
         if (bytes % 16) {
             std::memcpy(to, from, bytes);
@@ -609,7 +613,7 @@ struct ShortSamples {
     }
 };
 
-// The same for what is masked, of the usual dtypes; it counts what is not.
+// What sums the masked samples of the usual dtypes, or null.
 Add masked_sums(const Batch& batch) {
     const Float pred = batch.pred.dtype, ref = batch.ref.dtype, target = batch.target.dtype;
     if (!batch.ref.win || ref != target) return nullptr;
@@ -618,6 +622,7 @@ Add masked_sums(const Batch& batch) {
     return pred == Float::float32 && target == Float::bfloat16 ? add_masked_autocast : nullptr;
 }
 
+// And counts what is not masked.
 void add_masked_counted(const Batch& batch, const Range& range, PairSums* sums) {
     masked_sums(batch)(batch, range, sums);
     for (std::int64_t pair = range.first; pair < range.last; ++pair) {
@@ -718,7 +723,9 @@ Scale scale_as_they_are(const Batch& batch, bool streamed) {
 void scale_split(const Batch& batch, const void* pred, const void* target, std::int64_t pair, std::int64_t begin,
                  std::int64_t end, double scale, char* grad) {
     const std::size_t size = size_of(batch.pred.dtype);
+    // Past the caches, which makes no sense where little is written before the wait at the end.
     const bool streamed = static_cast<std::size_t>(2 * batch.pairs * batch.numel) * size >= streamed_bytes &&
+                          static_cast<std::size_t>(end - begin) * size >= least_streamed_bytes &&
                           reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
     const auto from = [&](const void* arm, const Arms& arms) {
         return static_cast<const char*>(arm) +
@@ -773,7 +780,7 @@ std::int64_t splits_of(const Batch& batch) { return (batch.numel + split_size - 
 // one alone: a multiple of the head's eight, if there is more than one.
 std::int64_t pairs_at_a_time(const Batch& batch) {
     const std::int64_t fit = split_size / (2 * batch.numel + elements_per_head);
-    return fit < 2 ? 1 : (fit + 7) / 8 * 8;
+    return fit < 8 ? 1 : (fit + 7) / 8 * 8;
 }
 
 // Calls body(range) for every split of every pair, or all pairs of less, on PyTorch's threads.

@@ -216,7 +216,11 @@ def _side_by_side(pool: ThreadPoolExecutor, work: Iterable[Callable[[], None]]) 
         for one in work:
             try:
                 begun.append(pool.submit(one))
-            except RuntimeError:  # Python's pools take nothing more once its main thread has ended, though others go on
+            except RuntimeError as error:
+                # Python's pools take nothing more once its main thread has ended, though others go on. Where there is
+                # no thread to be had for it, the work is queued all the same, and must not be done a second time.
+                if "schedule" not in str(error):
+                    raise
                 one()
         for future in begun:
             future.result()

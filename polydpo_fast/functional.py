@@ -381,11 +381,11 @@ def _pair_gradient(
     # The loss is of float64 where the reference alone is, too.
     double = torch.float64 in (pred[0].dtype, target[0].dtype, grad_loss.dtype)
     pred, target = common_order(pred, target)
+    # Hooks on saved tensors may have brought these back in another dtype, or with other strides.
     if mask is not None:
-        mask = dense_mask(mask, pred[0])
+        mask = dense_mask(mask.to(torch.bool), pred[0])
+    coefficients = coefficients.to(torch.float64).contiguous()
     grad = [empty_dense_like(x) for x in pred]
-    # Hooks on saved tensors may have brought it back in another dtype.
-    coefficients = coefficients.to(torch.float64, memory_format=torch.contiguous_format)
     _module_of(backend).launch_gradient(pred, target, mask, grad, coefficients, grad_loss, layout, double)
     return grad
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 __all__ = ["check_counts"]
@@ -35,7 +34,7 @@ def check_counts(file: File, most: int, most_tracks: int, look: Callable[[], obj
     """
     total = tracks = fragments = here = 0
     of_track, is_told, troubles = _Counts(), False, list[str]()
-    listed: Counter[int] = Counter()  # fragments, by each track's indexes
+    listed = 0  # fragments, by an index that comes before them
     for kind, body in _boxes(file, look, troubles):
         is_told |= kind in (b"moov", b"meta")  # of a video, or a picture
         if kind in (b"trak", b"traf"):
@@ -49,8 +48,8 @@ def check_counts(file: File, most: int, most_tracks: int, look: Callable[[], obj
             here += 1
         elif kind == b"sidx":
             fragments += len(body) // 12  # of its references each has so many bytes
-            track, count = _listed_in(body)
-            listed[track] += count
+            if not here:  # others are of what follows them, perhaps a second time
+                listed = max(listed, _listed_in(body))
         elif kind == b"iinf":  # items of a picture
             total += _number(body, 4) if body[:1] != b"\0" else 0
         elif kind == b"iloc":
@@ -64,16 +63,16 @@ def check_counts(file: File, most: int, most_tracks: int, look: Callable[[], obj
         raise ValueError(f"its tables count {total} samples; expected at most {most} (limits.frames)")
     if not is_told:
         return "it is cut off, or was never finished: it has no moov box, which tells where its frames are"
-    if (most_listed := max(listed.values(), default=0)) > here:
-        troubles.append(f"it is cut off: it holds {here} of the {most_listed} fragments that its index lists")
+    if listed > here:
+        troubles.append(f"it is cut off: it holds {here} of the {listed} fragments that its index lists")
     return troubles[0] if troubles else None
 
 
-def _listed_in(sidx: bytes) -> tuple[int, int]:
-    """The track, and how many parts of it, each of a fragment or more, an index lists: ISO/IEC 14496-12, 8.16.3."""
+def _listed_in(sidx: bytes) -> int:
+    """How many parts of a track, each of a fragment or more, an index lists: ISO/IEC 14496-12, 8.16.3."""
     first = 24 if sidx[:1] == b"\0" else 32
     references = (sidx[at] for at in range(first, min(first + 12 * _short(sidx, first - 2), len(sidx)), 12))
-    return _number(sidx, 4), sum(byte < 0x80 for byte in references)  # the others are of further indexes
+    return sum(byte < 0x80 for byte in references)  # the others are of further indexes
 
 
 class _Counts:

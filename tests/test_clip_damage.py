@@ -201,6 +201,19 @@ def test_a_file_that_ends_between_fragments_is_told_where_an_index_lists_them(tm
     assert decoded(cut, frames=1, strict=False).concealed[0] == (flags == "dash+global_sidx")
 
 
+def test_indexes_between_fragments_are_not_counted_a_second_time():
+    """As in a file of parts for streaming that were put together behind an index of all."""
+
+    def index(parts):
+        references = struct.pack(">III", 1000, 1000, 1 << 31) * parts
+        return box(b"sidx", bytes(4), struct.pack(">IIIIHH", 1, 1000, 0, 0, 0, parts), references)
+
+    moov, fragment = box(b"moov", box(b"trak")), index(1) + box(b"moof")
+    assert counted(moov + index(3) + fragment * 3) is None
+    assert counted(moov + fragment * 3) is None
+    assert "holds 2 of the 3 fragments" in counted(moov + index(3) + fragment * 2)
+
+
 def test_errors_of_ffmpeg_are_told_in_words():
     """Without the number, and the name that bytes have not."""
     data = encode(30, container="matroska")
@@ -349,7 +362,7 @@ def table(kind, *numbers):
 
 
 def counted(*boxes, most=10**6):
-    check_counts(io.BytesIO(b"".join(boxes)), most, 3)
+    return check_counts(io.BytesIO(b"".join(boxes)), most, 3)
 
 
 def test_edits_and_fragments_are_counted_too():

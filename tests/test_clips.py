@@ -8,9 +8,12 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polydpo_fast
-from polydpo_fast import ClipLimits, DecodeError, decode_clips
+from polydpo_fast import ClipLimits, DecodeError, clips, decode_clips
 from polydpo_fast.timeline import Timeline, plan
 from polydpo_fast.video import Clip
 
@@ -48,6 +51,21 @@ def test_threads_decode_after_the_main_one_has_ended(monkeypatch):
     known = decode_clips([CLIP], [CLIP], frames=3, size=32)
     monkeypatch.setattr(concurrent.futures.thread, "_shutdown", True)
     assert torch.equal(decode_clips([CLIP], [CLIP], frames=3, size=32).pixels, known.pixels)
+
+
+def test_where_there_are_no_more_threads_nothing_is_decoded_twice(monkeypatch):
+    """A pool queues work before it starts a thread for it."""
+    done, start = [], threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.endswith("_1"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with ThreadPoolExecutor(2, thread_name_prefix="two") as pool, pytest.raises(RuntimeError, match="new thread"):
+        clips._side_by_side(pool, [partial(time.sleep, 0.05), *(partial(done.append, i) for i in range(3))])
+    assert len(done) == len(set(done))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 import polydpo_fast
 from polydpo_fast import functional
+from polydpo_fast.layout import PAIR_COLUMNS
 
 pytestmark = pytest.mark.skipif(
     "cpp" not in functional.available_backends("cpu"), reason="the C++ extension is not built"
@@ -129,6 +130,24 @@ def test_saved_tensors_may_come_back_in_another_dtype(smallest):
     x = tensors[0].detach().requires_grad_()
     polydpo_fast.loss(x, *tensors[1:]).backward()
     torch.testing.assert_close(grads[0], x.grad, rtol=2e-2, atol=1e-2 * x.grad.abs().max().item())
+
+
+def test_a_mask_may_come_back_as_numbers_and_the_table_of_pairs_with_other_strides():
+    tensors, mask = three(), torch.rand(three()[0].shape[1:], generator=torch.Generator().manual_seed(0)) > 0.3
+    table = tensors[0].shape[0] // 2, PAIR_COLUMNS
+    grads = []
+    for hooks in (False, True):
+        x = tensors[0].detach().requires_grad_()
+
+        def unpack(t, hooks=hooks):
+            if hooks and t.shape == table:
+                return t.t().contiguous().t()
+            return t.float() if hooks and t.dtype == torch.bool else t
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            polydpo_fast.loss(x, *tensors[1:], mask=mask).backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 0.0])

@@ -144,6 +144,7 @@ def test_layouts_agree(backend, dtype, layout, device):
     close(loss, expected.mean(), rtol=2e-5)
 
 
+needs_cpp = pytest.mark.skipif("cpp" not in polydpo_fast.available_backends("cpu"), reason="the extension is not built")
 DTYPES_OF_SMALL_PAIRS = {
     "bfloat16": (torch.bfloat16,) * 3,
     "float16": (torch.float16,) * 3,
@@ -206,6 +207,36 @@ def test_many_small_pairs_are_each_as_if_alone(dtypes, elements, shared, device)
         torch.set_num_threads(threads)
     for pair in (0, 7, 8, 71, 72, 299):
         assert all(map(torch.equal, run(torch.tensor([pair]))[:3], (x[pair : pair + 1] for x in together[:3])))
+
+
+@needs_cpp
+@pytest.mark.parametrize("elements", [8, 16, 31, 64])
+def test_the_gradient_of_very_many_small_pairs(elements):
+    """Of 6 MiB, which is written past the caches where samples are larger."""
+    pairs = 6 * 2**20 // (2 * 4 * elements)
+    pred, ref, target = (torch.randn(2 * pairs, elements, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    grads = []
+    for backend in ("cpp", "reference"):
+        leaf = pred.clone().requires_grad_()
+        polydpo_fast.loss(leaf, ref, target, beta=0.5, reduction="sum", backend=backend).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)  # the reference computes in float32
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
+def test_bytes_of_a_mask_may_be_any(dtypes):
+    """A bool that was a view of other bytes is true where they are not 0."""
+    pred, ref, target = (torch.randn(4, 96, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    pred, ref, target = pred.to(dtypes[0]), ref.to(dtypes[1]), target.to(dtypes[1])
+    values = torch.tensor([0, 1, 2, 255], dtype=torch.uint8).repeat(2, 24)
+    results = []
+    for mask in (values.view(torch.bool), values != 0):
+        leaf = pred.clone().requires_grad_()
+        loss = polydpo_fast.loss(leaf, ref, target, beta=2.0, mask=mask)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -614,9 +645,6 @@ class Wrapped(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return function(*tree_map(lambda x: x.inner if isinstance(x, cls) else x, args), **(kwargs or {}))
-
-
-needs_cpp = pytest.mark.skipif("cpp" not in polydpo_fast.available_backends("cpu"), reason="the extension is not built")
 
 
 @needs_cpp

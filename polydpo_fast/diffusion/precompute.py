@@ -94,10 +94,11 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
 
 def _tell(accelerator: Any, store: LatentPairs | ReferenceErrors, folder: Path) -> None:
     """Of pairs that are not there. Raises LoaderError where none is: a training could do nothing with it."""
-    text = f"{store.unreadable} of {len(store)} pairs of {folder} could not be read or decoded"
-    if store.unreadable == len(store):
+    unreadable = store.unreadable  # which reads all of its shards
+    text = f"{unreadable} of {len(store)} pairs of {folder} could not be read or decoded"
+    if unreadable == len(store):
         raise LoaderError(f"{text}; `polydpo-fast inspect` says why, and {folder} is to be removed before the next try")
-    if store.unreadable and accelerator.is_main_process:
+    if unreadable and accelerator.is_main_process:
         note = f"{text}: a training has others in their place; `polydpo-fast inspect --all` says why"
         Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 

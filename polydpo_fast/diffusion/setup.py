@@ -178,11 +178,11 @@ def _check_sharding(settings: Settings, accelerator: Any) -> None:
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED) or (fsdp2 and settings.reference_errors is None):
         return
     fsdp1 = kind == DistributedType.FSDP and not fsdp2
-    other = f"under {kind.name}; expected FSDP's version 2, or none"
+    other = f"under {kind.name}; expected FSDP's version 2, or"
     if settings.ema and not fsdp2:  # DeepSpeed's weights may be in half precision, whose averages would not move
-        raise ValueError(f"ema is {settings.ema}, {other}")
+        raise ValueError(f"ema is {settings.ema}, {other} 0")
     if settings.validation_prompts and fsdp1:
-        raise ValueError(f"validation_prompts are given, {other}")
+        raise ValueError(f"validation_prompts are given, {other} none")
     if accelerator.mixed_precision == "no":
         return
     if settings.lora_rank and fsdp1:

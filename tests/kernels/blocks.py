@@ -8,7 +8,8 @@ where a kernel
 - lets one thread read what another has written, or write what another has read or written, with nothing between that
   orders the two: a barrier within a block; between blocks an acquire-release atomic, with a barrier on either side.
 
-(Of several readers of a byte only the last is remembered.)
+Not seen are an overrun from one arm into the other where both are in one tensor; a store of the value that is there
+already, which is no race here; and of several blocks that have read a byte, all but the last.
 """
 
 import ctypes

@@ -1,8 +1,9 @@
 """Translates the PTX of a kernel into Python: what a GPU would do, instruction by instruction, on NumPy arrays.
 
-It knows the instructions that Triton makes of this library's kernels; any other is an error. All threads of a block go
-through a kernel together: a branch on which they disagree is an error too. Rounding is that of the instructions, except
-that a fused multiply-add of float64 goes through x87's 64 bits, and one of float32 through float64.
+It knows the instructions that Triton makes of this library's kernels, with their modifiers; any other is an error. All
+threads of a block go through a kernel together: a branch on which they disagree is an error too. Rounding is that of
+the instructions, except that a fused multiply-add of float64 goes through x87's 64 bits, and one of float32 through
+float64.
 """
 
 import re
@@ -99,6 +100,13 @@ CONVERSIONS = {
 }
 
 
+# What may stand between a name and its types: what says nothing, or what the translation knows. Rounding to nearest.
+MODIFIERS = {
+    "add": {"rn"}, "sub": {"rn"}, "mul": {"rn", "lo", "wide"}, "mad": {"lo", "wide"}, "fma": {"rn"}, "div": {"rn"},
+    "cvt": {"rn"}, "abs": {"ftz"}, "rcp": {"approx", "ftz"}, "shfl": {"sync", "bfly", "idx"}, "redux": {"sync", "add"},
+}  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------- translation
 
 
@@ -152,6 +160,7 @@ class Program:
         elif name == "ret":
             yield "return"
         elif name == "bar":
+            assert (modifiers, rest) == (["sync"], "0"), line  # others are of some threads alone
             yield "self.barrier(); yield"
         elif name == "ld" and modifiers[0] == "param":
             number = int(re.search(r"_(\d+)\]", operands[1])[1])
@@ -208,6 +217,9 @@ class Program:
     def _computed(self, line: str, name: str, modifiers: list[str], operands: list[str]) -> str:
         kind = modifiers[-1]
         target, *given = operands
+        types = 2 if name == "cvt" or modifiers[-2:] == ["f32", "bf16"] else 1
+        if name != "setp" and not set(modifiers[:-types]) <= MODIFIERS.get(name, set()):
+            raise NotImplementedError(line)
 
         def args(of: str) -> list[str]:
             return [self._read(x, of) for x in given]
@@ -217,9 +229,11 @@ class Program:
             if (to, of) in CONVERSIONS:
                 value = CONVERSIONS[to, of].format(*args(of))
                 return self._write(target, value, {"bf16": "b16"}.get(to, "b32" if "x2" in to else to))
-            if "b" not in to + of and "x" not in to:
+            exact = "rn" in modifiers or to[0] != "f" or of[0] == "f"
+            if "b" not in to + of and "x" not in to and exact and not (to[0] != "f" and of[0] == "f"):
                 return self._write(target, f"{args(of)[0]}.astype({self._dtype(to)})", to)
         if name == "setp":
+            assert len(modifiers) == 2, line
             return self._write(target, COMPARISONS[modifiers[0]].format(*args(kind)), "pred")
         if name == "selp":
             a, b = (self._read(x, kind) for x in given[:2])
@@ -249,7 +263,9 @@ class Program:
             )
         if name == "prmt":
             a, b = (self._read(x, "b32") for x in given[:2])
-            return self._write(target, f"_permute({a}, {b}, {int(given[2].rstrip('U'), 0)})", "b32")
+            selector = int(given[2].rstrip("U"), 0)
+            assert not selector & 0x8888, line  # copies of the sign
+            return self._write(target, f"_permute({a}, {b}, {selector})", "b32")
         if name == "shfl":
             assert (modifiers[0], kind, *given[2:]) == ("sync", "b32", "31", "-1"), line
             lane = {"idx": "{}", "bfly": "self.tid_x ^ {}"}[modifiers[1]].format(self._read(given[1], "u32"))
@@ -265,7 +281,7 @@ class Program:
             return self._write(target, SIMPLE[name].format(*values), "f32")
         if kind == "s16x2":
             return self._write(target, f"_signed_halves({', '.join(args('b32'))})", "b32")
-        if name in SIMPLE and not {"sat", "hi", "ftz", "approx", "cc"} & set(modifiers):
+        if name in SIMPLE and not (name in ("min", "max") and kind[0] == "f"):  # PTX's prefer numbers to NaN
             return self._write(target, SIMPLE[name].format(*args(kind)), kind)
         raise NotImplementedError(line)
 

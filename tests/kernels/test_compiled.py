@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton")
 TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the tests themselves")
 
