@@ -74,6 +74,9 @@ class IndexedSource(Source):
 
     row: ClassVar[np.dtype[Any]]
     version: ClassVar[int]  # of the index; to be raised when rows change, or what is read by them
+    # Of the fingerprint, where it is another one: states and stores hold it, an index is just built again.
+    fingerprint_version: ClassVar[int | None] = None
+    apart: ClassVar[tuple[str, ...]] = ()  # of a row: what the fingerprint is without, for `Notes.content` holds it
 
     _fingerprint: str | None = None
 
@@ -129,12 +132,17 @@ class IndexedSource(Source):
         return self._fingerprint
 
     def _make_fingerprint(self) -> str:
-        digest = hashlib.sha256(np.ascontiguousarray(self._rows).data).hexdigest()
+        told = [name for name in self.row.names or () if name not in self.apart]
+        packed = np.dtype([(name, self.row[name]) for name in told])
+        digest = hashlib.sha256()
+        for part in _parts(self._rows):
+            digest.update(part[told].astype(packed).data)
         files = [
             (name, file.size, notes.content)
             for name, file, notes in zip(self._names, self._files, self._notes, strict=True)
         ]
-        return fingerprint_of(self.kind, [self.version, files, self._category_names, digest])
+        version = self.version if self.fingerprint_version is None else self.fingerprint_version
+        return fingerprint_of(self.kind, [version, files, self._category_names, digest.hexdigest()])
 
     @property
     def categories(self) -> tuple[tuple[str, ...], np.ndarray]:

@@ -70,6 +70,8 @@ class TarPairs(IndexedSource):
 
     kind: ClassVar[str] = "tar"
     version: ClassVar[int] = 3
+    fingerprint_version: ClassVar[int | None] = 2
+    apart: ClassVar[tuple[str, ...]] = ("crc",)
     row: ClassVar[np.dtype[Any]] = np.dtype([*COMMON, ("start", "<i8"), ("blocks", "<u4"), ("crc", "<u4")])
 
     def __init__(
