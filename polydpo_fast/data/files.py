@@ -29,7 +29,10 @@ _BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_DIGITS = 18
 _MOST_NUMBERED = 1 << 20
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5}).*")  # as the package datasets names them
-_SPLIT = re.compile(r"(?<![a-z])(train|val|test|dev|eval)(?:ing|id|idation|uation)?(?![a-z])")
+# Folders and files begin so. With dev none does: FLUX.1-dev is a model.
+_SPLIT = re.compile(
+    r"(?<![^/])(train|val|test|eval|dev(?=/|(?:\.\w+)?$))(?:ing|id|idation|uation)?(?=[-_.\d/]|$)", re.ASCII
+)
 _HUB_NAME = re.compile(r"\w[\w.-]*/(\w[\w.-]*)", re.ASCII)
 _WEB = ("http://", "https://")
 _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond what is asked for
@@ -192,15 +195,18 @@ def _check_splits(place: str, files: Sequence[File]) -> None:
     shards: dict[str, str] = {}
     splits: dict[str, str] = {}  # for each the first of its files
     for path in ("/".join(part[common:]) for part in parts):
-        if found := _SHARD.fullmatch(path.rpartition("/")[2]):
+        # Shards in tar files may be named after anything, such as what is in the pictures.
+        if path.lower().endswith(".parquet") and (found := _SHARD.fullmatch(path.rpartition("/")[2])):
             shards.setdefault(found["split"], path)
         if words := _SPLIT.findall(path.lower()):
-            splits.setdefault(words[-1], path)
-    for one in (shards, splits):
+            # test/train_a is of the test files, whichever of the two words is the folder's
+            splits.setdefault(next((word for word in words if word != "train"), "train"), path)
+    for one in (shards, splits if "train" in splits else {}):
         if len(one) > 1:
             raise SourceError(
                 f"{place} has files of several splits: {', '.join(sorted(one))}, such as "
-                f"{' and '.join(sorted(one.values())[:2])}; expected a folder or glob of one, or a list of files"
+                f"{' and '.join(sorted(one.values())[:2])}; expected a folder or glob of one; to take all, give them "
+                "as a list"
             )
 
 

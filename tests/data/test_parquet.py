@@ -383,7 +383,14 @@ def test_splits_are_not_mixed_by_accident(tmp_path):
         (("Training_0.parquet", "eval-0.parquet", "extra.parquet"), "eval, train"),
         (("train-00000-of-00001.parquet", "train_sft-00000-of-00001.parquet"), "train, train_sft"),
         (("training/a.parquet", "partial-train/b.parquet", "constrain/test.parquet"), "test, train"),
+        (("test/train_a.parquet", "train/train_a.parquet"), "test, train"),
+        (("train2017/a.parquet", "val2017/a.parquet"), "train, val"),
+        (("dev.parquet", "train.parquet"), "dev, train"),
+        (("animals-00000-of-00001.parquet", "people-00000-of-00001.parquet"), "animals, people"),
         (("train/0.parquet", "train/1.parquet"), ""),
+        (("flux-dev/a.parquet", "sd3-test/a.parquet", "train/a.parquet"), ""),
+        (("flux.1-dev/a.parquet", "val-unsplash/a.parquet", "test/a.parquet"), ""),
+        (("dev.1-flux/a.parquet", "trainer/a.parquet", "train-dev/a.parquet", "testament.parquet"), ""),
         (("test/of/train.parquet", "test/of/latest.parquet", "test/of/retrain.parquet"), ""),
         (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "more.parquet"), ""),
     ],
@@ -395,7 +402,7 @@ def test_splits_by_the_names_of_folders_and_files(tmp_path, paths, splits):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write(folder / path, pick_a_pic(SOME))
     if splits:
-        with pytest.raises(SourceError, match=rf"several splits: {splits}, such as \S+ and \S+; expected"):
+        with pytest.raises(SourceError, match=rf"several splits: {splits}, such as \S+ and \S+; expected .*as a list"):
             ParquetPairs(folder)
     else:
         ParquetPairs(folder)
@@ -414,16 +421,35 @@ def test_splits_of_shards_and_manifests(tmp_path):
         with pytest.raises(SourceError, match="several splits: test, train"):
             open_source(folder)
         assert len(open_source(str(folder / "train.*"))) == 1
+    (tmp_path / "jsonl" / "test.jsonl").unlink()
+    (tmp_path / "jsonl" / "eval").mkdir()
+    (tmp_path / "jsonl" / "eval" / "train.jsonl").write_text(texts["jsonl"])
+    with pytest.raises(SourceError, match="several splits: eval, train"):
+        open_source(tmp_path / "jsonl")
     (tmp_path / "shards").mkdir()
-    for name in ("train-0.tar", "val-0.tar"):
-        with tarfile.open(tmp_path / "shards" / name, "w") as shard:
-            for arm in ("win", "lose"):
-                shard.addfile(tarfile.TarInfo(f"{name[:-4]}.{arm}.jpg"))
+    write_shards(tmp_path / "shards", "train-0", "val-0")
     with pytest.raises(SourceError, match="several splits: train, val"):
         open_source(tmp_path / "shards")
     (tmp_path / "shards" / "val-0.tar").rename(tmp_path / "shards" / "more.tar")
     (tmp_path / "shards" / "test.json").write_text("[]")
     assert len(open_source(tmp_path / "shards")) == 2
+
+
+def write_shards(folder, *names):
+    for name in names:
+        with tarfile.open(folder / f"{name}.tar", "w") as shard:
+            for arm in ("win", "lose"):
+                shard.addfile(tarfile.TarInfo(f"{name}.{arm}.jpg"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train-flux-dev-0", "train-sdxl-0"), ("animals-00000-of-00001", "people-00000-of-00001")],
+)
+def test_shards_that_are_of_no_splits(tmp_path, names):
+    """But of models, and of what is in the pictures."""
+    write_shards(tmp_path, *names)
+    assert len(open_source(tmp_path)) == 2
 
 
 @pytest.mark.filterwarnings("always")
