@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import stat
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22  # bytes that are fetched beyond wh
 _ASKING = 16  # questions to a storage at once
 _PAUSES_S = (0.2, 1.0)  # before what a network failed to give is asked for again
 _TOO_SOON = (408, 425, 429)  # answers of a web server that will be another one later, as those from 500 on
+_trying = threading.local()
 # What storages call it: S3 and Google, the web, Azure, the Hugging Face hub, disks.
 _STAMPS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "blob_id", "mtime", "created")
 
@@ -383,24 +385,40 @@ def _info(filesystem: Any, path: str) -> Mapping[str, Any]:
 
 
 def _patiently(read: Callable[[], T]) -> T:
-    for pause_s in _PAUSES_S:
-        try:
-            return read()
-        except Exception as error:  # the storages' clients have exceptions of their own
-            if not _may_pass(error):
-                raise
-        time.sleep(pause_s)
-    return read()
+    if getattr(_trying, "now", False):  # a part of what is tried again as a whole
+        return read()
+    _trying.now = True
+    try:
+        for pause_s in _PAUSES_S:
+            try:
+                return read()
+            except Exception as error:  # the storages' clients have exceptions of their own
+                if not _may_pass(error):
+                    raise
+            time.sleep(pause_s)
+        return read()
+    finally:
+        _trying.now = False
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether it is the network's or the server's trouble, of a moment, and not the file's."""
-    status = getattr(error.__cause__ or error, "status", None)
+    is_gone = isinstance(error, FileNotFoundError)
+    while type(error) in (OSError, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # of the web everything that kept from asking is called so
+    status = getattr(error, "status", None)
     if isinstance(status, int):
         return status in _TOO_SOON or status >= 500
-    if isinstance(error, OSError):
-        return not isinstance(error, (FileNotFoundError, PermissionError, TimeoutError))
-    return not isinstance(error, (ValueError, TypeError, LookupError, ImportError, NotImplementedError))
+    # By names: the clients need not be there, and Python 3.10 has two TimeoutErrors.
+    names = " ".join(kind.__name__ for kind in type(error).__mro__)
+    if "Timeout" in names or "Credential" in names:  # who hangs was waited for already
+        return False
+    if is_gone:
+        return "Connect" in names
+    if type(error) is OSError:  # pyarrow's, of a damaged file, has no number
+        return error.errno is not None
+    lasting = (PermissionError, MemoryError, ValueError, TypeError, LookupError, ImportError, NotImplementedError)
+    return not isinstance(error, lasting)
 
 
 def _part(filesystem: Any, path: str, start: int, end: int) -> Any:

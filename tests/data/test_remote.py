@@ -67,12 +67,19 @@ def fill(folder, numbers):
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves ranges, unless `server.whole`. If they are set, `server.status` is the answer to everything, and
-    `server.busy` to every other request."""
+    `server.busy` to every other request; as many as `server.breaks` are left without one."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # which waits 40 ms for each answer
 
+    def breaks(self):
+        self.server.breaks -= 1
+        self.close_connection = self.close_connection or self.server.breaks >= 0
+        return self.server.breaks >= 0
+
     def do_GET(self):
+        if self.breaks():
+            return None
         self.server.asked.append((self.path, self.headers.get("Range")))
         if self.server.status:
             return self.send_error(self.server.status)
@@ -97,6 +104,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         return self.wfile.write(part)
 
     def do_HEAD(self):
+        if self.breaks():
+            return None
         return self.send_error(self.server.status) if self.server.status else super().do_HEAD()
 
     def log_message(self, *_):
@@ -110,6 +119,7 @@ def web(folder):
     handler = functools.partial(Handler, directory=str(folder.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads, server.asked, server.whole, server.status, server.busy = True, [], False, 0, 0
+        server.breaks = 0
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -232,6 +242,19 @@ def test_a_server_that_is_busy_now_and_then_costs_no_pair(folder, web, name, bus
     assert everything(source) == everything(open_source(folder / name))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_connection_that_breaks_costs_no_pair(folder, web, name):
+    """Of what it asks about a file fsspec says then that there is none."""
+    server, address = web
+    want = everything(open_source(folder / name))
+    server.breaks = 4  # two kinds of question, and aiohttp asks each twice
+    source = open_source(f"{address}/{name}")
+    assert server.breaks < 0
+    server.breaks = 4
+    assert everything(source) == want
+    assert server.breaks < 0
+
+
 def test_what_a_server_does_not_have_is_not_asked_for_again(web, folder, monkeypatch):
     server, address = web
     source = open_source(f"{address}/pairs.tar")
@@ -254,11 +277,35 @@ class AnswerError(Exception):
         self.status = status
 
 
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def damaged():
+    """What pyarrow says of a row group that is none."""
+    file = io.BytesIO()
+    pq.write_table(pa.table({"a": [b"x" * 1000]}), file, compression="none")
+    file.getbuffer()[4:12] = bytes(b ^ 255 for b in file.getbuffer()[4:12])
+    with pytest.raises(OSError, match=r"thrift|page header") as error:
+        pq.ParquetFile(file).read_row_group(0)
+    return error.value
+
+
 @pytest.mark.parametrize(
     ("error", "attempts"),
     [
         (ConnectionResetError("reset"), 3),
-        (OSError("its end came early"), 3),
+        (OSError(5, "its end came early"), 3),
+        (caused(OSError("wrapped"), AnswerError(503)), 3),
+        (caused(FileNotFoundError("wrapped"), AnswerError(503)), 3),
+        (caused(FileNotFoundError("wrapped"), ConnectionResetError("reset")), 3),
+        (caused(FileNotFoundError("wrapped"), AnswerError(404)), 1),
+        (caused(FileNotFoundError("wrapped"), OSError(5, "of an answer")), 1),
+        (caused(OSError("wrapped"), TimeoutError("after minutes")), 1),
+        (type("TimeoutError", (Exception,), {})("asyncio's in Python 3.10"), 1),
+        (MemoryError(), 1),
+        (damaged(), 1),
         (AnswerError(500), 3),
         (AnswerError(503), 3),
         (AnswerError(429), 3),
@@ -271,6 +318,21 @@ class AnswerError(Exception):
     ],
 )
 def test_what_is_asked_for_again(error, attempts):
+    check_attempts(error, attempts)
+
+
+@pytest.mark.parametrize(
+    ("name", "attempts"),
+    [("ReadTimeoutError", 1), ("ConnectTimeoutError", 1), ("NoCredentialsError", 1), ("EndpointConnectionError", 3)],
+)
+def test_what_is_asked_for_again_of_s3(name, attempts):
+    exceptions = pytest.importorskip("botocore.exceptions", reason="botocore is not installed")
+    about = {} if name == "NoCredentialsError" else {"endpoint_url": "https://s3"}
+    check_attempts(getattr(exceptions, name)(**about), attempts)
+
+
+def check_attempts(error, attempts):
+    """Alone, and where it is a part of what is tried again."""
     asked = []
 
     def read():
@@ -281,8 +343,11 @@ def test_what_is_asked_for_again(error, attempts):
         File("memory://x", 1, "").patiently(read)
     assert len(asked) == attempts
     with pytest.raises(type(error)):
+        File("memory://x", 1, "").patiently(lambda: File("memory://x", 1, "").patiently(read))
+    assert len(asked) == 2 * attempts
+    with pytest.raises(type(error)):
         File("/x", 1, "").patiently(read)
-    assert len(asked) == attempts + 1
+    assert len(asked) == 2 * attempts + 1
 
 
 def test_servers_without_ranges_are_told(web):
