@@ -314,7 +314,7 @@ def names(files: Sequence[File]) -> list[str]:
 def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
     place = os.path.expanduser(place)
     if os.path.isdir(place):
-        found = [path for path in _walk(place) if path.lower().endswith((*suffixes,))]
+        found = [*_walk(place, suffixes)]
     elif os.path.exists(place):  # before globbing: its name may have brackets
         found = [place]
     else:
@@ -330,16 +330,28 @@ def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
     return files
 
 
-def _walk(place: str) -> Iterator[str]:
-    """The files in a folder and those within, but for hidden ones. Links to folders are followed, each folder once."""
-    seen = set()
+def _walk(place: str, suffixes: Sequence[str]) -> Iterator[str]:
+    """The files of these suffixes in a folder and those within, but for hidden ones. Links are followed, each folder
+    and file is there once: a file under its own name if that is there too."""
+    seen, links = set(), []
     for folder, inside, names in os.walk(place, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             inside.clear()
             continue
         seen.add(real)
         inside[:] = sorted(name for name in inside if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+        for name in names:
+            if name.startswith(".") or not name.lower().endswith((*suffixes,)):
+                continue
+            if os.path.islink(path := os.path.join(folder, name)):
+                links.append(path)
+            else:
+                seen.add(os.path.join(real, name))
+                yield path
+    for path in sorted(links):
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            yield path
 
 
 def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:

@@ -376,6 +376,27 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert source.position(0).startswith(str(tmp_path / "all" / "latest" / "v2.tar"))
 
 
+def test_a_file_with_several_names_is_read_once(tmp_path):
+    """Under its own, if the folder has that; also through a folder that is a link."""
+    folder, elsewhere = tmp_path / "all", tmp_path / "elsewhere"
+    for place, key in ((folder, "m"), (folder / "v2", "v"), (elsewhere, "x")):
+        place.mkdir()
+        (place / f"{key}.tar").write_bytes(archive(sample(key)))
+    for name, to in (
+        ("a", "m"),
+        ("n", "m"),
+        ("b", "../elsewhere/x"),
+        ("c", "../elsewhere/x"),
+        ("d", "v2/v"),
+        ("e", "no"),
+    ):
+        (folder / f"{name}.tar").symlink_to(f"{to}.tar")
+    (folder / "latest").symlink_to("v2", target_is_directory=True)
+    source = TarPairs(folder)
+    found = [(source.position(i).split(" at ")[0], source[i].key) for i in range(len(source))]
+    assert found == [(f"{folder}/{name}.tar", key) for name, key in (("b", "x"), ("latest/v", "v"), ("m", "m"))]
+
+
 def test_the_index_is_kept_and_built_anew_when_the_shard_changes(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     data = archive([*sample("a"), *sample("b", category="n")])
