@@ -149,8 +149,10 @@ def pack(
         for name in {"category", "weight"}.intersection(columns or ()):
             raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
         size = packing.bytes_of(shard_size)
+        place = os.path.realpath(os.path.expanduser(out))
         for folder in source:
-            if os.path.isdir(folder) and out.resolve().is_relative_to(Path(folder).resolve()):
+            inside = os.path.expanduser(folder)
+            if os.path.isdir(inside) and Path(place).is_relative_to(os.path.realpath(inside)):
                 raise ValueError(f"OUT is {out}, within {folder}, of which all is read; expected another place")
         where = source[0] if len(source) == 1 else source
         pairs = open_source(where, **_options(given))

@@ -295,13 +295,15 @@ def test_out_is_a_folder_of_this_machine(tmp_path, monkeypatch):
     assert len(TarPairs(tmp_path / "home" / "out")) == 18
 
 
-def test_the_command_refuses_to_write_into_the_folder_that_it_reads(tmp_path):
-    """Its shards would be read as a part of it the next time."""
+def test_the_command_refuses_to_write_into_the_folder_that_it_reads(tmp_path, monkeypatch):
+    """Its shards would be read as a part of it the next time. A shell leaves a ~ in quotes as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     pack(many(), tmp_path / "data")
-    for out in ("data/again", "data", "other/../data/x"):
-        run = CliRunner().invoke(app, ["pack", str(tmp_path / "data"), str(tmp_path / out)])
-        assert run.exit_code == 2
-        assert "of which all is read" in run.output.replace("\n", " ")
+    for out in (*(f"{tmp_path}/{out}" for out in ("data/again", "data", "other/../data/x")), "~/data", "~/data/again"):
+        for source in (str(tmp_path / "data"), "~/data"):
+            run = CliRunner().invoke(app, ["pack", source, out])
+            assert run.exit_code == 2
+            assert "of which all is read" in run.output.replace("\n", " ")
     assert len(open_source(tmp_path / "data")) == 18
     run = CliRunner().invoke(app, ["pack", str(tmp_path / "data" / "*.tar"), str(tmp_path / "data" / "again")])
     assert run.exit_code == 0, run.output
