@@ -480,7 +480,7 @@ def _filesystem(address: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise ImportError(f"reading {address} needs fsspec: pip install 'polydpo-fast[data]'") from None
+        raise ImportError(f"reading {address} needs fsspec: pip install 'polydpo-fast[remote]'") from None
     if "::" in address:
         raise SourceError(f"{address} is a chain of protocols; expected one")
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import tarfile
 import threading
 import urllib.parse
@@ -505,6 +506,13 @@ def test_addresses_keep_their_host(folder):
 )
 def test_addresses_that_mean_nothing(address, reason):
     with pytest.raises(SourceError, match=reason):
+        open_source(address)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x.tar", "https://host/x.tar"])
+def test_without_fsspec_the_extra_that_has_all_of_it_is_named(address, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(ImportError, match=rf"reading {address} needs fsspec: pip install 'polydpo-fast\[remote\]'"):
         open_source(address)
 
 
