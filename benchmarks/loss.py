@@ -206,7 +206,9 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 def allocations(run: Callable[[], object]) -> list[int]:
     """Bytes that PyTorch's CPU allocator gave (positive) and took back (negative) in a call, in their order."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True, profile_memory=True
+    ) as profile:
         run()
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()

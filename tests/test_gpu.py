@@ -95,7 +95,7 @@ def test_two_launches():
     pred = tensors[0].requires_grad_()
     torch.autograd.grad(polydpo_fast.loss(*tensors), pred, torch.ones((), device="cuda"))
     grad_loss = torch.ones((), device="cuda")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         loss, _ = polydpo_fast.loss(*tensors, return_metrics=True)
         torch.autograd.grad(loss, pred, grad_loss)
         torch.cuda.synchronize()
@@ -113,7 +113,7 @@ def test_two_launches_in_a_graph():
         torch.autograd.grad(polydpo_fast.loss(*tensors), pred, grad_loss)
     graph.replay()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         graph.replay()
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]

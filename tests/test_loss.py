@@ -605,7 +605,9 @@ def test_allocates_the_gradient_and_kilobytes(backend, device):
     pred.requires_grad_()
     polydpo_fast.loss(pred, ref, target, backend=backend).backward()  # what is made once
     pred.grad = None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True, profile_memory=True
+    ) as profile:
         polydpo_fast.loss(pred, ref, target, backend=backend).backward()
     sizes = [e.cpu_memory_usage for e in profile.events() if e.name in ("aten::empty", "aten::empty_strided")]
     gradient = pred.numel() * pred.element_size()

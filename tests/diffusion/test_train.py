@@ -1049,7 +1049,7 @@ def test_a_reference_that_would_round_otherwise_is_refused(here, tmp_path, kind,
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("FSDP", dict(ema=0.9), "ema is 0.9, under FSDP; expected FSDP's version 2, or none"),
+        ("FSDP", dict(ema=0.9), "ema is 0.9, under FSDP; expected FSDP's version 2, or 0"),
         ("DEEPSPEED", dict(ema=0.9), "ema is 0.9, under DEEPSPEED; expected"),
         ("FSDP", dict(validation_prompts=["x"]), "validation_prompts are given, under FSDP; expected FSDP's version 2"),
         ("FSDP2", dict(optimizer="adamw8bit"), "optimizer is 'adamw8bit', which takes no weights that FSDP2 has shard"),
