@@ -217,7 +217,8 @@ class Program:
     def _computed(self, line: str, name: str, modifiers: list[str], operands: list[str]) -> str:
         kind = modifiers[-1]
         target, *given = operands
-        types = 2 if name == "cvt" or modifiers[-2:] == ["f32", "bf16"] else 1
+        mixed = name in ("add", "sub") and modifiers[-2:] in (["f32", "bf16"], ["f32", "f16"])
+        types = 2 if name == "cvt" or mixed else 1
         if name != "setp" and not set(modifiers[:-types]) <= MODIFIERS.get(name, set()):
             raise NotImplementedError(line)
 
@@ -276,9 +277,9 @@ class Program:
         if kind == "f32x2":
             operation = f"lambda a, b, c=None: {SIMPLE[name].format('a', 'b', 'c')}"
             return self._write(target, f"_by_halves({operation}, {', '.join(args('b64'))})", "b64")
-        if modifiers[-2:] == ["f32", "bf16"] and name in ("add", "sub"):
-            values = f"_from_bf16({self._read(given[0], 'bf16')})", self._read(given[1], "f32")
-            return self._write(target, SIMPLE[name].format(*values), "f32")
+        if mixed:
+            widened = CONVERSIONS.get(("f32", kind), "{0}.astype(np.float32)").format(self._read(given[0], kind))
+            return self._write(target, SIMPLE[name].format(widened, self._read(given[1], "f32")), "f32")
         if kind == "s16x2":
             return self._write(target, f"_signed_halves({', '.join(args('b32'))})", "b32")
         if name in SIMPLE and not (name in ("min", "max") and kind[0] == "f"):  # PTX's prefer numbers to NaN
