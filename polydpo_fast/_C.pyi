@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,25 +21,6 @@ def decode_pairs(
     threads: int,
     jpeg: str = "either",
 ) -> tuple[NDArray[np.int64], list[tuple[int, str]], list[tuple[int, str]]]: ...
-
-class _Plan(TypedDict):
-    height: int
-    width: int
-    resized_height: int
-    resized_width: int
-    crop_top: int
-    crop_left: int
-    crop_height: int
-    crop_width: int
-    to_top: int
-    to_left: int
-    transposed: bool
-    rows_reversed: bool
-    cols_reversed: bool
-    top: int
-    left: int
-    down_first: bool
-
 def foreign_plans(
     images: Sequence[Any],
     *,
@@ -47,11 +28,11 @@ def foreign_plans(
     output: Output,
     apply_orientation: bool,
     limits: DecodeLimits,
-) -> list[_Plan | None]: ...
+) -> list[dict[str, Any] | None]: ...  # the fields of dali_picture.Plan
 def resize_filter(
     interpolation: str, source: int, resized: int, offset: int, length: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
-def plan(source: tuple[int, int], *, draw: Draw, output: Output) -> _Plan: ...
+def plan(source: tuple[int, int], *, draw: Draw, output: Output) -> dict[str, Any]: ...  # as well
 
 class FrameStore:
     def __init__(self, *, draw: Draw, output: Output, memory: int) -> None: ...
