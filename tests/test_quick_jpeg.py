@@ -158,6 +158,23 @@ def test_damage_is_what_libjpeg_makes_of_it(data):
         assert torch.equal(ours[0], libjpegs[0])
 
 
+@pytest.mark.parametrize("decoder", [EITHER, LIBJPEG])
+@pytest.mark.parametrize("subsampling", [0, 2, "grey"])
+def test_a_code_that_does_not_exist_is_an_error_wherever_it_is(decoder, subsampling):
+    """No code is of ones alone (ITU-T T.81, annex C), so 48 of them hold one that is none. libjpeg-turbo's quick way
+    takes it for a zero without a word, and often finds back into step."""
+    image = picture("photograph", 128, 128)
+    data = jpeg(image.convert("L")) if subsampling == "grey" else jpeg(image, subsampling=subsampling)
+    begin = data.index(b"\xff\xda") + 14
+    for at in np.linspace(begin + 20, len(data) - 20, 30).astype(int):
+        if data[at - 1] == 0xFF:
+            continue
+        spoilt = data[:at] + b"\xff\0" * 6 + data[at + 6 :]
+        assert len(decoded(spoilt, decoder, size=128)[1]) == 2
+        mended = polydpo_fast.decode_pairs([spoilt], [spoilt], size=128, strict=False)
+        assert len(mended.damaged) == 2
+
+
 def test_what_is_not_as_it_should_be_is_left_to_libjpeg():
     cut = DAMAGED[0][:-20]
     assert decoded(cut, OWN, size=(48, 56), strict=False)[1] == LEFT
