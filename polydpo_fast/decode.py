@@ -274,12 +274,12 @@ def _pillow_pixels(
         else:
             turned = image
         width, height = turned.size
-        if turned.has_transparency_data:
-            canvas = Image.new("RGBA", turned.size, (*background, 255))
-            canvas.alpha_composite(turned.convert("RGBA"))
-        else:
-            canvas = turned.convert("RGB")
-        pixels = canvas.convert("RGB").tobytes("raw", "RGBX")
+        turned.load()  # only then is its mode the one of its pixels
+        mode = "RGBA" if turned.has_transparency_data else "RGB"
+        canvas = turned if turned.mode == mode else turned.convert(mode)
+        if mode == "RGBA":
+            canvas = Image.alpha_composite(Image.new("RGBA", turned.size, (*background, 255)), canvas)
+        pixels = canvas.tobytes("raw", "RGBX" if mode == "RGB" else "RGBA")  # X is anything
     return pixels, (height, width), orientation if orientation in range(1, 9) else 1
 
 
