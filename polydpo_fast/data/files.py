@@ -11,10 +11,10 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,9 +30,12 @@ _BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_DIGITS = 18
 _MOST_NUMBERED = 1 << 20
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5}).*")  # as the package datasets names them
-# Folders and files begin so. With dev none does: FLUX.1-dev is a model.
+# Folders and files begin with such a word, or files end with one, and perhaps numbers. A dev that ends a name is none:
+# FLUX.1-dev is a model.
 _SPLIT = re.compile(
-    r"(?<![^/])(train|val|test|eval|dev(?=/|(?:\.\w+)?$))(?:ing|id|idation|uation)?(?=[-_.\d/]|$)", re.ASCII
+    r"(?:(?<![^/])|(?<=[-_.])(?!dev)(?=[a-z]+[-_.\d]*\.\w+$))"
+    r"(train|val|test|eval|dev(?=/|(?:\.\w+)?$))(?:ing|id|idation|uation)?(?=[-_.\d/]|$)",
+    re.ASCII,
 )
 _HUB_NAME = re.compile(r"\w[\w.-]*/(\w[\w.-]*)", re.ASCII)
 _WEB = ("http://", "https://")
@@ -314,26 +317,25 @@ def names(files: Sequence[File]) -> list[str]:
 def _find_local(place: str, suffixes: Sequence[str]) -> list[File]:
     place = os.path.expanduser(place)
     if os.path.isdir(place):
-        found = [*_walk(place, suffixes)]
+        found = _once(_walk(place, suffixes))
     elif os.path.exists(place):  # before globbing: its name may have brackets
         found = [place]
     else:
-        found = glob.glob(place, recursive=True)
+        found = _once(glob.glob(place, recursive=True))
     files = []
-    for path in sorted(found):
-        if os.path.isfile(path):
-            facts = os.stat(path)
-            path = os.path.abspath(path)  # a program may go to another folder while it is being read
-            if not is_unicode(path):
-                raise SourceError(f"{path!a}: the file's name is not UTF-8; expected one that is")
-            files.append(File(path, facts.st_size, str(facts.st_mtime_ns)))
+    for path in filter(os.path.isfile, found):
+        facts = os.stat(path)
+        path = os.path.abspath(path)  # a program may go to another folder while it is being read
+        if not is_unicode(path):
+            raise SourceError(f"{path!a}: the file's name is not UTF-8; expected one that is")
+        files.append(File(path, facts.st_size, str(facts.st_mtime_ns)))
     return files
 
 
 def _walk(place: str, suffixes: Sequence[str]) -> Iterator[str]:
-    """The files of these suffixes in a folder and those within, but for hidden ones. Links are followed, each folder
-    and file is there once: a file under its own name if that is there too."""
-    seen, links = set(), []
+    """The files of these suffixes in a folder and those within, but for hidden ones. Links are followed, and each
+    folder is entered once."""
+    seen = set()
     for folder, inside, names in os.walk(place, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             inside.clear()
@@ -341,17 +343,18 @@ def _walk(place: str, suffixes: Sequence[str]) -> Iterator[str]:
         seen.add(real)
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         for name in names:
-            if name.startswith(".") or not name.lower().endswith((*suffixes,)):
-                continue
-            if os.path.islink(path := os.path.join(folder, name)):
-                links.append(path)
-            else:
-                seen.add(os.path.join(real, name))
-                yield path
-    for path in sorted(links):
-        if (real := os.path.realpath(path)) not in seen:
-            seen.add(real)
-            yield path
+            if not name.startswith(".") and name.lower().endswith((*suffixes,)):
+                yield os.path.join(folder, name)
+
+
+def _once(paths: Iterable[str]) -> list[str]:
+    """Each file once, sorted: under its own name if that is among the paths, else by the first link to it."""
+    real_folder = cache(os.path.realpath)
+    found: dict[str, str] = {}
+    for is_link, path in sorted((os.path.islink(path), path) for path in paths):
+        folder, name = os.path.split(path)
+        found.setdefault(os.path.realpath(path) if is_link else os.path.join(real_folder(folder), name), path)
+    return sorted(found.values())
 
 
 def _find_remote(place: str, suffixes: Sequence[str]) -> list[File]:

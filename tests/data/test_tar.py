@@ -397,6 +397,24 @@ def test_a_file_with_several_names_is_read_once(tmp_path):
     assert found == [(f"{folder}/{name}.tar", key) for name, key in (("b", "x"), ("latest/v", "v"), ("m", "m"))]
 
 
+def test_a_file_that_a_glob_finds_by_several_names_is_read_once(tmp_path):
+    """As in a folder: under its own name, else by the first link to it."""
+    (tmp_path / "v2").mkdir()
+    for name in ("m", "v2/v"):
+        (tmp_path / f"{name}.tar").write_bytes(archive(sample(name[-1])))
+    for name, to in (("a.tar", "m.tar"), ("b.tar", "v2/v.tar"), ("c.tar", "v2/v.tar"), ("d.tar", "no.tar")):
+        (tmp_path / name).symlink_to(to)
+    (tmp_path / "latest").symlink_to("v2", target_is_directory=True)
+    for pattern, expected in (
+        ("*.tar", {"b.tar": "v", "m.tar": "m"}),
+        ("[ac].tar", {"a.tar": "m", "c.tar": "v"}),
+        ("**/*.tar", {"latest/v.tar": "v", "m.tar": "m"}),
+    ):
+        source = TarPairs(f"{tmp_path}/{pattern}")
+        found = {source.position(i).split(" at ")[0]: source[i].key for i in range(len(source))}
+        assert found == {f"{tmp_path}/{name}": key for name, key in expected.items()}
+
+
 def test_the_index_is_kept_and_built_anew_when_the_shard_changes(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     data = archive([*sample("a"), *sample("b", category="n")])
