@@ -21,9 +21,10 @@ from typing_extensions import Buffer
 
 from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
-from .files import File, Location, contents, find_one_split
+from .files import File, Location, contents
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .source import Arm, Pair, PairError, SourceError
+from .splits import find_one_split
 
 __all__ = ["ManifestPairs"]
 

@@ -36,9 +36,10 @@ from .columns import (
     verdicts,
     warn_ignored,
 )
-from .files import File, Location, find_one_split, names
+from .files import File, Location, names
 from .reading import was_given_up
 from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
+from .splits import find_one_split
 
 __all__ = ["ParquetPairs"]
 

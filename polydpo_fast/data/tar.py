@@ -15,10 +15,11 @@ import numpy as np
 
 from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
 from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
-from .files import File, Location, find_one_split
+from .files import File, Location
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .source import Pair, PairError, SourceError
+from .splits import find_one_split
 
 __all__ = ["KEY_FIELD", "PACK_STATE", "TarPairs"]
 

@@ -1106,7 +1106,7 @@ def test_what_a_network_failed_to_give_is_tried_again(shard, monkeypatch):
         source = ParquetPairs("memory://bucket/shard.parquet")
         with monkeypatch.context() as patch:
             patch.setattr(module.File, "open", lambda self: (_ for _ in ()).throw(TimeoutError("slow")))
-            patch.setattr("polydpo_fast.data.files._PAUSES_S", (0.0,))
+            patch.setattr("polydpo_fast.data.remote._PAUSES_S", (0.0,))
             with pytest.raises(PairError, match="row group 0: slow"):
                 source[0]
         assert bytes(source[0].win) == b"zero 0"

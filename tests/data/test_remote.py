@@ -18,7 +18,7 @@ import pytest
 import torch
 from data.pairs import everything, plain, png, which
 
-from polydpo_fast.data import PairError, PairLoader, SourceError, files, open_source, read_ledger
+from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger, remote
 from polydpo_fast.data.files import File
 
 fsspec = pytest.importorskip("fsspec")
@@ -32,7 +32,7 @@ NAMES = ("pairs.parquet", "pairs.tar", "pairs.jsonl")
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(files, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_what_a_server_does_not_have_is_not_asked_for_again(web, folder, monkeyp
     with pytest.raises(PairError, match=r"pairs\.tar at byte 0: no such file: http"):
         source[0]
     assert len(server.asked) == 1
-    monkeypatch.setattr(files, "_PAUSES_S", (60.0,))  # which would be waited for
+    monkeypatch.setattr(remote, "_PAUSES_S", (60.0,))  # which would be waited for
     for status in (401, 403, 404, 416):
         server.status = status
         with pytest.raises(PairError):
