@@ -149,7 +149,7 @@ class RecordPairs(Source):
             lose=lose,
             prompt=prompt,
             weight=row_weight(None if self._weight is None else record.get(self._weight), str(self._weight), verdict),
-            category="" if self._categories is None else self._categories[0][int(self._categories[1][index])],
+            category=self._category_of(index),
             extra={name: record[name] for name in self._extra},
         )
 

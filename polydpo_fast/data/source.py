@@ -129,6 +129,12 @@ class Source(ABC):
         """The names, and for each pair the number of its own, (len,) of an integer dtype."""
         return self._categories or (("",), np.zeros(len(self), dtype=np.uint8))
 
+    def _category_of(self, index: int) -> str:
+        if self._categories is None:
+            return ""
+        names, codes = self._categories
+        return names[int(codes[index])]
+
     @property
     def ready(self) -> Ready | None:
         """What the pairs are where they are tensors already (`ReadyPair`), or None where they are to be decoded."""

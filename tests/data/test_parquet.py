@@ -20,8 +20,9 @@ from data.pairs import everything, plain, png
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from polydpo_fast.data import PairLoader, open_source
+from polydpo_fast.data import PairLoader, open_source, parquet_index
 from polydpo_fast.data import parquet as module
+from polydpo_fast.data.arrow import Binary
 from polydpo_fast.data.parquet import ParquetPairs
 from polydpo_fast.data.reading import Readers
 from polydpo_fast.data.source import PairError, SourceError
@@ -647,7 +648,7 @@ def test_views_into_slices_and_chunks(kind):
         whole = pa.array(structs, kind)
     else:
         whole = pa.array(values, kind)
-    column = module._Binary(pa.chunked_array([whole.slice(1, 3), whole.slice(0, 0), whole.slice(3), whole[:0]], kind))
+    column = Binary(pa.chunked_array([whole.slice(1, 3), whole.slice(0, 0), whole.slice(3), whole[:0]], kind))
     found = [column.get(row) for row in range(7)]
     expected_views = [*values[1:4], *values[3:]]
     assert [None if view is None else bytes(view) for view in found] == expected_views
@@ -971,7 +972,7 @@ def test_a_file_that_has_changed_since(tmp_path):
 
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
     path = write(tmp_path / "shard.parquet", pick_a_pic([(1.0, True)] * 8), rows_per_group=4)
-    source, opened = ParquetPairs(path), module._open
+    source, opened = ParquetPairs(path), module.open_parquet
 
     @contextlib.contextmanager
     def replaced(file):
@@ -979,7 +980,7 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
             yield parquet
         write(path, pick_a_pic([(0.0, True)] * 9), rows_per_group=4)
 
-    monkeypatch.setattr(module, "_open", replaced)
+    monkeypatch.setattr(module, "open_parquet", replaced)
     with pytest.raises(PairError, match="has been changed since it was opened"):
         source[0]
 
@@ -1009,8 +1010,8 @@ def test_text_that_is_not_utf8_costs_one_pair(tmp_path):
 
 def test_the_index_is_kept_per_file_and_renewed(tmp_path, monkeypatch):
     built = []
-    build = module._build_index
-    monkeypatch.setattr(module, "_build_index", lambda file, category: built.append(file.name) or build(file, category))
+    build = parquet_index._build_index
+    monkeypatch.setattr(parquet_index, "_build_index", lambda file, kind: built.append(file.name) or build(file, kind))
     cache = tmp_path / "elsewhere"
     folder = tmp_path / "shards"
     folder.mkdir()
