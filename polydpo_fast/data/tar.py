@@ -20,6 +20,7 @@ from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .source import Pair, PairError, SourceError
 from .splits import find_one_split
+from .tar_members import BLOCK, Member, is_header, read_member
 
 __all__ = ["KEY_FIELD", "PACK_STATE", "TarPairs"]
 
@@ -29,17 +30,11 @@ KEY_FIELD = "pair_key"
 PACK_STATE = "pack.json"
 """Beside shards that `pack` made: how far it came."""
 
-_BLOCK = 512
-_ZEROS = bytes(_BLOCK)
-_MAX_EXTENSION = 1 << 20
 _MAX_PADDING = 1 << 20  # after the end mark; tar fills its last record, of 10 KB as a rule
 _MAX_SAMPLE = 1 << 32
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
-# Type flags of headers.
-_REGULAR = b"\x0007"  # a file; 7 is one that lies in one piece
-_EXTENSIONS = b"LKxXg"  # of the member that follows: L its long name, K its link's; x or X PAX fields; g PAX for all
-_WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 _ARMS = (("win", "lose"), ("0", "1"))
+_TEXTS = ("json", "txt")
 _CUT_OFF = "files cut off"
 _LINKED = "arms passed over for being links (tar --hard-dereference --dereference stores their files)"
 _DOTTED = "arms passed over for a further dot in their names (a key ends at the first one)"
@@ -103,9 +98,9 @@ class TarPairs(IndexedSource):
 
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:
         with file.open_to_skip() as opened:
-            begin = opened.read(_BLOCK)
+            begin = opened.read(BLOCK)
             for magic, name in _COMPRESSED.items():
-                if begin.startswith(magic) and not _is_header(begin):  # a member may be named BZh
+                if begin.startswith(magic) and not is_header(begin):  # a member may be named BZh
                     raise ValueError(
                         f"it is compressed with {name}; expected a plain tar file, which can be read in parts"
                     )
@@ -123,21 +118,21 @@ class TarPairs(IndexedSource):
             notes.content = digest.hexdigest()
 
     def _within(self, rows: np.ndarray, size: int) -> bool:
-        starts, lengths = rows["start"], rows["blocks"].astype(np.int64) * _BLOCK
+        starts, lengths = rows["start"], rows["blocks"].astype(np.int64) * BLOCK
         return bool(((starts >= 0) & (starts <= size - lengths) & (lengths <= _MAX_SAMPLE)).all())
 
     def _read(self, number: int, row: np.void) -> Pair:
         file = self._files[number]
         if file.is_local and file.changed():
             raise ValueError("the shard has been changed since it was opened")
-        data = file.read(int(row["start"]), int(row["blocks"]) * _BLOCK)
+        data = file.read(int(row["start"]), int(row["blocks"]) * BLOCK)
         try:
             sample = _only_sample(data)
         except (EOFError, ValueError) as error:
             raise ValueError(f"the shard has changed or is damaged: {error}") from error
         order = None
         if zlib.crc32(_content(sample)) == row["crc"]:
-            record = parse_json(sample.json) if sample.json is not None else {}
+            record = _record(sample)
             fields, order = Fields.of(record, self._columns, KEY_FIELD), _order(sample, record)
         if order is None:
             raise ValueError(f"the shard has changed: another sample, {sample.key!r}, is where this one was")
@@ -173,44 +168,31 @@ def _check_complete(files: Sequence[File]) -> None:
 # ------------------------------------------------------------------------------------------------ samples
 
 
-class _Member(NamedTuple):
-    name: str
-    is_file: bool  # and no folder, link or device
-    start: int  # of its first header
-    data: int
-    size: int
-    end: int
-
-
 class _Order(NamedTuple):
     arms: tuple[str, str]
     tie: bool
 
 
 class _Sample:
-    """Members of one key. json, txt: their contents."""
+    """Members of one key. texts: the contents of its json and txt."""
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.arms: dict[str, _Member] = {}
-        self.json: bytes | None = None
-        self.txt: bytes | None = None
+        self.arms: dict[str, Member] = {}
+        self.texts: dict[str, bytes] = {}
         self.start = self.end = -1
 
-    def add(self, role: str, member: _Member, file: BinaryIO) -> None:
-        if role in self.arms or (role == "json" and self.json is not None) or (role == "txt" and self.txt is not None):
+    def add(self, role: str, member: Member, file: BinaryIO) -> None:
+        if role in self.arms or role in self.texts:
             raise ValueError(f"sample {self.key!r} has two members {role!r}, the second at byte {member.start}")
-        if role in ("json", "txt"):
+        if role in _TEXTS:
             if member.size > MAX_RECORD_BYTES:
                 raise ValueError(f"{member.name!r} has {member.size} bytes; expected at most {MAX_RECORD_BYTES}")
             file.seek(member.data)
             content = file.read(member.size)
             if len(content) < member.size:
                 raise EOFError("it ends within a member")
-            if role == "json":
-                self.json = content
-            else:
-                self.txt = content
+            self.texts[role] = content
         else:
             self.arms[role] = member
         self.start, self.end = member.start if self.start < 0 else self.start, member.end
@@ -220,14 +202,14 @@ def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
     """All that have at least one arm. Raises ValueError for what is no tar file."""
     at, sample = 0, None
     try:
-        while (member := _member(file, at, size)) is not None:
+        while (member := read_member(file, at, size)) is not None:
             at = member.end
             named = _key_and_role(member.name)
             if named is None:
                 continue
             key, role = named
             if not member.is_file:
-                if role not in ("", "json", "txt"):
+                if role and role not in _TEXTS:
                     notes.counts[_LINKED] += 1
                 continue
             if sample is not None and sample.key != key:
@@ -257,7 +239,7 @@ def _only_sample(data: bytes) -> _Sample:
     """Raises ValueError or EOFError where the data is not one sample, whole."""
     file, at, sample = io.BytesIO(data), 0, None
     while at < len(data):
-        member = _member(file, at, len(data))
+        member = read_member(file, at, len(data))
         if member is None:
             raise ValueError("the archive ends where it should not")
         at = member.end
@@ -279,7 +261,7 @@ def _key_and_role(name: str) -> tuple[str, str] | None:
     if not stem or not dot:
         return None
     key, suffix = f"{folder}{slash}{stem}", suffix.lower()
-    if suffix in ("json", "txt"):
+    if suffix in _TEXTS:
         return key, suffix
     arm, _, form = suffix.rpartition(".")
     return key, arm if _is_arm(arm, form) else ""
@@ -292,7 +274,12 @@ def _is_arm(arm: str, form: str) -> bool:
 def _content(sample: _Sample) -> bytes:
     """What is said of the pair, and the names and sizes of its members."""
     members = sorted((arm, member.name, member.size) for arm, member in sample.arms.items())
-    return b"%r %r %r %r" % (sample.key, members, sample.json, sample.txt)
+    return b"%r %r %r %r" % (sample.key, members, sample.texts.get("json"), sample.texts.get("txt"))
+
+
+def _record(sample: _Sample) -> dict[str, Any]:
+    """The object in its json. Raises ValueError."""
+    return parse_json(sample.texts["json"]) if "json" in sample.texts else {}
 
 
 def _row_of(sample: _Sample, notes: Notes) -> tuple[Any, ...] | None:
@@ -305,7 +292,7 @@ def _row_of(sample: _Sample, notes: Notes) -> tuple[Any, ...] | None:
     record, key, category = {}, sample.key, 0
     order: _Order | None = _Order(_ARMS[0], False)
     try:
-        record = parse_json(sample.json) if sample.json is not None else {}
+        record = _record(sample)
         key, category = text_of(record, KEY_FIELD) or key, notes.category(text_of(record, "category") or "")
     except ValueError:
         # Will be one again when the pair is read: it is that pair's own trouble. It is of the first category: one of
@@ -317,7 +304,7 @@ def _row_of(sample: _Sample, notes: Notes) -> tuple[Any, ...] | None:
     if order is None:
         notes.counts["without label"] += 1
         return None
-    blocks = (sample.end - sample.start) // _BLOCK
+    blocks = (sample.end - sample.start) // BLOCK
     return key_hash(key), category, order.tie, sample.start, blocks
 
 
@@ -348,131 +335,7 @@ def _label(record: dict[str, Any], name: str, key: str) -> Any:
 
 
 def _prompt(sample: _Sample) -> str:
-    if sample.txt is None:
-        return ""
     try:
-        return sample.txt.decode("utf-8-sig").rstrip("\r\n")
+        return sample.texts.get("txt", b"").decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise PairError(f"sample {sample.key!r}: its txt is not UTF-8") from error
-
-
-# ------------------------------------------------------------------------------------------------ the format
-
-
-def _member(file: BinaryIO, start: int, size: int) -> _Member | None:
-    """The member whose first header is there; None at the end mark.
-
-    Raises EOFError where the file ends before the member does, and ValueError where there is no member.
-    """
-    at, long_name, own_size = start, None, None
-    while True:
-        header = _take(file, at, _BLOCK, size)
-        if header == _ZEROS:
-            if at != start:
-                raise ValueError(f"a header without a member at byte {start}")
-            return None
-        kind = header[156]
-        if not _is_header(header):
-            raise ValueError(f"no tar header at byte {at}")
-        length = _number(header[124:136], at)
-        at += _BLOCK
-        if kind not in _EXTENSIONS:
-            break
-        if length > _MAX_EXTENSION:
-            raise ValueError(f"a header of {length} bytes at byte {at}; expected at most {_MAX_EXTENSION}")
-        extension = _take(file, at, length, size)
-        if kind == ord("L"):
-            long_name = extension.rstrip(b"\0") if long_name is None else long_name
-        elif kind in b"xX":
-            for field, value in _pax(extension, at):
-                if field == b"path":
-                    long_name = value
-                elif field == b"size":
-                    own_size = _decimal(value, at)
-                elif field.startswith(b"GNU.sparse."):
-                    raise ValueError(f"a sparse member at byte {start}; expected plain ones")
-        elif kind == ord("g") and any(field in (b"path", b"size") for field, _ in _pax(extension, at)):
-            raise ValueError(f"a global header at byte {at} that names or measures members")
-        at += _padded(length)
-    length = length if own_size is None else own_size
-    if kind == ord("S"):
-        raise ValueError(f"a sparse member at byte {start}; expected plain ones")
-    if kind in _WITHOUT_DATA and length:
-        raise ValueError(f"a link, folder or device of {length} bytes at byte {start}")
-    name = _text(_name(header) if long_name is None else long_name, start)
-    end = at + _padded(length)
-    if end > size:
-        raise EOFError("it ends within a member")
-    is_file = kind in _REGULAR and not name.endswith("/")
-    return _Member(name, is_file, start, at, length, end)
-
-
-def _take(file: BinaryIO, at: int, length: int, size: int) -> bytes:
-    if at + length > size:
-        raise EOFError("it ends within a header")
-    file.seek(at)
-    data = file.read(length)
-    if len(data) < length:
-        raise EOFError("it ends within a header")
-    return data
-
-
-def _is_header(block: bytes) -> bool:
-    """Whether it has the sum of its bytes, in which those of the sum count as spaces."""
-    digits = block[148:156].strip(b"\0 ")
-    if not digits or digits.strip(b"01234567"):
-        return False
-    # The low 16 bits of Adler-32 are 1 + the sum of the bytes, modulo 65521, which 256 bytes never reach (255 * 256 is
-    # 65280). So two halves of a block give their sums, less 1 each; sum() takes ten times as long.
-    halves = (zlib.adler32(half) & 0xFFFF for half in (block[:256], block[256:]))
-    return int(digits, 8) == sum(halves) - 2 - sum(block[148:156]) + 8 * 32
-
-
-def _padded(length: int) -> int:
-    return -(-length // _BLOCK) * _BLOCK
-
-
-def _number(raw: bytes, at: int) -> int:
-    """Octal digits; or binary, as GNU tar writes what is too large for those."""
-    if raw[0] == 0x80:
-        return int.from_bytes(raw[1:], "big")
-    digits = raw.split(b"\0", 1)[0].strip(b" ")
-    if digits.strip(b"01234567"):
-        raise ValueError(f"a tar header at byte {at} with the number {raw!r}")
-    return int(digits or b"0", 8)
-
-
-def _decimal(raw: bytes, at: int) -> int:
-    if not raw.isdigit() or len(raw) > 19:
-        raise ValueError(f"a PAX header at byte {at} with the number {raw[:40]!r}")
-    return int(raw)
-
-
-def _pax(data: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
-    """Records of "LENGTH NAME=VALUE\\n", where the length counts itself."""
-    done = 0
-    while done < len(data) and data[done]:
-        digits = data[done : done + 20].split(b" ", 1)[0]
-        record = data[done : done + _decimal(digits, at)]
-        name, equals, value = record[len(digits) + 1 : -1].partition(b"=")
-        if not name or not equals or not record.endswith(b"\n") or done + int(digits) > len(data):
-            raise ValueError(f"a PAX header at byte {at} with a record that is not one")
-        yield name, value
-        done += len(record)
-
-
-def _name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0", 1)[0]
-    prefix = header[345:500].split(b"\0", 1)[0]
-    # GNU tar has times in the place of the prefix.
-    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
-
-
-def _text(name: bytes, at: int) -> str:
-    try:
-        text = name.decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"a member's name at byte {at} is not UTF-8: {name[:80]!r}") from None
-    if "\0" in text:
-        raise ValueError(f"a member's name at byte {at} has a zero byte in it: {name[:80]!r}")
-    return text
