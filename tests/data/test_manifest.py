@@ -15,7 +15,7 @@ from data.pairs import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polydpo_fast.data import LoaderError, PairLoader, indexed, read_ledger
+from polydpo_fast.data import LoaderError, PairLoader, indexed, manifest_records, read_ledger
 from polydpo_fast.data import manifest as module
 from polydpo_fast.data.fields import parse_json
 from polydpo_fast.data.manifest import ManifestPairs
@@ -166,12 +166,12 @@ def test_the_index_of_other_rules_is_not_taken(folder, monkeypatch):
     manifest.write_text('{"win": "a.jpg", "lose": "b.jpg", "a": 1, "a": 2}\n')
     with monkeypatch.context() as before:
         before.setattr(indexed, "_RULES", 0)
-        before.setattr(module, "parse_json", json.loads)
+        before.setattr(manifest_records, "parse_json", json.loads)
         fingerprint = ManifestPairs(manifest).fingerprint
     with pytest.raises(SourceError, match="it has 'a' twice"):
         ManifestPairs(manifest)
     monkeypatch.setattr(indexed, "_RULES", 2)
-    monkeypatch.setattr(module, "parse_json", json.loads)
+    monkeypatch.setattr(manifest_records, "parse_json", json.loads)
     assert ManifestPairs(manifest).fingerprint == fingerprint  # of the same pairs: trainings are resumed
 
 
