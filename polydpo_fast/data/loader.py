@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from ..clips import decode_clips
-from ..decode import decode_pairs
 from .batch import PairBatch
 from .buffers import Buffers
 from .dali import Decoder, choose_decoder
 from .ledger import Ledger, options_as_json
+from .loader_arguments import batch_form, check_arguments, check_device, decode_function, is_int, ranks_of
 from .order import Order, Shuffled, order_of
 from .pipeline import Pipeline
 from .plan import Plan, Step
@@ -36,7 +34,6 @@ __all__ = ["LoaderError", "LoaderStats", "PairLoader"]
 _CPU = torch.device("cpu")
 _STATE_VERSION = 2  # to be raised when the order, or what is drawn for a pair, is another
 _NOT_PART_OF_TRANSFORM = frozenset(("win", "lose", "seeds", "out", "on_error", "limits", "threads", "cache"))
-_OF_SOURCES = ("ties", "root", "columns", "category", "weight", "memory_bytes")
 _DEFAULT_WINDOW = 8  # row groups, where single pairs cannot be read
 
 
@@ -112,7 +109,7 @@ class PairLoader(IterableDataset[PairBatch]):
         max_bad_run: int = 50,
         **decode: Any,
     ) -> None:
-        _check_arguments(
+        check_arguments(
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
@@ -125,7 +122,7 @@ class PairLoader(IterableDataset[PairBatch]):
             max_bad_rate=max_bad_rate,
             max_bad_run=max_bad_run,
         )
-        self._device = _checked_device(device)
+        self._device = check_device(device)
         choose_decoder(decoder, self._device or "cpu")  # one that is not there shows now
         self.source: Source = open_source(source)
         if len(self.source) == 0:
@@ -146,7 +143,7 @@ class PairLoader(IterableDataset[PairBatch]):
                 "shuffle=True and no window, because pairs in shares are drawn from the whole source"
             )
         self._categories = categories
-        self._rank, self._world_size = _ranks(rank, world_size)
+        self._rank, self._world_size = ranks_of(rank, world_size)
         if last == "drop" and len(self.source) < batch_size * self._world_size:
             raise ValueError(
                 f"batch_size is {batch_size} on {self._world_size} ranks; the source has only {len(self.source)} pairs "
@@ -157,7 +154,7 @@ class PairLoader(IterableDataset[PairBatch]):
         self._prefetch, self._readers, self._timeout_s = prefetch, readers, timeout_s
         self._ledger, self._max_bad_rate, self._max_bad_run = Ledger(ledger), max_bad_rate, max_bad_run
         self._options = decode
-        self._shape, self._dtype = self._try_options()
+        self._shape, self._dtype = batch_form(decode, self.source.ready, batch_size)
         ready = self.source.ready
         if ready is not None and ready.conditioning and prompt_dropout > 0:
             names = ", ".join(ready.conditioning)
@@ -185,7 +182,7 @@ class PairLoader(IterableDataset[PairBatch]):
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration yields, from its start; nothing changes if it is that one already."""
-        if not _is_int(epoch) or epoch < 0:
+        if not is_int(epoch) or epoch < 0:
             raise ValueError(f"epoch is {epoch!r}; expected an int >= 0")
         self._begins_anew = True
         if epoch != self.epoch:
@@ -222,12 +219,12 @@ class PairLoader(IterableDataset[PairBatch]):
             if state.get(name) != own:
                 raise ValueError(f"the state was taken with {name}={state.get(name)!r}; this loader has {own!r}")
         epoch, position = state.get("epoch"), state.get("position")
-        if not _is_int(epoch) or not _is_int(position) or epoch < 0 or position < 0:
+        if not is_int(epoch) or not is_int(position) or epoch < 0 or position < 0:
             raise ValueError(f"state has epoch {epoch!r} and position {position!r}; expected ints >= 0")
         turns, worker = state.get("turns"), get_worker_info()
         begin: Any = turns.get("begin") if isinstance(turns, Mapping) else position
-        here = self._turns(worker.num_workers if worker else 0, begin) if _is_int(begin) else None
-        if not _is_int(begin) or turns not in (None, here):
+        here = self._turns(worker.num_workers if worker else 0, begin) if is_int(begin) else None
+        if not is_int(begin) or turns not in (None, here):
             raise ValueError(f"the state was taken by a DataLoader's worker with {turns!r}; here it is {here}")
         self.epoch, self._position, self._begin, self._resumed = epoch, position, begin, True
         self._pass += 1
@@ -243,7 +240,7 @@ class PairLoader(IterableDataset[PairBatch]):
         source's pairs are tensors already."""
         if self.source.ready is not None:
             return {}
-        parameters = inspect.signature(self._decode_function()).parameters
+        parameters = inspect.signature(decode_function(self._options)).parameters
         chosen = {name: parameter.default for name, parameter in parameters.items()} | self._options
         return {name: value for name, value in chosen.items() if name not in _NOT_PART_OF_TRANSFORM}
 
@@ -378,33 +375,6 @@ class PairLoader(IterableDataset[PairBatch]):
                 positions = start + offsets
                 yield Step(positions % pairs if self._last == "wrap" else positions, min(start + size, pairs))
 
-    def _decode_function(self) -> Callable[..., Any]:
-        return decode_clips if "frames" in self._options else decode_pairs
-
-    def _try_options(self) -> tuple[tuple[int, ...], torch.dtype]:
-        """The shape and dtype of a batch's pixels. Whatever is wrong with the options shows now, not in a thread."""
-        ready = self.source.ready
-        if ready is not None:
-            if self._options:
-                raise TypeError(f"{', '.join(self._options)}: no argument of PairLoader; the source needs no decoding")
-            return (2 * self.batch_size, *ready.shape), ready.dtype
-        function = self._decode_function()
-        known = set(inspect.signature(function).parameters) - {"win", "lose", "seeds", "out", "on_error"}
-        unknown = sorted(set(self._options) - known)
-        if unknown:
-            raise TypeError(
-                f"{', '.join(unknown)}: no argument of PairLoader, nor of {function.__name__}, which takes "
-                f"{', '.join(sorted(known))}{_hint(unknown)}"
-            )
-        one = dict(self._options)
-        if "frames" in one:
-            one["frames"] = min(1, one["frames"]) if isinstance(one["frames"], int) else one["frames"]
-        pixels = function([b""], [b""], on_error="mask", **one).pixels
-        shape = [2 * self.batch_size, *pixels.shape[1:]]
-        if "frames" in one:
-            shape[1 if one.get("layout") == "TCHW" or one.get("dtype") == "yuv420" else 2] = self._options["frames"]
-        return (*shape,), pixels.dtype
-
 
 class _Iteration(Iterator[PairBatch]):
     """One pass. When it is dropped, by `break` or an exception, its threads end."""
@@ -436,49 +406,6 @@ class _Iteration(Iterator[PairBatch]):
         return self._loader.state_dict()
 
 
-def _check_arguments(
-    *,
-    batch_size: Any,
-    shuffle: Any,
-    seed: Any,
-    window: Any,
-    last: Any,
-    prompt_dropout: Any,
-    prefetch: Any,
-    readers: Any,
-    timeout_s: Any,
-    max_bad_rate: Any,
-    max_bad_run: Any,
-) -> None:
-    for name, count in (("batch_size", batch_size), ("prefetch", prefetch), ("readers", readers)):
-        if not _is_int(count) or not 1 <= count <= 1 << 16:
-            raise ValueError(f"{name} is {count!r}; expected an int from 1 to {1 << 16}")
-    for name, share in (("prompt_dropout", prompt_dropout), ("max_bad_rate", max_bad_rate)):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ValueError(f"{name} is {share!r}; expected a number from 0 to 1")
-    if not isinstance(shuffle, bool):
-        raise ValueError(f"shuffle is {shuffle!r}; expected True or False")
-    if not _is_int(seed) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; expected an int from 0 to 2^63 - 1")
-    if window is not None and (not _is_int(window) or window < 0):
-        raise ValueError(f"window is {window!r}; expected a number of blocks, 0 for all pairs, or None")
-    if not _is_int(max_bad_run) or max_bad_run < 0:
-        raise ValueError(f"max_bad_run is {max_bad_run!r}; expected an int >= 0")
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
-        raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds > 0")
-    if last not in ("drop", "pad", "wrap"):
-        raise ValueError(f"last is {last!r}; expected 'drop', 'pad' or 'wrap'")
-
-
-def _hint(unknown: list[str]) -> str:
-    """What may have been meant by arguments that nobody knows."""
-    if of_source := [name for name in unknown if name in _OF_SOURCES]:
-        return f". Options of a source go to open_source: PairLoader(open_source(where, {of_source[0]}=...), ...)"
-    if {"num_workers", "workers"}.intersection(unknown):
-        return ". Threads do the work here: threads= of them decode, and readers= read"
-    return ""
-
-
 def _refuse_to_collate(batch: Any, **_: Any) -> Any:
     raise TypeError("a PairLoader yields batches already; expected DataLoader(loader, batch_size=None)")
 
@@ -486,49 +413,6 @@ def _refuse_to_collate(batch: Any, **_: Any) -> Any:
 default_collate_fn_map[PairBatch] = _refuse_to_collate
 
 
-def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device is {device!r}; expected None, 'cpu', 'cuda', 'cuda:1', ...") from None
-    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(f"device is {device!r}; PyTorch finds {count or 'no'} CUDA devices here")
-    return found
-
-
 def _with_number(device: torch.device | None) -> torch.device | None:
     """Where "cuda" is that of this thread: the loader's own has another current device."""
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"rank is {rank!r} and world_size {world_size!r}; expected both or neither")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        rank, world_size = _ranks_of_environment()
-    if not _is_int(rank) or not _is_int(world_size):
-        raise ValueError(f"rank is {rank!r} and world_size {world_size!r}; expected ints")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank!r}; expected 0 to {world_size - 1} (world_size is {world_size})")
-    return rank, world_size
-
-
-def _ranks_of_environment() -> tuple[int, int]:
-    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    if not rank and world_size in ("", "1"):
-        return 0, 1
-    try:
-        return int(rank), int(world_size)
-    except ValueError:
-        raise ValueError(
-            f"the environment has RANK={rank!r} and WORLD_SIZE={world_size!r}; expected two numbers, as torchrun sets "
-            "them, or rank= and world_size="
-        ) from None
