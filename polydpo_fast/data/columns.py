@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..decode_arguments import check_choice
-from .source import Arm, PairError, SourceError, weight_of
+from .source import Arm, PairError, Source, SourceError, weight_of
 
 __all__ = [
     "CATEGORY",
@@ -21,6 +21,7 @@ __all__ = [
     "WINS",
     "IfThere",
     "Layout",
+    "TableSource",
     "check_options",
     "counted",
     "is_labelled",
@@ -142,6 +143,38 @@ def counted(found: np.ndarray, pairs: int, where: str) -> dict[str, int]:
         listed = ", ".join(f"{number} {name}" for name, number in counts.items())
         raise SourceError(f"{where}: {listed}, 0 pairs; expected at least one pair")
     return counts
+
+
+class TableSource(Source):
+    """What sources of rows have in common: which rows are pairs, what each says of its first image, and categories."""
+
+    _rows: np.ndarray  # (len,) uint32
+    _verdicts: np.ndarray  # (len,) uint8
+    _counts: Mapping[str, int]
+    _categories: tuple[tuple[str, ...], np.ndarray] | None = None  # as of `categories`; None where rows have none
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
+        return self._categories or super().categories
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {**self._counts, "pairs": len(self)}
+
+    def _row(self, index: int) -> tuple[int, int]:
+        """The number of its row, and the verdict there. Raises IndexError."""
+        if not 0 <= index < len(self._rows):
+            raise IndexError(f"pair {index} of {len(self._rows)}")
+        return int(self._rows[index]), int(self._verdicts[index])
+
+    def _category_of(self, index: int) -> str:
+        if self._categories is None:
+            return ""
+        names, codes = self._categories
+        return names[int(codes[index])]
 
 
 def row_weight(value: Any, name: str, verdict: int) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 from ..cache import Arrays, load_or_build
 from .columns import check_options
 from .files import File, names
-from .source import Pair, PairError, Source, SourceError, fingerprint_of
+from .source import Pair, PairError, Source, SourceError, fingerprint_of, worked_out_once
 
 __all__ = ["COMMON", "IndexedSource", "Notes", "key_hash"]
 
@@ -78,8 +78,6 @@ class IndexedSource(Source):
     fingerprint_version: ClassVar[int | None] = None
     apart: ClassVar[tuple[str, ...]] = ()  # of a row: what the fingerprint is without, for `Notes.content` holds it
 
-    _fingerprint: str | None = None
-
     def __init__(
         self, files: Sequence[File], *, ties: str, columns: Sequence[str], cache: str | os.PathLike[str] | None
     ) -> None:
@@ -124,14 +122,8 @@ class IndexedSource(Source):
         number, row = self._row(index)
         return self._where(self._files[number], row, self._notes[number])
 
-    @property
+    @worked_out_once
     def fingerprint(self) -> str:
-        # Not by functools.cached_property, whose lock before Python 3.12 a fork may leave held.
-        if self._fingerprint is None:
-            self._fingerprint = self._make_fingerprint()
-        return self._fingerprint
-
-    def _make_fingerprint(self) -> str:
         told = [name for name in self.row.names or () if name not in self.apart]
         packed = np.dtype([(name, self.row[name]) for name in told])
         digest = hashlib.sha256()
@@ -148,6 +140,10 @@ class IndexedSource(Source):
     def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
         smallest = np.min_scalar_type(len(self._category_names) - 1)
         return self._category_names, self._rows["category"].astype(smallest)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {**self._counts, "pairs": len(self)}
 
     @abstractmethod
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:

@@ -13,11 +13,22 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from .arrow import Binary, check_unchanged, import_pyarrow, is_category, is_image, is_number, is_text, open_parquet
-from .columns import CATEGORY, WEIGHT, IfThere, check_options, counted, keep, layout_of, row_weight, warn_ignored
+from .columns import (
+    CATEGORY,
+    WEIGHT,
+    IfThere,
+    TableSource,
+    check_options,
+    counted,
+    keep,
+    layout_of,
+    row_weight,
+    warn_ignored,
+)
 from .files import File, Location, names
 from .parquet_index import index_of, merged_categories
 from .row_groups import RowGroup, RowGroups
-from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
+from .source import Arm, Pair, PairError, SourceError, fingerprint_of
 from .splits import find_one_split
 
 __all__ = ["ParquetPairs"]
@@ -28,7 +39,7 @@ _MOST_EXPANSION = 64  # times its bytes in the file that a larger one may take
 _MOST_ROWS = 1024  # decoded at once
 
 
-class ParquetPairs(Source):
+class ParquetPairs(TableSource):
     """The labelled rows of Parquet files.
 
     Only the columns of the labels are read at opening, and kept in an index. Row groups are read when a pair of theirs
@@ -124,16 +135,12 @@ class ParquetPairs(Source):
         self._ends = np.cumsum([block.pairs for block in blocks], dtype=np.int64)
         return rows
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def __getitem__(self, index: int) -> Pair:
+        row, verdict = self._row(index)
         block = self._block_of(index)
         # What a network failed to give may come the next time; a damaged file most likely stays damaged.
         forget_s = _FORGET_S if self._files[block.file].is_local else 0.0
         group = self._groups.get((block.file, block.number), partial(self._read, block), forget_s)
-        row = int(self._rows[index])
-        verdict = int(self._verdicts[index])
         win, lose = (self._image(group, row - block.begin, column, arm) for arm, column in self._layout.arms(verdict))
         try:
             values = {name: column[row - block.begin].as_py() for name, column in group.others.items()}
@@ -154,7 +161,8 @@ class ParquetPairs(Source):
         return self._fingerprint
 
     def position(self, index: int) -> str:
-        return f"{self._files[self._block_of(index).file].path}, row {self._rows[index]}"
+        row, _ = self._row(index)
+        return f"{self._files[self._block_of(index).file].path}, row {row}"
 
     def expect_window(self, blocks: int) -> None:
         self._groups.window = max(self._groups.window, min(blocks, len(self._blocks)))
@@ -165,8 +173,6 @@ class ParquetPairs(Source):
         return np.diff(self._ends, prepend=0)
 
     def _block_of(self, index: int) -> _Block:
-        if not 0 <= index < len(self._rows):
-            raise IndexError(f"pair {index} of {len(self._rows)}")
         return self._blocks[int(np.searchsorted(self._ends, index, side="right"))]
 
     def _image(self, group: RowGroup, row: int, column: str, arm: Arm) -> memoryview:

@@ -19,6 +19,7 @@ from .columns import (
     WEIGHT,
     WINS,
     IfThere,
+    TableSource,
     check_options,
     counted,
     is_labelled,
@@ -29,14 +30,14 @@ from .columns import (
     warn_ignored,
 )
 from .files import contents
-from .source import Arm, Pair, PairError, Source, SourceError, fingerprint_of
+from .source import Arm, Pair, PairError, SourceError, fingerprint_of, worked_out_once
 
 __all__ = ["RecordPairs"]
 
 _SAMPLES = 16  # records that the fingerprint looks into
 
 
-class RecordPairs(Source):
+class RecordPairs(TableSource):
     """The labelled records of a `datasets.Dataset` (not a streaming one), or of a sequence of mappings.
 
     records: with jpg_0, jpg_1, label_0, caption and perhaps has_label (Pick-a-Pic: label_0 is 1 where jpg_0 wins, 0
@@ -58,8 +59,6 @@ class RecordPairs(Source):
     """
 
     kind: ClassVar[str] = "records"
-
-    _fingerprint: str | None = None
 
     def __init__(
         self,
@@ -127,13 +126,8 @@ class RecordPairs(Source):
             codes = np.array([number[text] for text in kept], dtype=np.min_scalar_type(len(number)))
             self._categories = (*number,), codes
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self._rows):
-            raise IndexError(f"pair {index} of {len(self._rows)}")
-        row, verdict = int(self._rows[index]), int(self._verdicts[index])
+        row, verdict = self._row(index)
         record = self._record(row)
         win, lose = (self._image(record, column, arm) for arm, column in self._layout.arms(verdict))
         for name in (*self._extra, self._weight):
@@ -153,14 +147,8 @@ class RecordPairs(Source):
             extra={name: record[name] for name in self._extra},
         )
 
-    @property
+    @worked_out_once
     def fingerprint(self) -> str:
-        # Not by functools.cached_property, whose lock before Python 3.12 a fork may leave held.
-        if self._fingerprint is None:
-            self._fingerprint = self._make_fingerprint()
-        return self._fingerprint
-
-    def _make_fingerprint(self) -> str:
         facts: list[object] = [1, len(self._records), self._layout, self._ties, self._category, self._weight]
         facts += [self._rows.tobytes(), self._verdicts.tobytes()]
         if self._categories is not None:
@@ -175,9 +163,7 @@ class RecordPairs(Source):
         return fingerprint_of("records", facts)
 
     def position(self, index: int) -> str:
-        if not 0 <= index < len(self._rows):
-            raise IndexError(f"pair {index} of {len(self._rows)}")
-        return f"records[{self._rows[index]}]"
+        return f"records[{self._row(index)[0]}]"
 
     def _check_kind(self, value: Any, name: str) -> None:
         """What one record lacks is a matter of this record; what is no image at all is one of them all."""

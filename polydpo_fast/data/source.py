@@ -6,10 +6,9 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -95,9 +94,6 @@ class Source(ABC):
     kind: ClassVar[str]  # for people: "Parquet"
     random_access: ClassVar[bool] = True  # whether a pair is cheap to read without its neighbours
 
-    _categories: tuple[tuple[str, ...], np.ndarray] | None = None
-    _counts: Mapping[str, int] = MappingProxyType({})
-
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -127,13 +123,7 @@ class Source(ABC):
     @property
     def categories(self) -> tuple[tuple[str, ...], np.ndarray]:
         """The names, and for each pair the number of its own, (len,) of an integer dtype."""
-        return self._categories or (("",), np.zeros(len(self), dtype=np.uint8))
-
-    def _category_of(self, index: int) -> str:
-        if self._categories is None:
-            return ""
-        names, codes = self._categories
-        return names[int(codes[index])]
+        return ("",), np.zeros(len(self), dtype=np.uint8)
 
     @property
     def ready(self) -> Ready | None:
@@ -143,7 +133,20 @@ class Source(ABC):
     @property
     def counts(self) -> Mapping[str, int]:
         """What was found on the way to the pairs, for people: rows, ties, rows without a label."""
-        return {**self._counts, "pairs": len(self)}
+        return {"pairs": len(self)}
+
+
+def worked_out_once(make: Callable[[Any], str]) -> property:
+    """A property that is worked out when it is first asked for. (functools.cached_property has a lock before Python
+    3.12, which a fork may leave held.)"""
+    name = f"_{make.__name__}"
+
+    def get(self: Any) -> Any:
+        if name not in self.__dict__:
+            self.__dict__[name] = make(self)
+        return self.__dict__[name]
+
+    return property(get)
 
 
 def fingerprint_of(kind: str, parts: Iterable[object]) -> str:
