@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .clip_file import Source
 from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipLimits, Request, check_clips
 from .timeline import TooShortError, plan
-from .video import Clip, Source, orientation, require_av, words_of
+from .video import Clip, orientation, require_av, words_of
 
 if TYPE_CHECKING:
     from . import _C
@@ -194,7 +195,7 @@ def _decode_rows(rows: list[_Row], asked: Request, short: str, clock: Fraction |
             _side_by_side(pool, [row.index for row in rows])
             work = []
             for pair, (win, lose) in enumerate(zip(rows[:pairs], rows[pairs:], strict=True)):
-                moments = _plan_of(win, lose, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
+                moments = _plan_of(win, lose, asked, asked.starts[pair], short)
                 if not moments:
                     continue
                 times[pair] = torch.tensor([float(moment) for moment in moments], dtype=torch.float64, device="cpu")
@@ -252,20 +253,12 @@ def _result(rows: list[_Row], asked: Request, times: Tensor, on_error: str) -> D
     )
 
 
-def _plan_of(
-    win: _Row,
-    lose: _Row,
-    frames: int,
-    fps: float | Fraction | None,
-    start: str | float | Fraction,
-    start_fraction: float,
-    short: str,
-) -> list[Fraction]:
-    """The times of a pair's frames, in seconds; none where an arm has failed, or is too short."""
+def _plan_of(win: _Row, lose: _Row, asked: Request, drawn: float, short: str) -> list[Fraction]:
+    """The times of a pair's frames, in seconds; none if an arm has failed, or is too short."""
     if win.reason or lose.reason:
         return []
     try:
-        return plan((win.clip.timeline, lose.clip.timeline), frames, fps, start, start_fraction, short)
+        return plan((win.clip.timeline, lose.clip.timeline), asked.frames, asked.fps, asked.start, drawn, short)
     except TooShortError as error:
         (win, lose)[error.arm].reason = str(error)
         return []

@@ -7,31 +7,27 @@ import io
 import math
 import os
 import re
-import stat
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from typing_extensions import Buffer
 
 from . import cache
 from .bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key, siting_in, states_range
+from .clip_file import Source, TimedFile, container_of, open_clip, open_regular
 from .decode_arguments import ClipLimits
 from .matroska import damage_of
 from .mp4 import check_counts
 from .timeline import Timeline
 
-__all__ = ["Clip", "Source", "aspect_of", "orientation", "require_av", "siting_of", "words_of"]
-
-Source = Buffer | str | os.PathLike[str]
+__all__ = ["Clip", "aspect_of", "orientation", "require_av", "siting_of", "words_of"]
 
 # The demuxer is chosen here, by the first bytes: others of FFmpeg's can open further files and URLs. So can these two,
 # unless they are told not to.
-_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 _OPTIONS = {"mp4": {"enable_drefs": "0", "use_absolute_path": "0", "ignore_chapters": "1"}, "matroska": {}}
 _CODECS = ("h264", "hevc", "vp9", "vp8", "av1", "mpeg4")
 _DECODERS = (*_CODECS, "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9")  # as FFmpeg calls those that others wrote
@@ -80,7 +76,7 @@ class Clip:
         self._since = time.monotonic()
         if isinstance(self._source, (str, os.PathLike)):
             path = os.path.abspath(self._source)
-            with _file(path) as file:
+            with open_regular(path) as file:
                 facts = os.fstat(file.fileno())
             stamp = (
                 f"clip {_FORMAT} {_version()} {self._strict} {facts.st_size} {facts.st_mtime_ns} {os.fsencode(path)!r}"
@@ -127,12 +123,12 @@ class Clip:
         raise failure
 
     def cancel(self) -> None:
-        """Soon ends what another thread does with it."""
+        """Makes what another thread does with it end soon."""
         self._left = -math.inf
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Any, Any]]:
-        """The container and the stream, for somebody else to read, who looks at the clock."""
+        """The container and the stream, for a caller who reads them, and calls `check_timeout`."""
         self._since = time.monotonic()
         with self._open(True, 1) as found:
             yield found
@@ -148,23 +144,10 @@ class Clip:
     @contextmanager
     def _open(self, strict: bool, threads: int) -> Iterator[tuple[Any, Any]]:
         import av
-        from av.stream import Discard, Disposition
 
-        source = self._source
-        with _file(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else _in_memory(source) as inner:
-            file = _Clocked(inner, self.check_timeout)
-            size = file.seek(0, io.SEEK_END)
-            if size > self._limits.bytes:
-                raise ValueError(f"it has {size} bytes, more than {self._limits.bytes} (limits.bytes)")
-            file.seek(0)
-            format = _container(file.read(12))
-            if format == "mp4":
-                # With the sound's, and all edits'.
-                most = 4 * max(self._limits.frames, 1 << 16)
-                self._trouble = check_counts(file, most, self._limits.streams, self.check_timeout)
-            elif self._trouble == "":  # once
-                most_cues = 32 * max(self._limits.frames, 1 << 16)
-                self._trouble = damage_of(file, most_cues, self.check_timeout, blocks=not self._is_kept)
+        with open_clip(self._source) as inner:
+            file = TimedFile(inner, self.check_timeout)
+            format = self._look_through(file)
             file.seek(0)
             # A decoder is told the limit too: it allocates for what the stream says, whatever the header does. It
             # counts whole blocks, so that a frame may be larger there.
@@ -179,33 +162,57 @@ class Clip:
             except av.FFmpegError as error:
                 raise ValueError(self._trouble or words_of(error)) from error
             with opened as container:
-                if len(container.streams) > self._limits.streams:
-                    raise ValueError(f"it has more than {self._limits.streams} streams (limits.streams)")
-                moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-                if not moving:
-                    raise ValueError(self._trouble or "it has no video stream")
-                stream = moving[0]
-                for other in container.streams:
-                    if other is not stream:
-                        other.discard = Discard.all  # not even read
-                context = stream.codec_context
-                name = context.name if context is not None else "unknown"
-                if name not in _DECODERS:
-                    raise ValueError(f"its codec is {name}; expected one of {', '.join(_CODECS)}")
-                if context.width * context.height <= 0:
-                    raise ValueError("its header states no size")
-                self._check_pixels(context.width * context.height)
-                # Before any frame is decoded: the decoders of HEVC and VP9 put what the stream tells in their place, or
-                # that it tells nothing.
-                is_range_told = states_range(context.codec.canonical_name, context.extradata)
-                self.told = int(context.colorspace), 0 if is_range_told else int(context.color_range)
-                context.thread_count = threads
-                context.thread_type = "AUTO" if threads > 1 else "NONE"
-                if name == "h264":
-                    # Streams need not tell it, and then frames that come later than guessed are dropped.
-                    options["has_b_frames"] = str(self._depth)
-                context.options = options
+                stream = self._choose(container)
+                self._set_up(stream.codec_context, options, threads)
                 yield container, stream
+
+    def _look_through(self, file: TimedFile) -> str:
+        """The kind of the container, and in `_trouble` what is wrong with it. Raises ValueError beyond the limits."""
+        size = file.seek(0, io.SEEK_END)
+        if size > self._limits.bytes:
+            raise ValueError(f"it has {size} bytes, more than {self._limits.bytes} (limits.bytes)")
+        file.seek(0)
+        format = container_of(file.read(12))
+        if format == "mp4":
+            # With the sound's, and all edits'.
+            most = 4 * max(self._limits.frames, 1 << 16)
+            self._trouble = check_counts(file, most, self._limits.streams, self.check_timeout)
+        elif self._trouble == "":  # once
+            most_cues = 32 * max(self._limits.frames, 1 << 16)
+            self._trouble = damage_of(file, most_cues, self.check_timeout, blocks=not self._is_kept)
+        return format
+
+    def _choose(self, container: Any) -> Any:
+        """The first video stream; nothing is read of the others."""
+        from av.stream import Discard, Disposition
+
+        if len(container.streams) > self._limits.streams:
+            raise ValueError(f"it has more than {self._limits.streams} streams (limits.streams)")
+        moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not moving:
+            raise ValueError(self._trouble or "it has no video stream")
+        for other in container.streams:
+            if other is not moving[0]:
+                other.discard = Discard.all
+        return moving[0]
+
+    def _set_up(self, context: Any, options: dict[str, str], threads: int) -> None:
+        name = context.name if context is not None else "unknown"
+        if name not in _DECODERS:
+            raise ValueError(f"its codec is {name}; expected one of {', '.join(_CODECS)}")
+        if context.width * context.height <= 0:
+            raise ValueError("its header states no size")
+        self._check_pixels(context.width * context.height)
+        # Before any frame is decoded: the decoders of HEVC and VP9 put what the stream tells in their place, or that it
+        # tells nothing.
+        is_range_told = states_range(context.codec.canonical_name, context.extradata)
+        self.told = int(context.colorspace), 0 if is_range_told else int(context.color_range)
+        context.thread_count = threads
+        context.thread_type = "AUTO" if threads > 1 else "NONE"
+        if name == "h264":
+            # Streams need not tell it, and then frames that come later than guessed are dropped.
+            options = {**options, "has_b_frames": str(self._depth)}
+        context.options = options
 
     def _indexed(self) -> Mapping[str, np.ndarray]:
         """What is kept of a clip.
@@ -397,13 +404,17 @@ def require_av() -> None:
         raise ImportError("decode_clips needs PyAV: pip install 'polydpo-fast[video]'") from None
 
 
+def _open_nothing(url: str, *_: object) -> Any:
+    raise PermissionError("it refers to another file")
+
+
 def words_of(error: Exception) -> str:
-    """What it says, without the number of an error of FFmpeg's, and the name that bytes in memory have not."""
+    """An error's message, without FFmpeg's number, and without the name that bytes in memory lack."""
     return re.sub(r"^\[Errno \d+\] |: '<none>'", "", f"{error}") or type(error).__name__
 
 
 def _packets(container: Any, stream: Any, strict: bool, troubles: list[str]) -> Iterator[Any]:
-    """Those of a stream, and at the end an empty one, for which a decoder gives out all that it holds.
+    """The packets of a stream, and at the end an empty one, for which a decoder gives out all that it holds.
 
     Empty samples, at whose times the frame before stays, are left out: decoders of FFmpeg's refuse them.
     troubles: is told what was wrong, if it is let pass.
@@ -470,100 +481,8 @@ _ORIENTATIONS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ the sources
-
-
-def _container(begin: bytes) -> str:
-    if begin[4:8] in _BOXES:
-        return "mp4"
-    if begin[:4] == b"\x1aE\xdf\xa3":
-        return "matroska"
-    if not begin:
-        raise ValueError("it is empty")
-    raise ValueError(f"it is neither MP4, MOV, Matroska nor WebM: it begins with {begin[:4].hex(' ')}")
-
-
-def _file(path: str) -> io.FileIO:
-    file = io.FileIO(path, opener=_opener)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError("it is no regular file")
-    return file
-
-
-def _opener(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for a writer
-
-
-class _Clocked(io.RawIOBase):
-    """A file that is read as long as there is time for it: FFmpeg may look for a beginning, or an end, for long."""
-
-    def __init__(self, file: io.RawIOBase | io.BytesIO, look: Callable[[], None]) -> None:
-        self._file, self._look = file, look
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        self._look()
-        return self._file.read(size) or b""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
-def _in_memory(source: Buffer) -> io.BytesIO | _Memory:
-    # BytesIO shares bytes, and copies anything else.
-    return io.BytesIO(source) if isinstance(source, bytes) else _Memory(memoryview(source).cast("B"))
-
-
-class _Memory(io.RawIOBase):
-    """A file of bytes that somebody else owns, without a copy of them."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view, self._at = view, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        part = bytes(self._view[self._at : self._at + size if size >= 0 else None])
-        self._at += len(part)
-        return part
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        place = offset + (0, self._at, len(self._view))[whence]
-        if place < 0:
-            raise ValueError(f"the place is {place}; expected at least 0")
-        self._at = place
-        return place
-
-    def tell(self) -> int:
-        return self._at
-
-    def close(self) -> None:
-        self._view.release()
-        super().close()
-
-
-def _open_nothing(url: str, *_: object) -> Any:
-    raise PermissionError("it refers to another file")
-
-
-# -------------------------------------------------------------------------------------------------- the index
-
-
 def _is_sound(found: Mapping[str, np.ndarray]) -> bool:
-    """Whether an index can be one, that was kept where others can write."""
+    """Whether a kept index may be right: others may write to its folder."""
     arrays = pts, keys, unit, depth, damaged = [found[name] for name in ("pts", "keys", "unit", "depth", "damaged")]
     return (
         all(array.dtype == np.int64 and array.ndim == 1 for array in arrays)

@@ -14,11 +14,12 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _C
+from ..clip_file import Source
 from ..clips import DecodedClips, colours_of, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, check_clips
 from ..timeline import plan
-from ..video import Clip, Source, aspect_of, orientation, require_av, siting_of
+from ..video import Clip, aspect_of, orientation, require_av, siting_of
 from .dali_canary import compare, to_709
 from .dali_engine import Engine, for_cpp, reason
 from .dali_picture import Finish, Plan
