@@ -8,22 +8,20 @@ from typing_extensions import Buffer
 
 __all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key", "siting_in", "states_range"]
 
-_SPS = {"h264": 7, "hevc": 33}  # types of units: sequence parameter sets
-_MOST_HEADER = 1 << 12  # bytes of parameters that are looked at
+_SPS = {"h264": 7, "hevc": 33}  # types of NAL units: sequence parameter sets
+_MOST_HEADER = 1 << 12  # bytes of parameter sets that are looked at
 _VOP = b"\0\0\1\xb6"  # what a frame of MPEG-4 begins with; two bits of its type follow
 
 
 def begins_anew(codec: str, packet: Buffer) -> bool:
-    """Whether it surely begins a clip of which all frames can be decoded: an IDR picture of H.264 or HEVC."""
+    """Whether all frames from here on can surely be decoded: it is an IDR picture of H.264 or HEVC."""
     instant = {"h264": (5,), "hevc": (19, 20)}.get(codec, ())
     return any(_type_of(codec, unit) in instant for unit in _units(packet))
 
 
 def is_no_key(codec: str, packet: Buffer) -> bool:
-    """Whether it surely is no place to begin at, whatever the container says: a frame of MPEG-4 made from others.
-
-    From there FFmpeg would decode MPEG-4 into something, without an error.
-    """
+    """Whether decoding surely cannot begin here, whatever the container says: a frame of MPEG-4 made from others, which
+    FFmpeg would decode into something, without an error."""
     data = bytes(memoryview(packet)[:_MOST_HEADER]) if codec == "mpeg4" else b""
     at = data.find(_VOP) + 4
     return 4 <= at < len(data) and data[at] >> 6 != 0
@@ -81,7 +79,7 @@ def _bits_of_time(data: bytes) -> int:
 
 
 class SpareFrames:
-    """Which packets of HEVC and AV1 can be left out, and all other frames are decoded as they would be with them.
+    """Which packets of HEVC and AV1 can be left out without changing any other frame.
 
     In HEVC a picture of a type that is no reference may still be one for pictures of higher temporal layers. So it has
     to be of the highest, by the parameters that came before; FFmpeg's skip_frame does not look at that. In AV1 a frame
@@ -135,11 +133,11 @@ class _SpareAv1:
         return bool(refreshed) and not any(refreshed)
 
 
-_SEQUENCE, _FRAMES = 1, (3, 6)  # types of AV1's units: sequence header; frame header, and that with its frame
+_SEQUENCE, _FRAMES = 1, (3, 6)  # types of AV1's OBUs: sequence header; frame header, and frame
 
 
 def _obus(data: Buffer) -> list[tuple[int, bytes]]:
-    """Types and first bytes of AV1's units; none where they do not fill the data."""
+    """Types and first bytes of AV1's OBUs; none if they do not fill the data."""
     view, at, found = memoryview(data), 0, []
     while at < len(view):
         begin, extended, sized = view[at], view[at] >> 2 & 1, view[at] >> 1 & 1
@@ -160,7 +158,7 @@ def _obus(data: Buffer) -> list[tuple[int, bytes]]:
 
 
 class _Sequence:
-    """What a frame header cannot be read without, AV1's 5.5.1. Raises ValueError for what is not read."""
+    """What reading a frame header takes of the sequence header, AV1's 5.5.1. Raises ValueError for kinds not read."""
 
     def __init__(self, bits: _Bits) -> None:
         bits.take(4)
@@ -250,7 +248,7 @@ def states_range(codec: str, header: bytes | None) -> bool:
 
 
 def _siting_of(codec: str, sets: list[bytes]) -> int | None:
-    """By the first of the sets of parameters."""
+    """By the first of these parameter sets."""
     for unit in sets:
         bits = _Bits(unit)
         (_to_vui_of_h264 if codec == "h264" else _to_vui_of_hevc)(bits)
@@ -267,7 +265,7 @@ def _type_of(codec: str, unit: bytes) -> int:
 
 
 def _units(packet: Buffer) -> list[bytes]:
-    """Their first bytes (parameters whole) behind their lengths; none where the packet is made up otherwise."""
+    """The first bytes of NAL units that follow their lengths, parameter sets whole; none of another kind of packet."""
     data, at, found = memoryview(packet), 0, []
     while at + 4 < len(data):
         size = int.from_bytes(data[at : at + 4], "big")
@@ -305,7 +303,7 @@ def _parameters(codec: str, header: bytes | None) -> list[bytes]:
 
 
 class _Bits:
-    """A unit's, from the left. Raises ValueError behind the end. escaped: H.264 and HEVC keep zeros apart by threes."""
+    """A unit's bits, from the left. Raises ValueError beyond the end. escaped: with emulation prevention bytes."""
 
     def __init__(self, unit: bytes, escaped: bool = True) -> None:
         data = unit[:_MOST_HEADER].replace(b"\0\0\3", b"\0\0") if escaped else unit
@@ -340,7 +338,7 @@ def _has_signal(bits: _Bits) -> bool | None:
 
 
 def _siting_in_vui(bits: _Bits) -> int:
-    """The same in both, up to there."""
+    """The same in H.264 and HEVC, as far as it is read."""
     has_signal = _has_signal(bits)
     if has_signal is None:
         return 0

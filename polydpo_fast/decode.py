@@ -199,7 +199,7 @@ def decode_pairs(
 
 
 class RawImage(NamedTuple):
-    """That image of a batch has been decoded to RGBX bytes. size: height and width. orientation: of its EXIF."""
+    """An image, in this row of the batch, that is RGBX bytes now. size: height and width. orientation: of its EXIF."""
 
     row: int
     size: tuple[int, int]

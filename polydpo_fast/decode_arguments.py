@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Draw(NamedTuple):
-    """What is drawn for a pair. centre: of its crop; else two uniform 32-bit numbers choose the corner."""
+    """What is drawn for a pair. centre: whether that is its crop; else top and left, uniform in 32 bits, choose one."""
 
     centre: bool
     top: int
@@ -200,7 +200,7 @@ def _check(
     is_drawn: bool = False,
     device: torch.device = _CPU,
 ) -> Request:
-    """What both have in common. is_drawn: whether more than crop and mirror is."""
+    """The arguments that both have in common. is_drawn: whether more than crop and mirror is."""
     pairs = len(arms[0])
     height, width = _check_size(size)
     check_choice("resize", resize, (None, "cover", "contain", "stretch"))
@@ -351,7 +351,7 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
 
 
 def is_number(value: object) -> bool:
-    """Also one of NumPy's."""
+    """Whether it is a real number, perhaps one of NumPy's."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -360,7 +360,7 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 
 def _plain(value: float | Fraction) -> float | Fraction:
-    """With the same value, one of Python's: NumPy's have few digits, and make no fractions."""
+    """The same number as one of Python's: NumPy's have fewer digits, and make no fractions."""
     return value if isinstance(value, (int, float, Fraction)) else int(value) if _is_whole(value) else float(value)
 
 

@@ -12,7 +12,7 @@ File = io.RawIOBase | io.BufferedIOBase
 _EBML, _SEGMENT, _TRACKS, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0x1F43B675
 _CUES, _ATTACHMENTS, _CHAPTERS, _TAGS = 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367
 _GROUP, _SIMPLE_BLOCK, _BLOCK = 0xA0, 0xA3, 0xA1
-_ANYWHERE = (0xEC, 0xBF)  # what is void, and checksums
+_ANYWHERE = (0xEC, 0xBF)  # Void, CRC-32
 # What may be in a segment, a cluster, a group: RFC 9559, 5.1, and what earlier drafts had.
 _IN_SEGMENT = {_TRACKS, _CLUSTER, _CUES, _ATTACHMENTS, _CHAPTERS, _TAGS, 0x114D9B74, 0x1549A966, 0x1B538667, *_ANYWHERE}
 _IN_CLUSTER = {_GROUP, _SIMPLE_BLOCK, 0xE7, 0x5854, 0xA7, 0xAB, 0xAF, *_ANYWHERE}
@@ -30,7 +30,7 @@ class _DamagedError(Exception):
 def damage_of(
     file: File, most_cues: int, look: Callable[[], object] = lambda: None, *, blocks: bool = True
 ) -> str | None:
-    """What is wrong with the elements of the file, down to its blocks: nothing, None, or the first that is.
+    """The first thing that is wrong with the elements of the file, down to its blocks; None if nothing is.
 
     blocks: whether to look at them, in clusters whose length is told: nine of ten elements, and more, are blocks.
 

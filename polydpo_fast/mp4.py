@@ -105,7 +105,7 @@ class _Counts:
             self._kinds += body[8:12]
 
     def entries(self) -> int:
-        """That FFmpeg would make."""
+        """How many FFmpeg would make."""
         samples = self._samples + self._runs
         # Of PCM, where samples are those of the sound, it makes an entry for a thousand of them, chunk by chunk.
         if self._is_timed and self._is_one_each and b"soun" in self._kinds and b"vide" not in self._kinds:

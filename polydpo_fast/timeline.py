@@ -26,7 +26,7 @@ class Timeline(NamedTuple):
         return int(self.pts[-1]) - int(self.pts[0])
 
     def ticks(self) -> int:
-        """Until the last frame ends; it is shown as long as the one before it."""
+        """Ticks from the first frame to the end of the last, which is shown as long as the one before it."""
         last = int(self.pts[-1]) - int(self.pts[-2]) if len(self.pts) > 1 else 1
         return self.span() + last
 
@@ -34,8 +34,8 @@ class Timeline(NamedTuple):
         return self.ticks() * self.unit
 
     def lap(self) -> Fraction:
-        """Seconds of a clip that is looped. Where the rate is constant but for the clock's rounding, of so many frames
-        at the simplest rate that it can be; else the last frame is shown as long as the others on average."""
+        """Seconds that one round of a looped clip takes. If the rate is constant but for the clock's rounding, that of
+        as many frames at the simplest rate that fits; else the last frame is shown as long as the others on average."""
         count = len(self.pts)
         if count == 1:
             return self.unit
@@ -46,18 +46,18 @@ class Timeline(NamedTuple):
         return self.span() * self.unit * Fraction(count, count - 1)
 
     def slack(self, clock: Fraction = Fraction(0)) -> Fraction:
-        """How far before its tick a time may be that is meant to be on it, and was rounded to a clock of such ticks."""
+        """How far a time may lie before the tick that it means, because it was rounded to a clock of such ticks."""
         return min(max(self.unit, clock) / 2, _ROUNDED)
 
     def begun(self, moment: Fraction) -> int:
-        """How many frames begin before a moment after the first frame."""
+        """How many frames begin before that moment, in seconds from the first frame."""
         ticks = math.ceil(moment / self.unit)
         if ticks > self.span():
             return len(self.pts)
         return int(np.searchsorted(self.pts, int(self.pts[0]) + ticks))
 
     def times(self, first: int, last: int | None) -> list[Fraction]:
-        """When those frames begin, after the first."""
+        """When these frames begin, in seconds from the first frame."""
         return [(int(pts) - int(self.pts[0])) * self.unit for pts in self.pts[first:last]]
 
     def shown_at(self, times: Sequence[Fraction], short: str, clock: Fraction = Fraction(0)) -> list[int]:

@@ -26,7 +26,7 @@ from .stats import LoaderStats
 
 __all__ = ["Assembler"]
 
-_STEPS = 32  # whose pairs are worked out together
+_STEPS = 32  # whose pairs are computed together
 _REPLACEMENT_WINDOW = 4096  # positions ahead: read soon anyway, but hardly in the same batch
 _NEARBY_ATTEMPTS = 4  # with pairs of the blocks that are in memory already
 _MOST_ATTEMPTS = 1000
@@ -34,8 +34,7 @@ _MOST_ATTEMPTS = 1000
 
 @dataclass(eq=False)
 class _Place:
-    """A place in a batch, and the pair that comes to it: first the one that the order has there, then, as long as it is
-    bad, another one."""
+    """A place in a batch, and the pair for it: the one that the order has there or, while that is bad, another one."""
 
     row: int  # of the batch
     position: int  # of the epoch
@@ -43,12 +42,12 @@ class _Place:
     lap: int
     pair: Pair | None = None  # once it is read
     reading: Reading | None = field(default=None, repr=False)  # until then
-    attempt: int = 0  # how many pairs were bad
+    attempt: int = 0  # how many pairs were bad before
     lost_blocks: set[int] = field(default_factory=set)  # of which nothing can be read
 
 
 class Assembler:
-    """Makes batches, one after the other. look: is called now and then, and raises what is to end it."""
+    """Makes batches, one after the other. look: called now and then; what it raises ends the work."""
 
     def __init__(
         self, plan: Plan, buffers: Buffers | None, stats: LoaderStats, readers: Readers, look: Callable[[], None]
@@ -57,7 +56,7 @@ class Assembler:
         self._bad = BadPairs(plan, stats)
 
     def batches(self, steps: Iterable[Step]) -> Iterator[tuple[PairBatch, int]]:
-        """And the position of the epoch after each. While one is made, the next ones are being read."""
+        """Each batch, and the position of the epoch after it. While one is made, the next ones are read."""
         waiting: deque[tuple[list[_Place], int]] = deque()
         for step, pairs, laps in self._in_order(steps):
             waiting.append((self._ask(step, pairs, laps), step.end))
@@ -67,7 +66,7 @@ class Assembler:
             yield self._assembled(*waiting.popleft())
 
     def _in_order(self, steps: Iterable[Step]) -> Iterator[tuple[Step, list[int], list[int]]]:
-        """The steps, and for each position the pair, or -1, and its lap. Some at once, which is hardly slower."""
+        """The steps, and for each position its pair, or -1, and its lap. Many steps take hardly longer than one."""
         order, remaining = self._plan.order, iter(steps)
         while some := list(islice(remaining, _STEPS)):
             positions = np.stack([step.positions for step in some])
@@ -96,7 +95,7 @@ class Assembler:
     # ---------------------------------------------------------------------------------- reading, and replacing
 
     def _read(self, place: _Place) -> None:
-        """Waits for the place's pair, or for the first of those that may take it that can be read."""
+        """Waits for the place's pair or, if that cannot be read, for the first replacement that can."""
         while place.pair is None and place.index >= 0:
             self._look()
             assert place.reading is not None
@@ -110,11 +109,11 @@ class Assembler:
                     place.lost_blocks.add(block)
                 self._bad.add_unread(place.position, place.index, error, block if is_lost else None)
                 self._replace(place)
-            elif not place.attempt:  # what takes another's place says nothing
+            elif not place.attempt:  # a replacement says nothing of the pairs around
                 self._bad.end_unread_run()
 
     def _replace(self, place: _Place) -> None:
-        """Another pair for the place, or none. Which depends on seed, epoch, position and attempt alone."""
+        """Asks for another pair, or none. Which one depends on seed, epoch, position and attempt alone."""
         place.pair = None
         if not self._plan.replace_bad:
             place.index = -1
@@ -125,14 +124,14 @@ class Assembler:
                 where = self._plan.source.position(place.index)
                 raise LoaderError(f"no pair was found to replace {where}; the last that was bad: {self._bad.last}")
             at = np.array([self._candidate(place)])
-            # With the lap of that position: elsewhere it may come with this one's.
+            # With the lap of that position: with this one's lap, the same pair may come elsewhere.
             place.index, place.lap = int(self._plan.order(at)[0]), int(self._plan.order.laps(at)[0])
             if not place.lost_blocks or self._readers.block_of(place.index) not in place.lost_blocks:
                 break
         place.reading = self._readers.ask(place.index)
 
     def _candidate(self, place: _Place) -> int:
-        """A position: first of the blocks being read, where reading another one for a single pair takes long."""
+        """A position; at first one of the blocks that are being read, where a single pair costs a whole block."""
         plan = self._plan
         begin, end = 0, len(plan.source)
         if not plan.source.random_access and place.attempt <= _NEARBY_ATTEMPTS:

@@ -14,8 +14,8 @@ _RATE_OF = 10_000  # pairs that it is a share of, if the source has so many: bad
 
 
 class BadPairs:
-    """Of one pass. Runs of pairs that cannot be read, and that cannot be decoded, are counted apart: all of a batch are
-    read before any is decoded.
+    """The bad pairs of one pass. Runs of pairs that cannot be read and of pairs that cannot be decoded are counted
+    apart, because all pairs of a batch are read before any is decoded.
 
     last: what was wrong with the last one, and where.
     """
@@ -25,8 +25,8 @@ class BadPairs:
         self.last = ""
         self._seen, self._bad = 0, 0
         self._unread, self._undecoded = 0, 0  # in a row
-        self._unread_blocks: set[int] = set()  # of that row: all pairs of a block that cannot be read count as one
-        self._failed: dict[int, str] = {}  # the pairs of a source that is smaller than a row of bad pairs may be
+        self._unread_blocks: set[int] = set()  # of that run: all pairs of a block that cannot be read count as one
+        self._failed: dict[int, str] = {}  # what failed, of a source of no more than max_bad_run pairs
 
     def count_seen(self) -> None:
         """A pair was asked for, be it bad or not."""
@@ -40,7 +40,7 @@ class BadPairs:
         self._undecoded = 0
 
     def add_unread(self, position: int, index: int, error: Exception, lost_block: int | None) -> None:
-        """lost_block: of which no pair can be read. Raises LoaderError where it is too much."""
+        """lost_block: the one of which no pair can be read. Raises LoaderError if it is one bad pair too many."""
         if lost_block is None:
             self._unread += 1
         else:
@@ -49,12 +49,12 @@ class BadPairs:
         self._add(position, index, "", error, self._unread)
 
     def add_undecoded(self, position: int, index: int, key: str, error: PairError) -> None:
-        """Raises LoaderError where it is too much."""
+        """Raises LoaderError if it is one bad pair too many."""
         self._undecoded += 1
         self._add(position, index, key, error, self._undecoded)
 
     def _add(self, position: int, index: int, key: str, error: Exception, run: int) -> None:
-        """run: how many pairs in a row have the same trouble, this one among them."""
+        """run: how many pairs in a row have this kind of trouble, with this one."""
         plan = self._plan
         self._bad += 1
         self._stats.bad += 1

@@ -77,8 +77,8 @@ HAS_LABEL = "has_label"
 
 
 def is_labelled(value: Any) -> bool:
-    """What stands in `has_label`, as a bool of Python's or NumPy's, a number, or in a table their text; True where
-    nothing does."""
+    """Whether this value of `has_label`, a bool, a number, or in a table their text, says that there is a label. None
+    does."""
     if not isinstance(value, str):
         return value is None or bool(value)
     try:
@@ -88,7 +88,7 @@ def is_labelled(value: Any) -> bool:
 
 
 def layout_of(columns: Collection[str], where: str) -> Layout:
-    """The first whose columns are all there. Raises SourceError where there is none."""
+    """The first layout whose columns are all there. Raises SourceError if there is none."""
     for layout in LAYOUTS:
         if set(layout.needed) <= set(columns):
             return layout
@@ -97,7 +97,7 @@ def layout_of(columns: Collection[str], where: str) -> Layout:
 
 
 def check_options(ties: Any, columns: Any) -> None:
-    """Of any source. Raises ValueError or TypeError."""
+    """Those that all sources have. Raises ValueError or TypeError."""
     check_choice("ties", ties, TIES)
     if isinstance(columns, str):
         raise TypeError(f"columns is {columns!r}; expected a list of names")
@@ -120,7 +120,7 @@ def verdicts(labels: np.ndarray, labelled: np.ndarray | None, name: str, where: 
 
 
 def warn_ignored(where: str, name: str, kind: str, expected: str) -> None:
-    """Of a column that counts without being asked for, but means something else there."""
+    """Warns of a column that would count without being asked for, but holds something else."""
     warnings.warn(
         f"{where}: {name} is {kind}, and is not used; expected {expected}, or {name}=None",
         RuntimeWarning,
@@ -137,7 +137,7 @@ def keep(verdict: np.ndarray, ties: str, where: str) -> np.ndarray:
 
 
 def counted(found: np.ndarray, pairs: int, where: str) -> dict[str, int]:
-    """For people, of how many rows there are of each verdict. Raises SourceError where there are no pairs."""
+    """The counts of a source, from the number of rows of each verdict. Raises SourceError if there are no pairs."""
     counts = {"rows": int(found.sum()), "rows without a label": int(found[NONE]), "ties": int(found[TIE])}
     if not pairs:
         listed = ", ".join(f"{number} {name}" for name, number in counts.items())
@@ -178,7 +178,7 @@ class TableSource(Source):
 
 
 def row_weight(value: Any, name: str, verdict: int) -> float:
-    """Of what stands in the column of that name, 1 for nothing; half of it for a tie. Raises PairError."""
+    """A pair's weight by the value in that column: 1 for None, and half of it for a tie. Raises PairError."""
     try:
         return weight_of(1.0 if value is None else value, name) * (TIE_WEIGHT if verdict == TIE else 1.0)
     except ValueError as error:

@@ -20,7 +20,7 @@ Record = Mapping[str, Any]
 
 
 class Fields(NamedTuple):
-    """prompt is None where there is none; so is key."""
+    """key, prompt: None where the record has none."""
 
     key: str | None
     prompt: str | None
@@ -44,8 +44,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8. Raises ValueError for anything else."""
     try:
         text = data.removeprefix(b"\xef\xbb\xbf").decode()
-        # The hook, which tells names that come twice, takes time: it is spared where the names can be counted in the
-        # text. None is missed, though some may be found within strings, and then the hook decides.
+        # The hook, which finds names that come twice, takes time. It is spared where as many names were parsed as the
+        # text has; text within strings may be taken for names too, and then the hook decides.
         is_flat = data.count(b"{") == 1
         record = json.loads(text) if is_flat else _CHECKING.decode(text)
         if is_flat and data.count(b":") != len(record) != len(_NAME_ENDS.findall(data)):
@@ -79,7 +79,7 @@ _CHECKING = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def text_of(record: Record, name: str) -> str | None:
-    """None where it is absent or null; whole numbers become text. Raises ValueError for what is no text."""
+    """None if it is absent or null; integers become text. Raises ValueError for anything else."""
     value = record.get(name)
     if value is None:
         return None

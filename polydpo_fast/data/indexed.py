@@ -1,4 +1,4 @@
-"""The ground of sources whose files are gone through once, and then read by a kept index."""
+"""The base of sources that go through their files once, and then read pairs by an index, which is kept."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from .source import Pair, PairError, Source, SourceError, fingerprint_of, worked
 __all__ = ["COMMON", "IndexedSource", "Notes", "key_hash"]
 
 COMMON = [("key", "<u8"), ("category", "<u4"), ("tie", "?")]
-"""What a row of any index begins with: the hash of the pair's key or 0, the number of its category, whether it is one
-of two that nobody preferred."""
+"""What a row of any index begins with: the hash of the pair's key, or 0; its category's number; whether it is a tie."""
 
-# Of the kept indexes; to be raised when other records than before are refused or left out. The pairs of sources whose
-# records are as good as before keep their fingerprints, so that trainings are resumed.
+# To be raised when other records than before are refused or left out, so that indexes are built again. It is no part of
+# fingerprints: trainings on pairs that stay the same are resumed.
 _RULES = 2
 
 _READERS = 8
@@ -38,8 +37,8 @@ _PART = 1 << 15
 class Notes:
     """What is found in a file beside its pairs.
 
-    counts: for people. categories, fields: the names, numbered as they are met. form: of the file. content: a digest
-    of what is said of the pairs, and of who wins, where rows do not hold it.
+    counts: as of `Source.counts`. categories, fields: names, numbered in the order in which they come. form: of the
+    file. content: a digest of what the file says of its pairs, where rows do not hold it.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -52,7 +51,7 @@ class Notes:
         return self.categories.setdefault(name, len(self.categories))
 
     def see(self, record: Mapping[str, Any]) -> None:
-        if record.keys() <= self.fields.keys():  # as a rule, and quickly told
+        if record.keys() <= self.fields.keys():  # as a rule
             return
         for name in record:
             self.fields.setdefault(name, len(self.fields))
@@ -70,13 +69,13 @@ class Notes:
 
 
 class IndexedSource(Source):
-    """Of its subclasses each says what a row holds, how a file is gone through, and how a row is read."""
+    """A subclass says what a row of the index holds, how a file is scanned for rows, and how a row's pair is read."""
 
     row: ClassVar[np.dtype[Any]]
-    version: ClassVar[int]  # of the index; to be raised when rows change, or what is read by them
-    # Of the fingerprint, where it is another one: states and stores hold it, an index is just built again.
+    version: ClassVar[int]  # of the index; to be raised when rows change, or how they are made
+    # Of the fingerprint, if it differs: an index is just built again, but users' states and stores hold fingerprints.
     fingerprint_version: ClassVar[int | None] = None
-    apart: ClassVar[tuple[str, ...]] = ()  # of a row: what the fingerprint is without, for `Notes.content` holds it
+    apart: ClassVar[tuple[str, ...]] = ()  # fields of a row that the fingerprint leaves to `Notes.content`
 
     def __init__(
         self, files: Sequence[File], *, ties: str, columns: Sequence[str], cache: str | os.PathLike[str] | None
@@ -115,7 +114,7 @@ class IndexedSource(Source):
             return self._read(number, row)
         except PairError:
             raise
-        except (OSError, ValueError, LookupError) as error:  # the last where a kept row is not of this record
+        except (OSError, ValueError, LookupError) as error:  # LookupError for a stale row
             raise PairError(f"{self.position(index)}: {error}") from error
 
     def position(self, index: int) -> str:
@@ -147,19 +146,20 @@ class IndexedSource(Source):
 
     @abstractmethod
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:
-        """The rows of a file. Raises ValueError where it is not what it should be, OSError where it cannot be read;
-        SourceError only with the place in its message."""
+        """The rows of a file. Raises ValueError if it is not what it should be, OSError if it cannot be read; neither
+        has to say where. A SourceError does."""
 
     @abstractmethod
     def _within(self, rows: np.ndarray, size: int) -> bool:
-        """Whether rows that were kept may be those of a file of that size."""
+        """Whether the rows of a kept index may be those of a file of that size."""
 
     @abstractmethod
     def _read(self, number: int, row: np.void) -> Pair:
-        """Of the file of that number. Raises PairError, or ValueError or OSError without saying where."""
+        """The pair of a row of that file. Raises PairError, or ValueError or OSError, which need not say where."""
 
     @abstractmethod
-    def _where(self, file: File, row: np.void, notes: Notes) -> str: ...
+    def _where(self, file: File, row: np.void, notes: Notes) -> str:
+        """As `position`."""
 
     def _row(self, index: int) -> tuple[int, np.void]:
         """The number of the file, and the row."""
@@ -173,7 +173,7 @@ class IndexedSource(Source):
             notes = Notes()
             try:
                 rows = np.fromiter(self._scan(file, notes), dtype=self.row)
-                if len(rows) and not notes.categories:  # of none of them it can be read
+                if len(rows) and not notes.categories:  # all records are bad, and said of none
                     notes.category("")
             except (SourceError, ImportError):
                 raise
@@ -204,7 +204,7 @@ class IndexedSource(Source):
             raise SourceError(f"columns has {unknown[0]!r}, which {self._files[0].path} has not; there are: {some}")
 
     def _repeated(self) -> tuple[int, int] | None:
-        """Two pairs of the same key, as far as its hash tells; those without one do not count."""
+        """Two pairs of the same key, as far as hashes tell. Pairs without a key do not count."""
         keys = np.sort(self._rows["key"])
         keys = keys[np.searchsorted(keys, 0, side="right") :]
         same = keys[1:][keys[1:] == keys[:-1]]
@@ -215,12 +215,12 @@ class IndexedSource(Source):
 
 
 def key_hash(key: str) -> int:
-    """64 bits, none of them a secret; never 0."""
+    """64 bits, never 0."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") or 1
 
 
 def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Views of some rows at a time, so that what is worked out of them takes little memory beside them."""
+    """Views of some rows at a time, so that what is computed from them takes little memory."""
     return (rows[at : at + _PART] for at in range(0, len(rows), _PART))
 
 

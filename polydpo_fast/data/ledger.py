@@ -79,7 +79,7 @@ def read_ledger(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
                 yield facts
 
 
-# Of the decoder's options, those that are no matter of what decodes.
+# Options of the decoder that do not matter for whether a pair decodes.
 _NOT_KEPT = ("threads", "cache")
 
 

@@ -299,7 +299,7 @@ class PairLoader(IterableDataset[PairBatch]):
     # ------------------------------------------------------------------------------------------------ inside
 
     def _plan(self, worker: Any) -> Plan:
-        """Of the next iteration, in a DataLoader's worker or in none; and the memory for its batches."""
+        """The plan of the next iteration, in a DataLoader's worker or None. Provides the memory for its batches."""
         options = dict(self._options)
         if worker is not None and "threads" not in options:
             options["threads"] = max(1, len(os.sched_getaffinity(0)) // worker.num_workers)
@@ -335,10 +335,10 @@ class PairLoader(IterableDataset[PairBatch]):
         return plan
 
     def _chosen_decoder(self, device: torch.device | None, threads: int | None, is_worker: bool) -> Decoder:
-        """The same in each iteration: DALI's is slow to build. A worker has its own, as of memory and threads."""
+        """The same for all iterations: DALI's is slow to build. A worker has one of its own."""
         kind = self._decoder if self.source.ready is None else "cpp"
         if is_worker:
-            # What it has of DALI does not decode what NVDEC would.
+            # DALI on a CPU does not decode all that NVDEC would.
             on_cuda = self._device is not None and self._device.type == "cuda"
             return choose_decoder("cpp" if on_cuda and "frames" in self._options else kind, "cpu", threads)
         if self._chosen is None or self._chosen[0] != device:
@@ -362,7 +362,7 @@ class PairLoader(IterableDataset[PairBatch]):
         return self._ordered[1]
 
     def _turns(self, workers: int, begin: int) -> dict[str, int]:
-        """What decides which steps are whose, where the workers of a DataLoader take turns."""
+        """What decides which worker of a DataLoader takes which steps."""
         return {"workers": workers, "step": self.batch_size * self._world_size, "begin": begin}
 
     def _steps(self, position: int, begin: int, share: int, of: int) -> Iterator[Step]:
@@ -414,5 +414,5 @@ default_collate_fn_map[PairBatch] = _refuse_to_collate
 
 
 def _with_number(device: torch.device | None) -> torch.device | None:
-    """Where "cuda" is that of this thread: the loader's own has another current device."""
+    """With "cuda" as the current device of this thread; the loader's own thread has another one."""
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

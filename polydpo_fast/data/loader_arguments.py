@@ -122,7 +122,7 @@ def batch_form(options: Mapping[str, Any], ready: Ready | None, batch_size: int)
 
 
 def _hint(unknown: list[str]) -> str:
-    """What may have been meant by arguments that nobody knows."""
+    """What may have been meant by unknown arguments."""
     if of_source := [name for name in unknown if name in _OF_SOURCES]:
         return f". Options of a source go to open_source: PairLoader(open_source(where, {of_source[0]}=...), ...)"
     if {"num_workers", "workers"}.intersection(unknown):

@@ -258,7 +258,7 @@ def _begin(folder: Path, source: Source, shard_size: int) -> Packed:
 
 
 def _check_first_pair(shard: Path, source: Source) -> None:
-    """It would become the same bytes now. A fingerprint knows nothing of the columns, and not all of the content."""
+    """Raises SourceError if it would be packed otherwise now, which fingerprints do not always tell."""
     try:
         with tarfile.open(shard, "r:") as tar:
             files = ((info.name, tar.extractfile(info)) for info in tar)

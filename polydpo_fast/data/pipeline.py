@@ -29,7 +29,7 @@ class _Stopped(Exception):  # noqa: N818  # no error: how a pass ends early
 
 
 class Pipeline:
-    """The consumer's end. When it is dropped the thread ends, which knows nothing of it."""
+    """The consumer's end. The thread holds no reference to it, and ends when it is dropped."""
 
     def __init__(self, plan: Plan, steps: Iterable[Step], buffers: Buffers | None, stats: LoaderStats) -> None:
         self._device, self._stats = plan.device, stats

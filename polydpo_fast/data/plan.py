@@ -1,4 +1,4 @@
-"""What is to become of an epoch: the same for all its batches, and step by step."""
+"""What is to be done in an epoch: for all of its batches, and step by step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Plan:
     ledger: Ledger
 
     def seed_at(self, position: int) -> int:
-        """Of what is drawn for the pair that stands there: crop, mirror, start."""
+        """The seed of what is drawn for the pair at a position: crop, mirror, start."""
         return mix(self.seed, self.epoch, position) >> 1
 
     def drops_prompt_at(self, position: int) -> bool:

@@ -20,9 +20,9 @@ from .source import Arm, Pair, PairError, Source, is_unicode, weight_of
 __all__ = ["LoaderError", "Readers", "Reading", "checked", "read_ahead", "was_given_up"]
 
 
-_PATIENCE_S = 0.002  # that is waited for a pair until all threads read
+_PATIENCE_S = 0.002  # that a pair is waited for before all threads begin to read
 _READERS, _AHEAD = 4, 8  # of `read_ahead`
-_LOOKED_AT = 256  # of those that wait to be read, for one whose block nobody reads
+_LOOKED_AT = 256  # waiting pairs, to find one whose block nobody is reading
 _MOST_STUCK = 64  # threads that were given up; a source that hangs this often is gone
 
 
@@ -31,7 +31,7 @@ class LoaderError(RuntimeError):
 
 
 class _Thread(threading.Thread):
-    """One that reads. given_up: nobody waits for it any more, so that sources need not either."""
+    """A reader's. given_up: nobody waits for it any more, nor need other threads of a source (`was_given_up`)."""
 
     given_up = False
 
@@ -49,7 +49,7 @@ class Reading:
         self.index, self.block = index, block  # of `Source.blocks`; -1 where blocks say nothing
         self.pair: Pair | None = None
         self.error: Exception | None = None
-        self.done = threading.Lock()  # held until then: a tenth of what an Event costs
+        self.done = threading.Lock()  # held until it is done; costs a tenth of an Event
         self.done.acquire()
 
 
@@ -88,7 +88,7 @@ class Readers:
         return -1 if self._block_ends is None else bisect_right(self._block_ends, index)
 
     def wait(self, reading: Reading, look: Callable[[], None]) -> None:
-        """Until it is done; calls `look` now and then. Raises LoaderError where one pair after the other hangs."""
+        """Waits until it is done; calls `look` now and then. Raises LoaderError if one pair after the other hangs."""
         if reading.done.acquire(timeout=_PATIENCE_S):
             return
         self._tasks.hurry(len(self._workers))
@@ -105,7 +105,7 @@ class Readers:
             worker.thread.given_up = True  # if it hangs
 
     def _replace_stuck(self) -> None:
-        # All of them: what is waited for may stand in the queue behind what hangs.
+        # All of them: the pair that is waited for may be queued behind one that hangs.
         for place, worker in enumerate(self._workers):
             reading, began = worker.at
             if reading is None or time.monotonic() - began < self._timeout_s:

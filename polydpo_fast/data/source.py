@@ -44,7 +44,7 @@ class PairError(ValueError):
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it has no half of a pair of surrogates, which JSON and Python can hold, and nothing else."""
+    """Whether it can be encoded: JSON and Python also hold lone surrogates."""
     try:
         return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
@@ -117,7 +117,7 @@ class Source(ABC):
         return np.array([len(self)], dtype=np.int64)
 
     def expect_window(self, blocks: int) -> None:
-        """Told by a loader: pairs of so many blocks will be read in any order, before others are."""
+        """A loader says that pairs of this many blocks at a time will be read in any order."""
         return None
 
     @property
@@ -127,12 +127,12 @@ class Source(ABC):
 
     @property
     def ready(self) -> Ready | None:
-        """What the pairs are where they are tensors already (`ReadyPair`), or None where they are to be decoded."""
+        """What the pairs are, if they are tensors already (`ReadyPair`); None if they are to be decoded."""
         return None
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was found on the way to the pairs, for people: rows, ties, rows without a label."""
+        """What was found, for people: rows, ties, rows without a label, pairs."""
         return {"pairs": len(self)}
 
 
@@ -150,7 +150,7 @@ def worked_out_once(make: Callable[[Any], str]) -> property:
 
 
 def fingerprint_of(kind: str, parts: Iterable[object]) -> str:
-    """Of whatever the pairs and their order depend on."""
+    """A digest of whatever the pairs and their order depend on."""
     digest = hashlib.sha256(kind.encode())
     for part in parts:
         text = repr(part).encode()
