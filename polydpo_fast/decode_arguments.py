@@ -25,6 +25,7 @@ __all__ = [
     "check_images",
     "check_threads",
     "is_number",
+    "splitmix64",
 ]
 
 _DTYPES = ("yuv420", torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -385,7 +386,7 @@ def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tupl
         return [Draw(True, 0, 0, bool(hflip == 1))] * pairs, [0.0] * pairs
     draws, starts = [], []
     for seed in seeds:
-        top, left, flip, start = (_splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3, 4))
+        top, left, flip, start = (splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3, 4))
         draws.append(Draw(crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
         starts.append((start >> 11) * 2.0**-53)
     return draws, starts
@@ -394,7 +395,7 @@ def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tupl
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def _splitmix64(state: int) -> int:
+def splitmix64(state: int) -> int:
     """Steele, Lea and Flood 2014: 64 well mixed bits of a counter."""
     z = state % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64

@@ -201,7 +201,9 @@ class IndexedSource(Source):
         unknown = [column for column in self._columns if column not in known]
         if unknown:
             some = ", ".join(sorted(known)[:20]) or "none"
-            raise SourceError(f"columns has {unknown[0]!r}, which {self._files[0].path} has not; there are: {some}")
+            raise SourceError(
+                f"columns has {unknown[0]!r}, which no record of {self._files[0].path} has; expected some of: {some}"
+            )
 
     def _repeated(self) -> tuple[int, int] | None:
         """Two pairs of the same key, as far as hashes tell. Pairs without a key do not count."""

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from ..clips import decode_clips
-from ..decode import decode_pairs
 from .ledger import options_of_json, read_ledger
+from .loader_arguments import decode_function
 from .media import CLIP_SUFFIXES, suffix_of
 from .reading import checked, read_ahead
 from .source import Pair, PairError, Source, SourceError
@@ -28,7 +27,12 @@ from .source import Pair, PairError, Source, SourceError
 __all__ = ["Problem", "Replayed", "Sample", "check", "replay", "report", "safe", "sample", "sampled_indices"]
 
 _BATCH = 16  # pairs decoded together
-_FRAMES = 16  # of a clip
+# How images, and clips, are decoded: for what it costs; and for damage, which is found outside of a small crop too.
+_COSTS = dict(size=1024, threads=1), dict(frames=16, size=(480, 832), short="repeat", threads=1)
+_DAMAGE = (
+    dict(size=1, resize=None, dtype=torch.uint8),
+    dict(frames=16, size=16, short="repeat", dtype=torch.uint8),
+)
 _SHOWN = 20  # categories; the rest is summed up
 _BLOCKS = 4  # a sample's, where reading one pair means reading its neighbours
 _NAMES = {"jpg": "JPEG", "tif": "TIFF", "webp": "WebP", "webm": "WebM", "mkv": "Matroska", "jp2": "JPEG 2000"}
@@ -82,14 +86,8 @@ def sample(source: Source, indices: Iterable[int]) -> Sample:
         found.problems += problems
         if pair is None:
             continue
-        wins: list[Any] = [pair.win]
-        loses: list[Any] = [pair.lose]
         began = time.process_time()
-        decoded = (
-            decode_clips(wins, loses, frames=_FRAMES, size=(480, 832), short="repeat", on_error="mask", threads=1)
-            if _is_clip(pair)
-            else decode_pairs(wins, loses, size=1024, on_error="mask", threads=1)
-        )
+        decoded = _decoded([pair], _COSTS[_is_clip(pair)])
         cpu_ms = (time.process_time() - began) * 1000 / 2
         bad = {error.arm: error.reason for error in decoded.errors}
         found.problems += [_problem(source, index, pair.key, arm, reason) for arm, reason in bad.items()]
@@ -190,10 +188,7 @@ def _tried(source: Source, index: int, pair: Pair, options: dict[str, Any] | Non
     except PairError as error:
         return [_problem(source, index, pair.key, error.arm, error.reason)]
     seed = options.pop("seed", 0)
-    decode = decode_clips if "frames" in options else decode_pairs
-    wins: list[Any] = [pair.win]
-    loses: list[Any] = [pair.lose]
-    decoded = decode(wins, loses, seeds=[seed], on_error="mask", **options)
+    decoded = _decoded([pair], {**options, "seeds": [seed]})
     return [_problem(source, index, pair.key, error.arm, error.reason) for error in decoded.errors]
 
 
@@ -238,19 +233,18 @@ def _undecodable(source: Source, batch: list[tuple[int, Pair]]) -> list[Problem]
         some = [(index, pair) for index, pair in batch if _is_clip(pair) == clips]
         if not some:
             continue
-        wins: list[Any] = [pair.win for _, pair in some]
-        loses: list[Any] = [pair.lose for _, pair in some]
-        # The smallest output: an image is decoded to its end all the same, because damage outside of the crop counts.
-        decoded = (
-            decode_clips(wins, loses, frames=_FRAMES, size=16, short="repeat", dtype=torch.uint8, on_error="mask")
-            if clips
-            else decode_pairs(wins, loses, size=1, resize=None, dtype=torch.uint8, on_error="mask")
-        )
+        decoded = _decoded([pair for _, pair in some], _DAMAGE[clips])
         problems += [
             _problem(source, some[error.index][0], some[error.index][1].key, error.arm, error.reason)
             for error in decoded.errors
         ]
     return sorted(problems, key=lambda problem: problem.index)
+
+
+def _decoded(pairs: Sequence[Pair], options: Mapping[str, Any]) -> Any:
+    """As `decode_pairs` or `decode_clips` returns them."""
+    wins, loses = [pair.win for pair in pairs], [pair.lose for pair in pairs]
+    return decode_function(options)(wins, loses, on_error="mask", **options)
 
 
 def _is_clip(pair: Pair) -> bool:

@@ -110,18 +110,9 @@ class PairLoader(IterableDataset[PairBatch]):
         **decode: Any,
     ) -> None:
         check_arguments(
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            window=window,
-            last=last,
-            prompt_dropout=prompt_dropout,
-            prefetch=prefetch,
-            readers=readers,
-            timeout_s=timeout_s,
-            max_bad_rate=max_bad_rate,
-            max_bad_run=max_bad_run,
-        )
+            batch_size=batch_size, shuffle=shuffle, seed=seed, window=window, last=last, prompt_dropout=prompt_dropout,
+            prefetch=prefetch, readers=readers, timeout_s=timeout_s, max_bad_rate=max_bad_rate, max_bad_run=max_bad_run,
+        )  # fmt: skip
         self._device = check_device(device)
         choose_decoder(decoder, self._device or "cpu")  # one that is not there shows now
         self.source: Source = open_source(source)

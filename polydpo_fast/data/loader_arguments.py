@@ -20,19 +20,10 @@ _OF_SOURCES = ("ties", "root", "columns", "category", "weight", "memory_bytes")
 
 
 def check_arguments(
-    *,
-    batch_size: Any,
-    shuffle: Any,
-    seed: Any,
-    window: Any,
-    last: Any,
-    prompt_dropout: Any,
-    prefetch: Any,
-    readers: Any,
-    timeout_s: Any,
-    max_bad_rate: Any,
-    max_bad_run: Any,
-) -> None:
+    *, batch_size: Any, shuffle: Any, seed: Any, window: Any, last: Any, prompt_dropout: Any, prefetch: Any,
+    readers: Any, timeout_s: Any, max_bad_rate: Any, max_bad_run: Any,
+) -> None:  # fmt: skip
+    """Raises ValueError for a value that is wrong whatever the source is."""
     for name, count in (("batch_size", batch_size), ("prefetch", prefetch), ("readers", readers)):
         if not is_int(count) or not 1 <= count <= 1 << 16:
             raise ValueError(f"{name} is {count!r}; expected an int from 1 to {1 << 16}")

@@ -43,10 +43,10 @@ class ManifestPairs(IndexedSource):
         file_path or image_path     a list of up to 256 files, and `human_preference`, greater for better, or `rank`,
                                     less for better: HPDv2. Every file is paired with every one that is worse; two that
                                     are equal are a tie
-    and further, if it likes, prompt or caption, weight, category, key, and the `columns`.
-    root: the folder, or its address, that files are sought in; those that lead out of it, by .. or as absolute paths or
-    addresses, are PairErrors then (links within it are followed). If None the folder of the manifest, and then files
-    may be anywhere: who wrote the manifest decides what is read.
+    and optionally prompt or caption, weight, category, key, and the `columns`.
+    root: the folder, or its address, in which the files are; names that lead out of it, by .. or as absolute paths or
+    addresses, are PairErrors (links are followed). None for the folder of the manifest, and then files may be anywhere:
+    whoever wrote the manifest decides what is read.
     ties: of labelled or ranked files: "drop", "keep" (as listed, half the weight), or "error".
     columns: further fields for `Pair.extra`; None in records that do not have them.
     cache: the folder of the kept index; `cache_folder()` if None.
@@ -56,11 +56,10 @@ class ManifestPairs(IndexedSource):
     files. A record is read again for each of its pairs; of remote manifests too, so that those are better kept locally.
     Takes 35 bytes of memory per pair; JSON lists are read as a whole, once.
 
-    A record that is none (no JSON, no files, a weight below 0) is a pair that cannot be read, a PairError, and a
-    warning counts those of a manifest; so is a file that is missing, or a manifest that has changed since. Raises
-    SourceError, with the place, where no record is one; for a label of another value, and for a key that comes twice,
-    because these say that something else is meant; and where it cannot be told where the next record begins, as in a
-    list or a table after a mistake in its commas or quotes.
+    A bad record (no JSON, no files, a weight below 0) is a pair that cannot be read, a PairError, and a warning counts
+    them; so is a file that is missing, or a manifest that has changed since. Raises SourceError, with the place, if all
+    records are bad; for a label of another value, and for a key that comes twice, because these say that something else
+    is meant; and if the next record cannot be found, as in a list or a table after a wrong comma or quote.
     """
 
     kind: ClassVar[str] = "manifest"

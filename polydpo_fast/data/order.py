@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..decode_arguments import splitmix64
+
 __all__ = ["Balanced", "Order", "Shuffled", "mix", "order_of", "permute"]
 
 # Of the Feistel network. Four make a strong permutation of a large domain; of 3 to 64 numbers it takes 10 to 12 until
@@ -41,7 +43,7 @@ def mix(*numbers: int) -> int:
     """64 well mixed bits of the numbers: splitmix64's finaliser (Steele, Lea and Flood 2014), chained."""
     state = 0
     for number in numbers:
-        state = _mixed_int((state + (number % 2**64) + 0x9E3779B97F4A7C15) % 2**64)
+        state = splitmix64(state + number + 0x9E3779B97F4A7C15)
     return state
 
 
@@ -203,13 +205,8 @@ def _apportioned(shares: np.ndarray, total: int) -> np.ndarray:
     return result
 
 
-def _mixed_int(z: int) -> int:
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    return z ^ z >> 31
-
-
 def _mixed(z: np.ndarray) -> np.ndarray:
+    """`splitmix64` of each number."""
     z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = z ^ z >> np.uint64(31)

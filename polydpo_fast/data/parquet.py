@@ -57,8 +57,8 @@ class ParquetPairs(TableSource):
         SourceError.
     columns: further ones, for `Pair.extra`.
     category, weight: columns of text or integers, and of numbers >= 0; None for none. If not given, `category` and
-        `weight` count where they are there, and where they hold something else they are not used, with a warning.
-        Without a text a pair's category is "", and without a number its weight is 1; a tie has half of it.
+        `weight` are used if they are there; of another type they are not used, and a warning says so. Null means
+        category "" and weight 1; a tie has half the weight.
     cache: folder for the index; the user's cache folder if None.
     memory_bytes: row groups of up to so many bytes in all are kept in memory; the latest is in any case. It should be
         enough for as many as a loader shuffles together, or they are read again and again.

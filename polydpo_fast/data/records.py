@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -92,14 +92,8 @@ class RecordPairs(TableSource):
         if not isinstance(first, Mapping):
             raise SourceError(f"records[0] is a {type(first).__name__}; expected a mapping")
         self._layout = layout_of([str(name) for name in first], "records[0]")
-        category = None if isinstance(category, IfThere) and category not in first else category
-        weight = None if isinstance(weight, IfThere) and weight not in first else weight
-        if isinstance(category, IfThere) and not _is_category(first[category]):
-            warn_ignored("records[0]", category, repr(first[category]), "text or an integer")
-            category = None
-        if isinstance(weight, IfThere) and not _is_weight(first[weight]):
-            warn_ignored("records[0]", weight, repr(first[weight]), "a number")
-            weight = None
+        category = _used(category, first, _is_category, "text or an integer")
+        weight = _used(weight, first, _is_weight, "a number")
         self._extra, self._category, self._weight = tuple(columns), category, weight
         for name in (*self._extra, category, weight):
             if name is not None and name not in first:
@@ -211,6 +205,14 @@ class RecordPairs(TableSource):
             raise PairError(
                 f"{column} is at {os.fspath(value)}: {getattr(error, 'strerror', None) or error}", arm
             ) from error
+
+
+def _used(name: str | None, first: Mapping[str, Any], is_kind: Callable[[Any], bool], expected: str) -> str | None:
+    """The name; of a column that nobody asked for, None if the first record has none, or one of another kind."""
+    if isinstance(name, IfThere) and name in first and not is_kind(first[name]):
+        warn_ignored("records[0]", name, repr(first[name]), expected)
+        return None
+    return None if isinstance(name, IfThere) and name not in first else name
 
 
 def _as_stored(records: Any) -> tuple[Any, bool]:

@@ -43,7 +43,7 @@ def read(address: str, start: int, length: int) -> bytes:
     except Exception as error:  # the storages' clients have exceptions of their own
         raise OSError(str(error) or type(error).__name__) from error
     if len(data) > length:
-        raise OSError("its server sends the whole file, also where a part of it is asked for")
+        raise OSError("its server sends the whole file when it is asked for a part")
     return data
 
 

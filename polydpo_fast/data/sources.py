@@ -5,13 +5,23 @@ from __future__ import annotations
 import glob
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from .files import find, suffix_of_path
+from .manifest import ManifestPairs
+from .parquet import ParquetPairs
+from .records import RecordPairs
 from .source import Source, SourceError
+from .tar import TarPairs
 
 __all__ = ["open_source"]
+
+_SUFFIXES: dict[str, type[Any]] = {
+    "parquet": ParquetPairs,
+    "tar": TarPairs,
+    **dict.fromkeys(("jsonl", "csv", "json"), ManifestPairs),
+}
 
 
 def open_source(where: Any, **options: Any) -> Source:
@@ -34,8 +44,6 @@ def open_source(where: Any, **options: Any) -> Source:
             raise TypeError(f"the source is open already; expected no options, got {', '.join(options)}")
         return where
     if not _is_location(where):
-        from .records import RecordPairs
-
         return _make(RecordPairs, where, options)
     _check_no_dataset(where)
     kinds = _kinds(where, _SUFFIXES)
@@ -47,28 +55,7 @@ def open_source(where: Any, **options: Any) -> Source:
     kind = kinds.pop()
     if kind not in _SUFFIXES:
         raise SourceError(f"{where} ends in .{kind}; expected {', '.join(f'.{suffix}' for suffix in _SUFFIXES)}")
-    return _make(_SUFFIXES[kind](), where, options)
-
-
-def _parquet() -> Callable[..., Source]:
-    from .parquet import ParquetPairs
-
-    return ParquetPairs
-
-
-def _tar() -> Callable[..., Source]:
-    from .tar import TarPairs
-
-    return TarPairs
-
-
-def _manifest() -> Callable[..., Source]:
-    from .manifest import ManifestPairs
-
-    return ManifestPairs
-
-
-_SUFFIXES = {"parquet": _parquet, "tar": _tar, "jsonl": _manifest, "csv": _manifest, "json": _manifest}
+    return _make(_SUFFIXES[kind], where, options)
 
 
 def _kinds(where: Any, suffixes: Iterable[str]) -> set[str]:
@@ -108,10 +95,10 @@ def _is_location(where: Any) -> bool:
     return isinstance(where, (str, os.PathLike))
 
 
-def _make(kind: Callable[..., Source], where: Any, options: dict[str, Any]) -> Source:
+def _make(kind: type[Any], where: Any, options: dict[str, Any]) -> Source:
     known = list(inspect.signature(kind).parameters)[1:]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        name = getattr(kind, "__name__", "the source")
-        raise TypeError(f"{', '.join(unknown)}: no option of {name}; expected {', '.join(known)}")
-    return kind(where, **options)
+        raise TypeError(f"{', '.join(unknown)}: no option of {kind.__name__}; expected {', '.join(known)}")
+    source: Source = kind(where, **options)
+    return source

@@ -25,7 +25,7 @@ from .tar_members import BLOCK, Member, is_header, read_member
 __all__ = ["KEY_FIELD", "PACK_STATE", "TarPairs"]
 
 KEY_FIELD = "pair_key"
-"""In a sample's JSON: the pair's key, where it is another than the sample's."""
+"""In a sample's JSON: the pair's key, if it differs from the sample's."""
 
 PACK_STATE = "pack.json"
 """Beside shards that `pack` made: how far it came."""
@@ -41,7 +41,7 @@ _DOTTED = "arms passed over for a further dot in their names (a key ends at the 
 
 
 class TarPairs(IndexedSource):
-    """Samples of WebDataset shards; the members of a sample have a name up to the first dot in common, its key.
+    """Samples of WebDataset shards: members that share their name up to its first dot, the sample's key.
 
     where: paths, globs, folders or addresses of uncompressed tar files (ustar, GNU or PAX).
     A sample's members, which stand next to each other:
@@ -56,12 +56,11 @@ class TarPairs(IndexedSource):
     columns: further fields of the JSON for `Pair.extra`; None in samples that do not have them.
     cache: the folder of the kept index; `cache_folder()` if None.
 
-    A pair's key is its `pair_key` or else KEY; SHARD/KEY where the shards' keys are not all different. A sample that
-    lacks an arm or a label is left out and counted. So is the last one of a shard that was cut off, which is one that
-    does not end as tar files do, and a warning says so. A sample that cannot be read, or has changed since, is a
-    PairError.
-    Takes 29 bytes of memory per pair. Raises SourceError for what is no tar file, or no plain one: compressed, sparse,
-    damaged; for two samples or two members of the same name; for samples of more than 4 GiB.
+    A pair's key is its `pair_key` or else KEY; SHARD/KEY if the shards' keys are not all different. A sample that lacks
+    an arm or a label is left out and counted. So is the last one of a shard that was cut off, without the end mark of
+    tar files, and a warning says so. A sample that cannot be read, or has changed since, is a PairError.
+    Takes 29 bytes of memory per pair. Raises SourceError for anything but a plain tar file (compressed, sparse,
+    damaged), for two samples or two members of the same name, and for samples of more than 4 GiB.
     """
 
     kind: ClassVar[str] = "tar"
@@ -199,7 +198,7 @@ class _Sample:
 
 
 def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
-    """All that have at least one arm. Raises ValueError for what is no tar file."""
+    """All samples with at least one arm. Raises ValueError if it is no tar file."""
     at, sample = 0, None
     try:
         while (member := read_member(file, at, size)) is not None:
@@ -224,7 +223,7 @@ def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
     except EOFError:
         if at == 0:
             raise ValueError("it ends before its first member does") from None
-        # What was to follow may have been of the last sample: its prompt, its label.
+        # The last sample may have had more members: its prompt, its label.
         notes.counts[_CUT_OFF] += 1
         return
     if sample is not None and sample.arms:
@@ -236,7 +235,7 @@ def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
 
 
 def _only_sample(data: bytes) -> _Sample:
-    """Raises ValueError or EOFError where the data is not one sample, whole."""
+    """Raises ValueError or EOFError if the data is not exactly one whole sample."""
     file, at, sample = io.BytesIO(data), 0, None
     while at < len(data):
         member = read_member(file, at, len(data))
@@ -255,7 +254,7 @@ def _only_sample(data: bytes) -> _Sample:
 
 
 def _key_and_role(name: str) -> tuple[str, str] | None:
-    """The role is an arm, "json", "txt", or "" for what is none of our business; None for names without a key."""
+    """The role is an arm, "json", "txt", or "" for any other member; None for names without a key."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     if not stem or not dot:
@@ -272,7 +271,7 @@ def _is_arm(arm: str, form: str) -> bool:
 
 
 def _content(sample: _Sample) -> bytes:
-    """What is said of the pair, and the names and sizes of its members."""
+    """What tells whether a sample has changed: its texts, and the names and sizes of its arms."""
     members = sorted((arm, member.name, member.size) for arm, member in sample.arms.items())
     return b"%r %r %r %r" % (sample.key, members, sample.texts.get("json"), sample.texts.get("txt"))
 
@@ -295,8 +294,8 @@ def _row_of(sample: _Sample, notes: Notes) -> tuple[Any, ...] | None:
         record = _record(sample)
         key, category = text_of(record, KEY_FIELD) or key, notes.category(text_of(record, "category") or "")
     except ValueError:
-        # Will be one again when the pair is read: it is that pair's own trouble. It is of the first category: one of
-        # its own would have a share where categories are balanced.
+        # It stays a pair, which fails when it is read. In the first category: one of its own would get a share under
+        # categories="balanced".
         notes.counts["of bad JSON"] += 1
     else:
         order = _order(sample, record)
