@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import operator
 import os
 from abc import abstractmethod
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +102,7 @@ class IndexedSource(Source):
                 raise SourceError(f"{self._where(file, rows[tied.argmax()], notes)}: a tie, and ties is 'error'")
             kept.append(rows[~tied] if ties == "drop" and tied.any() else rows)
         self._rows, self._counts = kept[0] if len(kept) == 1 else np.concatenate(kept), counts
-        self._ends = np.cumsum([len(rows) for rows in kept])
+        self._ends = list(itertools.accumulate(map(len, kept)))  # a list: bisect is quicker than NumPy for one number
         if not len(self._rows):
             found = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
             raise SourceError(f"{self._files[0].path}: no pairs found; {found}")
@@ -166,14 +168,14 @@ class IndexedSource(Source):
         index = operator.index(index)
         if not 0 <= index < len(self._rows):
             raise IndexError(f"pair {index} of {len(self._rows)}")
-        return int(np.searchsorted(self._ends, index, side="right")), self._rows[index]
+        return bisect_right(self._ends, index), self._rows[index]
 
     def _load(self, file: File, cache: str | os.PathLike[str] | None) -> tuple[np.ndarray, Notes]:
         def build() -> Arrays:
             notes = Notes()
             try:
                 rows = np.fromiter(self._scan(file, notes), dtype=self.row)
-                if len(rows) and not notes.categories:  # all records are bad, and said of none
+                if len(rows) and not notes.categories:  # all records are bad, and name none
                     notes.category("")
             except (SourceError, ImportError):
                 raise
@@ -201,9 +203,7 @@ class IndexedSource(Source):
         unknown = [column for column in self._columns if column not in known]
         if unknown:
             some = ", ".join(sorted(known)[:20]) or "none"
-            raise SourceError(
-                f"columns has {unknown[0]!r}, which no record of {self._files[0].path} has; expected some of: {some}"
-            )
+            raise SourceError(f"columns has {unknown[0]!r}, which no record has; expected some of: {some}")
 
     def _repeated(self) -> tuple[int, int] | None:
         """Two pairs of the same key, as far as hashes tell. Pairs without a key do not count."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,7 +134,7 @@ class ParquetPairs(TableSource):
                 for g in np.flatnonzero(sizes).tolist()
             ]
         self._rows, self._verdicts, self._blocks = np.concatenate(rows), np.concatenate(flags), blocks
-        self._ends = np.cumsum([block.pairs for block in blocks], dtype=np.int64)
+        self._ends = list(itertools.accumulate(block.pairs for block in blocks))  # as in `IndexedSource`
         return rows
 
     def __getitem__(self, index: int) -> Pair:
@@ -173,7 +175,7 @@ class ParquetPairs(TableSource):
         return np.diff(self._ends, prepend=0)
 
     def _block_of(self, index: int) -> _Block:
-        return self._blocks[int(np.searchsorted(self._ends, index, side="right"))]
+        return self._blocks[bisect_right(self._ends, index)]
 
     def _image(self, group: RowGroup, row: int, column: str, arm: Arm) -> memoryview:
         data = group.images[column].get(row)
