@@ -282,8 +282,11 @@ def test_the_nan_of_a_data_frame_is_nothing(first):
 )
 def test_a_weight_or_category_of_another_kind_is_not_used(name, value):
     records = [{"win": b"w", "lose": b"l", name: value, "other": value}] * 2
-    with pytest.warns(RuntimeWarning, match=rf"records\[0\]: {name} is .*, and is not used; expected .*{name}=None"):
+    with pytest.warns(
+        RuntimeWarning, match=rf"records\[0\]: {name} is .*, and is not used; expected .*{name}=None"
+    ) as told:
         source = RecordPairs(records)
+    assert told[0].filename == __file__  # the line that opens the source, not its caller's
     assert (source[0].weight, source[0].category) == (1.0, "")
     assert source.fingerprint == RecordPairs(records, **{name: None}).fingerprint
     if name == "weight":
