@@ -70,27 +70,9 @@ class RecordPairs(TableSource):
         weight: str | None = WEIGHT,
     ) -> None:
         check_options(ties, columns)
-        if isinstance(records, Mapping):  # a DatasetDict too
-            raise TypeError(
-                f"records is a {type(records).__name__} of {', '.join(map(str, records))}; expected one of these"
-            )
-        if isinstance(records, (str, bytes)) or not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
-            raise TypeError(
-                f"records is a {type(records).__name__}; expected a sequence of mappings, with a length"
-                + ("; a streaming dataset has none: load it with streaming=False" * hasattr(records, "take"))
-            )
-        if not len(records):
-            raise SourceError("records is empty; expected at least one pair")
+        _check_sequence(records)
         self._records, self._columnar = _as_stored(records)
-        try:
-            first = self._records[0]
-        except (KeyError, TypeError) as error:  # a data frame is a mapping of its columns
-            raise TypeError(
-                f"records is a {type(records).__name__}, which has no records[0]; expected a sequence of mappings, of "
-                "a data frame frame.to_dict('records')"
-            ) from error
-        if not isinstance(first, Mapping):
-            raise SourceError(f"records[0] is a {type(first).__name__}; expected a mapping")
+        first = _first(self._records)
         self._layout = layout_of([str(name) for name in first], "records[0]")
         category = _used(category, first, _is_category, "text or an integer")
         weight = _used(weight, first, _is_weight, "a number")
@@ -205,6 +187,34 @@ class RecordPairs(TableSource):
             raise PairError(
                 f"{column} is at {os.fspath(value)}: {getattr(error, 'strerror', None) or error}", arm
             ) from error
+
+
+def _check_sequence(records: Any) -> None:
+    if isinstance(records, Mapping):  # a DatasetDict too
+        raise TypeError(
+            f"records is a {type(records).__name__} of {', '.join(map(str, records))}; expected one of these"
+        )
+    if isinstance(records, (str, bytes)) or not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
+        raise TypeError(
+            f"records is a {type(records).__name__}; expected a sequence of mappings, with a length"
+            + ("; a streaming dataset has none: load it with streaming=False" * hasattr(records, "take"))
+        )
+    if not len(records):
+        raise SourceError("records is empty; expected at least one pair")
+
+
+def _first(records: Any) -> Mapping[str, Any]:
+    """Raises TypeError or SourceError if it cannot be had, or is no mapping."""
+    try:
+        first = records[0]
+    except (KeyError, TypeError) as error:  # a data frame is a mapping of its columns
+        raise TypeError(
+            f"records is a {type(records).__name__}, which has no records[0]; expected a sequence of mappings, of "
+            "a data frame frame.to_dict('records')"
+        ) from error
+    if not isinstance(first, Mapping):
+        raise SourceError(f"records[0] is a {type(first).__name__}; expected a mapping")
+    return first
 
 
 def _used(name: str | None, first: Mapping[str, Any], is_kind: Callable[[Any], bool], expected: str) -> str | None:
