@@ -46,7 +46,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "per pair": {"beta": "*fp32", "alpha": "*fp32", "weight": "*fp32"},
     "none": {"REDUCTION": "none"},
     "sum": {"REDUCTION": "sum"},
-    "errors": {"REDUCTION": "errors"},
+    "errors": {"HEAD": None},
     "one element": {"numel": 1, "pred_stride": 1, "ref_stride": 1, "target_stride": 1},
     "long strides": dict.fromkeys(("pred_stride", "ref_stride", "target_stride"), "i64"),
     **{f"head {name}": {"HEAD": head} for name, head in pair_loss.HEADS.items()},

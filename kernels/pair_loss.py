@@ -82,7 +82,7 @@ def errors_kernel(
     HEAD: tl.constexpr, REF: tl.constexpr, SHARED_TARGET: tl.constexpr, REDUCTION: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """REF: "pred" (ref_* given), "error" (ref_error given) or "none". REDUCTION: or "errors", without a head."""
+    """HEAD: None for the errors alone. REF: "pred" (ref_* given), "error" (ref_error given) or "none"."""
     pair = tl.program_id(0) // n_splits
     split = tl.program_id(0) % n_splits
     row = pair.to(tl.int64)
@@ -154,7 +154,7 @@ def errors_kernel(
             mask, ref_error, beta, alpha, weight, pair, n_pairs, numel, n_splits, ref_error_arm, ref_error_stride,
             beta_value, a1, a2, a3, a4, keep, flip, margin, sft_weight, HEAD, REF, REDUCTION, SLOT_BLOCK,
         )  # fmt: skip
-        if REDUCTION != "errors":
+        if HEAD is not None:
             tl.debug_barrier()
             finished = tl.atomic_add(counters, 1, sem="acq_rel")
             if finished == n_pairs - 1:
@@ -189,7 +189,7 @@ def _finish_pair(
     tl.store(out + EXCESS_WIN, excess_w)
     tl.store(out + EXCESS_LOSE, excess_l)
     tl.store(out + ELEMENTS, size)
-    if REDUCTION != "errors":
+    if HEAD is not None:
         b = beta_value
         if beta is not None:
             b = tl.load(beta + pair).to(tl.float64)
@@ -340,14 +340,13 @@ def launch_errors(
     pred: list[Tensor],
     ref: list[Tensor],
     target: list[Tensor],
-    mask: Tensor | None,
     ref_error: Tensor | None,
+    mask: Tensor | None,
     beta: Tensor | None,
     alpha: Tensor | None,
     weight: Tensor | None,
     parameters: Sequence[float],
-    objective: str,
-    reference_free: bool,
+    objective: str | None,
     layout: str,
     reduction: str,
     double: bool,
@@ -355,8 +354,8 @@ def launch_errors(
     """Loss () or (B,), metrics (12,), pairs (B, 18), in one launch.
 
     Lists hold one tensor of both arms or one for each, dense in one element order within a sample. mask: (B or 1, ...)
-    uint8, in that order. ref_error: (2, B). parameters: beta, four alphas, keep, flip, margin, sft_weight. Under
-    reduction="errors" only the pairs' columns from model_mse_win to elements are written.
+    uint8, in that order. ref_error: (2, B). parameters: beta, four alphas, keep, flip, margin, sft_weight.
+    Without an objective only the pairs' columns from model_mse_win to elements are written.
     """
     device = pred[0].device
     n_pairs = pairs_in(pred)
@@ -382,8 +381,8 @@ def launch_errors(
             0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
             *((0, 0) if ref_error is None else ref_error.stride()),
             *parameters,
-            HEAD=HEADS[objective],
-            REF="none" if reference_free else "pred" if ref else "error",
+            HEAD=None if objective is None else HEADS[objective],
+            REF="pred" if ref else "none" if ref_error is None else "error",
             SHARED_TARGET=target_win is target_lose, REDUCTION=reduction, ACC=tl.float64 if double else tl.float32,
             BLOCK=BLOCK, SLOT_BLOCK=SLOT_BLOCK, PAIR_BLOCK=PAIR_BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True, **register_bound(double, hip=bool(torch.version.hip)),

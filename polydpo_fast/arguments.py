@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .layout import pairs_in
 from .objectives import MAX_ALPHAS, OBJECTIVES
 
 __all__ = ["Arms", "Head", "Inputs", "check_head", "check_inputs", "is_lazy"]
@@ -29,11 +30,10 @@ class Inputs(NamedTuple):
     """The tensors that the errors are computed from. Lists hold one tensor of both arms, or one for each."""
 
     pred: list[Tensor]
-    ref: list[Tensor] | None
+    ref: list[Tensor]  # empty without ref_pred
     target: list[Tensor]  # one of (B, ...) is shared by the arms
     ref_error: Tensor | None  # (2, B)
     mask: Tensor | None  # (1 or B, ...), bool, expanded to the shape of a sample
-    pairs: int
 
 
 class Head(NamedTuple):
@@ -80,7 +80,7 @@ def check_inputs(
     if not isinstance(reference_free, bool):
         raise TypeError(f"reference_free is {_show(reference_free)}; expected True or False")
     given = sum((reference_free, ref_pred is not None, ref_error is not None))
-    ref: list[Tensor] | None = None
+    ref: list[Tensor] = []
     if ref_pred is not None:
         ref = _tensors("ref_pred", ref_pred)
         for x, y in (pred[0], ref[0]), (pred[-1], ref[-1]):
@@ -105,7 +105,6 @@ def check_inputs(
         tgt,
         None if ref_error is None else _check_ref_error(ref_error, pairs, device, layout),
         None if mask is None else _check_mask(mask, pairs, sample, device),
-        pairs,
     )
 
 
@@ -293,9 +292,10 @@ def _per_pair(name: str, value: Tensor, inputs: Inputs) -> Tensor:
     _dense(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; expected float64, float32, bfloat16 or float16")
-    if tuple(value.shape) != (inputs.pairs,):
+    pairs = pairs_in(inputs.pred)
+    if tuple(value.shape) != (pairs,):
         hint = " (of all: a float)" if value.dim() == 0 else ""
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(inputs.pairs,)}, one value per pair{hint}")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(pairs,)}, one value per pair{hint}")
     _on_device(name, value, inputs.pred[0].device)
     if is_lazy(value):
         raise TypeError(f"{name} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")

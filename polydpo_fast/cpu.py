@@ -19,7 +19,7 @@ __all__ = ["BoundLoss", "launch_errors", "launch_gradient"]
 
 # The numbers of csrc/loss.hpp.
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2, "errors": 0}
+_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
 @cache
@@ -68,14 +68,13 @@ def launch_errors(
     pred: list[Tensor],
     ref: list[Tensor],
     target: list[Tensor],
-    mask: Tensor | None,
     ref_error: Tensor | None,
+    mask: Tensor | None,
     beta: Tensor | None,
     alpha: Tensor | None,
     weight: Tensor | None,
     parameters: list[float],
-    objective: str,
-    reference_free: bool,
+    objective: str | None,
     layout: str,
     reduction: str,
     double: bool,
@@ -97,7 +96,7 @@ def launch_errors(
         _address(target, layout, pairs),
         _mask_address(mask),
         (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
-        None if reduction == "errors" else _head(objective),
+        None if objective is None else _head(objective),
         tensors,
         parameters,
         _REDUCTIONS[reduction],

@@ -174,23 +174,8 @@ def loss(
         head = _without_symbols(head, inputs)
     if bound is not None and backend == "cpp":
         _bind(bound, inputs, head, objective, layout, reduction)
-    value, metrics = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        inputs.pred[0],
-        inputs.pred[1] if len(inputs.pred) == 2 else None,
-        inputs.ref or [],
-        inputs.target,
-        inputs.ref_error,
-        inputs.mask,
-        head.beta,
-        head.alpha,
-        head.weight,
-        head.parameters,
-        objective,
-        reference_free,
-        layout,
-        reduction,
-        backend,
-    )
+    others = (*inputs[1:], *head, objective, layout, reduction, backend)
+    value, metrics = _FusedLoss.apply(others, *inputs.pred)  # type: ignore[no-untyped-call]
     return (value, unpacked(metrics)) if return_metrics else value
 
 
@@ -235,18 +220,12 @@ def pair_errors(
             mask=inputs.mask,
             layout=layout,
         )
-    errors = _FusedErrors.apply(  # type: ignore[no-untyped-call]
-        inputs.pred[0],
-        inputs.pred[1] if len(inputs.pred) == 2 else None,
-        inputs.ref or [],
-        inputs.target,
-        inputs.ref_error,
-        inputs.mask,
-        reference_free,
-        layout,
-        backend,
-    )
+    others = (*inputs[1:], *_NO_HEAD, None, layout, "mean", backend)
+    errors = _FusedErrors.apply(others, *inputs.pred)  # type: ignore[no-untyped-call]
     return PairErrors(*errors.unbind())
+
+
+_NO_HEAD = Head(None, None, None, [0.0] * 9)
 
 
 def _without_symbols(head: Head, inputs: Inputs) -> Head:
@@ -259,7 +238,7 @@ def _without_symbols(head: Head, inputs: Inputs) -> Head:
         return head
     beta, alpha = head.beta, head.alpha
     parameters = list(head.parameters)
-    ones = torch.ones(inputs.pairs, dtype=torch.float64, device=inputs.pred[0].device)
+    ones = torch.ones(pairs_in(inputs.pred), dtype=torch.float64, device=inputs.pred[0].device)
     if beta is None and not symbolic_shapes.has_static_value(parameters[0]):
         beta, parameters[0] = ones * parameters[0], 0.0
     if alpha is None and not symbolic_shapes.has_static_value(parameters[1]):
@@ -316,8 +295,8 @@ def _module_of(backend: str) -> Any:
 _library = torch.library.Library("polydpo_fast", "DEF")
 _library.define(
     "pair_loss(Tensor[] pred, Tensor[] ref, Tensor[] target, Tensor? ref_error, Tensor? mask, Tensor? beta,"
-    " Tensor? alpha, Tensor? weight, float[] parameters, str objective, bool reference_free, str layout,"
-    " str reduction, str backend) -> (Tensor, Tensor, Tensor)"
+    " Tensor? alpha, Tensor? weight, float[] parameters, str? objective, str layout, str reduction,"
+    " str backend) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pair_gradient(Tensor[] pred, Tensor[] target, Tensor? mask, Tensor coefficients, Tensor grad_loss,"
@@ -335,35 +314,21 @@ def _pair_loss(
     alpha: Tensor | None,
     weight: Tensor | None,
     parameters: list[float],
-    objective: str,
-    reference_free: bool,
+    objective: str | None,
     layout: str,
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics (12,), and the table of pairs, (B, PAIR_COLUMNS).
 
-    With reduction="errors" only the errors and sizes of the pairs.
+    Without an objective only the columns of errors and sizes are written.
     """
     double = torch.float64 in (pred[0].dtype, target[0].dtype, ref[0].dtype if ref else None)
     pred, ref, target = common_order(pred, ref, target)
     if mask is not None:
         mask = dense_mask(mask, pred[0])
     result: tuple[Tensor, Tensor, Tensor] = _module_of(backend).launch_errors(
-        pred,
-        ref,
-        target,
-        mask,
-        ref_error,
-        beta,
-        alpha,
-        weight,
-        parameters,
-        objective,
-        reference_free,
-        layout,
-        reduction,
-        double,
+        pred, ref, target, ref_error, mask, beta, alpha, weight, parameters, objective, layout, reduction, double
     )
     return result
 
@@ -417,21 +382,9 @@ _OPERATORS = {
 
 @torch.library.register_fake("polydpo_fast::pair_loss", lib=_library)
 def _fake_pair_loss(
-    pred: list[Tensor],
-    ref: list[Tensor],
-    target: list[Tensor],
-    ref_error: Tensor | None,
-    mask: Tensor | None,
-    beta: Tensor | None,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    parameters: list[float],
-    objective: str,
-    reference_free: bool,
-    layout: str,
-    reduction: str,
-    backend: str,
+    pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, _backend = options
     first, pairs = pred[0], pairs_in(pred)
     double = any(x.dtype == torch.float64 for x in (first, *ref, target[0]))
     dtype = torch.float64 if double else torch.float32
@@ -486,60 +439,61 @@ def _materialised(grad: Tensor) -> Tensor:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        pred_lose: Tensor | None,
-        ref: list[Tensor],
-        target: list[Tensor],
-        ref_error: Tensor | None,
-        mask: Tensor | None,
-        beta: Tensor | None,
-        alpha: Tensor | None,
-        weight: Tensor | None,
-        parameters: list[float],
-        objective: str,
-        reference_free: bool,
-        layout: str,
-        reduction: str,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        preds = [pred] if pred_lose is None else [pred, pred_lose]
-        value, metrics, pairs = _call(_pair_loss, *preds, *ref, *target, ref_error, mask, beta, alpha, weight)(
-            preds,
-            ref,
-            target,
-            ref_error,
-            mask,
-            beta,
-            alpha,
-            weight,
-            parameters,
-            objective,
-            reference_free,
-            layout,
-            reduction,
-            backend,
-        )
-        ctx.save_for_backward(pred, pred_lose, mask, pairs, *target)
+    def forward(ctx: Any, others: tuple[Any, ...], *pred: Tensor) -> tuple[Tensor, Tensor]:
+        value, metrics, _ = _forward(ctx, others, pred)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.backend = layout, backend
         return value, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
         if grad_loss is None:
-            return (None,) * 15
+            return (None, *[None] * ctx.arms)
         _refuse_batched(grad_loss)
         _refuse_second_derivative()
-        pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
-        preds = [pred] if pred_lose is None else [pred, pred_lose]
-        grad_loss = _materialised(grad_loss)
-        call = _call(_pair_gradient, *preds, *target, mask, pairs, grad_loss)
-        grad = call(preds, target, mask, pairs, grad_loss, ctx.layout, ctx.backend)
-        return (grad[0], None if pred_lose is None else grad[1], *(None,) * 13)
+        mask, table, *tensors = ctx.saved_tensors
+        return _backward(ctx, mask, tensors, table, _materialised(grad_loss))
+
+
+class _FusedErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, others: tuple[Any, ...], *pred: Tensor) -> Tensor:
+        value, _, table = _forward(ctx, others, pred)
+        errors: Tensor = table[:, ERRORS].t().to(value.dtype, copy=True)
+        return errors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_batched(grads[0])
+        _refuse_second_derivative()
+        mask, table, *tensors = ctx.saved_tensors
+        grad = grads[0].to(torch.float64)
+        # The reference's error is a constant: model and excess have the same gradient, 2/D (pred - target).
+        coefficients = ((grad[:2] + grad[2:]) * (2 / table[:, Column.ELEMENTS])).t().contiguous()
+        one = torch.ones((), dtype=grads[0].dtype, device=table.device)
+        return _backward(ctx, mask, tensors, coefficients, one)
+
+
+def _forward(ctx: Any, others: tuple[Any, ...], pred: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator of the errors, and what the gradient will need. others: its arguments after the first, as they are;
+    those of pred come one by one, because autograd sees no tensors in a list."""
+    ref, target, ref_error, mask, beta, alpha, weight, *_, layout, _reduction, backend = others
+    operator = _call(_pair_loss, *pred, *ref, *target, ref_error, mask, beta, alpha, weight)
+    value, metrics, table = operator(list(pred), *others)
+    ctx.save_for_backward(mask, table, *pred, *target)
+    ctx.arms, ctx.layout, ctx.backend = len(pred), layout, backend
+    return value, metrics, table
+
+
+def _backward(
+    ctx: Any, mask: Tensor | None, tensors: list[Tensor], coefficients: Tensor, grad_loss: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The operator of the gradient, for each argument of `forward`."""
+    pred, target = tensors[: ctx.arms], tensors[ctx.arms :]
+    operator = _call(_pair_gradient, *tensors, mask, coefficients, grad_loss)
+    grad: list[Tensor] = operator(pred, target, mask, coefficients, grad_loss, ctx.layout, ctx.backend)
+    return (None, *grad)
 
 
 # ---------------------------------------------------------------------------------------------- fast lane
@@ -571,13 +525,13 @@ def _bound_loss(*signature: object) -> list[Any]:
 
 
 def _bind(bound: list[Any], inputs: Inputs, head: Head, objective: str, layout: str, reduction: str) -> None:
-    if inputs.ref is None:
+    if not inputs.ref:
         return
     tensors = (inputs.pred[0], inputs.ref[0], inputs.target[0])
     ordered = common_order(*([x] for x in tensors))
     if all(x is y for x, (y,) in zip(tensors, ordered, strict=True)):
         module = _module_of("cpp")
-        bound.append(module.BoundLoss(tensors, inputs.pairs, head.parameters, objective, layout, reduction))
+        bound.append(module.BoundLoss(tensors, pairs_in(inputs.pred), head.parameters, objective, layout, reduction))
 
 
 class _BoundLoss(torch.autograd.Function):
@@ -586,7 +540,7 @@ class _BoundLoss(torch.autograd.Function):
         ref, target, bound, with_metrics = others  # as one: each argument of its own costs time
         value, metrics, table = bound.errors(pred, ref, target, with_metrics)
         # In the order of _FusedLoss: checkpointing may record one and replay the other.
-        ctx.save_for_backward(pred, None, None, table, target)
+        ctx.save_for_backward(None, table, pred, target)
         ctx.set_materialize_grads(False)
         ctx.bound = bound
         if not with_metrics:  # an output costs microseconds, asked for or not
@@ -601,7 +555,7 @@ class _BoundLoss(torch.autograd.Function):
             return None, None
         _refuse_batched(grad_loss)
         _refuse_second_derivative()
-        pred, _, _, table, target = ctx.saved_tensors
+        _, table, pred, target = ctx.saved_tensors
         grad_loss = _materialised(grad_loss)
         bound: Any = ctx.bound
         call = _call(_pair_gradient, pred, target, table, grad_loss)
@@ -609,54 +563,3 @@ class _BoundLoss(torch.autograd.Function):
             return bound.gradient(pred, target, table, grad_loss), None
         (grad,) = call([pred], [target], None, table, grad_loss, bound.layout, "cpp")
         return grad, None
-
-
-class _FusedErrors(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        pred_lose: Tensor | None,
-        ref: list[Tensor],
-        target: list[Tensor],
-        ref_error: Tensor | None,
-        mask: Tensor | None,
-        reference_free: bool,
-        layout: str,
-        backend: str,
-    ) -> Tensor:
-        preds = [pred] if pred_lose is None else [pred, pred_lose]
-        value, _, pairs = _call(_pair_loss, *preds, *ref, *target, ref_error, mask)(
-            preds,
-            ref,
-            target,
-            ref_error,
-            mask,
-            None,
-            None,
-            None,
-            [0.0] * 9,
-            "poly_dpo",
-            reference_free,
-            layout,
-            "errors",
-            backend,
-        )
-        ctx.save_for_backward(pred, pred_lose, mask, pairs, *target)
-        ctx.layout, ctx.backend = layout, backend
-        errors: Tensor = pairs[:, ERRORS].t().to(value.dtype, copy=True)
-        return errors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_batched(grads[0])
-        _refuse_second_derivative()
-        pred, pred_lose, mask, pairs, *target = ctx.saved_tensors
-        grad = grads[0].to(torch.float64)
-        # The reference's error is a constant: model and excess have the same gradient, 2/D (pred - target).
-        coefficients = ((grad[:2] + grad[2:]) * (2 / pairs[:, Column.ELEMENTS])).t().contiguous()
-        preds = [pred] if pred_lose is None else [pred, pred_lose]
-        one = torch.ones((), dtype=grads[0].dtype, device=pred.device)
-        call = _call(_pair_gradient, *preds, *target, mask, coefficients)
-        result = call(preds, target, mask, coefficients, one, ctx.layout, ctx.backend)
-        return (result[0], None if pred_lose is None else result[1], *(None,) * 7)

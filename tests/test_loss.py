@@ -439,7 +439,7 @@ def test_opcheck(backend, device):
     for optional in ([None] * 4, [mask, per_pair, per_pair, per_pair]):
         torch.library.opcheck(
             torch.ops.polydpo_fast.pair_loss.default,
-            ([pred], [ref], [target], None, *optional, parameters, "poly_dpo", False, "halves", "none", backend),
+            ([pred], [ref], [target], None, *optional, parameters, "poly_dpo", "halves", "none", backend),
         )
     coefficients = torch.randn(2, 2, dtype=torch.float64, device=device)
     for x in (pred, pred.transpose(1, 2), pred[:, :2]):

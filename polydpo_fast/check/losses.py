@@ -188,10 +188,9 @@ def examine_operators(case: Case, backend: str, device: str) -> Finding:
     (pred, ref, target), _ = _arguments(replace(case, layout="halves", kind="own"), device)
     operators = torch.ops.polydpo_fast
     parameters = [10.0, 1.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.0, 0.5]  # beta, four alphas, keep, flip, margin, sft_weight
-    reference_free = ref is None
-    given = [pred], [] if reference_free else [ref], [target], *[None] * 5, parameters
+    given = [pred], [] if ref is None else [ref], [target], *[None] * 5, parameters
     name = case.options["objective"]
-    torch.library.opcheck(operators.pair_loss.default, (*given, name, reference_free, "halves", "none", backend))
+    torch.library.opcheck(operators.pair_loss.default, (*given, name, "halves", "none", backend))
     coefficients = torch.ones(case.pairs, 2, dtype=torch.float64, device=device)
     one = torch.ones((), device=device)
     torch.library.opcheck(
