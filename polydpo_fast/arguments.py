@@ -1,4 +1,4 @@
-"""The arguments of the losses: every check, in one place, before anything is computed; and their canonical form."""
+"""The arguments of the losses: all of their checks, made before anything is computed, and their canonical form."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import pairs_in
+from .layout import Arms, pairs_in
 from .objectives import MAX_ALPHAS, OBJECTIVES
 
-__all__ = ["Arms", "Head", "Inputs", "check_head", "check_inputs", "is_lazy"]
+__all__ = ["Head", "Inputs", "check_head", "check_inputs", "check_number", "is_lazy"]
 
-Arms = Tensor | Sequence[Tensor]
-"""Both arms of a batch: a (2B, ...) tensor, or a tuple (win, lose) of (B, ...)."""
-
-REDUCTIONS = ("mean", "sum", "none")
-LAYOUTS = ("halves", "interleaved")
+_REDUCTIONS = ("mean", "sum", "none")
+_LAYOUTS = ("halves", "interleaved")
 _LARGEST = sys.float_info.max
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Inputs(NamedTuple):
-    """The tensors that the errors are computed from. Lists hold one tensor of both arms, or one for each."""
+    """The tensors that the errors are computed from. Lists hold one tensor of both arms, or one for each.
+
+    These are the operator's first arguments, and those of `Head` are the next, in its order.
+    """
 
     pred: list[Tensor]
     ref: list[Tensor]  # empty without ref_pred
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the objective needs. Tensors are (B,) and take the place of the parameter of that name."""
+    """What the objective needs. Tensors are (B,); those of beta and alpha replace their numbers in `parameters`."""
 
     beta: Tensor | None
     alpha: Tensor | None
@@ -58,8 +58,9 @@ def check_inputs(
     mask: Tensor | None,
     layout: str,
 ) -> Inputs:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected {_one_of(LAYOUTS)}")
+    """The tensors among the arguments of `loss`, checked: TypeError or ValueError as it says."""
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected {_one_of(_LAYOUTS)}")
     pred = _tensors("model_pred", model_pred)
     shape, device = pred[0].shape, pred[0].device
     if len(shape) < 2:
@@ -79,7 +80,12 @@ def check_inputs(
 
     if not isinstance(reference_free, bool):
         raise TypeError(f"reference_free is {_show(reference_free)}; expected True or False")
-    given = sum((reference_free, ref_pred is not None, ref_error is not None))
+    if reference_free + (ref_pred is not None) + (ref_error is not None) != 1:
+        raise ValueError(
+            f"ref_pred is {'given' if ref_pred is not None else 'None'}, ref_error is "
+            f"{'given' if ref_error is not None else 'None'} and reference_free is {reference_free}; "
+            "expected exactly one of the three"
+        )
     ref: list[Tensor] = []
     if ref_pred is not None:
         ref = _tensors("ref_pred", ref_pred)
@@ -88,12 +94,6 @@ def check_inputs(
                 raise ValueError("ref_pred is model_pred itself; expected the output of the frozen reference")
         _on_device("ref_pred", ref[0], device)
         _same_rows("ref_pred", ref, pairs, sample)
-    if given != 1:
-        raise ValueError(
-            f"ref_pred is {'given' if ref_pred is not None else 'None'}, ref_error is "
-            f"{'given' if ref_error is not None else 'None'} and reference_free is {reference_free}; "
-            "expected exactly one of the three"
-        )
 
     tgt = _tensors("target", target)
     _on_device("target", tgt[0], device)
@@ -123,10 +123,7 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     for index, tensor in enumerate(tensors):
         place = name if len(tensors) == 1 else f"{name}[{index}]"
         _dense(place, tensor)
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{place} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16")
-        if is_lazy(tensor):
-            raise TypeError(f"{place} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
+        _floating(place, tensor)
     first, last = tensors[0], tensors[-1]
     if last.dtype != first.dtype:
         raise TypeError(f"{name}[1] has dtype {last.dtype}; expected {first.dtype} like {name}[0]")
@@ -141,6 +138,13 @@ def _dense(place: str, x: Tensor) -> None:
         raise TypeError(f"{place} {what}; expected a dense tensor (torch.strided)")
     if type(x) is not Tensor and hasattr(x, "to_local"):
         raise TypeError(f"{place} is a {type(x).__name__}; expected a plain tensor, such as {place}.to_local()")
+
+
+def _floating(place: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{place} has dtype {x.dtype}; expected float64, float32, bfloat16 or float16")
+    if is_lazy(x):
+        raise TypeError(f"{place} is lazily negated or zero; expected its values in memory, such as {place} + 0")
 
 
 def is_lazy(x: Tensor) -> bool:
@@ -208,9 +212,9 @@ def _check_mask(mask: Tensor, pairs: int, sample: torch.Size, device: torch.devi
 
 
 def _may_be_of_pairs(mask: torch.Size, pairs: int, sample: torch.Size) -> bool:
-    """Whether a mask with the dimensions of a sample may have been meant for each pair, without the channels.
+    """Whether a mask with as many dimensions as a sample may have been meant as one for each pair, without channels.
 
-    While B is not C, a (B, H, W) mask is refused; it must not become a (C, H, W) one in the batch in which it is.
+    Where B is not C, a (B, H, W) mask is refused; it must not be taken for (C, H, W) in a batch where B is C.
     """
     if len(mask) != len(sample) or mask[0] != pairs:
         return False
@@ -233,16 +237,17 @@ def check_head(
     reduction: str,
     inputs: Inputs,
 ) -> Head:
+    """The other arguments of `loss`, checked likewise. Of inputs only the number of pairs and the device matter."""
     if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}; expected {_one_of(OBJECTIVES)}")
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; expected {_one_of(REDUCTIONS)}")
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; expected {_one_of(_REDUCTIONS)}")
     beta_tensor = alpha_tensor = weight_tensor = None
     beta_value = 0.0
     if isinstance(beta, Tensor):
         beta_tensor = _per_pair("beta", beta, inputs)
     else:
-        beta_value = _number("beta", beta)
+        beta_value = check_number("beta", beta, "a finite number > 0")
         if beta_value <= 0:
             raise ValueError(f"beta is {beta}; expected a finite number > 0")
     alphas = [0.0]
@@ -251,18 +256,18 @@ def check_head(
     elif isinstance(alpha, (tuple, list)):
         if not 1 <= len(alpha) <= MAX_ALPHAS:
             raise ValueError(f"alpha has {len(alpha)} coefficients; expected 1 to {MAX_ALPHAS}")
-        alphas = [_number(f"alpha[{i}]", a) for i, a in enumerate(alpha)]
+        alphas = [check_number(f"alpha[{i}]", a) for i, a in enumerate(alpha)]
     else:
-        alphas = [_number("alpha", alpha)]  # type: ignore[arg-type]  # checked there
-    # Of several coefficients none alone decides, and a tensor would have to be read.
+        alphas = [check_number("alpha", alpha)]  # type: ignore[arg-type]  # checked there
+    # Not of several coefficients, which decide together, nor of a tensor, which would have to be read.
     if alphas[0] < -1 and len(alphas) == 1 and not torch.compiler.is_compiling():
         _warn_not_monotone()
     if not OBJECTIVES[objective].takes_alpha and (alpha_tensor is not None or any(alphas)):
         raise ValueError(f"alpha is {_show(alpha)}; expected 0 for objective {objective!r}, which does not use it")
-    smoothing = _number("label_smoothing", label_smoothing)
+    smoothing = check_number("label_smoothing", label_smoothing)
     if not 0 <= smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}; expected a number from 0 to below 0.5")
-    sft = _number("sft_weight", sft_weight)
+    sft = check_number("sft_weight", sft_weight)
     if sft < 0:
         raise ValueError(f"sft_weight is {sft_weight}; expected a number >= 0")
     if pair_weight is not None:
@@ -275,30 +280,27 @@ def check_head(
         beta_tensor,
         alpha_tensor,
         weight_tensor,
-        [beta_value, *alphas, keep, flip, _number("margin", margin), sft],
+        [beta_value, *alphas, keep, flip, check_number("margin", margin), sft],
     )
 
 
-def _number(name: str, value: float) -> float:
+def check_number(name: str, value: float, wanted: str = "a finite number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} is {_show(value)}; expected a number")
     # Not math.isfinite: torch.compile makes the number symbolic when it changes from call to call.
     if not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{name} is {value}; expected a finite number{' > 0' if name == 'beta' else ''}")
+        raise ValueError(f"{name} is {value}; expected {wanted}")
     return float(value)
 
 
 def _per_pair(name: str, value: Tensor, inputs: Inputs) -> Tensor:
     _dense(name, value)
-    if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} has dtype {value.dtype}; expected float64, float32, bfloat16 or float16")
+    _floating(name, value)
     pairs = pairs_in(inputs.pred)
     if tuple(value.shape) != (pairs,):
-        hint = " (of all: a float)" if value.dim() == 0 else ""
+        hint = " (a float for all pairs)" if value.dim() == 0 else ""
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {(pairs,)}, one value per pair{hint}")
     _on_device(name, value, inputs.pred[0].device)
-    if is_lazy(value):
-        raise TypeError(f"{name} is lazily negated or zero; expected a tensor with its values in memory (+ 0)")
     if value.requires_grad:
         raise ValueError(f"{name} requires a gradient; expected a constant (detach it, or use pair_errors)")
     return value

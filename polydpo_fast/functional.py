@@ -14,12 +14,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
-from .arguments import Arms, Head, Inputs, check_head, check_inputs, is_lazy
-from .layout import ERRORS, PAIR_COLUMNS, Column, common_order, dense_mask, empty_dense_like, pairs_in
+from .arguments import Head, Inputs, check_head, check_inputs, is_lazy
+from .layout import ERRORS, PAIR_COLUMNS, Arms, Column, common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS, unpacked
 from .reference import PairErrors
 
-__all__ = ["PairErrors", "available_backends", "loss", "pair_errors"]
+__all__ = ["PairErrors", "available_backends", "choose_backend", "loss", "pair_errors"]
 
 
 class _Options(TypedDict, total=False):
@@ -107,7 +107,7 @@ def loss(
             5000 for SD1.5 and SDXL. Scripts without the 1/2 use 2500 for the same loss.
         alpha: Poly-DPO's coefficient: a float, or a (B,) tensor. 0 is Diffusion-DPO; > 0 for noisy or conflicting
             labels (8 was the paper's best for SD1.5 on Pick-a-Pic V2); < 0 for trivially easy pairs. Below -1 the
-            loss is no longer monotone in z, which warns (not for a tensor: reading it would wait for the device). A
+            loss is no longer monotone in z: a warning (none for a tensor: reading it would wait for the device). A
             sequence of up to 4 floats is Poly-N: -log p + sum_j alpha_j (1 - p)^j.
         objective: a name in `polydpo_fast.objectives.OBJECTIVES`: "poly_dpo", "robust", "ipo", "hinge", "linear".
         label_smoothing: the share of labels believed wrong, 0 to below 0.5. cDPO with "poly_dpo", and the
@@ -150,7 +150,7 @@ def loss(
         model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
     )
     head = check_head(beta, alpha, objective, label_smoothing, margin, sft_weight, pair_weight, reduction, inputs)
-    backend = _choose_backend(backend, inputs.pred[0].device)
+    backend = choose_backend(backend, inputs.pred[0].device)
     if backend == "reference":
         return reference.loss(
             model_pred,
@@ -174,8 +174,8 @@ def loss(
         head = _without_symbols(head, inputs)
     if bound is not None and backend == "cpp":
         _bind(bound, inputs, head, objective, layout, reduction)
-    others = (*inputs[1:], *head, objective, layout, reduction, backend)
-    value, metrics = _FusedLoss.apply(others, *inputs.pred)  # type: ignore[no-untyped-call]
+    pred, *others = (*inputs, *head, objective, layout, reduction, backend)
+    value, metrics = _FusedLoss.apply(others, *pred)  # type: ignore[no-untyped-call]
     return (value, unpacked(metrics)) if return_metrics else value
 
 
@@ -196,20 +196,19 @@ def pair_errors(
         z = errors.logit(beta=5000.0)
         loss = torch.nn.functional.softplus(1 - z).square().mean()   # any function of z and the errors
 
-    The sums over the samples and the gradient are taken by the kernels of `loss`, in their precision; around them are
-    a few operators on (B,) tensors. Arguments as there.
+    The kernels of `loss` compute the sums over the samples and the gradient, as precisely; around them are a few
+    operators on (B,) tensors. The arguments are those of `loss`.
 
     Returns:
         PairErrors(model_win, model_lose, excess_win, excess_lose), each (B,), float32 (float64 if model_pred, ref_pred
-        or target is).
-        With ref_pred, ref_error or reference_free, the excess is m - r.
+        or target is). The excess is m - r; with `reference_free`, m.
     """
     if backend != "reference":
         _refuse_transforms()
     inputs = check_inputs(
         model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
     )
-    backend = _choose_backend(backend, inputs.pred[0].device)
+    backend = choose_backend(backend, inputs.pred[0].device)
     if backend == "reference":
         return reference.pair_errors(
             model_pred,
@@ -220,8 +219,8 @@ def pair_errors(
             mask=inputs.mask,
             layout=layout,
         )
-    others = (*inputs[1:], *_NO_HEAD, None, layout, "mean", backend)
-    errors = _FusedErrors.apply(others, *inputs.pred)  # type: ignore[no-untyped-call]
+    pred, *others = (*inputs, *_NO_HEAD, None, layout, "mean", backend)
+    errors = _FusedErrors.apply(others, *pred)  # type: ignore[no-untyped-call]
     return PairErrors(*errors.unbind())
 
 
@@ -259,26 +258,25 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
 
     Of "triton", "cpp" and "reference": what `backend` of `loss` and `pair_errors` may be there.
     """
-    return _backends_of(torch.device(device).type)
-
-
-def _backends_of(device_type: str) -> tuple[str, ...]:
-    if device_type == "cuda" and _HAS_TRITON:  # ROCm devices are called cuda too
+    kind = (device if isinstance(device, torch.device) else torch.device(device)).type
+    if kind == "cuda" and _HAS_TRITON:
         return ("triton", "reference")
-    if device_type == "cpu":
+    if kind == "cpu":
         cpp = ("cpp",) if _HAS_CPP else ()
         return (*cpp, "reference", "triton") if _HAS_TRITON and _INTERPRETING else (*cpp, "reference")
     return ("reference",)
 
 
-def _choose_backend(backend: str | None, device: torch.device) -> str:
-    available = _backends_of(device.type)
+def choose_backend(backend: str | None, device: torch.device, *, has_cpp: bool = True) -> str:
+    """The one asked for, or the first of those available. has_cpp: whether there is one in C++ of what is to be run."""
+    available = [name for name in available_backends(device) if has_cpp or name != "cpp"]
     if backend is None:
         return available[0]
     if backend not in available:
+        cpp = "; cpp needs a CPU and the built extension" if has_cpp else ""
         raise ValueError(
             f"backend is {backend!r}; expected one of {', '.join(map(repr, available))} for tensors on {device} "
-            "(triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1; cpp needs a CPU and the built extension)"
+            f"(triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1{cpp})"
         )
     return backend
 
@@ -343,7 +341,7 @@ def _pair_gradient(
     backend: str,
 ) -> list[Tensor]:
     """grad_loss * coefficient * (pred - target); the coefficients of a pair are the last two of its columns."""
-    # The loss is of float64 where the reference alone is, too.
+    # grad_loss too: the loss is float64 even where only the reference is.
     double = torch.float64 in (pred[0].dtype, target[0].dtype, grad_loss.dtype)
     pred, target = common_order(pred, target)
     # Hooks on saved tensors may have brought these back in another dtype, or with other strides.
@@ -439,7 +437,7 @@ def _materialised(grad: Tensor) -> Tensor:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, others: tuple[Any, ...], *pred: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, others: list[Any], *pred: Tensor) -> tuple[Tensor, Tensor]:
         value, metrics, _ = _forward(ctx, others, pred)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -458,7 +456,7 @@ class _FusedLoss(torch.autograd.Function):
 
 class _FusedErrors(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, others: tuple[Any, ...], *pred: Tensor) -> Tensor:
+    def forward(ctx: Any, others: list[Any], *pred: Tensor) -> Tensor:
         value, _, table = _forward(ctx, others, pred)
         errors: Tensor = table[:, ERRORS].t().to(value.dtype, copy=True)
         return errors
@@ -475,7 +473,7 @@ class _FusedErrors(torch.autograd.Function):
         return _backward(ctx, mask, tensors, coefficients, one)
 
 
-def _forward(ctx: Any, others: tuple[Any, ...], pred: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(ctx: Any, others: list[Any], pred: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The operator of the errors, and what the gradient will need. others: its arguments after the first, as they are;
     those of pred come one by one, because autograd sees no tensors in a list."""
     ref, target, ref_error, mask, beta, alpha, weight, *_, layout, _reduction, backend = others
@@ -498,8 +496,8 @@ def _backward(
 
 # ---------------------------------------------------------------------------------------------- fast lane
 
-# The usual call, in a training loop on a CPU: three plain tensors with the shapes, strides and options of the call
-# before. What can be known from those is known already, so a call costs a look into a table.
+# The usual call in a training loop on a CPU: three plain tensors whose shapes, strides and options are those of an
+# earlier call. All that follows from those was worked out then, and this call looks it up.
 
 
 def _is_plain(tensors: tuple[Any, ...], options: tuple[object, ...]) -> bool:
@@ -507,7 +505,7 @@ def _is_plain(tensors: tuple[Any, ...], options: tuple[object, ...]) -> bool:
     arguments can be looked up."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transforms_active():
         return False
-    if tensors[0] is tensors[1]:  # a forgotten reference
+    if tensors[0] is tensors[1]:  # a forgotten reference, which the checks name
         return False
     for x in tensors:
         if type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_nested or is_lazy(x):

@@ -8,13 +8,26 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["ERRORS", "PAIR_COLUMNS", "Column", "arms", "common_order", "dense_mask", "empty_dense_like", "pairs_in"]
+__all__ = [
+    "ERRORS",
+    "PAIR_COLUMNS",
+    "Arms",
+    "Column",
+    "arms",
+    "common_order",
+    "dense_mask",
+    "empty_dense_like",
+    "pairs_in",
+]
+
+Arms = Tensor | Sequence[Tensor]
+"""Both arms of a batch: a (2B, ...) tensor, or a tuple (win, lose) of (B, ...)."""
 
 
 class Column(IntEnum):
-    """Of the table that the error pass writes, (B, 18) float64, a row for each pair. csrc/loss.hpp has the same.
+    """Columns of the table that the error pass writes, (B, 18) float64, a row for each pair; as in csrc/loss.hpp.
 
-    From IMPLICIT_ACCURACY to MODEL_MSE_LOSE they are `metrics.METRICS`. ELEMENTS: those that count in a sample. The
+    IMPLICIT_ACCURACY to MODEL_MSE_LOSE are `metrics.METRICS`. ELEMENTS is how many elements of a sample count. The
     gradient is the pair's coefficient, GRAD_WIN or GRAD_LOSE, times pred - target.
     """
 
@@ -44,12 +57,12 @@ ERRORS = slice(Column.MODEL_MSE_WIN, Column.EXCESS_LOSE + 1)
 
 
 def arms(x: list[Tensor], layout: str, pairs: int) -> tuple[Tensor, Tensor]:
-    """(win, lose) of one tensor of both arms, or of two; twice the same one of (B, ...), which they share."""
+    """(win, lose) of one tensor of both arms, or of two; a (B, ...) tensor, which both arms share, comes back twice."""
     if len(x) == 2:
         return x[0], x[1]
     both = x[0]
     if both.shape[0] == pairs:
-        return both, both  # shared
+        return both, both
     if layout == "interleaved":
         return both[0::2], both[1::2]
     return both[:pairs], both[pairs:]
@@ -67,14 +80,7 @@ def common_order(pred: list[Tensor], *others: list[Tensor]) -> tuple[list[Tensor
     the same. So channels_last batches, batch slices and expanded samples are read where they are.
     """
     first = pred[0]
-    for tensors in (pred, *others):
-        for x in tensors:
-            if not x.is_contiguous():
-                break
-        else:
-            continue
-        break
-    else:
+    if all(x.is_contiguous() for tensors in (pred, *others) for x in tensors):
         return (pred, *others)
     if not _dense_sample(first):
         first = first.contiguous()
@@ -119,7 +125,7 @@ def empty_dense_like(like: Tensor, x: Tensor | None = None) -> Tensor:
 
 
 def dense_mask(mask: Tensor, pred: Tensor) -> Tensor:
-    """The expanded mask as bytes in the element order of the samples: (1 or B, ...); a copy if it must be."""
+    """The expanded mask as bytes in the element order of the samples, (1 or B, ...); copied only if it has to be."""
     if not _same_order(mask.stride()[1:], pred.stride()[1:], pred.shape[1:]):
         mask = empty_dense_like(pred, mask).copy_(mask)
     return mask.view(torch.uint8)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .arguments import _number
+from .arguments import check_number
 from .colour import MATRICES, fixed_point
-from .functional import _backends_of
+from .functional import choose_backend
 
 __all__ = ["yuv420_to_rgb"]
 
@@ -109,7 +109,7 @@ def yuv420_to_rgb(
                 f"out is contiguous: {out.is_contiguous()}, requires_grad: {out.requires_grad}; "
                 "expected a contiguous tensor without gradient"
             )
-    backend = _choose_backend(backend, planes.device)
+    backend = choose_backend(backend, planes.device, has_cpp=False)
     for some, colours in runs:
         torch.ops.polydpo_fast.yuv420_to_rgb(
             planes[some],
@@ -157,7 +157,7 @@ def _check_size(size: tuple[int, int] | None, height: int, width: int) -> tuple[
 
 
 def _runs(images: int, matrix: str | Sequence[str], full_range: bool | Sequence[bool]) -> list[tuple[slice, list[int]]]:
-    """Neighbours of the same colours, and these."""
+    """Neighbouring images that share their colours, as a slice, and the numbers of these."""
     keys = []
     for name, values in (("matrix", matrix), ("full_range", full_range)):
         if isinstance(values, (list, tuple)) and len(values) != images:
@@ -186,19 +186,7 @@ def _three(name: str, values: float | Sequence[float]) -> list[float]:
         values = [values] * 3  # type: ignore[list-item]  # checked below
     if len(values) != 3:
         raise TypeError(f"{name} is {values!r}; expected a number, or three")
-    return [_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
-
-
-def _choose_backend(backend: str | None, device: torch.device) -> str:
-    available = tuple(name for name in _backends_of(device.type) if name != "cpp")
-    if backend is None:
-        return available[0]
-    if backend not in available:
-        raise ValueError(
-            f"backend is {backend!r}; expected one of {', '.join(map(repr, available))} for tensors on {device} "
-            "(triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1)"
-        )
-    return backend
+    return [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
 # ---------------------------------------------------------------------------------------------- operator

@@ -523,7 +523,7 @@ def test_functional_transforms_take_the_reference(device):
         (
             dict(beta=torch.tensor(2.0)),
             ValueError,
-            r"beta has shape \(\); expected \(2,\), .* \(of all: a float\)",
+            r"beta has shape \(\); expected \(2,\), .* \(a float for all pairs\)",
         ),
         (
             dict(mask=torch.ones(3, 2, dtype=torch.bool).to_sparse()),
