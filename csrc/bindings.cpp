@@ -356,19 +356,24 @@ private:
 
 // -------------------------------------------------------------------------------------------------- losses
 
-using Address = std::array<std::int64_t, 4>;  // winners, losers, dtype, stride in elements
+// A tensor: its winners, its losers, its dtype, and from one pair to the next in elements.
+using Address = std::tuple<std::uintptr_t, std::uintptr_t, int, std::int64_t>;
+using Mask = std::pair<std::uintptr_t, std::int64_t>;             // and from one pair to the next
+using Sizes = std::tuple<std::int64_t, std::int64_t, bool, int>;  // pairs, elements of a sample, float64, threads
+using Parameters = std::array<double, 9>;                         // arguments.Head says which
 
-polydpo::Arms arms_of(const Address& at) {
-    return {reinterpret_cast<const void*>(at[0]), reinterpret_cast<const void*>(at[1]),
-            static_cast<polydpo::Float>(at[2]), at[3]};
+polydpo::Arms arms_of(const Address& address) {
+    const auto& [win, lose, dtype, stride] = address;
+    return {reinterpret_cast<const void*>(win), reinterpret_cast<const void*>(lose), static_cast<polydpo::Float>(dtype),
+            stride};
 }
 
-// sizes: pairs, elements per sample, whether to compute in float64, threads.
-polydpo::Batch batch_of(const Address& pred, const Address& ref, const Address& target,
-                        const std::array<std::int64_t, 2>& mask, const std::array<std::int64_t, 4>& sizes) {
-    return {sizes[0],     sizes[1],        arms_of(pred),
-            arms_of(ref), arms_of(target), reinterpret_cast<const std::uint8_t*>(mask[0]),
-            mask[1],      sizes[2] != 0,   static_cast<int>(sizes[3])};
+polydpo::Batch batch_of(const Address& pred, const Address& ref, const Address& target, const Mask& mask,
+                        const Sizes& sizes) {
+    const auto& [pairs, numel, in_double, threads] = sizes;
+    return {pairs,        numel,           arms_of(pred),
+            arms_of(ref), arms_of(target), reinterpret_cast<const std::uint8_t*>(mask.first),
+            mask.second,  in_double,       threads};
 }
 
 polydpo::Head make_head(const std::vector<std::tuple<int, int, int, double>>& program, int loss, int slope) {
@@ -379,7 +384,7 @@ polydpo::Head make_head(const std::vector<std::tuple<int, int, int, double>>& pr
     return polydpo::Head(std::move(instructions), loss, slope);
 }
 
-polydpo::Objective objective_of(const polydpo::Head* head, const std::array<double, 9>& parameters, int reduction) {
+polydpo::Objective objective_of(const polydpo::Head* head, const Parameters& parameters, int reduction) {
     polydpo::Objective objective{};
     objective.head = head;
     objective.beta_value = parameters[0];
@@ -419,42 +424,42 @@ void run_loss(const polydpo::Batch& batch, const polydpo::Objective& objective, 
     }
 }
 
-// The caller vouches for all addresses. tensors: ref_error (2, B), beta, alpha, weight (B,) as float64, or 0.
-// out: loss, metrics, table.
-void pair_loss(const Address& pred, const Address& ref, const Address& target, const std::array<std::int64_t, 2>& mask,
-               const std::array<std::int64_t, 4>& sizes, const polydpo::Head* head,
-               const std::array<std::int64_t, 4>& tensors, const std::array<double, 9>& parameters, int reduction,
-               const std::array<std::uintptr_t, 3>& out) {
+// The caller vouches for all addresses. ref_error (2, B), beta, alpha and weight (B,) are of float64, or 0.
+void pair_loss(const Address& pred, const Address& ref, const Address& target, const Mask& mask, const Sizes& sizes,
+               const polydpo::Head* head, std::uintptr_t ref_error, std::uintptr_t beta, std::uintptr_t alpha,
+               std::uintptr_t weight, const Parameters& parameters, int reduction, std::uintptr_t loss,
+               std::uintptr_t metrics, std::uintptr_t table) {
     const polydpo::Batch batch = batch_of(pred, ref, target, mask, sizes);
-    const auto doubles = [&](int i) { return reinterpret_cast<const double*>(tensors[i]); };
     polydpo::Objective objective = objective_of(head, parameters, reduction);
-    objective.ref_error_win = doubles(0);
-    objective.ref_error_lose = doubles(0) ? doubles(0) + batch.pairs : nullptr;
-    objective.beta = doubles(1);
-    objective.alpha = doubles(2);
-    objective.weight = doubles(3);
-    run_loss(batch, objective, out[0], out[1], out[2]);
+    objective.ref_error_win = reinterpret_cast<const double*>(ref_error);
+    objective.ref_error_lose = ref_error ? objective.ref_error_win + batch.pairs : nullptr;
+    objective.beta = reinterpret_cast<const double*>(beta);
+    objective.alpha = reinterpret_cast<const double*>(alpha);
+    objective.weight = reinterpret_cast<const double*>(weight);
+    run_loss(batch, objective, loss, metrics, table);
 }
 
-void pair_gradient(const Address& pred, const Address& target, const std::array<std::int64_t, 2>& mask,
-                   const std::array<std::int64_t, 4>& sizes, const std::array<std::int64_t, 2>& coefficients,
-                   const std::array<std::int64_t, 3>& grad_loss, const Address& grad) {
-    // coefficients: address, stride; grad_loss: address, whether float64 (else float32), stride.
+void pair_gradient(const Address& pred, const Address& target, const Mask& mask, const Sizes& sizes,
+                   std::uintptr_t coefficients, std::int64_t coefficients_stride, std::uintptr_t grad_loss,
+                   bool grad_loss_is_double, std::int64_t grad_loss_stride, const Address& grad) {
     const polydpo::Batch batch = batch_of(pred, {}, target, mask, sizes);
+    const auto& [win, lose, dtype, stride] = grad;
     const ReleasedGil released;
-    polydpo::pair_gradient(batch, reinterpret_cast<const double*>(coefficients[0]), coefficients[1],
-                           reinterpret_cast<const void*>(grad_loss[0]), grad_loss[1] != 0, grad_loss[2],
-                           reinterpret_cast<void*>(grad[0]), reinterpret_cast<void*>(grad[1]), grad[3]);
+    polydpo::pair_gradient(batch, reinterpret_cast<const double*>(coefficients), coefficients_stride,
+                           reinterpret_cast<const void*>(grad_loss), grad_loss_is_double, grad_loss_stride,
+                           reinterpret_cast<void*>(win), reinterpret_cast<void*>(lose), stride);
 }
 
-// Both for the tensors of one signature: only addresses are left to be given.
+// Both for tensors of which all but the addresses is known.
 class BoundLoss {
 public:
-    // arms, of pred, ref, target and gradient: from the winners to the losers in bytes, dtype, stride in elements.
-    // sizes: pairs, elements per sample, whether to compute in float64.
-    BoundLoss(const std::array<std::array<std::int64_t, 3>, 4>& arms, const std::array<std::int64_t, 3>& sizes,
-              const polydpo::Head& head, const std::array<double, 9>& parameters, int reduction)
-        : arms_(arms), sizes_(sizes), head_(head), objective_(objective_of(&head_, parameters, reduction)) {}
+    // From the winners to the losers in bytes, dtype, stride in elements.
+    using Form = std::tuple<std::ptrdiff_t, int, std::int64_t>;
+
+    // forms: of pred, ref, target and gradient. sizes: pairs, elements of a sample, whether to compute in float64.
+    BoundLoss(const std::array<Form, 4>& forms, const std::tuple<std::int64_t, std::int64_t, bool>& sizes,
+              const polydpo::Head& head, const Parameters& parameters, int reduction)
+        : forms_(forms), sizes_(sizes), head_(head), objective_(objective_of(&head_, parameters, reduction)) {}
     BoundLoss(const BoundLoss&) = delete;  // objective_ points into it
 
     void errors(std::uintptr_t pred, std::uintptr_t ref, std::uintptr_t target, std::uintptr_t loss,
@@ -468,7 +473,7 @@ public:
         check_memory(pred && target && table && grad_loss);
         const polydpo::Batch tensors = batch(pred, 0, target, threads);
         const auto* coefficients = reinterpret_cast<const double*>(table) + polydpo::grad_win;
-        const polydpo::Arms to = at(grad, 3);
+        const polydpo::Arms to = arms(grad, forms_[3]);
         const ReleasedGil released;
         polydpo::pair_gradient(tensors, coefficients, polydpo::pair_columns, reinterpret_cast<const void*>(grad_loss),
                                tensors.accumulate_in_double, grad_loss_stride, const_cast<void*>(to.win),
@@ -483,18 +488,20 @@ private:
         }
     }
 
-    polydpo::Arms at(std::uintptr_t base, int tensor) const {
-        const auto& [lose, dtype, stride] = arms_[tensor];
-        return {reinterpret_cast<const void*>(base), reinterpret_cast<const void*>(base + lose),
-                static_cast<polydpo::Float>(dtype), stride};
+    static polydpo::Arms arms(std::uintptr_t win, const Form& form) {
+        const auto& [lose, dtype, stride] = form;
+        return arms_of({win, win + lose, dtype, stride});
     }
 
     polydpo::Batch batch(std::uintptr_t pred, std::uintptr_t ref, std::uintptr_t target, int threads) const {
-        return {sizes_[0], sizes_[1], at(pred, 0), at(ref, 1), at(target, 2), nullptr, 0, sizes_[2] != 0, threads};
+        const auto& [pairs, numel, in_double] = sizes_;
+        const auto& [of_pred, of_ref, of_target, of_grad] = forms_;
+        return {pairs,     numel,  arms(pred, of_pred), arms(ref, of_ref), arms(target, of_target), nullptr, 0,
+                in_double, threads};
     }
 
-    std::array<std::array<std::int64_t, 3>, 4> arms_;
-    std::array<std::int64_t, 3> sizes_;
+    std::array<Form, 4> forms_;
+    std::tuple<std::int64_t, std::int64_t, bool> sizes_;
     polydpo::Head head_;
     polydpo::Objective objective_;
 };
@@ -534,8 +541,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("orientation") = 1, py::arg("shown") = py::none(), py::arg("out"), py::arg("plane"));
     py::class_<polydpo::Head>(module, "Head").def(py::init(&make_head));
     py::class_<BoundLoss>(module, "BoundLoss")
-        .def(py::init<const std::array<std::array<std::int64_t, 3>, 4>&, const std::array<std::int64_t, 3>&,
-                      const polydpo::Head&, const std::array<double, 9>&, int>())
+        .def(py::init<const std::array<BoundLoss::Form, 4>&, const std::tuple<std::int64_t, std::int64_t, bool>&,
+                      const polydpo::Head&, const Parameters&, int>())
         .def("errors", &BoundLoss::errors)
         .def("gradient", &BoundLoss::gradient);
     module.def("set_openmp",

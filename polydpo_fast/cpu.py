@@ -79,17 +79,13 @@ def launch_errors(
     reduction: str,
     double: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.pair_loss.launch_errors`."""
     pairs = pairs_in(pred)
     dtype = torch.float64 if double else torch.float32
     value = torch.empty((pairs,) if reduction == "none" else (), dtype=dtype, device="cpu")
     metrics = torch.empty(len(METRICS), dtype=dtype, device="cpu")
     table = torch.empty((pairs, PAIR_COLUMNS), dtype=torch.float64, device="cpu")
-    tensors = [0, 0, 0, 0]
-    held = []  # until the call returns
-    for i, x in enumerate((ref_error, beta, alpha, weight)):
-        if x is not None:
-            held.append(x.to(torch.float64).contiguous())
-            tensors[i] = held[-1].data_ptr()
+    doubles = [None if x is None else x.to(torch.float64).contiguous() for x in (ref_error, beta, alpha, weight)]
     _C.pair_loss(
         _address(pred, layout, pairs),
         _address(ref, layout, pairs) if ref else (0, 0, 0, 0),
@@ -97,10 +93,12 @@ def launch_errors(
         _mask_address(mask),
         (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
         None if objective is None else _head(objective),
-        tensors,
+        *(0 if x is None else x.data_ptr() for x in doubles),
         parameters,
         _REDUCTIONS[reduction],
-        (value.data_ptr(), metrics.data_ptr(), table.data_ptr()),
+        value.data_ptr(),
+        metrics.data_ptr(),
+        table.data_ptr(),
     )
     return value, metrics, table
 
@@ -115,14 +113,18 @@ def launch_gradient(
     layout: str,
     double: bool,
 ) -> None:
+    """As `kernels.pair_loss.launch_gradient`."""
     pairs = pairs_in(pred)
     _C.pair_gradient(
         _address(pred, layout, pairs),
         _address(target, layout, pairs),
         _mask_address(mask),
         (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
-        (coefficients[:, -2:].data_ptr(), coefficients.stride(0)),
-        (grad_loss.data_ptr(), grad_loss.dtype == torch.float64, grad_loss.stride(0) if grad_loss.dim() else 0),
+        coefficients[:, -2:].data_ptr(),
+        coefficients.stride(0),
+        grad_loss.data_ptr(),
+        grad_loss.dtype == torch.float64,
+        grad_loss.stride(0) if grad_loss.dim() else 0,
         _address(grad, layout, pairs),
     )
 
@@ -134,7 +136,7 @@ def _facts(x: Tensor) -> tuple[object, ...]:
 class BoundLoss:
     """The loss for tensors of one shape, dtype and order in memory, with the options it was made for.
 
-    What `launch_errors` and `launch_gradient` find out at each call is found out once. For three plain tensors that
+    What `launch_errors` and `launch_gradient` work out at each call is worked out once. For three plain tensors that
     need no copy, and options that are numbers.
     """
 
@@ -155,12 +157,12 @@ class BoundLoss:
         self._shape = (pairs,) if reduction == "none" else ()
         self._table = (pairs, PAIR_COLUMNS)
         self._grad = pred.shape, empty_dense_like(pred).stride(), pred.dtype
-        arms = []
+        forms = []
         for x in (*tensors, empty_dense_like(pred)):
             win, lose, dtype, stride = _address([x], layout, pairs)
-            arms.append((lose - win, dtype, stride))
+            forms.append((lose - win, dtype, stride))
         sizes = (pairs, pred.numel() // pred.shape[0], self._double)
-        self._c = _C.BoundLoss(arms, sizes, _head(objective), parameters, _REDUCTIONS[reduction])
+        self._c = _C.BoundLoss(forms, sizes, _head(objective), parameters, _REDUCTIONS[reduction])
 
     def knows(self, pred: Tensor, target: Tensor, table: Tensor) -> bool:
         """Whether these are still as they were when they were saved; hooks may have brought back something else."""

@@ -36,7 +36,7 @@ _HEADS: list[tuple[str, Any]] = [
 ]
 _POLY = (4, 1, 4, 2, 4, 3)  # lengths of successive polynomials
 
-_CYCLE = 40  # Of so many successive cases, those at these places are special.
+_CYCLE = 40  # of so many successive cases, those at these places are special
 _USUAL, _LONG, _MANY, _MASKED, _LARGE = 4, 9, 19, 29, 39
 # Pairs, and elements of a sample. Reached by no fewer: several splits of C++'s (32768) in each of several pairs; sums
 # of pairs beyond Triton's first block (64); its gradient's second block (1024) under a mask; several of its blocks to a
@@ -137,7 +137,7 @@ class Case:
 
 
 class Draw:
-    """Choices of one case. What `deal` gives comes equally often: each value once in as many successive cases."""
+    """The choices of one case. `deal` gives each value equally often: once in as many successive cases."""
 
     def __init__(self, seed: int, number: int) -> None:
         self._seed, self._number = seed, number
@@ -198,19 +198,19 @@ def draw(seed: int, number: int) -> Case:
     sample = (1,) * d.integer(1, 3) if edge == "one element" else _sample(d, *sizes)
     pred, ref, target = _tensors(d, edge, pairs, sample, of_three, kind)
     case = Case(
-        number,
-        edge,
-        dtypes,
-        pred,
-        ref if source == "pred" else None,
-        target,
-        kind,
-        layout,
-        _memory(d),
-        {"objective": objective, "reduction": d.deal("reduction", ("mean", "sum", "none"))},
-        1 + d.uniform(pairs).float().double(),
-        d.normal(4, pairs).float().double(),
-        None if source != "error" else _known_errors(ref, target),
+        number=number,
+        edge=edge,
+        dtypes=dtypes,
+        pred=pred,
+        ref=ref if source == "pred" else None,
+        target=target,
+        kind=kind,
+        layout=layout,
+        memory=_memory(d),
+        options={"objective": objective, "reduction": d.deal("reduction", ("mean", "sum", "none"))},
+        upstream=1 + d.uniform(pairs).float().double(),
+        of_errors=d.normal(4, pairs).float().double(),
+        ref_error=_known_errors(ref, target) if source == "error" else None,
     )
     options = case.options
     if source == "free":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .cases import Draw
-from .report import Finding
+from .report import Finding, must
 
 __all__ = ["GATES", "clip", "missing", "picture", "planes"]
 
@@ -43,8 +43,11 @@ GATES = {
 
 # The luma of red and of blue: ITU-R BT.601, BT.709, BT.2020, FCC 73.682 and SMPTE 240M.
 _MATRICES = {
-    **{"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)},
-    **{"fcc": (0.3, 0.11), "smpte240m": (0.212, 0.087)},
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+    "fcc": (0.3, 0.11),
+    "smpte240m": (0.212, 0.087),
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,7 +61,7 @@ def missing(*packages: str) -> str:
 
 
 def clip(seed: int, number: int) -> Iterator[tuple[Finding, str]]:
-    """A pair of MPEG-4 clips, the frames of a full decode by their times. Needs PyAV."""
+    """A pair of MPEG-4 clips against the frames of a full decode. Needs PyAV."""
     import av
 
     from ..clips import decode_clips
@@ -89,7 +92,7 @@ def clip(seed: int, number: int) -> Iterator[tuple[Finding, str]]:
     for arm, frames in enumerate(expected):
         for index, planes_ in enumerate(frames[:taken]):
             same = np.array_equal(stored[arm, index].numpy().ravel(), np.concatenate([p.ravel() for p in planes_]))
-            yield Finding("planes as stored", 0.0 if same else torch.inf), what
+            yield must("planes as stored", same), what
             levels = float(np.abs(pixels[arm, :, index].numpy() - _rgb(planes_, matrix)).max())
             yield Finding("frames", levels / _FRAME_LEVELS, levels), what
 
@@ -110,7 +113,7 @@ def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[
     near = 2.0**-7 * expected.double().abs() * ulps
     same = bool((difference <= near).all())
     what = f"{images} of {height}x{width}"
-    yield Finding("yuv420_to_rgb", 0.0 if same else torch.inf), f"{dtype}, {what}"
+    yield must("yuv420_to_rgb", same), f"{dtype}, {what}"
 
     matrix, full = d.deal("matrix", list(_MATRICES)), d.deal("range", (True, False))
     size = d.integer(1, height), d.integer(1, width)

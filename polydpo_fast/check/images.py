@@ -1,5 +1,5 @@
-"""Decoding of images: whole ones against Pillow or the numbers that were written; from there on, the transform once
-more in float64: the filter of a resize, mirror, crop, background, normalisation.
+"""Decoding of images: whole ones against Pillow or the numbers that were written, and the transform of these against
+the same in float64: the filter of a resize, mirror, crop, background, normalisation.
 
 What is drawn for a pair is recomputed from its seed, in integers of Python.
 """
@@ -19,7 +19,7 @@ from .cases import Draw
 from .data import picture
 from .loading import splitmix
 from .losses import ulp_at
-from .report import Finding
+from .report import Finding, must
 
 __all__ = ["image", "resampled"]
 
@@ -111,7 +111,7 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     )
     levels = float(np.abs(batch.pixels.numpy() - expected).max())
     if resize is None:
-        yield Finding("geometry", torch.inf if levels else 0.0, levels, note=f"{levels:.0f} levels off"), what
+        yield must("geometry", levels == 0, f"{levels:.0f} levels off"), what
     else:
         yield Finding("pixels, resized", levels / 0.6, levels), what
     yield from _normalised(d, win, lose, {**how, "seeds": seeds}, expected, what)
@@ -121,7 +121,7 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     alone = decode_pairs(win[:1], lose[:1], **few, **how)
     rows = [pair, _PAIRS + pair]
     same = torch.equal(alone.pixels, batch.pixels[rows]) and torch.equal(alone.crop_top_left, batch.crop_top_left[rows])
-    yield Finding("threads, batch", 0.0 if same else torch.inf), what
+    yield must("threads, batch", same), what
     yield from _damaged(arms, batch, seeds, how, what)
     if arms[0].kind == "JPEG 4:2:0":
         yield _planes(arms[0].data, whole[0]), what
@@ -197,7 +197,7 @@ def _geometry(
     """Sizes; corners in the middle, or of each pair at one fraction of both arms' places; mirrors."""
     sizes = [list(arm.levels.shape[:2]) for arm in arms for _ in range(_PAIRS)]
     if batch.original_size.tolist() != sizes:
-        return Finding("geometry", torch.inf, note=f"original_size is {batch.original_size.tolist()}")
+        return must("geometry", False, f"original_size is {batch.original_size.tolist()}")
     places = [[max(0, a - b) for a, b in zip(of, size, strict=True)] for of in resized]
     drawn = [[splitmix(seed + step * 0x9E3779B97F4A7C15) for step in (1, 2, 3)] for seed in seeds]
     corners = [
@@ -206,12 +206,8 @@ def _geometry(
         for numbers in drawn
     ]
     flipped = [number / 2**64 < hflip for *_, number in drawn]
-    note = ""
-    if batch.crop_top_left.tolist() != corners:
-        note = f"corners are {batch.crop_top_left.tolist()} instead of {corners}"
-    elif batch.flipped.tolist() != flipped:
-        note = f"flipped is {batch.flipped.tolist()} instead of {flipped}"
-    return Finding("crops", torch.inf if note else 0.0, note=note)
+    found = batch.crop_top_left.tolist(), batch.flipped.tolist()
+    return must("crops", found == (corners, flipped), f"corners, mirrors are {found} instead of {(corners, flipped)}")
 
 
 def _normalised(
@@ -259,7 +255,7 @@ def _large(d: Draw) -> Finding:
     one = decode_pairs(*arms, size=256, resize=None).pixels
     many = decode_pairs(*(16 * arm for arm in arms), size=256, resize=None).pixels
     same = torch.equal(many.unflatten(0, (2, 16)), one[:, None].expand(2, 16, *one.shape[1:]))
-    return Finding("threads, batch", 0.0 if same else torch.inf)
+    return must("threads, batch", same)
 
 
 # ------------------------------------------------------------------------------------------- what is promised
@@ -274,21 +270,21 @@ def _damaged(arms: list[_Image], batch: Any, seeds: list[int], how: dict[str, An
     few: Any = dict(seeds=seeds[:3], dtype=torch.uint8, **how)
     try:
         decode_pairs(win, lose, **few)
-        yield Finding("damage", torch.inf, note="half an image was decoded"), what
+        yield must("damage", False, "half an image was decoded"), what
     except DecodeError as error:
         right = [(failure.arm, failure.index) for failure in error.failures] == [("lose", 1)]
-        yield Finding("damage", 0.0 if right else torch.inf, note="" if right else str(error)), what
+        yield must("damage", right, error), what
     masked = decode_pairs(win, lose, on_error="mask", **few)
     rows = [0, 2, 3, 5]
     others = batch.pixels[[0, 2, _PAIRS, _PAIRS + 2]]
     right = masked.ok.tolist() == [True, False, True] and torch.equal(masked.pixels[rows], others)
     right = right and not masked.pixels[[1, 4]].any() and [(e.arm, e.index) for e in masked.errors] == [("lose", 1)]
-    yield Finding("masked", 0.0 if right else torch.inf), what
+    yield must("masked", right), what
     if arms[0].kind in _JPEGS and arms[0].levels[..., 0].size > 4000:
         cut = [arms[0].data, arms[0].data[:-20]]
         passed = decode_pairs([arms[1].data] * 2, cut, size=16, resize="stretch", strict=False)
         right = bool(passed.ok.all()) and [(x.arm, x.index) for x in passed.damaged] == [("lose", 1)]
-        yield Finding("damage let pass", 0.0 if right else torch.inf, note="" if right else str(passed.damaged)), what
+        yield must("damage let pass", right, passed.damaged), what
 
 
 def _planes(data: bytes, whole: np.ndarray) -> Finding:
@@ -298,7 +294,7 @@ def _planes(data: bytes, whole: np.ndarray) -> Finding:
     planes = decode_pairs([data], [data], size=whole.shape[:2], resize=None, dtype="yuv420").pixels
     pixels = yuv420_to_rgb(planes, dtype=torch.uint8)
     same = torch.equal(pixels[0].double(), torch.from_numpy(whole.transpose(2, 0, 1).copy()))
-    return Finding("planes of JPEG", 0.0 if same else torch.inf)
+    return must("planes of JPEG", same)
 
 
 # -------------------------------------------------------------------------------------------------- encoding

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from .report import Finding
+from .report import Finding, must
 
 __all__ = ["loader", "place", "splitmix"]
 
@@ -27,43 +27,40 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
     pairs = 24
     records = [{"win": _png(number, 0), "lose": _png(number, 1), "prompt": str(number)} for number in range(pairs)]
     how: Any = dict(seed=seed, size=2, resize=None, dtype=torch.uint8, readers=2, threads=1)
+    one_rank: Any = dict(rank=0, world_size=1, **how)
 
-    def read(ranks: int, batch: int, source: list[dict[str, Any]] = records) -> list[list[Any]]:
-        """The batches of all ranks, step by step."""
-        loaders = [PairLoader(source, batch, rank=rank, world_size=ranks, **how) for rank in range(ranks)]
-        return [list(step) for step in zip(*loaders, strict=True)]
-
-    alone = [index for (batch,) in read(1, 4) for index in batch.index.tolist()]
+    alone = _indices(PairLoader(records, 4, **one_rank))
     for ranks, size in ((1, 4), (2, 3), (4, 2)):
-        steps = read(ranks, size)
-        order = [index for step in steps for batch in step for index in batch.index.tolist()]
+        loaders = [PairLoader(records, size, rank=rank, world_size=ranks, **how) for rank in range(ranks)]
+        read = [batch for step in zip(*loaders, strict=True) for batch in step]
+        order = _indices(read)
         right = order == alone and sorted(order) == list(range(pairs))
-        shown = all(_shown(batch) for step in steps for batch in step)
-        note = (
-            "" if right and shown else "pixels or prompts of another pair or arm" if right else f"the order is {order}"
-        )
-        yield Finding("each pair once", 0.0 if right and shown else torch.inf, note=note), f"{ranks} ranks of {size}"
+        note = "pixels or prompts of another pair or arm" if right else f"the order is {order}"
+        yield must("each pair once", right and all(map(_shown, read)), note), f"{ranks} ranks of {size}"
 
-    yield from _order(seed, records, alone, how)
+    yield from _order(seed, records, alone, one_rank)
     yield _windowed(seed), "a window of 8 of 30 blocks"
-    yield _labelled(how), "jpg_0, jpg_1, label_0"
+    yield _labelled(one_rank), "jpg_0, jpg_1, label_0"
 
-    first = PairLoader(records, 4, rank=0, world_size=1, **how)
+    first = PairLoader(records, 4, **one_rank)
     batches = iter(first)
-    before = [next(batches) for _ in range(2)]
-    second = PairLoader(records, 6, rank=0, world_size=1, **how)
+    before = [next(batches), next(batches)]
+    second = PairLoader(records, 6, **one_rank)
     second.load_state_dict(first.state_dict())
-    order = [index for batch in (*before, *second) for index in batch.index.tolist()]
+    order = _indices([*before, *second])
     same = order == alone[: len(order)] and len(order) >= pairs - 6
-    yield Finding("resumed", 0.0 if same else torch.inf, note="" if same else str(order)), "after 8 of 24 pairs"
+    yield must("resumed", same, order), "after 8 of 24 pairs"
 
     bad = list(records)
     bad[5] = {**bad[5], "lose": bad[5]["lose"][:40]}
-    damaged = PairLoader(bad, 4, rank=0, world_size=1, **how)
-    order = [index for batch in damaged for index in batch.index.tolist()]
-    place = alone.index(5)
-    right = [*order[:place], *order[place + 1 :]] == [*alone[:place], *alone[place + 1 :]] and order[place] != 5
-    yield Finding("a bad pair", 0.0 if right else torch.inf, note="" if right else str(order)), "pair 5 cut off"
+    order = _indices(PairLoader(bad, 4, **one_rank))
+    at = alone.index(5)
+    right = [*order[:at], *order[at + 1 :]] == [*alone[:at], *alone[at + 1 :]] and order[at] != 5
+    yield must("a bad pair", right, order), "pair 5 cut off"
+
+
+def _indices(batches: Iterable[Any]) -> list[int]:
+    return [index for batch in batches for index in batch.index.tolist()]
 
 
 # --------------------------------------------------------------------------------------------------- order
@@ -71,8 +68,8 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
 
 def place(position: int, size: int, seed: int, epoch: int) -> int:
     """The pair at a position: a Feistel network of 12 rounds on the smallest even number of bits, at least two, that
-    `size` numbers take; of what lands beyond them again. Keys are splitmix64 of seed, epoch and round, chained. If
-    that of a round 12 is odd, 0 and 1 are swapped."""
+    `size` numbers take, applied again while the result is not below `size`. Keys are splitmix64 of seed, epoch and
+    round, chained. If the key of a round 12 is odd, 0 and 1 are swapped."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     key = _chained(_chained(0, seed), epoch)
     while True:
@@ -97,7 +94,7 @@ def splitmix(z: int) -> int:
 
 
 def _order(
-    seed: int, records: list[dict[str, Any]], alone: list[int], how: dict[str, Any]
+    seed: int, records: list[dict[str, Any]], alone: list[int], one_rank: dict[str, Any]
 ) -> Iterator[tuple[Finding, str]]:
     """Against the formula: epochs, other seeds, no shuffle; and of many pairs, without loading them."""
     from ..data import PairLoader
@@ -106,25 +103,20 @@ def _order(
     pairs = len(records)
     seen = {tuple(alone)}
     for epoch, of_seed in ((0, seed), (1, seed), (2, seed), (0, seed + 1)):
-        own = PairLoader(records, 6, rank=0, world_size=1, **{**how, "seed": of_seed})
+        own = PairLoader(records, 6, **{**one_rank, "seed": of_seed})
         own.set_epoch(epoch)
-        order = [index for batch in own for index in batch.index.tolist()]
+        order = _indices(own)
         right = order == [place(position, pairs, of_seed, epoch) for position in range(pairs)]
         seen.add(tuple(order))
-        what = f"epoch {epoch}, seed {of_seed}"
-        yield Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {order}"), what
-    differ = len(seen) == 4
-    note = "" if differ else "epochs or seeds have the same order"
-    yield Finding("order", 0.0 if differ else torch.inf, note=note), "epochs and seeds"
-    plain = PairLoader(records, 6, rank=0, world_size=1, shuffle=False, **how)
-    order = [index for batch in plain for index in batch.index.tolist()]
-    right = order == list(range(pairs))
-    yield Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {order}"), "shuffle=False"
+        yield must("order", right, f"it is {order}"), f"epoch {epoch}, seed {of_seed}"
+    yield must("order", len(seen) == 4, "epochs or seeds have the same order"), "epochs and seeds"
+    order = _indices(PairLoader(records, 6, shuffle=False, **one_rank))
+    yield must("order", order == list(range(pairs)), f"it is {order}"), "shuffle=False"
     for size in (1, 2, 5, 1000, 3_000_017):
         positions = np.unique(np.linspace(0, size - 1, 40).astype(np.int64))
         found = order_of(np.array([size]), None, None, seed=seed, epoch=7, window=None)(positions).tolist()
         right = found == [place(position, size, seed, 7) for position in positions.tolist()]
-        yield Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {found}"), f"{size} pairs"
+        yield must("order", right, f"it is {found}"), f"{size} pairs"
 
 
 def _windowed(seed: int) -> Finding:
@@ -139,10 +131,10 @@ def _windowed(seed: int) -> Finding:
     while right and begin < len(found):
         first, end = order.window(begin)
         right, begin = first == begin < end and len(np.unique(block[begin:end])) <= 8, end
-    return Finding("order", 0.0 if right else torch.inf, note="" if right else f"it is {found.tolist()}")
+    return must("order", right, f"it is {found.tolist()}")
 
 
-def _labelled(how: dict[str, Any]) -> Finding:
+def _labelled(one_rank: dict[str, Any]) -> Finding:
     """The label says which of two images is the winner."""
     from ..data import PairLoader
 
@@ -151,8 +143,8 @@ def _labelled(how: dict[str, Any]) -> Finding:
         {"jpg_0": _png(number, 1 - label), "jpg_1": _png(number, label), "label_0": label, "caption": str(number)}
         for number, label in enumerate(labels)
     ]
-    (batch,) = PairLoader(records, len(labels), rank=0, world_size=1, **how)
-    return Finding("each pair once", 0.0 if _shown(batch) else torch.inf, note="" if _shown(batch) else "of other arms")
+    (batch,) = PairLoader(records, len(labels), **one_rank)
+    return must("each pair once", _shown(batch), "of other arms")
 
 
 # --------------------------------------------------------------------------------------------------- pairs

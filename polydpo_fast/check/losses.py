@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import functional
 from .cases import Arms, Case, arranged
 from .exact import Errors, Exact, errors_of, exact_of, kept_of, metrics_of, residual_of, upstream_of
-from .report import Finding
+from .report import Finding, must
 
 __all__ = ["GATES", "examine", "examine_compiled", "examine_errors", "examine_operators", "quiet", "ulp_at"]
 
@@ -196,7 +196,7 @@ def examine_operators(case: Case, backend: str, device: str) -> Finding:
     torch.library.opcheck(
         operators.pair_gradient.default, ([pred], [target], None, coefficients, one, "halves", backend)
     )
-    return Finding("opcheck", 0.0)
+    return must("opcheck", True)
 
 
 @contextmanager
@@ -325,8 +325,8 @@ def _same(check: str, expected: list[Tensor], actual: list[Tensor]) -> Finding:
     for a, b in zip(actual, expected, strict=True):
         if not torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0)) or not torch.equal(a.isnan(), b.isnan()):
             difference = (a.double() - b.double()).abs().nan_to_num(0.0).max()
-            return Finding(check, torch.inf, note=f"not bit for bit: {float(difference):.3g} apart")
-    return Finding(check, 0.0)
+            return must(check, False, f"not bit for bit: {float(difference):.3g} apart")
+    return must(check, True)
 
 
 def _bits(result: _Result) -> list[Tensor]:
@@ -337,11 +337,11 @@ def _poison_stays(case: Case, backend: str, device: str, result: _Result, poison
     """A NaN makes its pair's value NaN and no other's, and reaches its gradient."""
     value = _run(case, backend, device, reduction="none").value
     if not torch.equal(value.isnan(), poisoned):
-        return Finding("NaN and Inf", torch.inf, note=f"NaN in {value.isnan().tolist()}, not in {poisoned.tolist()}")
+        return must("NaN and Inf", False, f"NaN in {value.isnan().tolist()}, not in {poisoned.tolist()}")
     for pair in poisoned.nonzero().flatten().tolist():
         if not any(x[pair].isnan().any() for x in result.gradient):
-            return Finding("NaN and Inf", torch.inf, note=f"the gradient of pair {pair} has no NaN")
-    return Finding("NaN and Inf", 0.0)
+            return must("NaN and Inf", False, f"the gradient of pair {pair} has no NaN")
+    return must("NaN and Inf", True)
 
 
 def _noise(case: Case, errors: Errors, by: _Arithmetic) -> Tensor:
@@ -421,7 +421,7 @@ def _metrics(case: Case, z: Tensor, errors: Errors, result: _Result, off: Tensor
     }
     expected = metrics_of(errors, z, case.options["beta"])
     if set(expected) != set(result.metrics):
-        return Finding("metrics", torch.inf, note=f"they are {sorted(result.metrics)}")
+        return must("metrics", False, f"they are {sorted(result.metrics)}")
     found = []
     for name, exact in expected.items():
         within = allowed[name].double().mean() + by.relative * exact.abs() + by.tiny

@@ -15,7 +15,7 @@ from .._version import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Finding", "Report"]
+__all__ = ["Finding", "Report", "must"]
 
 _BROKEN_SHOWN = 8
 _TABLE = 90  # columns of a terminal
@@ -36,6 +36,11 @@ class Finding(NamedTuple):
     ulps: float = 0.0
     relative: float = 0.0
     note: str = ""
+
+
+def must(check: str, right: bool, note: object = "") -> Finding:
+    """Of something that is right or wrong, without a measure. note: what is wrong, if it is."""
+    return Finding(check, 0.0) if right else Finding(check, math.inf, note=str(note))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from .. import functional
 from . import data, images, loading, losses
 from .cases import LARGE, SMALL, SPECIAL, Case, draw
 from .exact import errors_of
-from .report import Finding, Report
+from .report import Finding, Report, must
 
 __all__ = ["check"]
 
@@ -215,7 +215,7 @@ def _gather(
             report.add(subject, device, finding, _GATES[finding.check], case=number, what=what)
     except Exception as error:
         note = f"{type(error).__name__}: {error}".split("\n")[0][:500]
-        report.add(subject, device, Finding("runs", torch.inf, note=note), _GATES["runs"], case=number, what=what)
+        report.add(subject, device, must("runs", False, note), _GATES["runs"], case=number, what=what)
 
 
 def _no_inductor(device: str) -> str:
