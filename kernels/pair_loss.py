@@ -325,14 +325,15 @@ def gradient_kernel(
 def blocks_per_split(numel: int) -> int:
     """How many blocks of a sample one program reads: one until the machine is full, more for large samples.
 
-    A function of the sample's size only, never of B, so that a pair's sums do not depend on its batch. The last program
-    adds the slots of all, SLOT_BLOCK at a time, each time for as long as memory takes to answer, and nothing else runs.
+    A function of the sample's size only, never of B, so that a pair's sums do not depend on its batch. More for large
+    samples, because the program that arrives last adds all slots, waiting for memory once in SLOT_BLOCK of them, while
+    nothing else runs.
     """
     return min(64, max(1, round(numel / (LARGE_SPLITS * BLOCK))))
 
 
 def register_bound(double: bool, *, hip: bool) -> dict[str, int]:
-    """An option for launching or compiling the error kernel. Float64 needs more; AMD's compiler has no such option."""
+    """An option to launch or compile the error kernel with. Float64 needs more; AMD's compiler has no such option."""
     return {} if double or hip else {"maxnreg": MAX_REGISTERS}
 
 

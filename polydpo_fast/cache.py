@@ -21,7 +21,7 @@ __all__ = ["cache_folder", "load_or_build"]
 Arrays = Mapping[str, np.ndarray]
 
 _MOST_BYTES = 4 << 30  # in a folder: the indexes of a million clips and more
-_ROUNDS = 512  # files are counted once in so many that are stored: there may be many
+_ROUNDS = 512  # how many files are stored, on average, before those of a folder are counted: there may be many
 _ABANDONED_S = 24 * 3600.0  # after which nobody writes to a file any more
 
 
@@ -42,10 +42,10 @@ def load_or_build(
     """The arrays that were stored under this stamp before, or those that `build` returns, which are stored.
 
     stamp: everything that the arrays depend on: format version, path, size, time of modification.
-    folder: where to; `cache_folder()` if None. One that cannot be written to is no error: the arrays are built again
-    the next time. A file that is damaged or of another stamp is built anew. No pickles are read. Where a folder comes
-    to hold more than 4 GiB, those that were stored first are removed.
-    sound: whether stored arrays can be those of this stamp; where it says no or raises, they are built anew.
+    folder: where they are kept; `cache_folder()` if None. If it cannot be written to, they are built again the next
+    time. A file that is damaged or has another stamp is built anew. No pickles are read. Once a folder holds more than
+    4 GiB, the oldest files are removed.
+    sound: whether stored arrays can belong to this stamp; if it says no or raises, they are built anew.
     """
     path = Path(folder or cache_folder()) / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npz"
     with contextlib.suppress(Exception):  # zipfile and numpy have many for a file that is damaged

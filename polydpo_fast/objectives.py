@@ -75,7 +75,7 @@ class Objective:
     """One preference loss: its head, and what the documentation says of it.
 
     head: a function of (z, p, q, nlp, nlq, beta, a1, a2, a3, a4), in this order, that returns (loss, dloss/dz).
-    formula, slope: of the head, to be read.
+    formula, slope: the head's, for people.
     source: where it was published.
     takes_alpha: whether the head looks at a1 to a4; else an alpha is refused.
     smoothing: a function of label_smoothing that returns the weights (keep, flip).

@@ -56,8 +56,8 @@ def yuv420_to_rgb(
         dtype: bfloat16, float16 or float32: (v/255 - mean) / std of v in 0..255, computed in float32 and rounded to
             nearest even; or uint8: v itself, and mean and std are not used.
         mean, std: a number, or one each for R, G and B; std > 0. The defaults map to [-1, 1].
-        matrix: "bt601" (JPEG's), "bt709", "bt2020", "smpte240m" or "fcc"; or N of them. Neighbours of the same are
-            converted in one launch.
+        matrix: "bt601" (JPEG's), "bt709", "bt2020", "smpte240m" or "fcc"; or N of them. Neighbours that have the same
+            are converted in one launch.
         full_range: whether all of 0..255 is used, as JPEG does; else Y is 16..235, and Cb and Cr are 16..240. Or N of
             them.
         siting: where chroma lies: "center", between the columns, as in JPEG; or "left", on the even columns, as in
@@ -238,7 +238,7 @@ def _kernels() -> Any:
 
 
 def _check_crop(crop: Tensor, most_top: int, most_left: int) -> None:
-    """Here and not with the other arguments: torch.compile traces those, without values."""
+    """Not with the other arguments, whose checks torch.compile traces, where crops have no values."""
     outside = ((crop < 0) | (crop > crop.new_tensor([most_top, most_left]))).any(dim=1)
     if outside.any():
         index = int(outside.nonzero()[0])

@@ -38,9 +38,9 @@ _POLY = (4, 1, 4, 2, 4, 3)  # lengths of successive polynomials
 
 _CYCLE = 40  # of so many successive cases, those at these places are special
 _USUAL, _LONG, _MANY, _MASKED, _LARGE = 4, 9, 19, 29, 39
-# Pairs, and elements of a sample. Reached by no fewer: several splits of C++'s (32768) in each of several pairs; sums
-# of pairs beyond Triton's first block (64); its gradient's second block (1024) under a mask; several of its blocks to a
-# program (1.18 million), gradients written past the caches by C++ (4 MB), slots beyond Triton's first block (256).
+# Pairs, and elements of a sample, in numbers that it takes to reach: several splits of C++'s (32768) in each of several
+# pairs; sums of pairs beyond Triton's first block (64); its gradient's second block (1024) under a mask; several of its
+# blocks to a program (1.18 million), gradients that C++ writes past the caches (4 MB), slots beyond Triton's first 512.
 _SPECIAL = {
     _USUAL: ((2, 6), (64, 1500)),
     _LONG: ((2, 3), (33_000, 100_000)),

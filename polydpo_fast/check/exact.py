@@ -1,8 +1,8 @@
 """The truth that losses are held against: errors, objectives, slopes and metrics, written once more, in float64.
 
-From the papers that `polydpo_fast.objectives` names, and on purpose without that module, `metrics` or `reference`: what
-is wrong there is to show. Gradients are closed forms. Beside each sum stand its terms, the parts by their size: what
-rounding in float32 is measured by.
+From the papers that `polydpo_fast.objectives` names, and on purpose without that module, `metrics` or `reference`, so
+that what is wrong there shows. Gradients are closed forms. Beside each sum stand its terms, the absolute values of its
+parts added up, by which rounding in float32 is measured.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Errors(NamedTuple):
 class Exact(NamedTuple):
     """Of B pairs, at a logit.
 
-    logit, value, value_terms: (B,). coefficient, coefficient_terms: (2, B), of pred - target in the gradient of the
-    reduced loss; autograd_terms: the same of what autograd adds up, where slopes are not computed in one formula.
+    logit, value, value_terms: (B,). coefficient, coefficient_terms: (2, B), the factor of pred - target in the gradient
+    of the reduced loss. autograd_terms: the terms where autograd adds up the slope, instead of one formula.
     """
 
     logit: Tensor
@@ -46,16 +46,15 @@ class Exact(NamedTuple):
 
 
 def errors_of(case: Case) -> Errors:
+    kept = kept_of(case)
+    size = (torch.ones_like(case.pred[0]).flatten(1) if kept is None else kept).double().sum(dim=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return (x if kept is None else x.where(kept, 0.0)).sum(dim=1) / size
+
     found = []
     for arm in (0, 1):
         pred, target = case.pred[arm].double().flatten(1), case.target[arm].double().flatten(1)
-        kept = kept_of(case)
-        size = torch.full((case.pairs,), float(pred.shape[1])) if kept is None else kept.sum(dim=1)
-        size = size.double()
-
-        def mean(x: Tensor, kept: Tensor | None = kept, size: Tensor = size) -> Tensor:
-            return (x if kept is None else x.where(kept, 0.0)).sum(dim=1) / size
-
         model = mean((pred - target) ** 2)
         if case.ref is not None:
             ref = case.ref[arm].double().flatten(1)

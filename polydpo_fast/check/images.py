@@ -38,7 +38,7 @@ _PNGS = {"grey": (0, (1, 2, 4, 8, 16)), "RGB": (2, (8, 16)), "palette": (3, (1, 
 _KINDS = (*_JPEGS, *(f"{name} PNG" for name in _PNGS), "grey and alpha PNG", "PNG of Pillow", "WebP")
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 _FILTERS = 5  # of a PNG's rows
-# Of the decoder: what equals them goes unsaid, so that they are held to this too.
+# Of the decoder. Options that equal them are left out of the call, so that the defaults are checked too.
 _DEFAULTS: dict[str, Any] = dict(
     resize="cover", interpolation="bilinear", crop="center", hflip=0.0, background=(255, 255, 255), dtype=torch.bfloat16
 )
@@ -61,7 +61,7 @@ class _Image(NamedTuple):
 
 
 def image(seed: int, number: int) -> Iterator[_Found]:
-    """A pair of images of two formats in a batch of other crops and mirrors, alone, damaged. Needs Pillow."""
+    """A pair of images of two formats: whole, in a batch of many crops and mirrors, alone, damaged. Needs Pillow."""
     from ..decode import decode_pairs
 
     d = Draw(seed, number)

@@ -50,7 +50,7 @@ GATES = {
     "runs": "no exception",
 }
 
-# Of the loss: what equals them goes unsaid, so that they are held to this too.
+# Of the loss. Options that equal them are left out of the call, so that the defaults are checked too.
 _DEFAULTS = {"beta": 5000.0, "alpha": 0.0, "objective": "poly_dpo", "reduction": "mean"}
 
 _BIAS = 0.02  # ulp; truncation makes 0.5, a bfloat16 gradient that is 0.15% too small about 0.3
@@ -91,12 +91,12 @@ class _Arithmetic(NamedTuple):
 
 
 def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[Finding]:
-    """Everything about one case, whose errors these are; pairs alone and the like where there is something to see."""
+    """All checks of one case, whose errors these are, as far as they apply to it."""
     by = _Arithmetic.of(case, backend, device)
     exact = exact_of(case, errors)
     beta = _double(case.options["beta"])
 
-    # "linear" is -z: that is how a logit comes out.
+    # The objective "linear" is -z, which shows the logit.
     linear = {"objective": "linear", "reduction": "none", "alpha": 0.0, "label_smoothing": 0.0, "margin": 0.0}
     logit = -_run(case, backend, device, **linear, sft_weight=0.0, pair_weight=None).value.double()
     underflow = 0.5 * beta * (1e-300 if case.double else 1e-37) * (errors.terms.sum(dim=0) > 0)
@@ -104,7 +104,7 @@ def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[F
     off = (10 * by.relative) * exact.logit.abs() + noise
     yield _compared("logit", logit, exact.logit, off, by.dtype)
 
-    # All else is to be right at the logit that came out, or next to it: it was rounded on the way.
+    # All else has to be right at the logit that came out, or next to it, since it was rounded on the way.
     came_out = logit.where(logit.isfinite() & exact.logit.isfinite(), exact.logit)
     exact = exact_of(case, errors, came_out)
     rounding = (by.eps * came_out.abs() + underflow).nan_to_num(0.0)

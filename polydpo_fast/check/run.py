@@ -25,7 +25,7 @@ _GATES = {**data.GATES, **losses.GATES}
 _CASES, _INTERPRETED, _COMPILED = (164, 820), (24, 120), (4, 8)
 _ON_GPU = 64, 320  # nearly each of them compiles a few kernels
 _IMAGES, _CLIPS, _PLANES = (24, 120), (2, 10), (5, 25)
-# With fewer a part has not been checked: the slowest machines have time for these.
+# With fewer cases a part does not count as checked. The slowest machines have time for these.
 _LEAST, _LEAST_SLOW, _LEAST_DATA = 20, 8, 2
 _SMALL = 1 << 14  # elements, few enough for the interpreter
 _MINUTE = 60.0
@@ -82,7 +82,7 @@ def check(
 
 
 class _Job(NamedTuple):
-    """A part of the checks. weight: of the time that is left, this part's share. run: until then."""
+    """A part of the checks. weight: its share of the time that is left. run: takes the time at which to stop."""
 
     name: str
     weight: float
@@ -92,7 +92,7 @@ class _Job(NamedTuple):
 def _jobs(
     report: Report, there: list[tuple[str, str]], backend: str | None, devices: list[str], case: int | None
 ) -> list[_Job]:
-    """Data first, whose parts are short and leave to the losses what they do not need."""
+    """Data first: its parts are short, and what they leave of their time goes to the losses."""
     jobs = []
     if case is None and backend is None:
         for name, place in there:
@@ -191,6 +191,7 @@ def _cases(report: Report, small: bool, numbers: list[int] | None) -> Iterator[C
 
 
 def _found(function: Callable[..., Finding], *arguments: object) -> Iterator[Finding]:
+    """Called only when it is iterated over, where `_gather` catches what it raises."""
     yield function(*arguments)
 
 
@@ -209,7 +210,7 @@ def _gather(
     number: int | None = None,
     what: str = "",
 ) -> None:
-    """Findings, each with what was tried. An exception is one too: nothing here is given what should raise one."""
+    """Adds findings, each with what was tried. An exception is one too: no case here should raise any."""
     try:
         for finding, what in found:
             report.add(subject, device, finding, _GATES[finding.check], case=number, what=what)
