@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import polydpo_fast
 from polydpo_fast import cpu, functional, metrics, objectives
 from polydpo_fast.check import cases, check, data, exact, images, loading, losses, run
-from polydpo_fast.check.report import Finding, Report
+from polydpo_fast.check.report import Finding, Report, must
 from polydpo_fast.cli import app
 
 runner = CliRunner()
@@ -88,6 +88,16 @@ def test_what_is_right_is_green_for_any_seed(tens, monkeypatch):
     for seed in range(10 * tens, 10 * tens + 10):
         report = check(seed=seed, device="cpu", seconds=1000.0)
         assert report.passed, report.as_json()
+
+
+def test_only_what_is_wrong_has_a_note():
+    report = Report(seed=0, thorough=False)
+    report.add("decode_pairs", "cpu", must("geometry", True, "3 levels off"), "that of the docs")
+    assert report.passed
+    assert "levels" not in report.as_json()
+    report.add("decode_pairs", "cpu", must("geometry", False, "3 levels off"), "that of the docs")
+    assert not report.passed
+    assert json.loads(report.as_json())["groups"][0]["note"] == "3 levels off"
 
 
 # ----------------------------------------------------------------------------------------------------- red
