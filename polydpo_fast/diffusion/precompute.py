@@ -21,6 +21,7 @@ from .latent_store import LatentPairs, cache_latents
 from .reference_store import ReferenceErrors, precompute_reference_errors
 from .setup import check_writable, objective_of, set_up
 from .shards import Progress as Told
+from .shards import is_complete
 
 __all__ = ["cache", "reference"]
 
@@ -34,7 +35,7 @@ def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None,
 
     Raises ValueError where the folder holds something else, LoaderError where no pair could be read or decoded.
     """
-    check_writable("out", folder)
+    _check_out(folder)
     setup = set_up(settings)
     inputs = Inputs(settings, setup)
     if inputs.cached:
@@ -62,7 +63,7 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
     Raises ValueError where the folder holds something else, and where pixels or latents are drawn anew in each epoch;
     LoaderError where no pair could be read or decoded.
     """
-    check_writable("out", folder)
+    _check_out(folder)
     setup = set_up(settings)
     inputs = Inputs(settings, setup)
     inputs.check_fixed()
@@ -92,15 +93,25 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
     _tell(setup.accelerator, ReferenceErrors(folder), folder)
 
 
+def _check_out(folder: Path) -> None:
+    """Raises ValueError where what is missing could not be written: before the model is loaded."""
+    if not is_complete(folder):
+        check_writable("out", folder)
+
+
 def _tell(accelerator: Any, store: LatentPairs | ReferenceErrors, folder: Path) -> None:
-    """Of pairs that are not there. Raises LoaderError where none is: a training could do nothing with it."""
+    """What the store holds. Raises LoaderError where no pair is in it: a training could do nothing with it."""
     unreadable = store.unreadable  # which reads all of its shards
     text = f"{unreadable} of {len(store)} pairs of {folder} could not be read or decoded"
     if unreadable == len(store):
         raise LoaderError(f"{text}; `polydpo-fast inspect` says why, and {folder} is to be removed before the next try")
-    if unreadable and accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{folder} is complete: {len(store)} pairs")
+    if unreadable:
         note = f"{text}: a training has others in their place; `polydpo-fast inspect --all` says why"
-        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(note, style="yellow")
 
 
 @contextmanager

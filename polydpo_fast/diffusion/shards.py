@@ -25,7 +25,7 @@ from ..data.fields import MAX_RECORD_BYTES, parse_json
 from .extras import need
 from .fingerprints import EARLIER, alternatives, fingerprint
 
-__all__ = ["Columns", "Form", "Progress", "Shards", "is_store", "text_of_row"]
+__all__ = ["Columns", "Form", "Progress", "Shards", "is_complete", "is_store", "text_of_row"]
 
 Columns = Mapping[str, Tensor | list[bytes]]
 Progress = Callable[[int, int], None]
@@ -220,12 +220,14 @@ class Shards:
             return {name: file.get_slice(name)[row : row + 1][0].clone() for name in form}
 
     @classmethod
-    def _read_index(cls, folder: Path, kind: str) -> Shards:
+    def _read_index(cls, folder: Path, kind: str | None = None) -> Shards:
+        """kind: which it must be; None for either."""
         path = folder / _INDEX
         try:
             if path.stat().st_size > MAX_RECORD_BYTES:
                 raise ValueError(f"it has more than {MAX_RECORD_BYTES} bytes")
             index = parse_json(path.read_bytes())
+            kind = kind or str(index.get("kind"))
             if index.get("kind") != kind:
                 raise ValueError(f"it is of {index.get('kind')!r}; expected {kind!r}")
             made_with, facts = index.get("made_with"), index.get("facts")
@@ -302,6 +304,11 @@ class Shards:
 def is_store(folder: str | os.PathLike[str]) -> bool:
     """Of either kind, complete or not."""
     return (Path(folder) / _INDEX).is_file()
+
+
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Whether it is a store, of either kind, that lacks no shard. Raises SourceError where its index is damaged."""
+    return is_store(folder) and not Shards._read_index(Path(folder)).missing()
 
 
 def text_of_row(name: str, row: Mapping[str, Tensor]) -> bytes:

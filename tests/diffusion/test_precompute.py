@@ -3,9 +3,11 @@
 import gc
 import json
 import math
+import os
 import re
 import shutil
 import weakref
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -144,6 +146,26 @@ def test_one_file_of_settings_serves_all_commands(here, tmp_path):
     assert written[0]["loss"] == pytest.approx(math.log(2), abs=5000 * 1e-6)
     assert [line["step"] for line in written] == [1, 2, 3, 4]
     assert len(LatentPairs(latents)) == len(ReferenceErrors(errors)) == 16
+
+
+def test_a_complete_store_needs_no_folder_that_can_be_written_to(here, stores, tmp_path, monkeypatch):
+    """The tests may run as root, who can write everywhere: that this one cannot is told in its place."""
+    access = os.access
+
+    def read_only(path, mode, **options):
+        return access(path, mode, **options) and not (mode & os.W_OK and Path(path).is_relative_to(tmp_path / "stores"))
+
+    shutil.copytree(stores, tmp_path / "stores")
+    monkeypatch.setattr(os, "access", read_only)
+    write_settings(settings(here, here, latents="mode", batch_size=4), tmp_path / "run.yaml")
+    for command, name in (("cache", "latents"), ("reference", "errors")):
+        folder = tmp_path / "stores" / name
+        before = stored(folder)
+        assert f"{folder} is complete: 16 pairs" in run(command, folder, "--config", tmp_path / "run.yaml")
+        assert stored(folder) == before
+        next(folder.glob("*.safetensors")).unlink()
+        said = run(command, folder, "--config", tmp_path / "run.yaml", exit_code=2)
+        assert f"{folder} is no folder that can be written to" in said
 
 
 def test_latents_may_be_stored_in_half_precision(here, tmp_path):
