@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,11 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import torch
+
     from .bench import Comparison
+    from .data import Source
+    from .diffusion.config import Settings
 
 app = typer.Typer(
     name="polydpo-fast",
@@ -35,22 +40,60 @@ _Category = Annotated[
 _Weight = Annotated[
     str | None, typer.Option(help="Parquet column of the weight (default: weight, if there is one; '' for none).")
 ]
-_Config = Annotated[Path | None, typer.Option(help="YAML file of settings; options on the command line win.")]
-_Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Diffusers pipeline.")]
-_Data = Annotated[list[str] | None, typer.Option(help="Pairs: file, glob, folder or URL; or a folder made by `cache`.")]
-_Size = Annotated[int | None, typer.Option(help="Side in pixels (default: the model's own).")]
-_Precision = Annotated[
-    str | None, typer.Option(help="no, fp16 or bf16 (default: what `accelerate` is configured for).")
-]
 _ShardPairs = Annotated[int, typer.Option(min=1, help="Pairs per output file, the unit of work of a process.")]
-_Seed = Annotated[int | None, typer.Option(help="Random seed (default 0).")]
-_Assign = Annotated[
-    list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting, in YAML; may be repeated.")
-]
+_SETTINGS: dict[str, tuple[Any, str]] = {
+    "model": (str, "Folder or hub id of a Diffusers pipeline."),
+    "data": (list[str], "Pairs: file, glob, folder or URL; or a folder made by `cache`."),
+    "reference_errors": (str, "Folder made by `reference`; then no reference model is run."),
+    "output": (str, "Folder of the result, checkpoints and metrics (default train-output)."),
+    "size": (int, "Side in pixels (default: the model's own)."),
+    "batch_size": (int, "Pairs per process and forward pass (default 1)."),
+    "accumulation": (int, "Forward passes per optimizer step (default 1)."),
+    "steps": (int, "Optimizer steps (default 2000)."),
+    "alpha": (float, "Poly-DPO's alpha, above 0 for noisy labels; 0 is Diffusion-DPO (default 0)."),
+    "beta": (float, "Pull to the reference, with the factor 1/2 of Diffusion-DPO (default 5000)."),
+    "objective": (str, "poly_dpo, robust, ipo, hinge or linear (default poly_dpo)."),
+    "lora_rank": (int, "Train LoRA adapters of this rank; 0 trains all weights (default 0)."),
+    "optimizer": (str, "adamw, adamw8bit, paged_adamw8bit or adafactor (default adamw)."),
+    "learning_rate": (float, "After warmup (default: 1e-5 for LoRA, else 1e-8 per pair of a step)."),
+    "warmup": (int, "Steps of linear warmup (default 0)."),
+    "mixed_precision": (str, "no, fp16 or bf16 (default: what `accelerate` is configured for)."),
+    "gradient_checkpointing": (bool, "Recompute activations in backward: less memory, more time (default off)."),
+    "ema": (float, "Decay of the averaged weights; 0 for none (default 0)."),
+    "checkpoint_every": (int, "Steps between checkpoints; 0 for none (default 0)."),
+    "keep": (int, "Number of checkpoints to keep; 0 for all (default 0)."),
+    "resume": (str, "Resume from 'latest', or from the folder of a checkpoint."),
+    "validation_prompts": (list[str], "Prompt to render into a grid of images; may be repeated."),
+    "validation_every": (int, "Steps between two grids; 0 for none but the last (default 0)."),
+    "trackers": (list[str], "tensorboard, wandb; may be repeated."),
+    "seed": (int, "Random seed (default 0)."),
+}
+"""Settings that are options too: type and help. Without a default, so that a file of settings can say otherwise."""
+
 _LESS_MEMORY = (
     "Less is taken by --gradient-checkpointing, a smaller --batch-size with more --accumulation, latents made ahead "
     "(`polydpo-fast cache`), --optimizer adamw8bit, --lora-rank"
 )
+
+
+def _takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command these of the settings as options, and --config and --set; they arrive by keyword."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        own = [one for one in signature(command, eval_str=True).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        options = {
+            "config": (Path, typer.Option(help="YAML file of settings; options on the command line win.")),
+            **{name: (_SETTINGS[name][0], typer.Option(help=_SETTINGS[name][1])) for name in names},
+            "assign": (list[str], typer.Option("--set", help="NAME=VALUE of any setting, in YAML; may be repeated.")),
+        }
+        given = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+            for name, (kind, option) in options.items()
+        ]
+        command.__signature__ = Signature([*own, *given])  # type: ignore[attr-defined]
+        return command
+
+    return decorated
 
 
 def _print_version(wanted: bool) -> None:
@@ -115,15 +158,11 @@ def inspect(
     ledger: Annotated[Path | None, typer.Option(help="Ledger of a loader: try its bad pairs again.")] = None,
 ) -> None:
     """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
-    from .data import open_source
     from .data.inspect import report
 
-    console = Console()
-    given = {"ties": ties, "root": root, "category": category, "weight": weight}
-    options = _options(given)
     try:
-        pairs = open_source(source[0] if len(source) == 1 else source, **options)
-        fine = report(pairs, every=every, count=sample, ledger=ledger, console=console)
+        pairs = _open(source, ties=ties, root=root, category=category, weight=weight)
+        fine = report(pairs, every=every, count=sample, ledger=ledger, console=Console())
     except (OSError, TypeError, ValueError, ImportError) as error:
         raise _failed(error) from error
     raise typer.Exit(0 if fine else 1)
@@ -141,10 +180,8 @@ def pack(
     columns: Annotated[list[str] | None, typer.Option(help="Further column to keep; may be repeated.")] = None,
 ) -> None:
     """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
-    from .data import open_source
     from .data import pack as packing
 
-    given = {"ties": ties, "root": root, "category": category, "weight": weight, "columns": columns}
     try:
         for name in {"category", "weight"}.intersection(columns or ()):
             raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
@@ -154,8 +191,7 @@ def pack(
             inside = os.path.expanduser(folder)
             if os.path.isdir(inside) and Path(place).is_relative_to(os.path.realpath(inside)):
                 raise ValueError(f"OUT is {out}, within {folder}, of which all is read; expected another place")
-        where = source[0] if len(source) == 1 else source
-        pairs = open_source(where, **_options(given))
+        pairs = _open(source, ties=ties, root=root, category=category, weight=weight, columns=columns)
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as progress:
             task = progress.add_task("pairs", total=len(pairs))
             done = packing.pack(
@@ -168,10 +204,13 @@ def pack(
     raise typer.Exit(1 if done.unreadable else 0)
 
 
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """Those of a source that were given; of a column "" means none."""
-    none = {name: None for name in ("category", "weight") if given[name] == ""}
-    return {**{name: value for name, value in given.items() if value is not None}, **none}
+def _open(source: list[str], **options: Any) -> Source:
+    """None: not given. "" for a column: none."""
+    from .data import open_source
+
+    given = {name: value for name, value in options.items() if value is not None}
+    given |= {name: None for name in ("category", "weight") if options[name] == ""}
+    return open_source(source[0] if len(source) == 1 else source, **given)
 
 
 @app.command()
@@ -274,124 +313,48 @@ def _print_comparison(found: Comparison) -> None:
 
 
 @app.command()
-def train(
-    context: typer.Context,
-    config: _Config = None,
-    model: _Model = None,
-    data: _Data = None,
-    reference_errors: Annotated[
-        str | None, typer.Option(help="Folder made by `reference`; then no reference model is run.")
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option(help="Folder of the result, checkpoints and metrics (default train-output).")
-    ] = None,
-    size: _Size = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward pass (default 1).")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Forward passes per optimizer step (default 1).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps (default 2000).")] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Poly-DPO's alpha, above 0 for noisy labels; 0 is Diffusion-DPO (default 0).")
-    ] = None,
-    beta: Annotated[
-        float | None, typer.Option(help="Pull to the reference, with the factor 1/2 of Diffusion-DPO (default 5000).")
-    ] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="poly_dpo, robust, ipo, hinge or linear (default poly_dpo).")
-    ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Train LoRA adapters of this rank; 0 trains all weights (default 0).")
-    ] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw, adamw8bit, paged_adamw8bit or adafactor (default adamw).")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="After warmup (default: 1e-5 for LoRA, else 1e-8 per pair of a step).")
-    ] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup (default 0).")] = None,
-    mixed_precision: _Precision = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option(help="Recompute activations in backward: less memory, more time (default off).")
-    ] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights; 0 for none (default 0).")] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints; 0 for none (default 0).")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="Number of checkpoints to keep; 0 for all (default 0).")] = None,
-    resume: Annotated[
-        str | None, typer.Option(help="Resume from 'latest', or from the folder of a checkpoint.")
-    ] = None,
-    validation_prompts: Annotated[
-        list[str] | None, typer.Option(help="Prompt to render into a grid of images; may be repeated.")
-    ] = None,
-    validation_every: Annotated[
-        int | None, typer.Option(help="Steps between two grids; 0 for none but the last (default 0).")
-    ] = None,
-    trackers: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb; may be repeated.")] = None,
-    seed: _Seed = None,
-    assign: _Assign = None,
-) -> None:
+@_takes_settings(*_SETTINGS)
+def train(**settings: Any) -> None:
     """Align a Diffusers pipeline with preference pairs. Runs under `accelerate launch` too."""
-    with _training(context) as settings:
+    with _training(settings) as given:
         from .diffusion.train import train as run
 
-        run(settings)
+        run(given)
 
 
 @app.command()
+@_takes_settings("model", "data", "size", "batch_size", "mixed_precision", "seed")
 def cache(
-    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="Folder for the latents; an interrupted run is continued.")],
-    config: _Config = None,
-    model: _Model = None,
-    data: _Data = None,
-    size: _Size = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward pass (default 1).")] = None,
-    mixed_precision: _Precision = None,
-    seed: _Seed = None,
     shard_pairs: _ShardPairs = 128,
     store: Annotated[str | None, typer.Option(help="Dtype of the stored latents: float32, bfloat16, float16.")] = None,
-    assign: _Assign = None,
+    **settings: Any,
 ) -> None:
     """Encode images and prompts once, for `train --data OUT`. Runs under `accelerate launch` too."""
-    with _training(context, "out", "store", "shard_pairs") as settings:
-        import torch
-
+    with _training(settings) as given:
         from .diffusion.precompute import cache as run
 
-        if store not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"--store is {store!r}; expected float32, bfloat16 or float16")
-        dtype = None if store is None else getattr(torch, store)
-        run(settings, out, dtype=dtype, shard_pairs=shard_pairs)
+        run(given, out, dtype=_dtype("--store", store), shard_pairs=shard_pairs)
 
 
 @app.command()
+@_takes_settings("model", "data", "size", "batch_size", "mixed_precision", "lora_rank", "seed")
 def reference(
-    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="Folder for the errors; an interrupted run is continued.")],
-    config: _Config = None,
-    model: _Model = None,
-    data: _Data = None,
-    size: _Size = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per process and forward pass (default 1).")] = None,
-    mixed_precision: _Precision = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="The --lora-rank that the training will have (default 0).")
-    ] = None,
-    seed: _Seed = None,
     shard_pairs: _ShardPairs = 1024,
     draws: Annotated[
         int, typer.Option(min=1, help="Draws of noise stored per pair; training reuses them when it has come as often.")
     ] = 4,
-    assign: _Assign = None,
+    **settings: Any,
 ) -> None:
     """Compute the reference's errors once. They are for `train --reference-errors OUT`.
 
     Runs under `accelerate launch` too.
     """
-    with _training(context, "out", "draws", "shard_pairs") as settings:
+    with _training(settings) as given:
         from .diffusion.precompute import reference as run
 
-        run(settings, out, draws=draws, shard_pairs=shard_pairs)
+        run(given, out, draws=draws, shard_pairs=shard_pairs)
 
 
 @app.command()
@@ -421,8 +384,6 @@ def geneval(
     try:
         from .diffusion.geneval import render
 
-        if dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16")
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("rendering", visible=False)  # until the model is there
@@ -437,7 +398,7 @@ def geneval(
                 guidance=guidance,
                 size=None if size is None else (size, size),
                 seed=seed,
-                dtype=None if dtype is None else getattr(torch, dtype),
+                dtype=_dtype("--dtype", dtype),
                 variant=variant,
                 revision=revision,
                 progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
@@ -448,10 +409,18 @@ def geneval(
         raise _failed(f"{error}\nLess is taken by a smaller --batch-size, --dtype bfloat16", 1) from error
 
 
+def _dtype(option: str, name: str | None) -> torch.dtype | None:
+    import torch
+
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"{option} is {name!r}; expected float32, bfloat16 or float16")
+    return None if name is None else getattr(torch, name)
+
+
 @contextmanager
-def _training(context: typer.Context, *own: str) -> Iterator[Any]:
-    """The settings that a command was given, without what is its own. What goes wrong is said in a line."""
-    given = {name: value for name, value in context.params.items() if value is not None and value not in ([], ())}
+def _training(options: dict[str, Any]) -> Iterator[Settings]:
+    """The settings that a command was given. What goes wrong is said in a line."""
+    given = {name: value for name, value in options.items() if value is not None and value not in ([], ())}
     config, assign = given.pop("config", None), given.pop("assign", ())
     import torch
 
@@ -460,8 +429,7 @@ def _training(context: typer.Context, *own: str) -> Iterator[Any]:
     try:
         from .diffusion.config import read_assignments, read_settings
 
-        given |= read_assignments(assign)
-        yield read_settings(config, **{name: value for name, value in given.items() if name not in own})
+        yield read_settings(config, **{**given, **read_assignments(assign)})
     except (OSError, TypeError, ValueError, ImportError, ArithmeticError, LoaderError) as error:
         raise _failed(error, 1 if isinstance(error, (ArithmeticError, LoaderError)) else 2) from error
     except torch.OutOfMemoryError as error:
