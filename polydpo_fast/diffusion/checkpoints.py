@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..data.fields import parse_json
 from .config import Settings
-from .families import LORA_FILE, Family, save_lora, save_rest, save_scheduler
+from .families import Family
 from .fingerprints import EARLIER
+from .pipelines import LORA_FILE, save_lora, save_rest, save_scheduler
 from .reference import unwrapped
 from .setup import check_writable
 

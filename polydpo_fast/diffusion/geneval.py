@@ -18,8 +18,10 @@ import torch
 from ..data.fields import parse_json
 from ..data.order import mix
 from .extras import need
-from .families import check_geometry, family_of, load_pipeline, load_result, native_size, sample
+from .families import check_geometry, family_of, native_size
 from .fingerprints import fingerprint
+from .pipelines import load_pipeline, load_result
+from .pixels import sample
 from .setup import new_accelerator
 
 __all__ = ["read_prompts", "render"]

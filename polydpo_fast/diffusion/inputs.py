@@ -12,11 +12,12 @@ from torch import Tensor
 from ..data import PairBatch, PairLoader
 from ..data.order import mix
 from .config import Settings
-from .families import conditioning, encode_pixels, encode_prompts
+from .families import conditioning, encode_prompts
 from .fingerprints import fingerprint
 from .forward import FLUX_GUIDANCE
 from .latent_store import LatentPairs
 from .moving import moved
+from .pixels import encode_pixels
 from .reference_store import random_options
 from .setup import Setup
 

@@ -13,9 +13,10 @@ import torch
 from ..data import PairLoader, Source, open_source
 from .config import Settings
 from .extras import need
-from .families import Family, check_geometry, family_of, load_pipeline, native_size, training_scheduler
+from .families import Family, check_geometry, family_of, native_size
 from .latent_store import LatentPairs
 from .objective import PairObjective
+from .pipelines import load_pipeline, training_scheduler
 from .shards import is_store
 
 __all__ = [

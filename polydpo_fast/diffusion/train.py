@@ -38,12 +38,13 @@ from .checkpoints import (
     save_result,
 )
 from .config import Settings, lasting, write_settings
-from .families import Family, load_lora
+from .families import Family
 from .fingerprints import fingerprint
 from .forward import FLUX_GUIDANCE
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
 from .objective import PairObjective
+from .pipelines import load_lora
 from .reference import adapters_off, ema_weights, frozen_copy
 from .reference_store import ReferenceErrors
 from .setup import Setup, objective_of, set_up, sharded_and_compiled

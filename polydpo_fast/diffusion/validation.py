@@ -9,7 +9,8 @@ import torch
 
 from ..data.order import mix
 from .config import Settings
-from .families import Family, sample
+from .families import Family
+from .pixels import sample
 
 __all__ = ["render"]
 

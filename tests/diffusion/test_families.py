@@ -19,6 +19,8 @@ from peft import LoraConfig
 
 from polydpo_fast.data import PairBatch
 from polydpo_fast.diffusion import families, predict
+from polydpo_fast.diffusion import pipelines as files
+from polydpo_fast.diffusion import pixels as pixels_
 from polydpo_fast.diffusion.families import FAMILIES
 from polydpo_fast.diffusion.forward import both_arms
 
@@ -32,7 +34,7 @@ PROMPTS = ["ab c", "", "d" * 20]
 @pytest.fixture(scope="module", params=pipelines.PIPELINES)
 def loaded(request, tmp_path_factory):
     folder = pipelines.save(request.param, tmp_path_factory.mktemp(request.param))
-    pipe = families.load_pipeline(str(folder), policy=torch.float32, frozen=torch.float32)
+    pipe = files.load_pipeline(str(folder), policy=torch.float32, frozen=torch.float32)
     return request.param, pipe, FAMILIES[type(pipe).__name__]
 
 
@@ -101,7 +103,7 @@ def test_samples_are_the_pipelines_one_by_one(loaded):
     name, pipe, family = loaded
     size = SIZES.get(name, (16, 16))
     frames = 5 if family.video else None
-    found = families.sample(pipe, family, ["c", "ab"], size=size, frames=frames, steps=2, seeds=[8, 7])
+    found = pixels_.sample(pipe, family, ["c", "ab"], size=size, frames=frames, steps=2, seeds=[8, 7])
     _, theirs = own_call(pipe, family, "ab", size, output_type="np")
     theirs = torch.from_numpy(np.moveaxis(theirs[0] * 255, -1, 0))
     assert found[1].shape == theirs.shape
@@ -128,22 +130,22 @@ def test_latents_are_normalised_as_the_scripts_do(loaded):
     pixels = torch.rand(3, 3, *((5,) if family.video else ()), *SIZES.get(name, (16, 16))) * 2 - 1
     with torch.no_grad():
         given = pipe.vae.encode(pixels).latent_dist
-    mode = families.encode_pixels(pipe.vae, pixels, chunk=2)
+    mode = pixels_.encode_pixels(pipe.vae, pixels, chunk=2)
     torch.testing.assert_close(mode, NORMALISED[name](given.mean), rtol=1e-5, atol=1e-6)
     # Samples: of the distribution's mean and width, and each a function of its seed alone.
     few = 12 if family.video else 60
-    many = families.encode_pixels(pipe.vae, pixels[:1].expand(few, *pixels.shape[1:]), range(few))
+    many = pixels_.encode_pixels(pipe.vae, pixels[:1].expand(few, *pixels.shape[1:]), range(few))
     wide = NORMALISED[name](given.mean + given.std)[:1] - NORMALISED[name](given.mean)[:1]
     normal = (many - mode[:1]) / wide
     assert abs(normal.mean()) < 5 / normal.numel() ** 0.5
     assert abs(normal.square().mean() - 1) < 5 * (2 / normal.numel()) ** 0.5
-    again = families.encode_pixels(pipe.vae, pixels[[2, 0]], [9, 5])[1]
+    again = pixels_.encode_pixels(pipe.vae, pixels[[2, 0]], [9, 5])[1]
     torch.testing.assert_close(again, many[5], rtol=1e-4, atol=1e-5)
 
 
 def test_the_scheduler_of_training(loaded):
     name, pipe, _ = loaded
-    scheduler = families.training_scheduler(pipe)
+    scheduler = files.training_scheduler(pipe)
     if name in ("sd15", "sdxl"):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         expected = (1 - betas).cumprod(0).float()
@@ -159,14 +161,14 @@ def test_the_scheduler_of_training(loaded):
 
 def test_other_samplers_of_the_same_schedules():
     heun = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    scheduler = families.training_scheduler(SimpleNamespace(scheduler=heun))
+    scheduler = files.training_scheduler(SimpleNamespace(scheduler=heun))
     assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
     assert torch.equal(scheduler.sigmas, FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas)
     solver = DPMSolverMultistepScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    scheduler = families.training_scheduler(SimpleNamespace(scheduler=solver))
+    scheduler = files.training_scheduler(SimpleNamespace(scheduler=solver))
     assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
     with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler; expected one with alphas_cumprod"):
-        families.training_scheduler(SimpleNamespace(scheduler=EDMEulerScheduler()))
+        files.training_scheduler(SimpleNamespace(scheduler=EDMEulerScheduler()))
 
 
 def test_geometry(loaded):
@@ -200,7 +202,7 @@ def test_lora_is_saved_so_that_diffusers_loads_all_of_it(loaded, tmp_path, wider
     live = copy.deepcopy(getattr(pipe, family.model))
     targets = WIDER[name] if wider else list(family.lora_targets)
     live.add_adapter(LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=targets))
-    families.save_lora(pipe, family, live, live.state_dict(), tmp_path, scale=1.5)
+    files.save_lora(pipe, family, live, live.state_dict(), tmp_path, scale=1.5)
     _, latents, conditioning = tiny.FAMILIES[name]()
     conditioning = both_arms(conditioning, tiny.PAIRS)
     with torch.no_grad():
@@ -223,7 +225,7 @@ def test_lora_is_saved_so_that_diffusers_loads_all_of_it(loaded, tmp_path, wider
 def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
     """The VAEs as in Diffusers' scripts: of these FLUX's alone in half precision."""
     folder = pipelines.save(name, tmp_path)
-    pipe = families.load_pipeline(str(folder), policy=torch.float32, frozen=torch.bfloat16)
+    pipe = files.load_pipeline(str(folder), policy=torch.float32, frozen=torch.bfloat16)
     model = getattr(pipe, FAMILIES[type(pipe).__name__].model)
     assert model.dtype == torch.float32
     assert pipe.vae.dtype == (torch.bfloat16 if name == "flux" else torch.float32)
@@ -241,12 +243,12 @@ def test_the_rest_of_a_pipeline_from_the_hub(tmp_path, monkeypatch):
     index = json.loads((hub / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (hub / "model_index.json").write_text(json.dumps(index))
-    pipe = families.load_pipeline(str(hub), policy=torch.float32, frozen=torch.bfloat16)
+    pipe = files.load_pipeline(str(hub), policy=torch.float32, frozen=torch.bfloat16)
     asked = []
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: asked.append((name, options)) or hub)
     out = tmp_path / "out"
     pipe.unet.save_pretrained(out / "unet")
-    families.save_rest(pipe, FAMILIES["StableDiffusionPipeline"], "someone/model", out)
+    files.save_rest(pipe, FAMILIES["StableDiffusionPipeline"], "someone/model", out)
     assert asked == [("someone/model", {"variant": None, "revision": None, "safety_checker": None})]
     again = DiffusionPipeline.from_pretrained(out)
     assert again.safety_checker is None
@@ -279,4 +281,4 @@ def test_other_models_are_refused(tmp_path, index, message):
 def test_a_folder_without_a_result_is_refused(loaded, tmp_path):
     _, pipe, family = loaded
     with pytest.raises(ValueError, match=f"neither {family.model}/ nor pytorch_lora_weights.safetensors"):
-        families.load_result(pipe, tmp_path)
+        files.load_result(pipe, tmp_path)

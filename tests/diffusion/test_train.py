@@ -39,7 +39,7 @@ from polydpo_fast.data.order import mix
 from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, predict, setup
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
-from polydpo_fast.diffusion.families import LORA_FILE, load_pipeline, load_result
+from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
 from polydpo_fast.diffusion.precompute import reference
 from polydpo_fast.diffusion.shards import Shards
 from polydpo_fast.diffusion.train import NotFiniteError, train

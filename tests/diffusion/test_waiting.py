@@ -14,7 +14,7 @@ from diffusion.tiny import FAMILIES, PAIRS, build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from polydpo_fast.diffusion import PairObjective, ema_weights, families
+from polydpo_fast.diffusion import PairObjective, ema_weights, families, pixels
 
 DEVICE = torch.device("meta")  # any that is not the CPU's; a build without CUDA cannot even index fake CUDA tensors
 
@@ -113,7 +113,7 @@ def test_the_normalisation_of_latents_does_not_wait(fakes):
     config = dict(latents_mean=[0.1, 0.2], latents_std=[1.0, 2.0])
     vae = SimpleNamespace(config=config)
     with Watch():
-        shift, scale = families._normalisation(vae, torch.empty(1, 2, 3, 4, 4, device=DEVICE))
+        shift, scale = pixels._normalisation(vae, torch.empty(1, 2, 3, 4, 4, device=DEVICE))
     assert {shift.device, scale.device} == {DEVICE}
     assert shift.shape == scale.shape == (2, 1, 1, 1)
 
