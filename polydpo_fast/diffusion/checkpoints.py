@@ -40,7 +40,7 @@ def check_output(settings: Settings) -> Path | None:
 
     Raises ValueError where the output folder has what another run left, and this one does not go on from it.
 
-    Two results in one folder would be mixed: of all weights, LoRA, and a scheduler each takes what it finds.
+    Two results in one folder would be mixed up: what loads it takes whatever weights, LoRA and scheduler are there.
     """
     output = Path(settings.output)
     check_writable("output", output)
@@ -86,7 +86,7 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def _told(checkpoint: Path) -> dict[str, Any]:
-    """Nothing where an earlier version wrote it."""
+    """Empty where an earlier version wrote the checkpoint."""
     file = checkpoint / _RUN
     try:
         result: dict[str, Any] = parse_json(file.read_bytes()) if file.exists() else {}

@@ -29,8 +29,8 @@ _NOT_PIXELS = ("threads", "limits", "cache")  # of the decoder's options
 class Inputs:
     """The pairs of `settings.data` in batches, and of a batch the latents and the conditioning.
 
-    loader: of images, whose prompts are whole, or of latents. parts: what encoded tensors depend on, to be compared;
-    parts_of_errors: and what a reference's errors do.
+    loader: of images, or of latents; prompts are whole. parts: fingerprints of what encoded tensors depend on.
+    parts_of_errors: of what the reference's errors depend on.
 
     Raises ValueError where a store was made with other settings or another pipeline, with both fingerprints.
     """
@@ -51,7 +51,7 @@ class Inputs:
                 if name.startswith(("text_encoder", "tokenizer")) and part is not None
             },
         }
-        # As texts: what is compared may go.
+        # Texts, because the parts themselves may be freed.
         self.parts: dict[str, Any] = {name: fingerprint(part) for name, part in parts.items()}
         self.cached = isinstance(setup.source, LatentPairs)
         self.loader = self._loader()
@@ -65,7 +65,7 @@ class Inputs:
         self._nothing: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device, *, keep_encoders: bool) -> None:
-        """Moves what encodes to the device; of what latents make needless nothing is kept."""
+        """Moves VAE and text encoders to the device, or frees them where latents take their place."""
         pipe = self._setup.pipe
         if self._settings.prompt_dropout:
             self._move(device)
@@ -79,7 +79,7 @@ class Inputs:
             self._move(device)
 
     def check_fixed(self) -> None:
-        """Raises ValueError where a pair's latents are others in each epoch, so that errors say nothing of them."""
+        """Raises ValueError where a pair's latents differ from epoch to epoch: stored errors would not be theirs."""
         random = random_options(self.loader)
         if not self.cached and self._settings.latents == "sample":
             random = f"{random}, latents='sample'" if random else "latents='sample'"
@@ -95,7 +95,7 @@ class Inputs:
         seeds: of the pairs, from which a VAE's sample is drawn.
         """
         if self.cached:
-            # Of the dtypes that the encoders give, whatever they were stored in.
+            # In the dtypes that the encoders would give, whatever they were stored in.
             text = {name: column for name, column in batch.extra.items() if isinstance(column, Tensor)}
             text = {name: x.to(self._setup.precision) if x.is_floating_point() else x for name, x in text.items()}
             return {"latents": batch.pixels.float(), **text}

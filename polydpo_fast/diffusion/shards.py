@@ -1,4 +1,4 @@
-"""A folder of safetensors shards with so many successive pairs in each: the ground of both stores.
+"""A folder of safetensors shards with so many successive pairs in each, on which both stores are built.
 
 A shard is complete or absent: it is written under another name and renamed. Which pairs are in which shard depends on
 their number alone, so that any number of ranks may write, and go on after an interruption with another number.
@@ -168,25 +168,13 @@ class Shards:
         with contextlib.closing(loader.walk(np.concatenate(walks))) as batches:
             for number in mine:
                 begin, end = self.span(number)
-                shard: dict[str, Tensor] = {}
-                texts: dict[str, list[bytes]] = {}
+                shard = _Columns(end - begin)
                 for start in range(begin, end, size):
                     rows = min(size, end - start)
-                    for name, value in columns(next(batches), start).items():
-                        if isinstance(value, list):
-                            texts.setdefault(_TEXT + name, []).extend(value[:rows])
-                            continue
-                        if name not in shard:
-                            shard[name] = torch.empty((end - begin, *value.shape[1:]), dtype=value.dtype)
-                        if (value.dtype, value.shape[1:]) != (shard[name].dtype, shard[name].shape[1:]):
-                            raise ValueError(
-                                f"{name} is {value.dtype} {tuple(value.shape[1:])} for a pair; expected "
-                                f"{shard[name].dtype} {tuple(shard[name].shape[1:])}, as before"
-                            )
-                        shard[name][start - begin : start - begin + rows] = value[:rows]
+                    shard.add(columns(next(batches), start), rows)
                     done += rows
                     progress(done, total)
-                form = self._write(number, {**shard, **{name: _packed(text) for name, text in texts.items()}}, form)
+                form = self._write(number, shard.tensors(), form)
 
     def _share(self, rank: int, world_size: int) -> list[int]:
         """Of the missing shards those of a rank: an equal number for each, where they can agree on what is missing."""
@@ -299,6 +287,35 @@ class Shards:
             stale.unlink(missing_ok=True)
         _put(self.path(number), save(tensors, {_STAMP: self._stamp(number)}))
         return here
+
+
+class _Columns:
+    """Those of one shard, filled batch by batch."""
+
+    def __init__(self, pairs: int) -> None:
+        self._pairs, self._there = pairs, 0
+        self._tensors: dict[str, Tensor] = {}
+        self._texts: dict[str, list[bytes]] = {}
+
+    def add(self, columns: Columns, rows: int) -> None:
+        """The first rows of each."""
+        for name, value in columns.items():
+            if isinstance(value, list):
+                self._texts.setdefault(_TEXT + name, []).extend(value[:rows])
+                continue
+            if name not in self._tensors:
+                self._tensors[name] = torch.empty((self._pairs, *value.shape[1:]), dtype=value.dtype)
+            whole = self._tensors[name]
+            if (value.dtype, value.shape[1:]) != (whole.dtype, whole.shape[1:]):
+                raise ValueError(
+                    f"{name} is {value.dtype} {tuple(value.shape[1:])} for a pair; expected "
+                    f"{whole.dtype} {tuple(whole.shape[1:])}, as before"
+                )
+            whole[self._there : self._there + rows] = value[:rows]
+        self._there += rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self._tensors, **{name: _packed(texts) for name, texts in self._texts.items()}}
 
 
 def is_store(folder: str | os.PathLike[str]) -> bool:

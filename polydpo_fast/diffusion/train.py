@@ -44,10 +44,12 @@ from .forward import FLUX_GUIDANCE
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
 from .objective import PairObjective
+from .optimizers import learning_rate, new_optimizer, new_schedule
 from .pipelines import load_lora
 from .reference import adapters_off, ema_weights, frozen_copy
 from .reference_store import ReferenceErrors
-from .setup import Setup, objective_of, set_up, sharded_and_compiled
+from .setup import Setup, objective_of, set_up
+from .sharding import sharded_and_compiled
 from .validation import render
 
 __all__ = ["NotFiniteError", "train"]
@@ -99,11 +101,11 @@ def train(settings: Settings) -> None:
     if errors is not None:
         errors.check(objective=objective)
     _make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
-    optimizer = _optimizer(_trained(model), settings, _learning_rate(settings, accelerator.num_processes))
+    optimizer = new_optimizer(_trained(model), settings, learning_rate(settings, accelerator.num_processes))
     model, optimizer = accelerator.prepare(model, optimizer)
-    if fsdp2:  # the whole of it calls what torch.compile made, and no other
+    if fsdp2:  # of all its modules only the prepared one calls what torch.compile made
         setattr(pipe, family.model, model)
-    schedule = _schedule(optimizer, settings)  # not of the other one, in whose place DeepSpeed may have put its own
+    schedule = new_schedule(optimizer, settings)  # of the prepared optimizer, which may be DeepSpeed's own
     ema = _ema(model, settings)
 
     accelerator.register_for_checkpointing(inputs.loader, schedule, *([] if ema is None else [WholeAverages(ema)]))
@@ -115,7 +117,7 @@ def train(settings: Settings) -> None:
         _say(
             accelerator, f"goes on from {checkpoint}" if done else f"no checkpoint is in {output} yet: a new run begins"
         )
-    accelerator.step = 0  # of its count of forwards, which is another where accumulation was another
+    accelerator.step = 0  # its count of forwards, which is off where the run had another accumulation before
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_settings(settings, output / "settings.yaml")
@@ -164,8 +166,8 @@ class _Loop:
                     self.check_start(metrics)
                 accelerator.backward(losses.mean())
                 if accelerator.sync_gradients:
-                    # All of them: by these it knows a model of FSDP's, whose norm is not that of its shard.
-                    # Without clipping too: the norm tells whether the gradient is finite.
+                    # All parameters, trained or not: by them Accelerate knows a model of FSDP, whose norm is not its
+                    # shard's. Also where nothing is clipped: the norm tells whether the gradient is finite.
                     norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or math.inf)
                     if norm is not None:
                         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -270,7 +272,7 @@ def _run_identity(
         **settings_that_matter,
         "pairs per step (processes x batch_size x accumulation)": pairs,
         "size": list(setup.size),
-        "learning_rate": _learning_rate(settings, processes),
+        "learning_rate": learning_rate(settings, processes),
         "lora_alpha": settings.lora_alpha or settings.lora_rank,
         "guidance": FLUX_GUIDANCE if settings.guidance is None else settings.guidance,
         "mixed_precision": setup.accelerator.mixed_precision,
@@ -318,57 +320,6 @@ def _make_trainable(model: Any, family: Family, settings: Settings, has_checkpoi
 
 def _trained(model: Any) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _learning_rate(settings: Settings, processes: int) -> float:
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    return 1e-5 if settings.lora_rank else 1e-8 * processes * settings.batch_size * settings.accumulation
-
-
-def _optimizer(parameters: list[Tensor], settings: Settings, learning_rate: float) -> torch.optim.Optimizer:
-    if settings.optimizer == "adafactor":
-        from transformers import Adafactor
-
-        fixed: torch.optim.Optimizer = Adafactor(
-            parameters,
-            lr=learning_rate,
-            weight_decay=settings.weight_decay,
-            clip_threshold=1.0,
-            scale_parameter=False,
-            relative_step=False,
-        )
-        return fixed
-    kind: Any = torch.optim.AdamW
-    if settings.optimizer.endswith("8bit"):
-        try:
-            from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-        except ImportError as error:
-            raise ImportError(
-                f"optimizer is {settings.optimizer!r}, which needs bitsandbytes: pip install bitsandbytes"
-            ) from error
-        kind = PagedAdamW8bit if settings.optimizer.startswith("paged") else AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(
-        parameters,
-        lr=learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-    )
-    return optimizer
-
-
-def _schedule(optimizer: Any, settings: Settings) -> Any:
-    from diffusers.optimization import get_scheduler
-
-    return get_scheduler(
-        settings.schedule,
-        optimizer,
-        num_warmup_steps=settings.warmup,
-        num_training_steps=settings.steps,
-        num_cycles=settings.cycles,
-        power=settings.power,
-    )
 
 
 def _ema(model: Any, settings: Settings) -> Any:

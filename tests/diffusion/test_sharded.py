@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polydpo_fast.diffusion import PairObjective, adapters_off, ema_weights, frozen_copy
 from polydpo_fast.diffusion.checkpoints import WholeAverages
-from polydpo_fast.diffusion.setup import sums_in_float32
+from polydpo_fast.diffusion.sharding import sums_in_float32
 
 STEPS = 3
 

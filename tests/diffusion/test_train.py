@@ -36,7 +36,16 @@ from polydpo_fast import demo
 from polydpo_fast.cli import app
 from polydpo_fast.data import LoaderError, PairLoader
 from polydpo_fast.data.order import mix
-from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, predict, setup
+from polydpo_fast.diffusion import (
+    checkpoints,
+    draw_noise,
+    draw_timesteps,
+    frozen_copy,
+    inputs,
+    predict,
+    setup,
+    sharding,
+)
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
 from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
@@ -1043,7 +1052,7 @@ def test_a_reference_that_would_round_otherwise_is_refused(here, tmp_path, kind,
         accelerator = SimpleNamespace(distributed_type=DistributedType[kind], mixed_precision=precision, is_fsdp2=fsdp2)
         refused = message is not None and precision == "bf16"
         with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
-            setup._check_sharding(run, accelerator)
+            sharding.check_sharding(run, accelerator)
 
 
 @pytest.mark.parametrize(
@@ -1058,10 +1067,10 @@ def test_a_reference_that_would_round_otherwise_is_refused(here, tmp_path, kind,
 )
 def test_what_sharding_does_not_allow_is_refused(here, tmp_path, kind, change, message):
     fsdp2 = kind == "FSDP2"
-    sharding = DistributedType["FSDP" if fsdp2 else kind]
-    accelerator = SimpleNamespace(distributed_type=sharding, mixed_precision="no", is_fsdp2=fsdp2)
+    distributed = DistributedType["FSDP" if fsdp2 else kind]
+    accelerator = SimpleNamespace(distributed_type=distributed, mixed_precision="no", is_fsdp2=fsdp2)
     with pytest.raises(ValueError, match=message):
-        setup._check_sharding(settings(here, tmp_path, lora_rank=2, **change), accelerator)
+        sharding.check_sharding(settings(here, tmp_path, lora_rank=2, **change), accelerator)
 
 
 @pytest.mark.heavy
@@ -1131,12 +1140,12 @@ def test_what_fsdp_and_deepspeed_are_told(here, tmp_path):
     run = settings(here, tmp_path, batch_size=3, accumulation=2, max_grad_norm=0.5)
     for kind in (MixedPrecision, MixedPrecisionPolicy):
         plugin = SimpleNamespace(mixed_precision_policy=kind(torch.bfloat16, torch.bfloat16))
-        setup._set_sharding(run, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+        sharding.set_sharding(run, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
         policy = plugin.mixed_precision_policy
         assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
         assert not policy.cast_forward_inputs
     plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}})
-    setup._set_sharding(run, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    sharding.set_sharding(run, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
     assert plugin.deepspeed_config == {
         **dict(train_micro_batch_size_per_gpu=3, gradient_accumulation_steps=2, gradient_clipping=0.5),
         "zero_optimization": {"stage": 2},
