@@ -33,7 +33,7 @@ NAMES = {
     "ours_cthw": "ours, bfloat16 (C, T, H, W)",
     "ours_tchw": "ours, bfloat16 (T, C, H, W)",
     "ours_yuv420": "ours, stored planes",
-    "ours_from_bytes": "ours, from bytes, whose packets are looked through each time",
+    "ours_from_bytes": "ours, from bytes, indexed anew each time",
     "ours_into_fresh_memory": "ours, into fresh memory",
     "only_writing": "writing the bfloat16 frames, nothing decoded",
     "pyav_and_torch": "PyAV to RGB, to bfloat16 through torch",
@@ -198,10 +198,12 @@ def _loss_limits(results: dict) -> str:
         per_element = video["ours"]["bytes"] / math.prod(video["ours"]["shape"])
         sentences.append(
             f"The two passes over Wan 480p in bfloat16 run at {rate / 1e9:.0f} GB/s (counting {per_element:.0f} bytes "
-            f"per element), {rate / copy:.0%} of what copying 256 MB, more than caches hold, reaches."
+            f"per element), {rate / copy:.0%} of the rate of copying 256 MB, which is more than caches hold."
         )
     if any(row.get("dtype") == MIXED for ways in rows.values() for row in ways.values()):
-        sentences.append(f"{MIXED.capitalize()}: the policy's prediction under autocast, and reference and target.")
+        sentences.append(
+            f"{MIXED.capitalize()}: the policy's prediction under autocast is in float32, reference and target are not."
+        )
     if "host time, 16 elements" in rows:
         host = rows["host time, 16 elements"]
         sentences.append(
@@ -277,7 +279,7 @@ def clips(results: dict) -> str:
         body.append([named(way), *cells])
     sparse = rows["16 of 121 frames of both clips of a pair"]
     share = sparse["ours, sparsely"]["median"] / sparse["all frames, bare decoding"]["median"]
-    text = f"16 frames spread over a clip of 121 cost {share:.1f} times what bare decoding of all of it does."
+    text = f"16 frames spread over a clip of 121 cost {share:.1f} times what bare decoding of the whole clip costs."
     return f"{table(['', *rates], body)}\n\n{text}\n\n{repeat(results, 'clips')}"
 
 
