@@ -43,7 +43,7 @@ NOTES = {
     "target and writes the gradient, 4 times the bytes of one tensor, or 3 times for a forward alone; on a GPU 6 times "
     "if half of its L2 cache is too small for what the first launch read, which the second then reads again. The other "
     "ways are credited with the same bytes, but move more. The copy is of 256 MB, more than caches hold; small tensors "
-    "may still be in the processor's caches from the step before, and so exceed 100% of it. On a GPU the times are "
+    "may still be in the processor's caches from the step before, and so go beyond 100% of it. On a GPU the times are "
     "those of the kernels, with nothing in the L2 cache, or warm, with what the last step left there. Peak memory is "
     "the most that a step holds beyond its inputs, including the gradient.",
     "precision": "256 pairs of SD1.5's size, beta 5000, errors around 0.1, the policy one small step from its "
