@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import resource
 import signal
 import struct
@@ -14,7 +15,7 @@ import pytest
 import torch
 from clip_oracle import ALL, av, encode, index_folder, joined, remuxed  # noqa: F401
 
-from polydpo_fast import ClipLimits, DecodeError, decode_clips
+from polydpo_fast import ClipLimits, DecodeError, decode_clips, mp4
 from polydpo_fast.mp4 import check_counts
 from polydpo_fast.video import Clip
 
@@ -374,6 +375,7 @@ def test_edits_and_fragments_are_counted_too():
     with pytest.raises(ValueError, match="count 4294967295 samples"):
         counted(fragment)
     counted(box(b"mdat", fragment))  # data may look like anything
+    counted(box(b"moov", box(b"udta", struct.pack(">I4s", 7, b"abcd"), fragment)))  # FFmpeg ends at such a length
     with pytest.raises(ValueError, match="its headers are compressed"):
         counted(box(b"moov", box(b"cmov")))
     with pytest.raises(ValueError, match="more than 3 streams"):
@@ -392,11 +394,23 @@ def test_edits_and_fragments_are_counted_too():
         box(b"moov", box(b"trak") * 3) + box(b"moof") * 400_000,
         box(b"moov", box(b"trak") * 3) + table(b"sidx", *[0] * (3 * 400_000)),
         box(b"meta", table(b"hdlr", 0), box(b"iinf", struct.pack(">BxxxI", 1, 2**31))),
+        box(b"meta", table(b"hdlr", 0), box(b"iloc", struct.pack(">BxxxHI", 2, 0x4440, 2**31))),
     ],
 )
 def test_counts_are_found_where_ffmpeg_would_look(hidden):
     with pytest.raises(ValueError, match=r"its tables count \d+ samples"):
         counted(hidden)
+
+
+def test_headers_have_a_bound(monkeypatch):
+    monkeypatch.setattr(mp4, "_MOST_HEADERS", 1000)
+    counted(box(b"moov", bytes(900)), box(b"mdat", bytes(2000)), box(b"uuid", bytes(84)))
+    with pytest.raises(ValueError, match="its headers have more than 1000 bytes"):
+        counted(box(b"moov", bytes(900)), box(b"mdat", bytes(2000)), box(b"uuid", bytes(85)))
+    monkeypatch.setattr(mp4, "_MOST_BOXES", 4)
+    counted(box(b"mdat") * 3, box(b"moov"))
+    with pytest.raises(ValueError, match="it has more than 4 boxes"):
+        counted(box(b"mdat") * 4, box(b"moov"))
 
 
 def test_texts_are_no_tables():
@@ -506,6 +520,39 @@ def test_a_block_that_is_none_any_more_is_missed():
             else:  # another way to say the same
                 assert torch.equal(got.pixels, exact.pixels), (at, bit)
     assert lost > 100
+
+
+def in_groups(data, change=bytes):
+    """Matroska whose clusters have no length, with each block in a group of its own. change: what a group holds."""
+    parts, done = [], 0
+    for _, place, size, is_key in packets(data):
+        at, end = data.rindex(b"\xa3", 0, place - 1), place + 4 + size  # behind track, time and flags
+        assert place - at in (2, 3)
+        reference = b"" if is_key else b"\xfb\x81\xff"
+        group = change(b"\xa1" + data[at + 1 : end] + reference)
+        parts += [data[done:at], b"\xa0\x01" + len(group).to_bytes(7, "big") + group]
+        done = end
+    whole = b"".join([*parts, data[done:]])
+    for found in reversed([*re.finditer(rb"\x1f\x43\xb6\x75", whole)]):
+        at = found.end()
+        whole = whole[:at] + b"\x01" + b"\xff" * 7 + whole[at + 9 - whole[at].bit_length() :]
+    return whole
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
+def test_groups_in_clusters_without_a_length(codec):
+    """As browsers record, and other muxers than FFmpeg's write: the frames are those of plain blocks."""
+    data = remuxed(encode(24, codec=codec), "matroska", live="1", cluster_time_limit="200", write_crc32="0")
+    assert data.count(b"\x1f\x43\xb6\x75") > 2
+    exact, got = (decoded(one, frames=24) for one in (data, in_groups(data)))
+    assert torch.equal(got.pixels, exact.pixels)
+    for change, reason in (
+        (lambda group: group + b"\xa3\x80", "what begins at byte \\d+ is of an unknown type, a3"),
+        (lambda group: group + b"\x9b\x84\x01", "what begins at byte \\d+ has 4 bytes"),
+        (lambda group: group.replace(b"\x81", b"\x83", 1), "the block that begins at byte \\d+ is of no track"),
+    ):
+        with pytest.raises(DecodeError, match=reason):
+            decoded(in_groups(data, change), frames=3)
 
 
 @pytest.mark.parametrize(
