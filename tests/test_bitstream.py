@@ -47,6 +47,183 @@ def test_where_chroma_lies(codec, options, siting, container):
         assert chroma_siting(*header_of(data)) == siting
 
 
+class Writer:
+    """Bits, by the syntax tables of the standards: u(n), ue(v) and se(v)."""
+
+    def __init__(self):
+        self.bits = ""
+
+    def u(self, count, value=0):
+        self.bits += f"{int(value):0{int(count)}b}" if count else ""
+        return self
+
+    def ue(self, *values):
+        for value in values:
+            code = f"{value + 1:b}"
+            self.bits += "0" * (len(code) - 1) + code
+        return self
+
+    def se(self, *values):
+        return self.ue(*(2 * value - 1 if value > 0 else -2 * value for value in values))
+
+    def data(self):
+        bits = self.bits + "1"
+        return int(bits + "0" * (-len(bits) % 8), 2).to_bytes(-(-len(bits) // 8), "big")
+
+    def unit(self, header):
+        """With the bytes that keep three zeros apart."""
+        out, zeros = bytearray(header), 0
+        for byte in self.data():
+            if zeros == 2 and byte <= 3:
+                out.append(3)
+                zeros = 0
+            out.append(byte)
+            zeros = zeros + 1 if byte == 0 else 0
+        return bytes(out)
+
+    def vui(self, siting, signal=True):
+        """ITU-T H.264, E.1.1, and H.265, E.2.1: the shape of pixels, overscan, the range, and where chroma lies."""
+        self.u(1, 1).u(8, 255).u(16, 4).u(16, 3).u(1, 1).u(1, 1).u(1, signal)
+        if signal:
+            self.u(3, 5).u(1, 1).u(1, 1).u(24, 0x010101)
+        return self.u(1, 1).ue(siting, siting).u(8)
+
+
+def avcc(siting, profile=100, chroma=1, lists=(), order=(0, 4), fields=False, crop=False):
+    """lists: of scaling, by number, each a list of its deltas. order: pic_order_cnt_type and what comes behind it."""
+    w = Writer().u(8, profile).u(8).u(8, 30).ue(0)
+    if profile == 100:
+        w.ue(chroma).u(chroma == 3, 1).ue(2, 2).u(1).u(1, bool(lists))
+        for number in range(12 if chroma == 3 else 8) if lists else ():
+            w.u(1, number in lists).se(*lists.get(number, ()))
+    w.ue(5, order[0])
+    if order[0] == 0:
+        w.ue(order[1])
+    elif order[0] == 1:
+        w.u(1).se(*order[1:3]).ue(len(order[3:])).se(*order[3:])
+    w.ue(4).u(1).ue(3, 2).u(1, not fields).u(fields, 1).u(1, 1).u(1, crop)
+    if crop:
+        w.ue(0, 1, 0, 3)
+    sps = w.u(1, 1).vui(siting).unit(b"\x67")
+    return b"\1" + sps[1:4] + b"\xff\xe1" + struct.pack(">H", len(sps)) + sps + b"\0"
+
+
+@pytest.mark.parametrize("siting", [0, 3, 5])
+@pytest.mark.parametrize(
+    "told",
+    [
+        dict(),
+        dict(profile=66),
+        dict(profile=66, order=(1, -3, 2)),
+        dict(order=(1, 0, -1, 4, -4, 7)),
+        dict(order=(2,), fields=True, crop=True),
+        dict(chroma=3),
+        dict(chroma=3, lists={0: [1] * 16, 5: [-8], 6: [-1, 1] * 32, 11: [3, -11]}, order=(0, 11)),
+        dict(lists={1: [0, 0, -8], 7: [2] * 64}, fields=True),
+    ],
+    ids=lambda told: "-".join(told) or "usual",
+)
+def test_parameters_of_h264_by_its_table(told, siting):
+    """What x264 never writes: ITU-T H.264, 7.3.2.1.1. A list of scaling ends where its next scale is 0."""
+    assert chroma_siting("h264", avcc(siting, **told)) == siting
+
+
+def hevc_sps(siting, layers=(), chroma=1, bits=8, each=False, lists=None, pcm=False, sets=(), far=(), signal=True):
+    """layers: (profile, level) present of each sub-layer. lists: (size, matrix) to deltas, or None where predicted.
+    sets: short-term, (negative, positive), or flags by one that is predicted: used, or used and use_delta.
+    bits: of an order. far: long-term references' orders."""
+    w = Writer().u(4).u(3, len(layers)).u(1, 1).u(88, (1 << 80) + 5).u(8, 93)
+    for profile, level in layers:
+        w.u(1, profile).u(1, level)
+    w.u(2 * (8 - len(layers)) if layers else 0)
+    for profile, level in layers:
+        w.u(88 * profile, 7 * profile).u(8 * level, 90 * level)
+    w.ue(0, chroma).u(chroma == 3).ue(64, 48).u(1, 1).ue(0, 1, 0, 2).ue(0, 0, bits - 4).u(1, each)
+    for _ in range(1 + len(layers) if each else 1):
+        w.ue(4, 2, 0)
+    w.ue(0, 3, 0, 3, 1, 2).u(1, lists is not None)
+    if lists is not None:
+        w.u(1, 1)
+        for size in range(4):
+            for matrix in range(2 if size == 3 else 6):
+                deltas = lists.get((size, matrix))
+                w.u(1, deltas is not None)
+                w.ue(matrix and 1) if deltas is None else w.se(*deltas)
+    w.u(1, 1).u(1, 1).u(1, pcm)
+    if pcm:
+        w.u(4, 7).u(4, 7).ue(0, 2).u(1, 1)
+    w.ue(len(sets))
+    for number, one in enumerate(sets):
+        if number:
+            w.u(1, isinstance(one, str))
+        if isinstance(one, str):
+            w.u(1, 1).ue(0)
+            w.bits += one
+        else:
+            w.ue(*one)
+            for _ in range(sum(one)):
+                w.ue(0).u(1, 1)
+    w.u(1, bool(far))
+    if far:
+        w.ue(len(far))
+        for order in far:
+            w.u(bits, order).u(1, 1)
+    return w.u(2, 3).u(1, 1).vui(siting, signal).unit(b"\x42\1")
+
+
+@pytest.mark.parametrize("siting", [0, 3, 5])
+@pytest.mark.parametrize(
+    "told",
+    [
+        dict(),
+        dict(layers=[(1, 1), (0, 1), (1, 0)], each=True),
+        dict(layers=[(0, 0)] * 6),
+        dict(chroma=3, pcm=True),
+        dict(lists={}),
+        dict(lists={(0, 0): [3] * 16, (1, 5): [-1] * 64, (2, 0): [9, *[1] * 64], (3, 1): [0, *[-2] * 64]}),
+        dict(sets=[(1, 2), (0, 0), (3, 1)]),
+        # Of four pictures, that before it among them: three are kept, one of them by its second flag; of four two.
+        dict(sets=[(2, 1), "101001", "0010100", (1, 0)]),
+        dict(far=[3, 255], bits=8),
+        dict(far=[1], bits=16, sets=[(1, 0)], signal=False),
+    ],
+    ids=lambda told: "-".join(told) or "usual",
+)
+def test_parameters_of_hevc_by_its_table(told, siting):
+    """What x265 never writes: ITU-T H.265, 7.3.2.2.1, 7.3.3, 7.3.4 and 7.3.7."""
+    sps = hevc_sps(siting, **told)
+    header = hvcc(struct.pack(">I", len(sps)) + sps)
+    assert chroma_siting("hevc", header) == siting
+    assert states_range("hevc", header) is told.get("signal", True)
+
+
+@pytest.mark.parametrize("resolution", [1, 25, 30_000, 65_535])
+@pytest.mark.parametrize(("shape", "version"), [(0, None), (0, 5), (3, 1), (3, 2)])
+@pytest.mark.parametrize("bounded", [None, False, True])
+def test_frames_of_mpeg_4_that_are_not_coded(resolution, shape, version, bounded):
+    """By the tables of ISO/IEC 14496-2, 6.2.3 and 6.2.5, whatever is told before the length of its time."""
+    w = Writer().u(1).u(8, 1).u(1, version is not None)
+    if version is not None:
+        w.u(4, version).u(3, 1)
+    w.u(4, 15).u(8, 4).u(8, 3) if bounded else w.u(4, 1)
+    w.u(1, bounded is not None)
+    if bounded is not None:
+        w.u(2, 1).u(1, 1).u(1, bounded)
+        for count in (15, 15, 15) if bounded else ():  # rates and the buffer's size, with a marker behind each
+            w.u(count).u(1, 1)
+        if bounded:
+            w.u(3, 5).u(11).u(1, 1).u(15).u(1, 1)
+    w.u(2, shape).u(4 if shape == 3 and version != 1 else 0).u(1, 1).u(16, resolution).u(1, 1)
+    header = b"\0\0\1\x20" + w.data()
+    bits = max(1, (resolution - 1).bit_length())
+    for seconds in (0, 1, 3):
+        for ticks in (0, resolution - 1):
+            for coded in (0, 1):
+                frame = Writer().u(2, 1).u(seconds, 2**seconds - 1).u(1).u(1, 1).u(bits, ticks).u(1, 1).u(1, coded)
+                packet = b"\0\0\1\xb6" + frame.data() + bytes(4)
+                assert is_hidden("mpeg4", packet, header) is (coded == 0)
+
+
 def test_frames_of_mpeg_4_that_stand_for_packed_ones_are_not_hidden():
     """DivX puts one that is not coded where the second of two in a packet would be."""
     codec, header = header_of(encode(3, codec="mpeg4"))
