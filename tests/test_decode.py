@@ -662,7 +662,7 @@ print(decoded.ok.tolist(), *decoded.errors, int(out[[0, 2]].max()), torch.equal(
 
 @pytest.mark.parametrize("options", [dict(lossless=True), dict(lossless=False), dict(exif=exif(3))], ids=str)
 def test_what_a_webp_says_of_its_size(options):
-    for shape in ((1, 1), (33, 45), (300, 2)):
+    for shape in ((1, 1), (33, 45), (300, 2), (16_383, 1), (2, 16_383)):
         data = memoryview(file(picture(*shape), "WEBP", **options))
         assert decode_module._webp_size(data) == shape[::-1]
     assert decode_module._webp_size(memoryview(b"RIFF")) == (0, 0)

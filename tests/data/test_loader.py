@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import LoaderError, PairLoader, SourceError, open_source, read_ledger
+from polydpo_fast.data import LoaderError, PairError, PairLoader, SourceError, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import sources as sources_module
 from polydpo_fast.data.ledger import Ledger
-from polydpo_fast.data.order import Shuffled, mix
+from polydpo_fast.data.order import Balanced, Shuffled, mix
 
 TINY = dict(size=2, dtype=torch.uint8)
 
@@ -162,6 +162,26 @@ def test_categories_in_equal_shares():
         PairLoader(Tiny(100, codes=codes), 10, categories={"cat": 1}, **TINY)
 
 
+def test_pairs_in_shares_are_replaced_from_the_whole_source():
+    """Also where single pairs are slow to read, and others would come from the blocks in memory."""
+
+    class Blockwise(Tiny):
+        random_access = False
+
+    codes, bad = np.array([0] * 30 + [1] * 10), {3, 12, 33}
+    source = Blockwise(40, dict.fromkeys(bad, "read"), blocks=[10] * 4, codes=codes)
+    loader = PairLoader(source, 8, categories="balanced", seed=6, max_bad_rate=1.0, **TINY)
+    order, want = Balanced(codes, [1.0, 1.0], 6, 0)(np.arange(40)).tolist(), []
+    for position in range(40):
+        index, attempt = order[position], 0
+        while index in bad:
+            attempt += 1
+            index = order[(position + 1 + mix(6, 0, position, attempt) % 39) % 40]
+        want.append(index)
+    assert set(order) & bad
+    assert [index for batch in loader for index in yielded(batch)] == want
+
+
 def test_batches_tell_how_many_times_a_pair_came_before():
     """Over epochs, ranks and what replaces bad pairs; without categories it is the number of the epoch."""
     codes = np.array([0] * 18 + [1] * 2)
@@ -266,6 +286,30 @@ def test_scattered_pairs_that_cannot_be_read_are_not_in_a_row():
         list(
             PairLoader(Tiny(1024, dict.fromkeys(range(300, 400), "read")), 256, shuffle=False, max_bad_rate=1.0, **TINY)
         )
+
+
+def test_blocks_of_which_nothing_can_be_read_count_in_a_row():
+    """One each, however many pairs they have; and no longer once something could be read."""
+
+    class Lost(Tiny):
+        random_access = False
+
+        def __getitem__(self, index):
+            if index // 10 in self.lost:
+                raise PairError("its row group is damaged", whole_block=True)
+            return super().__getitem__(index)
+
+    def batches(lost, max_bad_run):
+        source = Lost(400, blocks=[10] * 40)
+        source.lost = lost
+        how = dict(shuffle=False, max_bad_rate=1.0, max_bad_run=max_bad_run, readers=1, **TINY)
+        return list(PairLoader(source, 10, **how))
+
+    with pytest.raises(LoaderError, match="4 pairs in a row are bad, more than 3"):
+        batches(range(40), 3)
+    got = [index // 10 for batch in batches({5, 15, 25}, 2) for index in yielded(batch)]
+    assert len(got) == 400
+    assert not {5, 15, 25} & set(got)
 
 
 def test_a_damaged_shard_is_no_reason_to_end():

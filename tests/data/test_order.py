@@ -96,6 +96,26 @@ def test_an_epoch_has_every_pair_once(blocks, window, key):
         assert order(np.arange(cut, len(whole))).tolist() == whole[cut:].tolist()
 
 
+@settings(max_examples=30)
+@given(blocks=BLOCKS, window=st.one_of(st.none(), st.integers(0, 5)), key=st.integers(0, 2**63))
+def test_windows_are_what_is_shuffled_together(blocks, window, key):
+    """Each position is in its own, and they follow each other: of one block or of k, the last of fewer."""
+    order, size = Shuffled(np.array(blocks, dtype=np.int64), key, window), sum(blocks)
+    found = [order.window(position) for position in range(size)]
+    assert all(begin <= position < end for position, (begin, end) in enumerate(found))
+    windows = sorted(set(found))
+    assert [0, *(end for _, end in windows)] == [*(begin for begin, _ in windows), size]
+    block_of, whole = np.repeat(np.arange(len(blocks)), blocks), order(np.arange(size))
+    if window is None:
+        assert windows == [(0, size)]
+        return
+    inside = [set(block_of[whole[begin:end]].tolist()) for begin, end in windows]
+    assert sum(map(len, inside)) == sum(block > 0 for block in blocks)  # none is in two
+    assert all(len(some) <= max(1, window) for some in inside)
+    if 0 not in blocks:
+        assert all(len(some) == max(1, window) for some in inside[:-1])
+
+
 @given(blocks=BLOCKS, window=st.integers(1, 5), key=st.integers(0, 2**63))
 def test_a_window_reads_few_blocks_at_a_time(blocks, window, key):
     owner = np.repeat(np.arange(len(blocks)), blocks)

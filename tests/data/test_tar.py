@@ -209,7 +209,9 @@ def test_numbered_arms_are_told_apart_by_their_label(tmp_path, record, winner):
                 pairs_of(tmp_path, data, ties="error")
 
 
-@pytest.mark.parametrize("label", [{"label": 2}, {"label": True}, {"label_0": -1}, {"preferred": "first"}])
+@pytest.mark.parametrize(
+    "label", [{"label": 2}, {"label": True}, {"label_0": -1}, {"preferred": "first"}, {"preferred": 0.3}]
+)
 def test_labels_that_mean_nothing_are_refused(tmp_path, label):
     name = next(iter(label))
     with pytest.raises(SourceError, match=rf"s0\.tar: sample 'k': {name} is"):
@@ -522,6 +524,29 @@ def test_what_a_remote_shard_says_of_its_pairs_is_not_another_thing_later(tmp_pa
         assert source[1].key == "z"
     memory.pipe("/later.tar", shard(0, b"cat"))
     assert (bytes(source[0].win), source[0].prompt) == (b"A", "cat")
+
+
+def test_a_remote_shard_with_something_else_in_the_place_of_a_pair(tmp_path):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    first = archive([*sample("a"), *sample("b")])
+    memory.pipe("/else.tar", first)
+    source = TarPairs("memory://else.tar")
+    for other in (
+        bytes(len(first)),
+        archive([("a.win.jpg", b"W"), ("b.lose.png", b"L"), ("a.json", b"{}")]) + bytes(4096),
+        archive([(f"{n}.cls", b"3") for n in range(8)]),
+        archive([("a.win.jpg", b"W" * 9000)]),
+        os.urandom(len(first)),
+    ):
+        memory.pipe("/else.tar", other)
+        with pytest.raises(PairError, match=r"else\.tar at byte 0: the shard has changed or is damaged"):
+            source[0]
+
+
+def test_a_prompt_in_another_encoding_is_told(tmp_path):
+    source = pairs_of(tmp_path, archive([("a.win.jpg", b""), ("a.lose.jpg", b""), ("a.txt", b"gr\xfcn")]))
+    with pytest.raises(PairError, match="sample 'a': its txt is not UTF-8"):
+        source[0]
 
 
 def test_a_shard_replaced_after_opening(tmp_path):
