@@ -21,6 +21,7 @@ import torch
 from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, rgb  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splitmix import outputs
 
 import polydpo_fast
 from polydpo_fast import ClipLimits, DecodeError, clips, decode_clips
@@ -480,6 +481,18 @@ def test_no_frame_is_taken_before_it_is_shown():
     assert [p // 512 for p in fine.shown_at(times, "error")] == [0, 1, 3, 4, 6, 7, 9, 10]
     rounded = [Fraction(round(1000 * k / 24), 1000) for k in range(24)]  # by another clip's clock
     assert fine.shown_at(rounded, "error", Fraction(1, 1000)) == fine.pts.tolist()
+
+
+def test_where_a_random_start_falls_stays_what_it_was():
+    """By the fourth number of the seed, among the places that there are: one frame more than are left over."""
+    seeds = [0, 1, 1234567, -1, 2**64 - 1, *range(40, 50)]
+    clips = [CLIP] * len(seeds)
+    got = decode_clips(clips, clips, frames=5, size=8, start="random", seeds=seeds)
+    places = [int((outputs(seed, 4)[3] >> 11) * 2.0**-53 * 26) for seed in seeds]
+    times = [seconds for seconds, _ in full_decode(CLIP)]
+    assert len(times) == 30
+    assert len(set(places)) > 5
+    assert [row[0] for row in got.times.tolist()] == pytest.approx([times[place] for place in places])
 
 
 def test_a_random_start_is_never_the_end():

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from splitmix import outputs
 
 import polydpo_fast
 from polydpo_fast import DecodeError, DecodeLimits, decode_pairs
@@ -435,6 +436,18 @@ def test_corners_of_planes_are_even_and_equally_likely():
     assert 1400 < (tops == 0).sum() < 1600
     stored = torch.where(drawn.flipped, 37 - 32 - lefts, lefts)
     assert [900 < (stored == left).sum() < 1100 for left in (0, 2, 4)] == [True] * 3
+
+
+def test_what_is_drawn_for_a_seed_stays_what_it_was():
+    """Its first numbers: the corner's row and column, as parts of the room that there is, and the mirror."""
+    data, seeds = jpeg(picture(40, 60)), [0, 1, 1234567, -1, 2**80, 2**64 - 1, *range(50, 80)]
+    got = decode_pairs(
+        [data] * len(seeds), [data] * len(seeds), size=(8, 16), resize=None, crop="random", hflip=0.3, seeds=seeds
+    )
+    drawn = [outputs(seed, 3) for seed in seeds]
+    corners = [[(row >> 32) * 33 >> 32, (column >> 32) * 45 >> 32] for row, column, _ in drawn]
+    assert got.crop_top_left.tolist() == corners * 2
+    assert got.flipped.tolist() == [(mirror >> 11) * 2.0**-53 < 0.3 for *_, mirror in drawn]
 
 
 def test_draws_depend_on_the_seed_alone():

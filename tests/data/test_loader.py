@@ -16,6 +16,7 @@ import torch
 from data.pairs import Tiny, which
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splitmix import chained, outputs
 
 from polydpo_fast import decode_pairs
 from polydpo_fast.data import LoaderError, PairError, PairLoader, SourceError, open_source, read_ledger
@@ -422,6 +423,18 @@ def test_crops_and_mirrors_do_not_depend_on_ranks():
         corners = [piece.crop_top_left.unflatten(0, (2, 4)) for piece in pieces]
         assert torch.equal(batch.crop_top_left.unflatten(0, (2, 8)), torch.cat(corners, dim=1))
     assert 5 < sum(int(batch.flipped.sum()) for batch in whole) < 27
+
+
+def test_what_is_drawn_for_a_position_stays_what_it_was():
+    """By seed, epoch and position: the crop's and mirror's seed, and whether the prompt is dropped."""
+    loader = PairLoader(Tiny(64), 4, seed=5, hflip=0.4, prompt_dropout=0.3, **TINY)
+    loader.set_epoch(3)
+    batches = list(loader)
+    seeds = [chained(5, 3, position) >> 1 for position in range(64)]
+    mirrored = [(outputs(seed, 3)[2] >> 11) * 2.0**-53 < 0.4 for seed in seeds]
+    assert [one for batch in batches for one in batch.flipped.tolist()] == mirrored
+    dropped = [chained(5, 3, position, 2**32) / 2**64 < 0.3 for position in range(64)]
+    assert [prompt == "" for batch in batches for prompt in batch.prompts] == dropped
 
 
 def test_a_state_of_another_source_or_order_is_refused():

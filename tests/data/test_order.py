@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splitmix import chained, outputs
 
 from polydpo_fast.data.order import _ROUNDS, Balanced, Shuffled, _mixed, mix, order_of, permute
 
@@ -83,6 +84,61 @@ def test_neighbours_do_not_stay_together():
 
 def test_mixing_tells_all_numbers_and_their_places_apart():
     assert len({mix(*numbers) for numbers in ([], [0], [0, 0], [0, 1], [1, 0], [1], [2**64 - 1])}) == 7
+
+
+def test_mixing_is_splitmix64():
+    """Its numbers for two seeds as others print them, and chains of it."""
+    assert outputs(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert outputs(0, 2) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    for numbers in ((0,), (1234567,), (2**64 - 1, 3), (7, 0, 2**70 + 1), (-1,)):
+        assert mix(*numbers) == chained(*numbers)
+
+
+def permuted(value, size, key):
+    """Of one number, in Python's integers: Feistel's network on so many bits that they halve evenly."""
+    half = next(half for half in range(1, 40) if 4**half >= size)
+    while True:
+        left, right = divmod(value, 2**half)
+        for number in range(12):
+            z = (right + chained(key, number)) % 2**64
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ (z ^ z >> 31) % 2**half
+        value = left * 2**half + right
+        if value < size:
+            return value ^ (chained(key, 12) & 1) if value < 2 and size > 1 else value
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 2**40 + 7])
+def test_permutations_stay_what_they_were(size):
+    """A training that goes on with a newer version has the rest of its epoch, and nothing else."""
+    values = sorted({*range(min(size, 20)), size // 2, size - 1})
+    for key in (0, 9, 2**64 - 1):
+        assert permute(np.array(values), size, key).tolist() == [permuted(value, size, key) for value in values]
+
+
+def test_orders_stay_what_they_were():
+    """Seed and epoch make the key; blocks, and the pairs of k of them, have keys of their own; so have categories."""
+    blocks, seed, epoch = [3, 0, 4, 2, 5], 11, 2
+    key, order = chained(seed, epoch), dict(categories=None, shares=None, seed=seed, epoch=epoch)
+    at, size = np.arange(14), 14
+    assert order_of(np.array(blocks), window=None, **order)(at).tolist() == [permuted(p, size, key) for p in range(14)]
+    turns = [permuted(place, 5, chained(key, 1)) for place in range(5)]
+    want, begins = [], np.cumsum([0, *blocks]).tolist()
+    for group in range(3):
+        here = [begins[b] + k for b in turns[2 * group : 2 * group + 2] for k in range(blocks[b])]
+        want += [here[permuted(place, len(here), chained(key, 2, group))] for place in range(len(here))]
+    assert order_of(np.array(blocks), window=2, **order)(at).tolist() == want
+
+    codes = np.array([0] * 11 + [1] * 3)
+    order |= dict(categories=(("cat", "dog"), codes), shares={"dog": 1, "cat": 1})
+    got, want = order_of(np.array(blocks), window=None, **order), []
+    for place in range(14):
+        slot = permuted(place, 14, chained(seed, epoch, 3))
+        code, (first, count) = slot // 7, ((0, 11), (11, 3))[slot // 7]
+        lap, turn = divmod(epoch * 7 + slot % 7, count)
+        want.append((first + permuted(turn, count, chained(seed, 4, code, lap)), lap))
+    assert list(zip(got(at).tolist(), got.laps(at).tolist(), strict=True)) == want
 
 
 @given(blocks=BLOCKS, window=st.one_of(st.none(), st.integers(0, 14)), key=st.integers(0, 2**63))

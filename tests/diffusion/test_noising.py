@@ -16,8 +16,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from splitmix import chained
 
-from polydpo_fast.data.order import mix
 from polydpo_fast.diffusion import draw_noise, draw_timesteps, noise_pairs
 
 SEEDS = [3, 2**63 - 1, 0, 17]
@@ -37,7 +37,7 @@ def test_noise_against_the_same_in_integers():
     (row,) = draw_noise([42], (7,)).tolist()
     first, second = [], []
     for i in range(4):
-        z = (i * 0x9E3779B97F4A7C15 + mix(42, 1)) % 2**64
+        z = (i * 0x9E3779B97F4A7C15 + chained(42, 1)) % 2**64
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
         z ^= z >> 31
@@ -45,6 +45,22 @@ def test_noise_against_the_same_in_integers():
         first.append(math.sqrt(-2 * math.log(u)) * math.cos(2 * math.pi * v))
         second.append(math.sqrt(-2 * math.log(u)) * math.sin(2 * math.pi * v))
     np.testing.assert_allclose(row, np.float32(first + second[:3]), rtol=2e-7)
+
+
+def test_timesteps_of_a_seed_stay_what_they_were():
+    """Stored errors are of them: by the second chain of the seed, and for a normal number the third one too."""
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    seeds = [*SEEDS, *range(100, 150)]
+    parts = [[((chained(seed, k) >> 11) + 0.5) / 2**53 for k in (2, 3)] for seed in seeds]
+    assert draw_timesteps(scheduler, seeds).tolist() == [int(1000 * u) for u, _ in parts]
+    given = dict(density="logit_normal", logit_mean=0.2, logit_std=0.7)
+    gauss = [math.sqrt(-2 * math.log(u)) * math.cos(2 * math.pi * v) for u, v in parts]
+    assert draw_timesteps(scheduler, seeds, **given).tolist() == [
+        int(1000 / (1 + math.exp(-0.2 - 0.7 * z))) for z in gauss
+    ]
+    assert draw_timesteps(scheduler, seeds, density="mode", mode_scale=0.8).tolist() == [
+        int(1000 * (1 - u - 0.8 * (math.cos(math.pi * u / 2) ** 2 - 1 + u))) for u, _ in parts
+    ]
 
 
 def test_noise_is_normal_and_independent():
