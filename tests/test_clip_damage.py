@@ -523,14 +523,17 @@ def test_a_block_that_is_none_any_more_is_missed():
 
 
 def in_groups(data, change=bytes):
-    """Matroska whose clusters have no length, with each block in a group of its own. change: what a group holds."""
+    """Matroska whose clusters have no length, with each block in a group of its own, behind something void.
+
+    change: what a group holds.
+    """
     parts, done = [], 0
     for _, place, size, is_key in packets(data):
         at, end = data.rindex(b"\xa3", 0, place - 1), place + 4 + size  # behind track, time and flags
         assert place - at in (2, 3)
         reference = b"" if is_key else b"\xfb\x81\xff"
         group = change(b"\xa1" + data[at + 1 : end] + reference)
-        parts += [data[done:at], b"\xa0\x01" + len(group).to_bytes(7, "big") + group]
+        parts += [data[done:at], b"\xec\x82\0\0\xa0\x01" + len(group).to_bytes(7, "big") + group]
         done = end
     whole = b"".join([*parts, data[done:]])
     for found in reversed([*re.finditer(rb"\x1f\x43\xb6\x75", whole)]):
@@ -546,6 +549,14 @@ def test_groups_in_clusters_without_a_length(codec):
     assert data.count(b"\x1f\x43\xb6\x75") > 2
     exact, got = (decoded(one, frames=24) for one in (data, in_groups(data)))
     assert torch.equal(got.pixels, exact.pixels)
+    tracks = data.rindex(b"\x16\x54\xae\x6b") + 4
+    entry = data.index(b"\xae\x01", tracks)
+    end = entry + 9 + int.from_bytes(data[entry + 2 : entry + 9], "big")
+    assert data[entry + 9 : entry + 12] == b"\xd7\x81\x01"  # the track's number, which need not come first
+    body = b"\xec\x81\0" + data[entry + 12 : end] + data[entry + 9 : entry + 12]
+    moved = b"\xae\x01" + len(body).to_bytes(7, "big") + body
+    moved = data[:tracks] + b"\x01" + len(moved).to_bytes(7, "big") + moved + data[end:]
+    assert torch.equal(decoded(moved, frames=24).pixels, exact.pixels)
     for change, reason in (
         (lambda group: group + b"\xa3\x80", "what begins at byte \\d+ is of an unknown type, a3"),
         (lambda group: group + b"\x9b\x84\x01", "what begins at byte \\d+ has 4 bytes"),

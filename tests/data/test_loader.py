@@ -183,6 +183,15 @@ def test_pairs_in_shares_are_replaced_from_the_whole_source():
     assert [index for batch in loader for index in yielded(batch)] == want
 
 
+def test_a_block_of_one_pair_has_its_replacement_elsewhere():
+    class Blockwise(Tiny):
+        random_access = False
+
+    loader = PairLoader(Blockwise(20, {3: "read"}, blocks=[1] * 20), 4, shuffle=False, seed=2, **TINY)
+    got = [index for batch in loader for index in yielded(batch)]
+    assert got == [*range(3), (4 + mix(2, 0, 3, 1) % 19) % 20, *range(4, 20)]
+
+
 def test_batches_tell_how_many_times_a_pair_came_before():
     """Over epochs, ranks and what replaces bad pairs; without categories it is the number of the epoch."""
     codes = np.array([0] * 18 + [1] * 2)
@@ -504,6 +513,7 @@ def test_a_walk_draws_by_index():
         i: f for b in loader.walk(np.arange(40)) for i, f in zip(b.index.tolist(), b.flipped.tolist(), strict=True)
     }
     assert 8 < sum(flipped.values()) < 32
+    loader.set_epoch(3)  # says nothing of a walk
     for batch in loader.walk(np.arange(40)[::-3]):
         assert [flipped[i] for i in batch.index.tolist() if i >= 0] == batch.flipped[batch.ok].tolist()
 
