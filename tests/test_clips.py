@@ -470,6 +470,8 @@ def test_a_lap_is_as_long_as_its_frames_but_for_the_clock(count, rate, ticks):
         assert clip.lap() == exact
     uneven = Timeline(np.array([0, 10, 500, 510]), unit)
     assert uneven.lap() == 680 * unit
+    rounded = Timeline(np.array([0, 25, 50, 74, 99, 124], np.int64), Fraction(1, 600))  # 24.2 a second, to half a tick
+    assert rounded.lap() == 6 / Fraction(121, 5)
 
 
 def test_no_frame_is_taken_before_it_is_shown():

@@ -19,7 +19,7 @@ from polydpo_fast.data import pack as packing
 from polydpo_fast.data.media import suffix_of
 from polydpo_fast.data.pack import bytes_of, pack
 from polydpo_fast.data.source import Pair, PairError, Source, SourceError
-from polydpo_fast.data.tar import TarPairs
+from polydpo_fast.data.tar import PACK_STATE, TarPairs
 
 BEGINNINGS = {
     "jpg": b"\xff\xd8\xff\xe0",
@@ -217,6 +217,31 @@ def test_interrupted_at_any_step_of_a_commit(tmp_path, monkeypatch, call, when):
         pack(many(), folder, shard_size=20480)
         assert contents(folder) == contents(tmp_path / "whole")
     assert stops >= 6
+
+
+def test_what_has_its_name_is_on_the_disk(tmp_path, monkeypatch):
+    """After a crash of the machine, shards and lists that the state counts are whole."""
+    on_disk, named, fsync, replace = {}, [], os.fsync, os.replace
+
+    def noted(file):
+        fsync(file)
+        facts = os.fstat(file)
+        on_disk[facts.st_ino] = facts.st_size
+
+    def checked(part, path):
+        known = [path.with_name(packing.UNREADABLE)] if path.name == PACK_STATE else []
+        for file in (part, *(one for one in known if one.exists())):
+            assert on_disk.get(file.stat().st_ino) == file.stat().st_size, file
+        named.append(path.name)
+        replace(part, path)
+
+    source = many()
+    source.pairs[2] = PairError("its file is gone")
+    monkeypatch.setattr(packing.os, "fsync", noted)
+    monkeypatch.setattr(packing.os, "replace", checked)
+    pack(source, tmp_path, shard_size=20480)
+    assert len(named) > 6
+    assert (tmp_path / packing.UNREADABLE).stat().st_size > 0
 
 
 def test_a_folder_that_is_not_packed_to_its_end_is_no_source(tmp_path):

@@ -13,6 +13,7 @@ from diffusion.runs import stored
 from diffusion.tiny import build, unet
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from splitmix import chained
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from polydpo_fast.data import PairLoader, SourceError
@@ -295,6 +296,8 @@ def test_pairs_may_be_in_draws_of_their_own(store):
     alone = [ReferenceErrors(store)(index[i : i + 1], int(draw[i])) for i in range(5)]
     assert torch.equal(errors(index, draw), torch.stack(alone, 1).flatten())
     assert errors.seeds(index, draw) == [errors.seeds(index, draw_)[i] for i, draw_ in enumerate(draw.tolist())]
+    # Those of stores that are there already: of the seed, the draw and the pair.
+    assert errors.seeds(index, draw)[:2] == [chained(MAKE["seed"], 1, 9), chained(MAKE["seed"], 0, 1)]
 
 
 def damage(path, how):
