@@ -15,7 +15,7 @@ import pytest
 import torch
 from clip_oracle import ALL, av, encode, index_folder, joined, remuxed  # noqa: F401
 
-from polydpo_fast import ClipLimits, DecodeError, decode_clips, mp4
+from polydpo_fast import ClipLimits, DecodeError, decode_clips, mp4, video
 from polydpo_fast.mp4 import check_counts
 from polydpo_fast.video import Clip
 
@@ -294,8 +294,9 @@ def referring(data, target, kind=b"url "):
 
 
 @pytest.mark.parametrize("kind", [b"url ", b"alis"])
-def test_no_other_file_is_ever_opened(tmp_path, kind):
-    """A clip that refers to one is refused, or its own bytes alone are looked at, as its time of access tells."""
+def test_no_other_file_is_ever_opened(tmp_path, monkeypatch, kind):
+    """A clip that refers to one is refused, or its own bytes alone are looked at, as its time of access tells; also
+    where FFmpeg's options did not forbid it."""
     other, path = tmp_path / "other.mp4", tmp_path / "clip.mp4"
     other.write_bytes(encode(30, height=64))
     path.write_bytes(referring(CLIP, (b"" if kind == b"alis" else b"file://") + str(other).encode(), kind))
@@ -318,6 +319,8 @@ def test_no_other_file_is_ever_opened(tmp_path, kind):
     if not is_read(other.read_bytes):
         pytest.skip("this file system keeps no times of access")
     assert is_read(by_ffmpeg_if_allowed) == (kind == b"alis")  # it knows no other reference
+    assert not is_read(by_us)
+    monkeypatch.setitem(video._OPTIONS, "mp4", {"enable_drefs": "1", "use_absolute_path": "1"})
     assert not is_read(by_us)
 
 

@@ -485,6 +485,21 @@ def test_no_frame_is_taken_before_it_is_shown():
     assert fine.shown_at(rounded, "error", Fraction(1, 1000)) == fine.pts.tolist()
 
 
+def test_places_of_a_start_at_a_rate():
+    """Of 1.25 s that are shown, five frames an eighth of a second apart leave 0.75 s to begin in."""
+    clip = Timeline(np.arange(30), Fraction(1, 24))
+    for start, drawn, begin in (
+        ("center", 0.0, Fraction(3, 8)),
+        ("random", 0.0, 0),
+        ("random", 0.5, Fraction(3, 8)),
+        ("random", 1 - 2**-32, Fraction(3, 4) - Fraction(1, 24)),  # a frame before what is left ends
+    ):
+        times = plan((clip, clip), 5, 8, start, drawn, "error")
+        assert times == [begin + Fraction(k, 8) for k in range(5)]
+    for start, drawn, first in (("center", 0.0, 12), ("random", 0.0, 0), ("random", 1 - 2**-32, 25)):
+        assert plan((clip, clip), 5, None, start, drawn, "error") == [Fraction(first + k, 24) for k in range(5)]
+
+
 def test_where_a_random_start_falls_stays_what_it_was():
     """By the fourth number of the seed, among the places that there are: one frame more than are left over."""
     seeds = [0, 1, 1234567, -1, 2**64 - 1, *range(40, 50)]

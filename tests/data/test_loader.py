@@ -279,6 +279,18 @@ def test_too_many_bad_pairs_end_it():
         list(PairLoader(Tiny(1, {0: "read"}), 1, **TINY))
 
 
+@pytest.mark.parametrize("how", ["read", "win"])
+def test_as_many_bad_pairs_in_a_row_as_are_allowed_end_nothing(how):
+    """Good ones begin the count anew."""
+    source = Tiny(400, {begin + k: how for begin in range(50, 350, 60) for k in range(3)})
+    options = dict(
+        shuffle=False, seed=1, readers=1, max_bad_rate=1.0, **TINY
+    )  # one by which no other bad pair replaces them
+    assert sum(len(batch) for batch in PairLoader(source, 4, max_bad_run=3, **options)) == 400
+    with pytest.raises(LoaderError, match="3 pairs in a row are bad, more than 2"):
+        list(PairLoader(source, 4, max_bad_run=2, **options))
+
+
 def test_a_share_of_no_bad_pairs_at_all_ends_it_at_the_first():
     loader = PairLoader(Tiny(2000, {1: "win"}), 4, max_bad_rate=0.0, shuffle=False, **TINY)
     with pytest.raises(
@@ -586,6 +598,8 @@ def test_batches_move():
         (dict(batch_size=0), ValueError, "batch_size is 0; expected an int from 1"),
         (dict(batch_size=21), ValueError, "batch_size is 21 on 1 ranks; the source has only 20 pairs"),
         (dict(seed=-1), ValueError, "seed is -1"),
+        (dict(seed=True), ValueError, "seed is True"),
+        (dict(seed=1.0), ValueError, "seed is 1.0"),
         (dict(window=-1), ValueError, "window is -1"),
         (dict(last="keep"), ValueError, "last is 'keep'; expected 'drop', 'pad' or 'wrap'"),
         (dict(rank=1), ValueError, "rank is 1 and world_size None; expected both or neither"),

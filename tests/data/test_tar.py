@@ -479,6 +479,16 @@ def test_columns_come_along_and_misspelt_ones_are_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------- what is wrong
 
 
+def test_categories_are_in_order_of_their_names(tmp_path):
+    """The same in every process, whatever order they are met in: shares of an epoch go by their numbers."""
+    names = [f"{c}{n}" for c in "qbzam" for n in range(4)]
+    shards = [archive([one for n in part for one in sample(n, category=n)]) for part in (names[::2], names[1::2])]
+    source = pairs_of(tmp_path, *shards)
+    found, codes = source.categories
+    assert found == (*sorted(names),)
+    assert [found[code] for code in codes] == [source[i].category for i in range(20)] == names[::2] + names[1::2]
+
+
 def test_one_bad_json_is_the_trouble_of_its_pair(tmp_path):
     bad = [b"{", b"[1]", b'{"prompt": 7.5}', b'{"weight": -1}', b'{"weight": NaN}', b'{"category": []}', b"\xff"]
     bad += [b'{"prompt": "\\ud800"}', b"[" * 100_000, b'{"weight": 1e400}']
