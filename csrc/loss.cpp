@@ -22,19 +22,16 @@
 #include "pool.hpp"
 #include "simd.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(POLYDPO_NO_CLONES)
-#define POLYDPO_F16C_BUILD
-#include <immintrin.h>
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(POLYDPO_NO_CLONES)
+#define POLYDPO_LEVELS
 #endif
 
 namespace polydpo {
 namespace {
 
 // A sample is cut into splits of this many elements, whatever the batch and the number of threads: a pair's sums are
-// the same bit for bit in any company. Within a split, 32 float32 accumulators take turns; they are emptied into
-// doubles every `chunk` elements, so that none adds more than 64 terms.
+// the same bit for bit in any company.
 constexpr std::int64_t split_size = 1 << 15;
-constexpr int chunk = 2048;
 
 // Threads are not worth waking for less work than this, in elements of one tensor.
 constexpr std::int64_t elements_per_thread = 1 << 16;
@@ -51,29 +48,6 @@ struct Sums {
     double model = 0, excess = 0;
 };
 
-// Of all lanes.
-POLYDPO_INLINE double total(const Doubles& lanes) {
-    typedef double Four __attribute__((vector_size(32)));
-    typedef double Two __attribute__((vector_size(16)));
-    Four fours[2];
-    std::memcpy(fours, &lanes, sizeof fours);
-    fours[0] += fours[1];
-    Two twos[2];
-    std::memcpy(twos, fours, sizeof twos);
-    twos[0] += twos[1];
-    return twos[0][0] + twos[0][1];
-}
-
-// Sums in eight lanes.
-struct VectorSums {
-    Doubles model = {}, excess = {};
-
-    POLYDPO_INLINE void add_to(Sums& sums) const {
-        sums.model += total(model);
-        sums.excess += total(excess);
-    }
-};
-
 // Of a split of a pair, or of a whole one.
 struct PairSums {
     Sums win, lose;
@@ -88,22 +62,13 @@ struct PairSums {
     }
 };
 
-POLYDPO_INLINE Doubles in_double(const Doubles& values) { return values; }
-
-POLYDPO_INLINE Doubles in_double(const Floats& values) {
-    typedef float Half __attribute__((vector_size(32)));
-    Half halves[2];
-    std::memcpy(halves, &values, sizeof halves);
-    return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
-}
-
 // The hardware's prefetchers stop at the end of a page; three streams in turns have many ends.
+// A block of up to 128 bytes: two lines, unless the compiler knows that it is one.
 template <bool once = false>
-POLYDPO_INLINE void prefetch(const void* at) {
-    constexpr std::ptrdiff_t ahead = 2048;
-    constexpr int locality = once ? 0 : 3;
-    __builtin_prefetch(static_cast<const char*>(at) + ahead, 0, locality);
-    __builtin_prefetch(static_cast<const char*>(at) + ahead + 64, 0, locality);
+POLYDPO_INLINE void prefetch(const char* at, std::size_t bytes) {
+    constexpr std::size_t ahead = 2048;
+    __builtin_prefetch(at + ahead, 0, once ? 0 : 3);
+    if (!__builtin_constant_p(bytes <= 64) || bytes > 64) __builtin_prefetch(at + ahead + 64, 0, once ? 0 : 3);
 }
 
 // Stores a multiple of 16 bytes past the caches, at a multiple of 16.
@@ -124,58 +89,241 @@ POLYDPO_INLINE void end_of_stream() {
 #endif
 }
 
-// A mask's bytes, 0 or 1, as bits of the numbers of a block of P; nothing where nothing is masked.
-struct NoMask {};
+// ------------------------------------------------------------------------------------------------ blocks of numbers
 
-template <bool masked, class P>
-POLYDPO_INLINE auto load_mask([[maybe_unused]] const std::uint8_t* mask) {
-    if constexpr (!masked) {
-        return NoMask{};
+// The vectors of a level of x86-64, or of any other machine (0): no wider than its registers, for what is wider goes
+// through memory.
+template <int level_>
+struct Vectors {
+    static constexpr int level = level_, bytes = level == 4 ? 64 : level == 3 ? 32 : 16;
+    typedef float Floats __attribute__((vector_size(bytes)));
+    typedef double Doubles __attribute__((vector_size(bytes)));
+    typedef std::uint32_t Words __attribute__((vector_size(bytes)));
+    typedef std::uint64_t Longs __attribute__((vector_size(bytes)));
+    typedef float HalfFloats __attribute__((vector_size(bytes / 2)));
+    typedef std::uint16_t Halves __attribute__((vector_size(bytes / 2)));
+    typedef std::uint8_t Bytes __attribute__((vector_size(bytes / 4)));
+    typedef std::uint8_t HalfBytes __attribute__((vector_size(bytes / 8)));
+};
+
+// What a kernel is compiled for: the level, whether it computes in float64, and the order in a block.
+template <int level, bool in_double_, bool paired_ = false>
+struct Kind : Vectors<level> {
+    static constexpr bool in_double = in_double_, paired = paired_;
+    using Vector = std::conditional_t<in_double, typename Vectors<level>::Doubles, typename Vectors<level>::Floats>;
+    // Elements of a block, and of a chunk, of which no accumulator adds more than 64 terms.
+    static constexpr int size = 2 * sizeof(Vector) / (in_double ? 8 : 4), chunk = 64 * size;
+};
+
+// Two vectors, in order or, where all are bfloat16 (`paired`), the even and the odd elements. That takes one shift or
+// mask each, where widening in order takes three instructions; for what is done element by element or summed up, the
+// order is nothing.
+template <class Vector>
+struct Block {
+    Vector even, odd;
+};
+
+// 16 or 8 bits to 32, in one instruction where GCC 12 would take several.
+template <class V, class Narrow>
+POLYDPO_INLINE typename V::Words widen(const Narrow& narrow) {
+    typename V::Words words;
+    if constexpr (V::level >= 3 && std::is_same_v<Narrow, typename V::Halves>) {
+        asm("vpmovzxwd %1, %0" : "=v"(words) : "v"(narrow));
+    } else if constexpr (V::level >= 3) {
+        asm("vpmovzxbd %1, %0" : "=v"(words) : "v"(narrow));
     } else {
-        typedef std::uint8_t Bytes __attribute__((vector_size(16)));
-        typedef std::uint16_t Pairs __attribute__((vector_size(32)));
-        Pairs even, odd;
-        if constexpr (std::is_same_v<P, Bfloat16>) {
-            std::memcpy(&even, mask, sizeof even);
-            odd = even >> 8;
-            even &= 0xff;
-        } else {  // by way of 16 bits: GCC would take the bytes one by one
-            Bytes bytes[2];
-            std::memcpy(bytes, mask, sizeof bytes);
-            even = __builtin_convertvector(bytes[0], Pairs);
-            odd = __builtin_convertvector(bytes[1], Pairs);
-        }
-        // Whatever byte is not 0 keeps, as everywhere else.
-        return Block<Words>{reinterpret<Words>(__builtin_convertvector(even, Words) != 0),
-                            reinterpret<Words>(__builtin_convertvector(odd, Words) != 0)};
+        words = __builtin_convertvector(narrow, typename V::Words);
+    }
+    return words;
+}
+
+// float16 by the processor's own conversions, where the level has them. Results differ only in the payload of a NaN.
+template <class V>
+POLYDPO_INLINE typename V::Floats load_floats(const char* from, Float dtype) {
+    using Floats = typename V::Floats;
+    if (dtype == Float::float32) return read<Floats>(from);
+    const auto halves = read<typename V::Halves>(from);
+    if (dtype == Float::bfloat16) return reinterpret<Floats>(widen<V>(halves) << 16);
+    if constexpr (V::level >= 3) {
+        Floats values;
+        asm("vcvtph2ps %1, %0" : "=v"(values) : "v"(halves));
+        return values;
+    } else {
+        return widen_float16<Floats>(widen<V>(halves));
     }
 }
 
-template <class Vector>
-POLYDPO_INLINE Block<Vector> keep(const Block<Vector>& values, NoMask) {
-    return values;
+template <class V>
+POLYDPO_INLINE void store_floats(char* to, Float dtype, const typename V::Floats& values) {
+    using Words = typename V::Words;
+    using Halves = typename V::Halves;
+    if (dtype == Float::float32) {
+        std::memcpy(to, &values, sizeof values);
+        return;
+    }
+    Halves halves;
+    if (dtype == Float::bfloat16) {
+        // Rounding could carry a NaN of another dtype into the exponent: keep its sign, make it quiet.
+        const Words b = reinterpret<Words>(values), nan = b | 0x400000;
+        const Words rounded = (b & 0x7fffffff) > 0x7f800000 ? nan : narrow_to_bfloat16<Words>(values);
+        halves = __builtin_convertvector(rounded >> 16, Halves);
+    } else if constexpr (V::level >= 3) {
+        asm("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(values));
+    } else {
+        halves = __builtin_convertvector(narrow_to_float16<Words>(values), Halves);
+    }
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+template <class K>
+POLYDPO_INLINE Block<typename K::Vector> load(const char* from, Float dtype) {
+    using Floats = typename K::Floats;
+    using Doubles = typename K::Doubles;
+    using HalfFloats = typename K::HalfFloats;
+    if constexpr (K::paired) {
+        const auto pairs = read<typename K::Words>(from);
+        return {reinterpret<Floats>(pairs << 16), reinterpret<Floats>(pairs & 0xffff0000)};
+    } else if constexpr (!K::in_double) {
+        const char* odd = from + (dtype == Float::float32 ? K::bytes : K::bytes / 2);
+        return {load_floats<K>(from, dtype), load_floats<K>(odd, dtype)};
+    } else {
+        if (dtype == Float::float64) return {read<Doubles>(from), read<Doubles>(from + K::bytes)};
+        const Floats values = load_floats<K>(from, dtype);
+        const auto* halves = reinterpret_cast<const char*>(&values);
+        return {__builtin_convertvector(read<HalfFloats>(halves), Doubles),
+                __builtin_convertvector(read<HalfFloats>(halves + K::bytes / 2), Doubles)};
+    }
+}
+
+template <class K>
+POLYDPO_INLINE void store(char* to, Float dtype, const Block<typename K::Vector>& block) {
+    if constexpr (K::paired) {
+        using Words = typename K::Words;
+        const Words even = narrow_to_bfloat16<Words>(block.even), odd = narrow_to_bfloat16<Words>(block.odd);
+        const Words pairs = even >> 16 | (odd & 0xffff0000);
+        std::memcpy(to, &pairs, sizeof pairs);
+    } else if constexpr (!K::in_double) {
+        store_floats<K>(to, dtype, block.even);
+        store_floats<K>(to + (dtype == Float::float32 ? K::bytes : K::bytes / 2), dtype, block.odd);
+    } else if (dtype == Float::float64) {
+        std::memcpy(to, &block.even, K::bytes);
+        std::memcpy(to + K::bytes, &block.odd, K::bytes);
+    } else {
+        using HalfFloats = typename K::HalfFloats;
+        const HalfFloats halves[2] = {__builtin_convertvector(block.even, HalfFloats),
+                                      __builtin_convertvector(block.odd, HalfFloats)};
+        store_floats<K>(to, dtype, read<typename K::Floats>(halves));
+    }
+}
+
+// A mask's bytes as bits of the numbers of a block. Whatever byte is not 0 keeps, as everywhere else.
+template <class K>
+POLYDPO_INLINE auto load_mask(const std::uint8_t* mask) {
+    if constexpr (K::in_double) {
+        using Longs = typename K::Longs;
+        using HalfBytes = typename K::HalfBytes;
+        return Block<Longs>{
+            reinterpret<Longs>(__builtin_convertvector(read<HalfBytes>(mask), Longs) != 0),
+            reinterpret<Longs>(__builtin_convertvector(read<HalfBytes>(mask + sizeof(HalfBytes)), Longs) != 0)};
+    } else {
+        using Words = typename K::Words;
+        using Halves = typename K::Halves;
+        using Bytes = typename K::Bytes;
+        Words even, odd;
+        if constexpr (K::paired) {
+            even = widen<K>(Halves(read<Halves>(mask) & 0xff));
+            odd = widen<K>(Halves(read<Halves>(mask) >> 8));
+        } else {
+            even = widen<K>(read<Bytes>(mask));
+            odd = widen<K>(read<Bytes>(mask + sizeof(Bytes)));
+        }
+        return Block<Words>{reinterpret<Words>(even != 0), reinterpret<Words>(odd != 0)};
+    }
 }
 
 // Zeros where masked, whatever was there.
-POLYDPO_INLINE Block<Floats> keep(const Block<Floats>& values, const Block<Words>& mask) {
-    return {reinterpret<Floats>(reinterpret<Words>(values.even) & mask.even),
-            reinterpret<Floats>(reinterpret<Words>(values.odd) & mask.odd)};
+template <class Vector, class Bits>
+POLYDPO_INLINE Block<Vector> keep(const Block<Vector>& values, const Block<Bits>& mask) {
+    return {reinterpret<Vector>(reinterpret<Bits>(values.even) & mask.even),
+            reinterpret<Vector>(reinterpret<Bits>(values.odd) & mask.odd)};
 }
 
+// The elements that are left, with zeros behind them.
+template <class K>
+struct Last {
+    alignas(64) char bytes[2 * sizeof(typename K::Vector)] = {};
+
+    POLYDPO_INLINE Last(const void* from, std::size_t size, std::int64_t begin, std::int64_t end) {
+        const auto at = static_cast<std::size_t>(begin), count = static_cast<std::size_t>(end - begin);
+        if (count > 0) std::memcpy(bytes, static_cast<const char*>(from) + at * size, count * size);
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------- the sums
+
+// What a kernel is given; the compiler knows it where `choose` below says so.
+struct Given {
+    Float pred, ref, target;
+    bool has_ref, masked;
+};
+
+// Of all lanes.
+template <int level>
+POLYDPO_INLINE double total(const typename Vectors<level>::Doubles& lanes) {
+    if constexpr (level == 0) {
+        return lanes[0] + lanes[1];
+    } else {
+        constexpr int below = level == 4 ? 3 : 0;
+        typename Vectors<below>::Doubles halves[2];
+        std::memcpy(halves, &lanes, sizeof halves);
+        return total<below>(halves[0] + halves[1]);
+    }
+}
+
+// The sums of chunks, in lanes.
+template <class K>
+struct VectorSums {
+    using Vector = typename K::Vector;
+    using Doubles = typename K::Doubles;
+    Doubles model = {}, excess = {};
+
+    static POLYDPO_INLINE Doubles in_double(const Vector& values) {
+        if constexpr (K::in_double) {
+            return values;
+        } else {
+            using Half = typename K::HalfFloats;
+            Half halves[2];
+            std::memcpy(halves, &values, sizeof halves);
+            return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+        }
+    }
+
+    POLYDPO_INLINE void add_to(Sums& sums) const {
+        sums.model += total<K::level>(model);
+        sums.excess += total<K::level>(excess);
+    }
+};
+
 // Members, not arrays that a lambda refers to: those the compiler would write to memory at each step.
-template <class Vector>
+template <class K>
 struct Accumulators {
+    using Vector = typename K::Vector;
     Vector model_even = {}, model_odd = {}, excess_even = {}, excess_odd = {};
 
-    template <bool has_ref, bool masked, class P, class R, class T>
-    POLYDPO_INLINE void add(const P* pred, const R* ref, const T* target, const std::uint8_t* mask) {
-        const auto m = load_mask<masked, P>(mask);
-        const Block<Vector> p = keep(load(pred), m), t = keep(load_beside<P>(target), m);
+    POLYDPO_INLINE void add(const Given& given, const char* pred, const char* ref, const char* target,
+                            const std::uint8_t* mask) {
+        Block<Vector> p = load<K>(pred, given.pred), t = load<K>(target, given.target);
+        if (given.masked) {
+            const auto kept = load_mask<K>(mask);
+            p = keep(p, kept);
+            t = keep(t, kept);
+        }
         const Vector even = p.even - t.even, odd = p.odd - t.odd;
         model_even += even * even;
         model_odd += odd * odd;
-        if (has_ref) {
-            const Block<Vector> r = keep(load_beside<P>(ref), m);
+        if (given.has_ref) {
+            Block<Vector> r = load<K>(ref, given.ref);
+            if (given.masked) r = keep(r, load_mask<K>(mask));
             // (p - t)^2 - (r - t)^2 without the difference of nearly equal numbers.
             const Vector even_step = p.even - r.even, odd_step = p.odd - r.odd;
             excess_even += even_step * (2 * even - even_step);
@@ -184,32 +332,36 @@ struct Accumulators {
     }
 };
 
-// Sums of one arm over n <= chunk elements. Vector is what they are added up in.
-template <class Vector, bool has_ref, bool masked = false, class P, class R, class T>
-POLYDPO_INLINE void add_chunk(const P* pred, const R* ref, const T* target, int n, VectorSums& sums,
-                              const std::uint8_t* mask = nullptr) {
-    constexpr int size = Block<Vector>::size;
-    Accumulators<Vector> found;
+// Sums of one arm over n <= K::chunk elements; ref and mask are null where there is none.
+template <class K>
+POLYDPO_INLINE void add_chunk(const Given& given, const char* pred, const char* ref, const char* target,
+                              const std::uint8_t* mask, int n, VectorSums<K>& sums) {
+    constexpr int size = K::size;
+    Accumulators<K> found;
     int i = 0;
     for (; i + size <= n; i += size) {
-        prefetch(pred + i);
-        if (has_ref) prefetch<true>(ref + i);  // the gradient does not need it: leave the cache to the others
-        prefetch(target + i);
-        found.template add<has_ref, masked>(pred + i, ref + i, target + i, masked ? mask + i : nullptr);
+        const char* p = pred + i * size_of(given.pred);
+        const char* r = given.has_ref ? ref + i * size_of(given.ref) : nullptr;
+        const char* t = target + i * size_of(given.target);
+        // The gradient does not need the reference: leave the cache to the others.
+        prefetch(p, size * size_of(given.pred));
+        if (given.has_ref) prefetch<true>(r, size * size_of(given.ref));
+        prefetch(t, size * size_of(given.target));
+        found.add(given, p, r, t, given.masked ? mask + i : nullptr);
     }
     if (i < n) {  // zeros add nothing
-        P last_pred[size] = {};
-        R last_ref[size] = {};
-        T last_target[size] = {};
-        std::uint8_t last_mask[size] = {};
-        std::copy(pred + i, pred + n, last_pred);
-        std::copy(target + i, target + n, last_target);
-        if (has_ref) std::copy(ref + i, ref + n, last_ref);
-        if (masked) std::copy(mask + i, mask + n, last_mask);
-        found.template add<has_ref, masked>(last_pred, last_ref, last_target, last_mask);
+        const Last<K> p(pred, size_of(given.pred), i, n), t(target, size_of(given.target), i, n);
+        const Last<K> r(ref, size_of(given.ref), i, given.has_ref ? n : i), m(mask, 1, i, given.masked ? n : i);
+        found.add(given, p.bytes, r.bytes, t.bytes, reinterpret_cast<const std::uint8_t*>(m.bytes));
     }
-    sums.model += in_double(found.model_even) + in_double(found.model_odd);
-    if (has_ref) sums.excess += in_double(found.excess_even) + in_double(found.excess_odd);
+    sums.model += sums.in_double(found.model_even) + sums.in_double(found.model_odd);
+    if (given.has_ref) sums.excess += sums.in_double(found.excess_even) + sums.in_double(found.excess_odd);
+}
+
+POLYDPO_INLINE int count_kept(const std::uint8_t* mask, std::int64_t n) {
+    int kept = 0;
+    for (std::int64_t i = 0; i < n; ++i) kept += mask[i] != 0;
+    return kept;
 }
 
 // Pairs first ... last - 1, of which each adds what [begin, end) holds to the next of `sums`.
@@ -217,25 +369,24 @@ struct Range {
     std::int64_t first, last, begin, end;
 };
 
-// Both arms of a range: add(pred, ref, target, n, sums, mask) takes a chunk, with null for what there is not. A target
-// shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other, which
-// leaves the hardware's prefetchers half the streams to follow.
-template <class P, class R, class T, class Add>
-POLYDPO_INLINE void add_range(const Batch& batch, const Range& range, PairSums* sums, Add add) {
+// A target shared by both arms is read from memory once: they take turns, chunk by chunk. Else one arm after the other,
+// which leaves the hardware's prefetchers half the streams to follow.
+template <class K>
+POLYDPO_INLINE void add_range(const Given& given, const Batch& batch, const Range& range, PairSums* sums) {
     const Arms &pred = batch.pred, &ref = batch.ref, &target = batch.target;
-    const std::int64_t turn = target.win == target.lose ? chunk : range.end - range.begin;
+    const std::int64_t turn = target.win == target.lose ? K::chunk : range.end - range.begin;
     for (std::int64_t pair = range.first; pair < range.last; ++pair, ++sums) {
-        const std::int64_t p = pair * pred.stride, r = pair * ref.stride, t = pair * target.stride;
-        VectorSums found[2];
+        const std::uint8_t* mask = given.masked ? batch.mask + pair * batch.mask_stride : nullptr;
+        if (given.masked) sums->elements += count_kept(mask + range.begin, range.end - range.begin);
+        VectorSums<K> found[2];
         for (std::int64_t from = range.begin; from < range.end; from += turn) {
             const std::int64_t to = std::min(from + turn, range.end);
             for (int arm = 0; arm < 2; ++arm) {
-                for (std::int64_t at = from; at < to; at += chunk) {
-                    add(static_cast<const P*>(pred.of(arm)) + p + at,
-                        ref.win ? static_cast<const R*>(ref.of(arm)) + r + at : nullptr,
-                        static_cast<const T*>(target.of(arm)) + t + at,
-                        static_cast<int>(std::min<std::int64_t>(chunk, to - at)), found[arm],
-                        batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr);
+                for (std::int64_t at = from; at < to; at += K::chunk) {
+                    add_chunk<K>(given, pred.from(arm, pair, at, given.pred),
+                                 given.has_ref ? ref.from(arm, pair, at, given.ref) : nullptr,
+                                 target.from(arm, pair, at, given.target), given.masked ? mask + at : nullptr,
+                                 static_cast<int>(std::min<std::int64_t>(K::chunk, to - at)), found[arm]);
                 }
             }
         }
@@ -244,343 +395,115 @@ POLYDPO_INLINE void add_range(const Batch& batch, const Range& range, PairSums* 
     }
 }
 
-template <bool streamed, class Vector, bool masked = false, class P, class T>
-POLYDPO_INLINE void scale_range(const P* pred, const T* target, [[maybe_unused]] const std::uint8_t* mask, double scale,
-                                std::int64_t n, P* grad) {
-    constexpr int size = Block<Vector>::size;
+// ------------------------------------------------------------------------------------------------------ the gradient
+
+// n elements of an arm's gradient: scale (pred - target), past the caches if `streamed`.
+struct Piece {
+    const char *pred, *target;
+    const std::uint8_t* mask;
+    double scale;
+    std::int64_t n;
+    char* grad;
+    bool streamed;
+};
+
+template <class K>
+POLYDPO_INLINE void scale_piece(const Given& given, const Piece& piece) {
+    using Vector = typename K::Vector;
     using Value = std::remove_reference_t<decltype(Vector{}[0])>;
+    constexpr int size = K::size;
+    const auto [pred, target, mask, scale, n, grad, streamed] = piece;
     // Whatever NaN it is: one without a payload, which rounding to bfloat16 would take for digits.
     const Vector factor =
         Vector{} + (std::isnan(scale) ? std::numeric_limits<Value>::quiet_NaN() : static_cast<Value>(scale));
-    const auto scaled = [&](const P* pred, const T* target, const std::uint8_t* mask) __attribute__((always_inline)) {
-        const Block<Vector> p = load(pred), t = load_beside<P>(target);
-        // No gradient even where what is masked, or the scale, is NaN.
-        return keep(Block<Vector>{factor * (p.even - t.even), factor * (p.odd - t.odd)}, load_mask<masked, P>(mask));
-    };
+    const auto put = [&](char* to, const char* pred, const char* target, const std::uint8_t* mask)
+                         POLYDPO_INLINE_LAMBDA {
+                             const Block<Vector> p = load<K>(pred, given.pred), t = load<K>(target, given.target);
+                             Block<Vector> scaled{factor * (p.even - t.even), factor * (p.odd - t.odd)};
+                             // No gradient even where what is masked, or the scale, is NaN.
+                             if (given.masked) scaled = keep(scaled, load_mask<K>(mask));
+                             store<K>(to, given.pred, scaled);
+                         };
+    const std::size_t own = size_of(given.pred), other = size_of(given.target);
     std::int64_t i = 0;
     for (; i + size <= n; i += size) {
-        prefetch(pred + i);
-        prefetch(target + i);
+        const auto at = static_cast<std::size_t>(i);
+        const char *p = pred + at * own, *t = target + at * other;
+        const std::uint8_t* m = given.masked ? mask + at : nullptr;
         if (streamed) {
-            P block[size];
-            store(block, scaled(pred + i, target + i, mask + (masked ? i : 0)));
-            stream<sizeof block>(block, grad + i);
+            char block[2 * sizeof(Vector)];
+            put(block, p, t, m);
+            for (std::size_t k = 0; k < size * own; k += 16) stream<16>(block + k, grad + at * own + k);
         } else {
-            store(grad + i, scaled(pred + i, target + i, mask + (masked ? i : 0)));
+            put(grad + at * own, p, t, m);
         }
     }
     if (i < n) {
-        P last_pred[size] = {}, last_grad[size];
-        T last_target[size] = {};
-        std::uint8_t last_mask[size] = {};
-        std::copy(pred + i, pred + n, last_pred);
-        std::copy(target + i, target + n, last_target);
-        if (masked) std::copy(mask + i, mask + n, last_mask);
-        store(last_grad, scaled(last_pred, last_target, last_mask));
-        std::copy(last_grad, last_grad + (n - i), grad + i);
+        const Last<K> p(pred, own, i, n), t(target, other, i, n), m(mask, 1, i, given.masked ? n : i);
+        char block[2 * sizeof(Vector)];
+        put(block, p.bytes, t.bytes, reinterpret_cast<const std::uint8_t*>(m.bytes));
+        std::memcpy(grad + static_cast<std::size_t>(i) * own, block, static_cast<std::size_t>(n - i) * own);
     }
     if (streamed) end_of_stream();
 }
 
-using Add = void (*)(const Batch& batch, const Range& range, PairSums* sums);
-using Scale = void (*)(const void* pred, const void* target, const std::uint8_t* mask, double scale, std::int64_t n,
-                       void* grad);
+// ------------------------------------------------------------------------------------------------ the machine's level
 
-#define POLYDPO_ADD(name, Vector, has_ref, masked, P, R, T)                                                    \
-    POLYDPO_CLONES void name(const Batch& batch, const Range& range, PairSums* sums) {                         \
-        add_range<P, R, T>(                                                                                    \
-            batch, range, sums,                                                                                \
-            [](const P* p, const R* r, const T* t, int n, VectorSums& found, const std::uint8_t* m)            \
-                __attribute__((always_inline)) { add_chunk<Vector, has_ref, masked>(p, r, t, n, found, m); }); \
+// run(kind, given) with what is usual as constants. One kind does for all the rest: a branch that always goes the same
+// way is nothing beside memory.
+template <int level, class Run>
+POLYDPO_INLINE void choose(const Given& given, bool in_double, Run run) {
+    constexpr Float b = Float::bfloat16, h = Float::float16, f = Float::float32;
+    const bool same = given.pred == given.ref && given.pred == given.target, plain = given.has_ref && !given.masked;
+    if (in_double) return run(Kind<level, true>{}, given);
+    if (same && given.pred == b) {
+        if (!plain) return run(Kind<level, false, true>{}, Given{b, b, b, given.has_ref, given.masked});
+        return run(Kind<level, false, true>{}, Given{b, b, b, true, false});
     }
-POLYDPO_ADD(add_bfloat16, Floats, true, false, Bfloat16, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_float32, Floats, true, false, Float32, Float32, Float32)
-POLYDPO_ADD(add_float64, Doubles, true, false, Float64, Float64, Float64)
-POLYDPO_ADD(add_bfloat16_alone, Floats, false, false, Bfloat16, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_float32_alone, Floats, false, false, Float32, Float32, Float32)
-POLYDPO_ADD(add_float64_alone, Doubles, false, false, Float64, Float64, Float64)
-// A policy under autocast, and what is not.
-POLYDPO_ADD(add_autocast, Floats, true, false, Float32, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_autocast_ref, Floats, true, false, Float32, Bfloat16, Float32)
-POLYDPO_ADD(add_autocast_target, Floats, true, false, Float32, Float32, Bfloat16)
-POLYDPO_ADD(add_autocast_alone, Floats, false, false, Float32, Float32, Bfloat16)
-POLYDPO_ADD(add_masked_bfloat16, Floats, true, true, Bfloat16, Bfloat16, Bfloat16)
-POLYDPO_ADD(add_masked_float32, Floats, true, true, Float32, Float32, Float32)
-POLYDPO_ADD(add_masked_autocast, Floats, true, true, Float32, Bfloat16, Bfloat16)
-
-#define POLYDPO_SCALE(name, streamed, Vector, masked, P, T)                                                            \
-    POLYDPO_CLONES void name(const void* pred, const void* target, const std::uint8_t* mask, double scale,             \
-                             std::int64_t n, void* grad) {                                                             \
-        scale_range<streamed, Vector, masked>(static_cast<const P*>(pred), static_cast<const T*>(target), mask, scale, \
-                                              n, static_cast<P*>(grad));                                               \
-    }
-POLYDPO_SCALE(scale_bfloat16, false, Floats, false, Bfloat16, Bfloat16)
-POLYDPO_SCALE(scale_float32, false, Floats, false, Float32, Float32)
-POLYDPO_SCALE(scale_float64, false, Doubles, false, Float64, Float64)
-POLYDPO_SCALE(scale_autocast, false, Floats, false, Float32, Bfloat16)
-POLYDPO_SCALE(stream_bfloat16, true, Floats, false, Bfloat16, Bfloat16)
-POLYDPO_SCALE(stream_float32, true, Floats, false, Float32, Float32)
-POLYDPO_SCALE(stream_float64, true, Doubles, false, Float64, Float64)
-POLYDPO_SCALE(stream_autocast, true, Floats, false, Float32, Bfloat16)
-POLYDPO_SCALE(scale_masked_bfloat16, false, Floats, true, Bfloat16, Bfloat16)
-POLYDPO_SCALE(scale_masked_float32, false, Floats, true, Float32, Float32)
-POLYDPO_SCALE(scale_masked_autocast, false, Floats, true, Float32, Bfloat16)
-POLYDPO_SCALE(stream_masked_bfloat16, true, Floats, true, Bfloat16, Bfloat16)
-POLYDPO_SCALE(stream_masked_float32, true, Floats, true, Float32, Float32)
-POLYDPO_SCALE(stream_masked_autocast, true, Floats, true, Float32, Bfloat16)
-
-// ------------------------------------------------------------------------------------------------------ float16
-//
-// The processor's own conversions, eight at a time. Results differ from ours only in the payload of a NaN.
-
-#ifdef POLYDPO_F16C_BUILD
-#define POLYDPO_F16C __attribute__((target("avx2,fma,f16c")))
-
-const bool has_f16c = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-
-POLYDPO_F16C inline __m256 load_halves(const Float16* from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    if (same && plain && given.pred == h) return run(Kind<level, false>{}, Given{h, h, h, true, false});
+    if (same && plain && given.pred == f) return run(Kind<level, false>{}, Given{f, f, f, true, false});
+    run(Kind<level, false>{}, given);
 }
 
-POLYDPO_F16C inline __m128i to_halves(__m256 values) { return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT); }
+struct Kernels {
+    void (*add)(const Batch& batch, const Range& range, PairSums* sums);
+    void (*scale)(const Given& given, bool in_double, const Piece* pieces, int count);
+};
 
-POLYDPO_F16C void halves_to_float32(const void* from, int n, Float32* to) {
-    const auto* halves = static_cast<const Float16*>(from);
-    int i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(&to[i].value, load_halves(halves + i));
-    for (; i < n; ++i) to[i].value = halves[i].get();
+template <int level>
+POLYDPO_INLINE void add_at_level(const Batch& batch, const Range& range, PairSums* sums) {
+    const bool has_ref = batch.ref.win != nullptr;
+    const Given given{batch.pred.dtype, has_ref ? batch.ref.dtype : batch.pred.dtype, batch.target.dtype, has_ref,
+                      batch.mask != nullptr};
+    choose<level>(given, batch.accumulate_in_double, [&](auto kind, const Given& known) POLYDPO_INLINE_LAMBDA {
+        add_range<decltype(kind)>(known, batch, range, sums);
+    });
 }
 
-POLYDPO_F16C void float32_to_halves(const Float32* from, int n, void* to) {
-    auto* halves = static_cast<Float16*>(to);
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), to_halves(_mm256_loadu_ps(&from[i].value)));
-    }
-    for (; i < n; ++i) halves[i] = Float16::set(from[i].value);
+template <int level>
+POLYDPO_INLINE void scale_at_level(const Given& given, bool in_double, const Piece* pieces, int count) {
+    choose<level>(given, in_double, [&](auto kind, const Given& known) POLYDPO_INLINE_LAMBDA {
+        for (int i = 0; i < count; ++i) scale_piece<decltype(kind)>(known, pieces[i]);
+    });
 }
 
-// Sums of one arm over n <= chunk elements, as add_chunk.
-POLYDPO_F16C void add_halves_chunk(const Float16* pred, const Float16* ref, const Float16* target, int n,
-                                   VectorSums& sums, const std::uint8_t*) {
-    __m256 model[4] = {}, excess[4] = {};
-    Float16 last[3][8] = {};  // zeros add nothing
-    const auto* r = ref ? ref : pred;
-    for (int i = 0; i < n; i += 32) {
-        prefetch(pred + i);
-        if (ref) prefetch<true>(ref + i);
-        prefetch(target + i);
-        for (int k = 0; k < 4; ++k) {
-            const int at = i + 8 * k;
-            if (at >= n) break;
-            const Float16 *p_at = pred + at, *r_at = r + at, *t_at = target + at;
-            if (at + 8 > n) {
-                const std::size_t left = sizeof(Float16) * static_cast<std::size_t>(n - at);
-                std::memcpy(last[0], p_at, left);
-                std::memcpy(last[1], r_at, left);
-                std::memcpy(last[2], t_at, left);
-                p_at = last[0], r_at = last[1], t_at = last[2];
-            }
-            const __m256 p = load_halves(p_at), difference = _mm256_sub_ps(p, load_halves(t_at));
-            model[k] = _mm256_fmadd_ps(difference, difference, model[k]);
-            const __m256 step = _mm256_sub_ps(p, load_halves(r_at));
-            const __m256 both = _mm256_fmsub_ps(_mm256_set1_ps(2), difference, step);
-            excess[k] = _mm256_fmadd_ps(step, both, excess[k]);
-        }
-    }
-    float lanes[2][8];
-    for (int k = 0; k < 4; ++k) {
-        _mm256_storeu_ps(lanes[0], model[k]);
-        _mm256_storeu_ps(lanes[1], excess[k]);
-        for (int l = 0; l < 8; ++l) {
-            sums.model[l] += static_cast<double>(lanes[0][l]);
-            if (ref) sums.excess[l] += static_cast<double>(lanes[1][l]);
-        }
-    }
-}
+#define POLYDPO_KERNELS(name, level, attributes)                                                       \
+    attributes void add_##name(const Batch& batch, const Range& range, PairSums* sums) {               \
+        add_at_level<level>(batch, range, sums);                                                       \
+    }                                                                                                  \
+    attributes void scale_##name(const Given& given, bool in_double, const Piece* pieces, int count) { \
+        scale_at_level<level>(given, in_double, pieces, count);                                        \
+    }                                                                                                  \
+    constexpr Kernels name{add_##name, scale_##name};
 
-void add_halves(const Batch& batch, const Range& range, PairSums* sums) {
-    add_range<Float16, Float16, Float16>(batch, range, sums, add_halves_chunk);
-}
-
-template <bool streamed>
-POLYDPO_F16C void scale_halves(const void* pred, const void* target, const std::uint8_t*, double scale, std::int64_t n,
-                               void* grad) {
-    const auto *p = static_cast<const Float16*>(pred), *t = static_cast<const Float16*>(target);
-    auto* to = static_cast<Float16*>(grad);
-    const auto value = static_cast<float>(scale);
-    const __m256 factor = _mm256_set1_ps(value);
-    std::int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m128i scaled = to_halves(_mm256_mul_ps(factor, _mm256_sub_ps(load_halves(p + i), load_halves(t + i))));
-        if (streamed) {
-            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), scaled);
-        } else {
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), scaled);
-        }
-    }
-    for (; i < n; ++i) to[i] = Float16::set(value * (p[i].get() - t[i].get()));
-    if (streamed) end_of_stream();
-}
+POLYDPO_KERNELS(baseline, 0, )
+#ifdef POLYDPO_LEVELS
+POLYDPO_KERNELS(v3, 3, __attribute__((target("arch=x86-64-v3"))))
+POLYDPO_KERNELS(v4, 4, __attribute__((target("arch=x86-64-v4"))))
+const Kernels& kernels = __builtin_cpu_supports("x86-64-v4") ? v4 : __builtin_cpu_supports("x86-64-v3") ? v3 : baseline;
+#else
+const Kernels& kernels = baseline;
 #endif
-
-// Null where the processor does not convert.
-Add add_float16() {
-#ifdef POLYDPO_F16C_BUILD
-    if (has_f16c) return add_halves;
-#endif
-    return nullptr;
-}
-
-Scale scale_float16([[maybe_unused]] bool streamed) {
-#ifdef POLYDPO_F16C_BUILD
-    if (has_f16c) return streamed ? scale_halves<true> : scale_halves<false>;
-#endif
-    return nullptr;
-}
-
-// ------------------------------------------------------------------------------------- through the first-level cache
-//
-// Other mixtures of dtypes, masked or not, and float16 where the processor does not convert it: a piece of an arm at a
-// time is converted to the dtype that is computed in, and back. Three pieces leave room in a cache of 32 KB for what
-// they are made from.
-constexpr int piece = 512;
-
-template <class Wide, class Narrow>
-POLYDPO_INLINE void widen_chunk(const void* from, int n, Wide* to) {
-    using Value = decltype(to->value);
-    for (int i = 0; i < n; ++i) to[i].value = static_cast<Value>(static_cast<const Narrow*>(from)[i].get());
-}
-
-template <class Wide, class Narrow>
-POLYDPO_INLINE void narrow_chunk(const Wide* from, int n, void* to) {
-    for (int i = 0; i < n; ++i) static_cast<Narrow*>(to)[i] = Narrow::set(static_cast<float>(from[i].value));
-}
-
-template <class Wide>
-POLYDPO_INLINE void clear_chunk(const std::uint8_t* mask, int n, Wide* values) {
-    for (int i = 0; i < n; ++i) values[i].value = mask[i] ? values[i].value : 0;
-}
-
-#define POLYDPO_CONVERT(dtype, wide, Narrow, Wide)                             \
-    POLYDPO_CLONES void dtype##_to_##wide(const void* from, int n, Wide* to) { \
-        widen_chunk<Wide, Narrow>(from, n, to);                                \
-    }                                                                          \
-    POLYDPO_CLONES void wide##_to_##dtype(const Wide* from, int n, void* to) { \
-        narrow_chunk<Wide, Narrow>(from, n, to);                               \
-    }
-POLYDPO_CONVERT(bfloat16, float32, Bfloat16, Float32)
-POLYDPO_CONVERT(float16, float32, Float16, Float32)
-POLYDPO_CONVERT(bfloat16, float64, Bfloat16, Float64)
-POLYDPO_CONVERT(float16, float64, Float16, Float64)
-POLYDPO_CONVERT(float32, float64, Float32, Float64)
-
-#define POLYDPO_CHUNK(wide, Wide, Vector)                                                                             \
-    POLYDPO_CLONES void clear_##wide(const std::uint8_t* mask, int n, Wide* values) { clear_chunk(mask, n, values); } \
-    POLYDPO_CLONES void add_##wide##_chunk(const Wide* pred, const Wide* ref, const Wide* target, int n,              \
-                                           VectorSums& sums) {                                                        \
-        if (ref) return add_chunk<Vector, true>(pred, ref, target, n, sums);                                          \
-        add_chunk<Vector, false>(pred, ref, target, n, sums);                                                         \
-    }
-POLYDPO_CHUNK(float32, Float32, Floats)
-POLYDPO_CHUNK(float64, Float64, Doubles)
-
-POLYDPO_CLONES int count_kept(const std::uint8_t* mask, int n) {
-    int kept = 0;
-    for (int i = 0; i < n; ++i) kept += mask[i] != 0;
-    return kept;
-}
-
-void widen(const void* from, Float dtype, int n, Float32* to) {
-#ifdef POLYDPO_F16C_BUILD
-    if (dtype == Float::float16 && has_f16c) return halves_to_float32(from, n, to);
-#endif
-    if (dtype == Float::float32) {
-        std::memcpy(to, from, sizeof *to * static_cast<std::size_t>(n));
-    } else {
-        (dtype == Float::bfloat16 ? bfloat16_to_float32 : float16_to_float32)(from, n, to);
-    }
-}
-
-void widen(const void* from, Float dtype, int n, Float64* to) {
-    switch (dtype) {
-        case Float::bfloat16: return bfloat16_to_float64(from, n, to);
-        case Float::float16: return float16_to_float64(from, n, to);
-        case Float::float32: return float32_to_float64(from, n, to);
-        case Float::float64: std::memcpy(to, from, sizeof *to * static_cast<std::size_t>(n));
-    }
-}
-
-void narrow(const Float32* from, Float dtype, int n, void* to) {
-#ifdef POLYDPO_F16C_BUILD
-    if (dtype == Float::float16 && has_f16c) return float32_to_halves(from, n, to);
-#endif
-    if (dtype == Float::float32) {
-        std::memcpy(to, from, sizeof *from * static_cast<std::size_t>(n));
-    } else {
-        (dtype == Float::bfloat16 ? float32_to_bfloat16 : float32_to_float16)(from, n, to);
-    }
-}
-
-void narrow(const Float64* from, Float dtype, int n, void* to) {
-    switch (dtype) {
-        case Float::bfloat16: return float64_to_bfloat16(from, n, to);
-        case Float::float16: return float64_to_float16(from, n, to);
-        case Float::float32: return float64_to_float32(from, n, to);
-        case Float::float64: std::memcpy(to, from, sizeof *from * static_cast<std::size_t>(n));
-    }
-}
-
-std::size_t size_of(Float dtype) { return dtype == Float::float64 ? 8 : dtype == Float::float32 ? 4 : 2; }
-
-template <class Wide>
-constexpr Float dtype_of = sizeof(Wide) == 8 ? Float::float64 : Float::float32;
-
-// n elements of an arm as they are computed with, masked ones 0: where they are, or in the buffer.
-template <class Wide>
-const Wide* widened(const void* arm, Float dtype, std::int64_t at, int n, const std::uint8_t* mask, Wide* buffer) {
-    const std::size_t size = size_of(dtype), bytes = size * static_cast<std::size_t>(n);
-    const char* from = static_cast<const char*>(arm) + static_cast<std::size_t>(at) * size;
-    if (dtype == dtype_of<Wide> && !mask) return reinterpret_cast<const Wide*>(from);
-    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + bytes + i, 0, 2);  // the next chunk
-    widen(from, dtype, n, buffer);
-    if (mask) {
-        if constexpr (sizeof(Wide) == 8) clear_float64(mask, n, buffer);
-        else clear_float32(mask, n, buffer);
-    }
-    return buffer;
-}
-
-template <class Wide>
-void add_converted_pair(const Batch& batch, std::int64_t pair, std::int64_t begin, std::int64_t end, PairSums& sums) {
-    alignas(64) Wide pred_buffer[piece], ref_buffer[piece], target_buffer[piece];
-    VectorSums found[2];
-    for (std::int64_t at = begin; at < end; at += piece) {
-        const int n = static_cast<int>(std::min<std::int64_t>(piece, end - at));
-        const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr;
-        if (mask) sums.elements += count_kept(mask, n);
-        const Wide* target = nullptr;
-        for (int arm = 0; arm < 2; ++arm) {
-            const auto of = [&](const Arms& arms, Wide* buffer) {
-                return widened(arms.of(arm), arms.dtype, pair * arms.stride + at, n, mask, buffer);
-            };
-            const Wide* pred = of(batch.pred, pred_buffer);
-            const Wide* ref = batch.ref.win ? of(batch.ref, ref_buffer) : nullptr;
-            if (arm == 0 || batch.target.win != batch.target.lose) target = of(batch.target, target_buffer);
-            if constexpr (sizeof(Wide) == 8) add_float64_chunk(pred, ref, target, n, found[arm]);
-            else add_float32_chunk(pred, ref, target, n, found[arm]);
-        }
-    }
-    found[0].add_to(sums.win);
-    found[1].add_to(sums.lose);
-}
-
-template <class Wide>
-void add_converted(const Batch& batch, const Range& range, PairSums* sums) {
-    for (std::int64_t pair = range.first; pair < range.last; ++pair) {
-        add_converted_pair<Wide>(batch, pair, range.begin, range.end, *sums++);
-    }
-}
 
 // Copies of samples that are shorter than a block of any dtype, eight pairs at a time, with zeros behind them. A copy
 // that is read at once would not have come as far as the cache, for which a processor waits.
@@ -613,45 +536,9 @@ struct ShortSamples {
     }
 };
 
-// What sums the masked samples of the usual dtypes, or null.
-Add masked_sums(const Batch& batch) {
-    const Float pred = batch.pred.dtype, ref = batch.ref.dtype, target = batch.target.dtype;
-    if (!batch.ref.win || ref != target) return nullptr;
-    if (pred == target && pred == Float::bfloat16) return add_masked_bfloat16;
-    if (pred == target && pred == Float::float32) return add_masked_float32;
-    return pred == Float::float32 && target == Float::bfloat16 ? add_masked_autocast : nullptr;
-}
-
-// And counts what is not masked.
-void add_masked_counted(const Batch& batch, const Range& range, PairSums* sums) {
-    masked_sums(batch)(batch, range, sums);
-    for (std::int64_t pair = range.first; pair < range.last; ++pair) {
-        const std::uint8_t* mask = batch.mask + pair * batch.mask_stride + range.begin;
-        sums[pair - range.first].elements += count_kept(mask, static_cast<int>(range.end - range.begin));
-    }
-}
-
-// What reads elements as they are, or null where they must be converted.
-Add add_as_they_are(const Batch& batch) {
-    if (batch.mask) return masked_sums(batch) ? add_masked_counted : nullptr;
-    const bool has_ref = batch.ref.win != nullptr;
-    const Float pred = batch.pred.dtype, target = batch.target.dtype, ref = has_ref ? batch.ref.dtype : pred;
-    if (pred == target && pred == ref) {
-        switch (pred) {
-            case Float::bfloat16: return has_ref ? add_bfloat16 : add_bfloat16_alone;
-            case Float::float32: return has_ref ? add_float32 : add_float32_alone;
-            case Float::float64: return has_ref ? add_float64 : add_float64_alone;
-            case Float::float16: return add_float16();
-        }
-    }
-    const auto fits = [](Float dtype) { return dtype == Float::float32 || dtype == Float::bfloat16; };
-    if (pred != Float::float32 || !fits(target) || !fits(ref)) return nullptr;
-    if (!has_ref) return add_autocast_alone;
-    return target == Float::float32 ? add_autocast_ref : ref == Float::float32 ? add_autocast_target : add_autocast;
-}
+bool is_short(const Batch& batch) { return batch.numel < short_size && !batch.mask; }
 
 void add_short(const Batch& batch, const Range& range, PairSums* sums) {
-    const Add add = add_as_they_are(batch);
     Batch padded = batch;
     ShortSamples pred, ref, target;
     for (std::int64_t first = range.first; first < range.last; first += 8) {
@@ -659,84 +546,29 @@ void add_short(const Batch& batch, const Range& range, PairSums* sums) {
         padded.pred = pred.of(batch.pred, first, count, batch.numel);
         if (batch.ref.win) padded.ref = ref.of(batch.ref, first, count, batch.numel);
         padded.target = target.of(batch.target, first, count, batch.numel);
-        add(padded, {0, count, 0, short_size}, sums + (first - range.first));
+        kernels.add(padded, {0, count, 0, short_size}, sums + (first - range.first));
     }
 }
 
-Add add_of(const Batch& batch) {
-    if (const Add add = add_as_they_are(batch)) return batch.numel < short_size && !batch.mask ? add_short : add;
-    return batch.accumulate_in_double ? add_converted<Float64> : add_converted<Float32>;
+Given given_of(const Batch& batch) {
+    return {batch.pred.dtype, batch.pred.dtype, batch.target.dtype, true, batch.mask != nullptr};
 }
 
-// grad = scale (pred - target) for one arm of a split.
-template <class Wide>
-void scale_converted(const Batch& batch, const void* pred_arm, const void* target_arm, std::int64_t pair,
-                     std::int64_t begin, std::int64_t end, double scale, bool streamed, char* grad) {
-    alignas(64) Wide pred_buffer[piece], target_buffer[piece];
-    alignas(64) char narrowed[piece * sizeof(Wide)];
-    const Float dtype = batch.pred.dtype;
-    for (std::int64_t at = begin; at < end; at += piece) {
-        const int n = static_cast<int>(std::min<std::int64_t>(piece, end - at));
-        const std::size_t bytes = size_of(dtype) * static_cast<std::size_t>(n);
-        const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + at : nullptr;
-        const Wide* pred = widened<Wide>(pred_arm, dtype, pair * batch.pred.stride + at, n, nullptr, pred_buffer);
-        const Wide* target =
-            widened<Wide>(target_arm, batch.target.dtype, pair * batch.target.stride + at, n, nullptr, target_buffer);
-        if constexpr (sizeof(Wide) == 8) scale_float64(pred, target, nullptr, scale, n, pred_buffer);
-        else scale_float32(pred, target, nullptr, scale, n, pred_buffer);
-        if (mask) {  // no gradient even where what is masked or the scale is NaN
-            if constexpr (sizeof(Wide) == 8) clear_float64(mask, n, pred_buffer);
-            else clear_float32(mask, n, pred_buffer);
-        }
-        if (streamed && bytes % 16 == 0) {
-            narrow(pred_buffer, dtype, n, narrowed);
-            for (std::size_t i = 0; i < bytes; i += 16) stream<16>(narrowed + i, grad + i);
-        } else {
-            narrow(pred_buffer, dtype, n, grad);
-        }
-        grad += bytes;
-    }
-    if (streamed) end_of_stream();
-}
-
-Scale scale_as_they_are(const Batch& batch, bool streamed) {
-    const Float pred = batch.pred.dtype, target = batch.target.dtype;
-    if (pred == Float::float32 && target == Float::bfloat16) {
-        if (batch.mask) return streamed ? stream_masked_autocast : scale_masked_autocast;
-        return streamed ? stream_autocast : scale_autocast;
-    }
-    if (pred != target) return nullptr;
-    if (batch.mask) {
-        if (pred == Float::bfloat16) return streamed ? stream_masked_bfloat16 : scale_masked_bfloat16;
-        if (pred == Float::float32) return streamed ? stream_masked_float32 : scale_masked_float32;
-        return nullptr;
-    }
-    switch (pred) {
-        case Float::bfloat16: return streamed ? stream_bfloat16 : scale_bfloat16;
-        case Float::float32: return streamed ? stream_float32 : scale_float32;
-        case Float::float64: return streamed ? stream_float64 : scale_float64;
-        case Float::float16: return scale_float16(streamed);
-    }
-    return nullptr;
-}
-
-void scale_split(const Batch& batch, const void* pred, const void* target, std::int64_t pair, std::int64_t begin,
-                 std::int64_t end, double scale, char* grad) {
+// What [begin, end) of a pair's arm is made from.
+Piece piece_of(const Batch& batch, int arm, std::int64_t pair, std::int64_t begin, std::int64_t end, double scale,
+               char* grad) {
     const std::size_t size = size_of(batch.pred.dtype);
     // Past the caches, which makes no sense where little is written before the wait at the end.
     const bool streamed = static_cast<std::size_t>(2 * batch.pairs * batch.numel) * size >= streamed_bytes &&
                           static_cast<std::size_t>(end - begin) * size >= least_streamed_bytes &&
                           reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
-    const auto from = [&](const void* arm, const Arms& arms) {
-        return static_cast<const char*>(arm) +
-               static_cast<std::size_t>(pair * arms.stride + begin) * size_of(arms.dtype);
-    };
-    if (const Scale as_they_are = scale_as_they_are(batch, streamed)) {
-        const std::uint8_t* mask = batch.mask ? batch.mask + pair * batch.mask_stride + begin : nullptr;
-        return as_they_are(from(pred, batch.pred), from(target, batch.target), mask, scale, end - begin, grad);
-    }
-    const auto convert = batch.accumulate_in_double ? scale_converted<Float64> : scale_converted<Float32>;
-    convert(batch, pred, target, pair, begin, end, scale, streamed, grad);
+    return {batch.pred.from(arm, pair, begin, batch.pred.dtype),
+            batch.target.from(arm, pair, begin, batch.target.dtype),
+            batch.mask ? batch.mask + pair * batch.mask_stride + begin : nullptr,
+            scale,
+            end - begin,
+            grad,
+            streamed};
 }
 
 // Of pairs whose samples are short: scale(pair, arm) is the factor, to(pair, 0, arm) where the gradient goes.
@@ -750,10 +582,11 @@ void scale_short(const Batch& batch, const Range& range, ScaleOf scale, To to) {
         padded.pred = pred.of(batch.pred, first, count, batch.numel);
         padded.target = target.of(batch.target, first, count, batch.numel);
         for (int arm = 0; arm < 2; ++arm) {
-            const void *pred_arm = padded.pred.of(arm), *target_arm = padded.target.of(arm);
+            Piece pieces[8];
             for (int i = 0; i < count; ++i) {
-                scale_split(padded, pred_arm, target_arm, i, 0, short_size, scale(first + i, arm), grad.rows[arm][i]);
+                pieces[i] = piece_of(padded, arm, i, 0, short_size, scale(first + i, arm), grad.rows[arm][i]);
             }
+            kernels.scale(given_of(batch), batch.accumulate_in_double, pieces, count);
             for (int i = 0; i < count; ++i) ShortSamples::copy(grad.rows[arm][i], bytes, to(first + i, 0, arm));
         }
     }
@@ -901,7 +734,7 @@ void finish_batch(const Objective& o, std::int64_t count, const double* pairs, d
 
 void pair_loss(const Batch& batch, const Objective& objective, double* pairs, double* total, double* metrics) {
     const std::int64_t splits = splits_of(batch);
-    const Add add = add_of(batch);
+    const auto add = is_short(batch) ? add_short : kernels.add;
     const auto finish = [&](std::int64_t first, std::int64_t last, const PairSums* sums) {
         for (std::int64_t at = first; at < last; at += 8) {
             const int count = static_cast<int>(std::min<std::int64_t>(8, last - at));
@@ -951,15 +784,18 @@ void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t 
         return static_cast<char*>(arm == 0 ? grad_of_win : grad_of_lose) +
                static_cast<std::size_t>(pair * grad_stride + begin) * size;
     };
-    const bool is_short = batch.numel < short_size && !batch.mask && scale_as_they_are(batch, false);
     // From the last to the first: what the forward pass read last may still be in the cache.
     for_each_range(batch, true, [&](const Range& range) {
-        if (is_short) return scale_short(batch, range, scale, to);
+        if (is_short(batch)) return scale_short(batch, range, scale, to);
         for (const int arm : {1, 0}) {
-            const void *pred = batch.pred.of(arm), *target = batch.target.of(arm);
-            for (std::int64_t pair = range.first; pair < range.last; ++pair) {
-                scale_split(batch, pred, target, pair, range.begin, range.end, scale(pair, arm),
-                            to(pair, range.begin, arm));
+            Piece pieces[8];
+            for (std::int64_t at = range.first; at < range.last; at += 8) {
+                const int count = static_cast<int>(std::min<std::int64_t>(8, range.last - at));
+                for (int i = 0; i < count; ++i) {
+                    pieces[i] = piece_of(batch, arm, at + i, range.begin, range.end, scale(at + i, arm),
+                                         to(at + i, range.begin, arm));
+                }
+                kernels.scale(given_of(batch), batch.accumulate_in_double, pieces, count);
             }
         }
     });

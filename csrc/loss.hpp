@@ -7,8 +7,6 @@
 
 namespace polydpo {
 
-enum class Float : int { bfloat16 = 0, float16 = 1, float32 = 2, float64 = 3 };
-
 // One input of a batch of pairs: where each arm begins, its dtype, and the distance from one pair to the next in
 // elements. Within a sample the elements are dense, in one order common to all tensors of a call.
 struct Arms {
@@ -18,6 +16,11 @@ struct Arms {
     std::int64_t stride;
 
     const void* of(int arm) const { return arm == 0 ? win : lose; }
+
+    // Where an element of a pair's arm is; `known` is the dtype once more, where the compiler knows it.
+    POLYDPO_INLINE const char* from(int arm, std::int64_t pair, std::int64_t at, Float known) const {
+        return static_cast<const char*>(of(arm)) + static_cast<std::size_t>(pair * stride + at) * size_of(known);
+    }
 };
 
 struct Batch {

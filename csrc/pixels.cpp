@@ -57,7 +57,7 @@ struct ToFloat32 {
     }
 };
 
-// Finite numbers only: Bfloat16::set without its care for NaN.
+// Finite numbers only: there is no care for NaN.
 struct ToBfloat16 {
     using Type = std::uint16_t;
     static POLYDPO_INLINE void convert(const float* levels, int n, float offset, float scale, Type* __restrict to) {
@@ -75,7 +75,7 @@ struct ToFloat16 {
         for (int i = 0; i < block; i += 16) {
             Floats values;
             std::memcpy(&values, levels + i, sizeof values);
-            const Words narrowed = narrow_to_float16((values - offset) * scale);
+            const Words narrowed = narrow_to_float16<Words>((values - offset) * scale);
             std::memcpy(words + i, &narrowed, sizeof narrowed);
         }
         for (int i = 0; i < n; ++i) to[i] = static_cast<Type>(words[i]);

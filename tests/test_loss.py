@@ -220,6 +220,54 @@ def test_any_nan_stays_one(backend, dtype, bits, device):
     assert poisoned.grad[[0, 2]].isfinite().all()
 
 
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="rounds by code of its own")
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=lambda d: "-".join(map(str, d)))
+def test_a_nan_of_any_dtype_stays_one_beside_numbers(dtypes):
+    """A target of all ones in binary: what rounding adds would carry through such a payload, to a zero."""
+    pred, _, target = batch((2, 100), torch.float64, "cpu")
+    pred, target = pred.to(dtypes[0]), target.to(dtypes[1])
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    target.view(integers[dtypes[1].itemsize])[:, ::3] = -1
+    coefficients = torch.full((1, 2), 0.5, dtype=torch.float64)
+    (grad,) = torch.ops.polydpo_fast.pair_gradient(
+        [pred], [target], None, coefficients, torch.ones(()), "halves", "cpp"
+    )
+    assert torch.equal(grad.isnan(), target.isnan())
+    expected = oracle.wide(pred) - oracle.wide(target.nan_to_num(0.0))
+    finite = ~target.isnan()
+    assert_gradient_close(grad[finite], 0.5 * expected[finite.numpy()], dtypes[0], "cpp")
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the loops of C++")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES[:3], repeat=3)), ids=lambda d: "-".join(map(str, d)))
+def test_any_mix_at_any_address_and_of_any_size(masked, dtypes):
+    """Around the sizes of blocks, whole chunks and what is left, at addresses that no vector divides."""
+    for size in (1, 7, 8, 15, 17, 31, 32, 33, 64, 95, 512, 1055, 2080):
+        drawn = batch((4, size), torch.float64, "cpu", seed=size, closeness=0.5)
+        pred, ref, target = (
+            torch.empty(4 * size + 1, dtype=dtype)[1:].view(4, size).copy_(x)
+            for x, dtype in zip(drawn, dtypes, strict=True)
+        )
+        mask = torch.arange(size) % 5 != 3 if masked else None
+        p, r, t = (x[:, mask].double() if masked else x.double() for x in (pred, ref, target))
+        model = ((p - t) ** 2).mean(1).view(2, 2)
+        for cached in (False, True):
+            known = torch.tensor([[0.5, 2.0], [1.5, 0.25]]) if cached else ((r - t) ** 2).mean(1).view(2, 2)
+            reference, error = (None, tuple(known)) if cached else (ref, None)
+            policy = pred.detach().requires_grad_()
+            loss = polydpo_fast.loss(
+                policy, reference, target, beta=2.0, mask=mask, ref_error=error, reduction="none", backend="cpp"
+            )
+            (grad,) = torch.autograd.grad(loss.sum(), policy)
+            excess = model - known
+            logit = excess[1] - excess[0]
+            torch.testing.assert_close(loss.double(), torch.nn.functional.softplus(-logit), rtol=3e-6, atol=1e-7)
+            slope = 2.0 * torch.sigmoid(-logit) / p.shape[1]
+            exact = torch.cat((slope, -slope))[:, None] * (p - t)
+            assert_gradient_close(grad[:, mask] if masked else grad, exact.numpy(), dtypes[0], "cpp")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_half_precision_values_do_not_overflow(backend, device):
     """300^2 is beyond float16, 60,000 nearly is."""
