@@ -71,15 +71,12 @@ POLYDPO_INLINE void prefetch(const char* at, std::size_t bytes) {
     if (!__builtin_constant_p(bytes <= 64) || bytes > 64) __builtin_prefetch(at + ahead + 64, 0, once ? 0 : 3);
 }
 
-// Stores a multiple of 16 bytes past the caches, at a multiple of 16.
-template <std::size_t bytes>
-POLYDPO_INLINE void stream(const void* from, void* to) {
+// Stores 16 bytes past the caches, at a multiple of 16.
+POLYDPO_INLINE void stream(const char* from, char* to) {
 #ifdef __SSE2__
-    for (std::size_t i = 0; i < bytes / 16; ++i) {
-        _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
-    }
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
-    std::memcpy(to, from, bytes);
+    std::memcpy(to, from, 16);
 #endif
 }
 
@@ -433,7 +430,7 @@ POLYDPO_INLINE void scale_piece(const Given& given, const Piece& piece) {
         if (streamed) {
             char block[2 * sizeof(Vector)];
             put(block, p, t, m);
-            for (std::size_t k = 0; k < size * own; k += 16) stream<16>(block + k, grad + at * own + k);
+            for (std::size_t k = 0; k < size * own; k += 16) stream(block + k, grad + at * own + k);
         } else {
             put(grad + at * own, p, t, m);
         }
