@@ -2,8 +2,10 @@
 
 import ctypes
 import io
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 import polydpo_fast
 from polydpo_fast import _C
@@ -173,6 +175,62 @@ def test_a_code_that_does_not_exist_is_an_error_wherever_it_is(decoder, subsampl
         assert len(decoded(spoilt, decoder, size=128)[1]) == 2
         mended = polydpo_fast.decode_pairs([spoilt], [spoilt], size=128, strict=False)
         assert len(mended.damaged) == 2
+
+
+DECODE = """
+import sys
+from types import SimpleNamespace as Facts
+import numpy as np
+sys.path.insert(0, sys.argv[1])  # without the package, and so without PyTorch, which takes seconds
+import _C
+data, out = sys.stdin.buffer.read(), np.zeros((2, 3, 12, 23), np.uint8)
+form = Facts(size=(12, 23), resize=None, interpolation="bilinear", dtype="uint8", planes=False, offset=(0, 0, 0),
+             scale=(1, 1, 1), background=(0, 0, 0))
+limits = Facts(pixels=1000, bytes=10000, decoded=10000, chunk=10000, scans=10)
+draw = Facts(centre=True, top=0, left=0, flipped=False)
+_, failed, _ = _C.decode_pairs([data], [data], raw=[], draws=[draw], out=out.ctypes.data, output=form,
+                               apply_orientation=True, strict=True, limits=limits, threads=1)
+sys.exit(str(failed)) if failed else sys.stdout.buffer.write(out[1].tobytes())
+"""
+
+
+def lossless_jpeg(pixels):
+    """ITU-T T.81, annex H: each value's difference to the one on its left, or above. RGB, as Adobe's marker says."""
+    height, width, _ = pixels.shape
+    codes = bytes([0, 0, 0, 9, *[0] * 12, *range(9)])  # 4 bits each, for the lengths of differences
+    parts = [
+        (0xEE, b"Adobe" + bytes(7)),
+        (0xC3, bytes([8, 0, height, 0, width, 3, 0, 0x11, 0, 1, 0x11, 0, 2, 0x11, 0])),
+        (0xC4, b"\0" + codes),
+        (0xDA, bytes([3, 0, 0, 1, 0, 2, 0, 1, 0, 0])),
+    ]
+    values = pixels.astype(int)
+    differences = np.diff(values, axis=1, prepend=values[:, :1])
+    differences[:, 0] = np.diff(values[:, 0], axis=0, prepend=128)
+    bits = ""
+    for difference in differences.ravel().tolist():
+        length = abs(difference).bit_length()
+        bits += f"{length:04b}" + (f"{difference % (1 << length) - (difference < 0):0{length}b}" if length else "")
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    head = b"".join(bytes([0xFF, kind, 0, len(part) + 2]) + part for kind, part in parts)
+    return b"\xff\xd8" + head + scan + b"\xff\xd9"
+
+
+def test_lossless_jpegs_are_decoded_where_libjpeg_can():
+    """libjpeg-turbo 3 can, such as Pillow's, which stands in for the system's here."""
+    turbo = [*Path(Image.__file__).parents[1].glob("pillow.libs/libjpeg-*.so.62*")]
+    if not turbo or int((features.version("libjpeg_turbo") or "0").split(".")[0]) < 3:
+        pytest.skip("Pillow has no libjpeg-turbo 3 of its own")
+    pixels = np.random.default_rng(0).integers(96, 160, (12, 23, 3)).astype(np.uint8)
+    ran = subprocess.run(
+        [sys.executable, "-c", DECODE, Path(_C.__file__).parent],
+        input=lossless_jpeg(pixels),
+        capture_output=True,
+        env={**os.environ, "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')}:{turbo[0]}"},
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert np.array_equal(np.frombuffer(ran.stdout, np.uint8), pixels.transpose(2, 0, 1).ravel())
 
 
 def test_what_is_not_as_it_should_be_is_left_to_libjpeg():
