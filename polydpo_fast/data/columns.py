@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..decode_arguments import check_choice
-from .source import Arm, PairError, Source, SourceError, weight_of
+from .source import Arm, PairError, Source, SourceError, warn, weight_of
 
 __all__ = [
     "CATEGORY",
@@ -121,11 +120,7 @@ def verdicts(labels: np.ndarray, labelled: np.ndarray | None, name: str, where: 
 
 def warn_ignored(where: str, name: str, kind: str, expected: str) -> None:
     """Warns of a column that would count without being asked for, but holds something else."""
-    warnings.warn(
-        f"{where}: {name} is {kind}, and is not used; expected {expected}, or {name}=None",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    warn(f"{where}: {name} is {kind}, and is not used; expected {expected}, or {name}=None")
 
 
 def keep(verdict: np.ndarray, ties: str, where: str) -> np.ndarray:

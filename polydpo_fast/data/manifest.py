@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import urllib.parse
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from .fields import Fields, parse_json, text_of
 from .files import File, Location, contents
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .manifest_records import RecordError, place_of, read_row, records_of
-from .source import Arm, Pair, PairError, SourceError
+from .source import Arm, Pair, PairError, SourceError, warn
 from .splits import find_one_split
 
 __all__ = ["ManifestPairs"]
@@ -100,11 +99,7 @@ class ManifestPairs(IndexedSource):
         try:
             self[first]
         except PairError as error:
-            warnings.warn(
-                f"{bad} of {self._counts['records']} records are no pairs; the first is {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn(f"{bad} of {self._counts['records']} records are no pairs; the first is {error}")
 
     def _scan(self, file: File, notes: Notes) -> Iterator[tuple[Any, ...]]:
         with io.BufferedReader(file.open(), 1 << 20) as opened:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -134,6 +136,14 @@ class Source(ABC):
     def counts(self) -> Mapping[str, int]:
         """What was found, for people: rows, ties, rows without a label, pairs."""
         return {"pairs": len(self)}
+
+
+def warn(text: str) -> None:
+    """A RuntimeWarning of the line that called this package, whichever way came here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("polydpo_fast."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def worked_out_once(make: Callable[[Any], str]) -> property:

@@ -6,12 +6,11 @@ import fnmatch
 import itertools
 import os
 import re
-import warnings
 from collections.abc import Sequence
 
 from .files import BRACES, File, Location, find
 from .remote import parts_of
-from .source import SourceError
+from .source import SourceError, warn
 
 __all__ = ["find_one_split"]
 
@@ -71,9 +70,7 @@ def _warn_of_missing(place: str, files: Sequence[File]) -> None:
         before, after = some[0][: some.start("number")], some[0][some.end("number") :]
         absent = [f"{before}{n:05}{after}" for n in range(int(count)) if n not in shards]
         if absent := [name for name in absent if not is_glob or fnmatch.fnmatchcase(name, given)]:
-            warnings.warn(
+            warn(
                 f"{place}: {len(absent)} files are not there, though the names of the others say so; the first is "
-                f"{absent[0]}",
-                RuntimeWarning,
-                stacklevel=4,
+                f"{absent[0]}"
             )

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, ClassVar, NamedTuple
@@ -18,7 +17,7 @@ from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
 from .files import File, Location
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
-from .source import Pair, PairError, SourceError
+from .source import Pair, PairError, SourceError, warn
 from .splits import find_one_split
 from .tar_members import BLOCK, Member, is_header, read_member
 
@@ -84,11 +83,7 @@ class TarPairs(IndexedSource):
         cut_off = [file.path for file, notes in zip(files, self._notes, strict=True) if notes.counts[_CUT_OFF]]
         if cut_off:
             others = f" and {len(cut_off) - 1} others" if len(cut_off) > 1 else ""
-            warnings.warn(
-                f"cut off, so that at least the last sample is missing: {cut_off[0]}{others}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn(f"cut off, so that at least the last sample is missing: {cut_off[0]}{others}")
 
     @property
     def blocks(self) -> np.ndarray:

@@ -1,19 +1,25 @@
 """`RecordPairs` over lists of mappings, over something like a `datasets.Dataset`, and over a real one."""
 
+import inspect
 import io
 import math
 import os
 import pickle
 import signal
+import tarfile
 import threading
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data.pairs import everything, plain
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polydpo_fast.data import PairLoader, open_source
 from polydpo_fast.data.records import RecordPairs
 from polydpo_fast.data.source import PairError, SourceError
 
@@ -282,11 +288,8 @@ def test_the_nan_of_a_data_frame_is_nothing(first):
 )
 def test_a_weight_or_category_of_another_kind_is_not_used(name, value):
     records = [{"win": b"w", "lose": b"l", name: value, "other": value}] * 2
-    with pytest.warns(
-        RuntimeWarning, match=rf"records\[0\]: {name} is .*, and is not used; expected .*{name}=None"
-    ) as told:
+    with pytest.warns(RuntimeWarning, match=rf"records\[0\]: {name} is .*, and is not used; expected .*{name}=None"):
         source = RecordPairs(records)
-    assert told[0].filename == __file__  # the line that opens the source, not its caller's
     assert (source[0].weight, source[0].category) == (1.0, "")
     assert source.fingerprint == RecordPairs(records, **{name: None}).fingerprint
     if name == "weight":
@@ -420,3 +423,21 @@ def test_a_real_dataset(tmp_path):
         RecordPairs(datasets.DatasetDict(train=dataset))
     with pytest.raises(TypeError, match="records is a IterableDataset"):
         RecordPairs(dataset.to_iterable_dataset())
+
+
+@pytest.mark.parametrize("where", ["records", "m.jsonl", "*-of-00002.parquet", "s.tar"])
+def test_warnings_of_what_is_opened_name_the_line_that_opens_it(tmp_path, where):
+    records = [{"win": b"w", "lose": b"l", "weight": "high"}]
+    (tmp_path / "m.jsonl").write_text('{"win": "a.png", "lose": "b.png"}\n{}\n')
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "train-00000-of-00002.parquet")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("a.win.png", "a.lose.png", "b.win.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    os.truncate(tmp_path / "s.tar", 3 * 512)
+    given = records if where == "records" else f"{tmp_path}/{where}"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        open_source(given)
+        PairLoader(given, batch_size=1, size=2)
+        lines = {inspect.currentframe().f_lineno - n for n in (1, 2)}
+    assert {(warning.filename, warning.lineno) for warning in told} == {(__file__, line) for line in lines}
