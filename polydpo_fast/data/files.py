@@ -216,7 +216,7 @@ def _walk(place: str, suffixes: Sequence[str]) -> Iterator[str]:
 
 
 def _once(paths: Iterable[str]) -> list[str]:
-    """Each file once, sorted: under its own name if that is among the paths, else by the first link to it."""
+    """Each file once, sorted: under its own name rather than a link's, in the first of the folders that lead to it."""
     real_folder = cache(os.path.realpath)
     found: dict[str, str] = {}
     for is_link, path in sorted((os.path.islink(path), path) for path in paths):
