@@ -223,7 +223,7 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
     loss = {"objectives", "metrics", "layout", "reference", "arguments", "functional", "cpu"}
     files = {"clip_file", "mp4", "matroska", "bitstream", "cache"}
     decoders = {"decode_arguments", "decode", "clips", "video", "timeline", *files}
-    assert needs["reference"] == {"layout", "metrics", "objectives"}
+    assert needs["reference"] == {"metrics", "objectives"}
     assert not {"objectives", "layout", "colour"} & set(needs)
     for module in loss:
         assert needs.get(module, set()) <= loss | {"_C"}, module
