@@ -76,21 +76,27 @@ _LESS_MEMORY = (
 )
 
 
-def _takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command these of the settings as options, and --config and --set; they arrive by keyword."""
+def _takes_settings(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command these of the settings as options, and --config and --set; they arrive by keyword.
+
+    helps: of settings that mean something of their own to this command.
+    """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         own = [one for one in signature(command, eval_str=True).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        taken = {name: _SETTINGS[name] for name in (*names, *helps)}
         options = {
             "config": (Path, typer.Option(help="YAML file of settings; options on the command line win.")),
-            **{name: (_SETTINGS[name][0], typer.Option(help=_SETTINGS[name][1])) for name in names},
+            **{name: (kind, typer.Option(help=helps.get(name, text))) for name, (kind, text) in taken.items()},
             "assign": (list[str], typer.Option("--set", help="NAME=VALUE of any setting, in YAML; may be repeated.")),
         }
         given = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
             for name, (kind, option) in options.items()
         ]
-        command.__signature__ = Signature([*own, *given])  # type: ignore[attr-defined]
+        # The help shows them in this order: what every call needs, and then the command's own options.
+        arguments, own_options = ([one for one in own if (one.kind is one.KEYWORD_ONLY) == so] for so in (False, True))
+        command.__signature__ = Signature([*arguments, *given, *own_options])  # type: ignore[attr-defined]
         return command
 
     return decorated
@@ -326,6 +332,7 @@ def train(**settings: Any) -> None:
 @_takes_settings("model", "data", "size", "batch_size", "mixed_precision", "seed")
 def cache(
     out: Annotated[Path, typer.Argument(help="Folder for the latents; an interrupted run is continued.")],
+    *,
     shard_pairs: _ShardPairs = 128,
     store: Annotated[str | None, typer.Option(help="Dtype of the stored latents: float32, bfloat16, float16.")] = None,
     **settings: Any,
@@ -338,9 +345,13 @@ def cache(
 
 
 @app.command()
-@_takes_settings("model", "data", "size", "batch_size", "mixed_precision", "lora_rank", "seed")
+@_takes_settings(
+    *("model", "data", "size", "batch_size", "mixed_precision", "seed"),
+    lora_rank="The --lora-rank that the training will have (default 0).",
+)
 def reference(
     out: Annotated[Path, typer.Argument(help="Folder for the errors; an interrupted run is continued.")],
+    *,
     shard_pairs: _ShardPairs = 1024,
     draws: Annotated[
         int, typer.Option(min=1, help="Draws of noise stored per pair; training reuses them when it has come as often.")

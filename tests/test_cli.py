@@ -84,3 +84,15 @@ def test_the_defaults_in_the_help_of_train_are_those_of_its_settings():
     for name, text in told.items():
         value = "off" if defaults[name] is False else defaults[name]
         assert text == str(value) or float(text) == value, name
+
+
+def test_what_settings_mean_to_a_command_is_in_its_help():
+    """`reference` trains nothing. And what every call needs is shown before the command's own options."""
+    commands = typer.main.get_command(app).commands
+    helps = {name: {one.name: one.help for one in command.params} for name, command in commands.items()}
+    assert helps["reference"]["lora_rank"] == "The --lora-rank that the training will have (default 0)."
+    assert "Train LoRA" in helps["train"]["lora_rank"]
+    for name, own in (("cache", {"shard_pairs", "store"}), ("reference", {"shard_pairs", "draws"})):
+        order = list(helps[name])
+        assert order[:4] == ["out", "config", "model", "data"]
+        assert set(order[-2:]) == own

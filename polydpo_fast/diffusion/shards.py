@@ -215,13 +215,13 @@ class Shards:
             if path.stat().st_size > MAX_RECORD_BYTES:
                 raise ValueError(f"it has more than {MAX_RECORD_BYTES} bytes")
             index = parse_json(path.read_bytes())
-            kind = kind or str(index.get("kind"))
-            if index.get("kind") != kind:
-                raise ValueError(f"it is of {index.get('kind')!r}; expected {kind!r}")
-            made_with, facts = index.get("made_with"), index.get("facts")
+            found, made_with, facts = index.get("kind"), index.get("made_with"), index.get("facts")
+            if kind is not None and found != kind:
+                raise ValueError(f"it is of {found!r}; expected {kind!r}")
             pairs, shard_pairs = index.get("pairs"), index.get("shard_pairs")
             if (
-                not isinstance(made_with, dict)
+                not isinstance(found, str)
+                or not isinstance(made_with, dict)
                 or not all(isinstance(text, str) for text in made_with.values())
                 or not isinstance(facts, dict)
                 or type(pairs) is not int
@@ -232,10 +232,10 @@ class Shards:
             ):
                 raise ValueError("it does not have what it should")
         except OSError as error:
-            raise SourceError(f"{folder}: no store of {kind} is there: {error}") from error
+            raise SourceError(f"{folder}: no store{f' of {kind}' if kind else ''} is there: {error}") from error
         except ValueError as error:
             raise SourceError(f"{path}: {error}") from error
-        return cls(folder, kind, pairs, shard_pairs, made_with, facts)
+        return cls(folder, found, pairs, shard_pairs, made_with, facts)
 
     def _index(self) -> dict[str, Any]:
         return {

@@ -26,7 +26,7 @@ from polydpo_fast.diffusion import (
     fingerprint,
     precompute_reference_errors,
 )
-from polydpo_fast.diffusion.shards import _put
+from polydpo_fast.diffusion.shards import _put, is_complete
 
 PIXELS = dict(size=2, dtype=torch.uint8)
 LOADER = dict(max_bad_rate=1.0, readers=2)
@@ -289,6 +289,21 @@ def test_untrusted_indexes_are_refused(store, facts):
     index.write_text(json.dumps({**json.loads(index.read_text()), "facts": facts}))
     with pytest.raises(SourceError, match="its index has other blocks or categories"):
         LatentPairs(store)
+
+
+def test_whether_a_store_is_complete(store, tmp_path):
+    """Of either kind. An index that is none is said to be, in the words of a store that is opened."""
+    index = json.loads((store / "store.json").read_text())
+    assert not is_complete(tmp_path / "nothing")
+    assert is_complete(store)
+    for kind in (None, 5, ["latents 1"]):
+        (store / "store.json").write_text(json.dumps({**index, "kind": kind}))
+        with pytest.raises(SourceError, match=r"store\.json: it does not have what it should$"):
+            is_complete(store)
+    (store / "store.json").write_text(json.dumps({**index, "kind": "reference errors 1"}))
+    assert is_complete(store)
+    (store / "00001-of-00004.safetensors").unlink()
+    assert not is_complete(store)
 
 
 def test_untrusted_records_are_bad_pairs(store):

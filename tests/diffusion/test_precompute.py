@@ -162,6 +162,8 @@ def test_a_complete_store_needs_no_folder_that_can_be_written_to(here, stores, t
         folder = tmp_path / "stores" / name
         before = stored(folder)
         assert f"{folder} is complete: 16 pairs" in run(command, folder, "--config", tmp_path / "run.yaml")
+        said = run(command, folder, "--config", tmp_path / "run.yaml", "--seed", 9, exit_code=2)
+        assert f"{folder} was made with another seed" in said
         assert stored(folder) == before
         next(folder.glob("*.safetensors")).unlink()
         said = run(command, folder, "--config", tmp_path / "run.yaml", exit_code=2)
