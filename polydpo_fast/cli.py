@@ -84,7 +84,7 @@ def _takes_settings(*names: str, **helps: str) -> Callable[[Callable[..., None]]
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         own = [one for one in signature(command, eval_str=True).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        taken = {name: _SETTINGS[name] for name in (*names, *helps)}
+        taken = {name: one for name, one in _SETTINGS.items() if name in {*names, *helps}}
         options = {
             "config": (Path, typer.Option(help="YAML file of settings; options on the command line win.")),
             **{name: (kind, typer.Option(help=helps.get(name, text))) for name, (kind, text) in taken.items()},
@@ -329,7 +329,10 @@ def train(**settings: Any) -> None:
 
 
 @app.command()
-@_takes_settings("model", "data", "size", "batch_size", "mixed_precision", "seed")
+@_takes_settings(
+    *("model", "size", "batch_size", "mixed_precision", "seed"),
+    data="Pairs: file, glob, folder or URL.",
+)
 def cache(
     out: Annotated[Path, typer.Argument(help="Folder for the latents; an interrupted run is continued.")],
     *,

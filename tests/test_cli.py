@@ -92,6 +92,8 @@ def test_what_settings_mean_to_a_command_is_in_its_help():
     helps = {name: {one.name: one.help for one in command.params} for name, command in commands.items()}
     assert helps["reference"]["lora_rank"] == "The --lora-rank that the training will have (default 0)."
     assert "Train LoRA" in helps["train"]["lora_rank"]
+    assert "made by `cache`" in helps["reference"]["data"]
+    assert "made by `cache`" not in helps["cache"]["data"]  # which it refuses
     for name, own in (("cache", {"shard_pairs", "store"}), ("reference", {"shard_pairs", "draws"})):
         order = list(helps[name])
         assert order[:4] == ["out", "config", "model", "data"]
