@@ -219,12 +219,11 @@ def pair_errors(
             mask=inputs.mask,
             layout=layout,
         )
-    pred, *others = (*inputs, *_NO_HEAD, None, layout, "mean", backend)
+    # Made here: numbers of a global would be inputs of the graph where torch.compile is told that all is dynamic.
+    no_head = Head(None, None, None, [0.0] * 9)
+    pred, *others = (*inputs, *no_head, None, layout, "mean", backend)
     errors = _FusedErrors.apply(others, *pred)  # type: ignore[no-untyped-call]
     return PairErrors(*errors.unbind())
-
-
-_NO_HEAD = Head(None, None, None, [0.0] * 9)
 
 
 def _without_symbols(head: Head, inputs: Inputs) -> Head:

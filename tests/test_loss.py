@@ -551,6 +551,26 @@ def test_numbers_that_change_do_not_compile_a_graph_each(name, backend, device):
     assert len(graphs) == 2  # of the first value, and of any other
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_errors_compile_to_one_graph_of_their_tensors(backend, device):
+    """What the objectives would be given, numbers that no errors depend on, is no input of the graph."""
+    inputs_of_graphs = []
+
+    def counted(graph, inputs):
+        inputs_of_graphs.append([x for x in inputs if isinstance(x, torch.Tensor)])
+        return graph
+
+    def step(pred, ref, target):
+        return polydpo_fast.pair_errors(pred, ref, target, backend=backend).logit(beta=2.0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counted)
+    for shape in ((4, 3, 5), (6, 3, 8), (10, 2, 8)):
+        tensors = batch(shape, torch.float32, device)
+        assert torch.equal(compiled(*tensors), step(*tensors))
+    assert [len(tensors) for tensors in inputs_of_graphs] == [3]
+
+
 def test_the_table_of_pairs_has_the_metrics_in_their_order():
     names = [column.name.lower() for column in Column]
     assert names[1:13] == list(METRICS)
