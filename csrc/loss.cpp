@@ -394,14 +394,14 @@ POLYDPO_INLINE void add_range(const Given& given, const Batch& batch, const Rang
 
 // ------------------------------------------------------------------------------------------------------ the gradient
 
-// n elements of an arm's gradient: scale (pred - target), past the caches if `streamed`.
+// n elements of an arm's gradient: scale (pred - target), past the caches if it `may_stream`.
 struct Piece {
     const char *pred, *target;
     const std::uint8_t* mask;
     double scale;
     std::int64_t n;
     char* grad;
-    bool streamed;
+    bool may_stream;
 };
 
 template <class K>
@@ -409,7 +409,7 @@ POLYDPO_INLINE void scale_piece(const Given& given, const Piece& piece) {
     using Vector = typename K::Vector;
     using Value = std::remove_reference_t<decltype(Vector{}[0])>;
     constexpr int size = K::size;
-    const auto [pred, target, mask, scale, n, grad, streamed] = piece;
+    const auto [pred, target, mask, scale, n, grad, may_stream] = piece;
     // Whatever NaN it is: one without a payload, which rounding to bfloat16 would take for digits.
     const Vector factor =
         Vector{} + (std::isnan(scale) ? std::numeric_limits<Value>::quiet_NaN() : static_cast<Value>(scale));
@@ -422,6 +422,8 @@ POLYDPO_INLINE void scale_piece(const Given& given, const Piece& piece) {
                              store<K>(to, given.pred, scaled);
                          };
     const std::size_t own = size_of(given.pred), other = size_of(given.target);
+    // Of a 16-bit gradient, a block of the narrowest vectors of doubles is 8 bytes, and a store takes 16.
+    const bool streamed = may_stream && size * own % 16 == 0;
     std::int64_t i = 0;
     for (; i + size <= n; i += size) {
         const auto at = static_cast<std::size_t>(i);

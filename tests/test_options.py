@@ -266,7 +266,7 @@ def test_what_is_masked_may_be_nan(backend, dtypes, columns, device):
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the gradient that C++ writes past the caches")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_large_masked_gradient(dtype, other, device):
     size = 2**21 // dtype.itemsize + 8  # 4 MB of both arms
     random = torch.Generator().manual_seed(0)
@@ -274,8 +274,8 @@ def test_a_large_masked_gradient(dtype, other, device):
     mask = torch.rand(size, generator=random) > 0.5
     polydpo_fast.loss(x.requires_grad_(), ref, target, beta=2.0, mask=mask).backward()
     # dL/dpred of the winner: beta/D (1 - p) (pred - target), of the loser with a minus.
-    difference = (x.detach().float() - target.float()) * mask
-    win, lose = (difference.square() - (ref.float() - target.float()).square() * mask).double().sum(dim=1) / mask.sum()
+    difference = (x.detach().double() - target.double()) * mask
+    win, lose = (difference.square() - (ref.double() - target.double()).square() * mask).sum(dim=1) / mask.sum()
     coefficient = 2.0 / mask.sum() / (1 + torch.exp(lose - win))
     expected = torch.stack((coefficient * difference[0], -coefficient * difference[1]))
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # float16 has few digits for such gradients
