@@ -517,7 +517,7 @@ def test_a_random_start_is_never_the_end():
     from polydpo_fast import decode_arguments
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_arguments, "_splitmix64", lambda _: 2**64 - 1)
+        patch.setattr(decode_arguments, "splitmix64", lambda _: 2**64 - 1)
         assert decode_arguments._drawn([0], 1, "center", 0.0)[1][0] < 1
         exact = decode_clips([CLIP], [CLIP], frames=30, start="random", seeds=[0], size=16)
     assert exact.times[0, 0] == 0
