@@ -53,13 +53,15 @@ class FrameStore:
         plane: int,
     ) -> tuple[int, int, int, int]: ...
 
+_Address = tuple[int, int, int, int]
+
 class Head:
     def __init__(self, program: Sequence[tuple[int, int, int, float]], loss: int, slope: int) -> None: ...
 
 class BoundLoss:
     def __init__(
         self,
-        arms: Sequence[tuple[int, int, int]],
+        forms: Sequence[tuple[int, int, int]],
         sizes: tuple[int, int, bool],
         head: Head,
         parameters: Sequence[float],
@@ -73,6 +75,35 @@ class BoundLoss:
     ) -> None: ...
 
 def set_openmp(entry: int) -> None: ...
-def pair_loss(*arguments: Any) -> None: ...
-def pair_gradient(*arguments: Any) -> None: ...
+def pair_loss(
+    pred: _Address,
+    ref: _Address,
+    target: _Address,
+    mask: tuple[int, int],
+    sizes: tuple[int, int, bool, int],
+    head: Head | None,
+    ref_error: int,
+    beta: int,
+    alpha: int,
+    weight: int,
+    parameters: Sequence[float],
+    reduction: int,
+    loss: int,
+    metrics: int,
+    table: int,
+    /,
+) -> None: ...
+def pair_gradient(
+    pred: _Address,
+    target: _Address,
+    mask: tuple[int, int],
+    sizes: tuple[int, int, bool, int],
+    coefficients: int,
+    coefficients_stride: int,
+    grad_loss: int,
+    grad_loss_is_double: bool,
+    grad_loss_stride: int,
+    grad: _Address,
+    /,
+) -> None: ...
 def build_info() -> dict[str, str]: ...

@@ -86,6 +86,7 @@ def launch_errors(
     metrics = torch.empty(len(METRICS), dtype=dtype, device="cpu")
     table = torch.empty((pairs, PAIR_COLUMNS), dtype=torch.float64, device="cpu")
     doubles = [None if x is None else x.to(torch.float64).contiguous() for x in (ref_error, beta, alpha, weight)]
+    ref_error_at, beta_at, alpha_at, weight_at = (0 if x is None else x.data_ptr() for x in doubles)
     _C.pair_loss(
         _address(pred, layout, pairs),
         _address(ref, layout, pairs) if ref else (0, 0, 0, 0),
@@ -93,7 +94,10 @@ def launch_errors(
         _mask_address(mask),
         (pairs, pred[0].numel() // pred[0].shape[0], double, torch.get_num_threads()),
         None if objective is None else _head(objective),
-        *(0 if x is None else x.data_ptr() for x in doubles),
+        ref_error_at,
+        beta_at,
+        alpha_at,
+        weight_at,
         parameters,
         _REDUCTIONS[reduction],
         value.data_ptr(),
