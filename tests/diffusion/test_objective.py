@@ -381,15 +381,17 @@ def test_weights_of_timesteps_and_pairs():
     torch.testing.assert_close(loss, plain * torch.tensor([0.25, 1.5]))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights(prediction):
-    """As Diffusers' training scripts have them, and what they tend to where the signal is gone."""
+    """As Diffusers' training scripts have them, and what they tend to where the signal is gone; of a model that
+    predicts the latents themselves min(snr, gamma), as Hang et al. 2023 begin."""
     scheduler = DDPMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True)
     weights = timestep_weights(scheduler, "min_snr", snr_gamma=3.0)
     assert weights.shape == (1000,)
     numbers = torch.arange(999)
     snr = compute_snr(scheduler, numbers)
-    theirs = torch.stack([snr, torch.full_like(snr, 3.0)]).amin(0) / (snr + (prediction == "v_prediction"))
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction]
+    theirs = torch.stack([snr, torch.full_like(snr, 3.0)]).amin(0) / divisor
     torch.testing.assert_close(weights[:999], theirs, rtol=1e-4, atol=1e-7)
     assert weights[999] == (prediction == "epsilon")
 

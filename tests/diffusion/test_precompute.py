@@ -261,6 +261,18 @@ def test_latents_of_other_things_are_refused(here, stores, tmp_path, change, nam
         train(settings(here, tmp_path / "out", **from_stores(stores, **{"reference_errors": None, **change})))
 
 
+def test_stores_tell_all_that_they_depend_on(stores):
+    """What is not told is not compared: a store of something else would be taken."""
+    pixels, texts = {"decoding", "transform", "data_options", "latents", "vae"}, {"text_encoder", "tokenizer"}
+    drawn = {"model", "scheduler", "timesteps", "prompt_dropout", "seed", "draws"}
+    for name, told in (
+        ("latents", {"source", "precision", "dtype", "seed"} | pixels | texts),
+        ("errors", {"source", "precision"} | drawn | pixels | texts),
+        ("latent-errors", {"source", "precision", "transform"} | drawn),
+    ):
+        assert set(json.loads((stores / name / "store.json").read_text())["made_with"]) == told, name
+
+
 def test_errors_of_other_things_are_refused(here, stores, tmp_path):
     other = pipelines.save("sd15", tmp_path)
     images = dict(latents="mode", data=str(here / "pairs.parquet"), reference_errors=str(stores / "errors"))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from diffusion import pipelines
 from diffusion.runs import equal, lines, settings, two_processes, weights
 from PIL import Image
 from safetensors.torch import load_file
+from splitmix import chained
 from transformers import CLIPTokenizer
 from typer.testing import CliRunner
 
@@ -47,7 +49,8 @@ from polydpo_fast.diffusion import (
     sharding,
 )
 from polydpo_fast.diffusion import train as training
-from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
+from polydpo_fast.diffusion.config import Settings, lasting, read_settings, write_settings
+from polydpo_fast.diffusion.optimizers import new_optimizer
 from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
 from polydpo_fast.diffusion.precompute import reference
 from polydpo_fast.diffusion.shards import Shards
@@ -232,6 +235,33 @@ def test_each_family_takes_steps(family, lora, tmp_path):
     assert first["grad_norm"] > 0
     assert second["loss"] != first["loss"]
     assert math.isfinite(second["loss"])
+
+
+def test_what_is_drawn_for_a_pair_is_drawn_apart(here, tmp_path, monkeypatch):
+    """Each from a number of its own, by the published generator: both arms' samples of the VAE, and whether the prompt
+    is dropped, which would go with the timestep if it were drawn from the same number."""
+    seen = {}
+    encode, conditioned = inputs.encode_pixels, inputs.Inputs.conditioning
+
+    def encoding(vae, pixels, seeds, **options):
+        seen.update(samples=seeds)
+        return encode(vae, pixels, seeds, **options)
+
+    def conditioning(self, batch, text, seeds):
+        given = conditioned(self, batch, text, seeds)
+        (name,) = text
+        kept = (given[name] == text[name]).flatten(1).all(1)
+        seen.update(pairs=seeds, index=batch.index.tolist(), dropped=(~kept).tolist())
+        return given
+
+    monkeypatch.setattr(inputs, "encode_pixels", encoding)
+    monkeypatch.setattr(inputs.Inputs, "conditioning", conditioning)
+    train(settings(here, tmp_path / "out", steps=1, batch_size=16, prompt_dropout=0.4, seed=5))
+    pairs = [chained(5, 0, index) for index in seen["index"]]
+    assert seen["pairs"] == pairs
+    assert seen["samples"] == [chained(pair, arm) for arm in (1, 2) for pair in pairs]
+    assert seen["dropped"] == [chained(pair, 4) < 0.4 * 2**64 for pair in pairs]
+    assert len(set(seen["dropped"])) == 2
 
 
 def test_both_arms_of_sdxl_are_told_the_same_sizes(tmp_path, monkeypatch):
@@ -594,6 +624,21 @@ def test_trackers_are_told_what_is_written(here, tmp_path, wandb):
     assert (wandb["project"], wandb["config"]["beta"], wandb["finished"]) == ("trial", 70.0, True)
 
 
+def test_optimizers_are_those_of_the_scripts(here, tmp_path):
+    """AdamW by the defaults of Diffusers' (--adam_beta1, --max_grad_norm ...), Adafactor as Diffusion-DPO's has it."""
+    rate, weights = 3e-4, [torch.nn.Parameter(torch.zeros(2))]
+    usual = settings(here, tmp_path)
+    group = new_optimizer(weights, usual, rate).param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (rate, (0.9, 0.999), 1e-8, 0.01)
+    assert usual.max_grad_norm == 1.0
+    own = settings(here, tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1)
+    group = new_optimizer(weights, own, rate).param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.1)
+    fixed = new_optimizer(weights, settings(here, tmp_path, optimizer="adafactor", weight_decay=0.1), rate)
+    theirs = dict(lr=rate, weight_decay=0.1, clip_threshold=1.0, scale_parameter=False, relative_step=False)
+    assert {name: fixed.param_groups[0][name] for name in theirs} == theirs
+
+
 @pytest.mark.parametrize(("name", "kind"), [("adamw8bit", "AdamW8bit"), ("paged_adamw8bit", "PagedAdamW8bit")])
 def test_optimizers_of_eight_bits_are_asked_for(here, tmp_path, monkeypatch, name, kind):
     """The arguments are those of torch's AdamW, which stands in here."""
@@ -783,6 +828,19 @@ def test_a_run_goes_on_as_it_was_begun(here, tmp_path):
     may |= dict(model=str(moved), loader={"crop": "random", "readers": 1, "ledger": str(tmp_path / "ledger")})
     train(settings(here, out, steps=2, **{**given, **may}))
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_all_that_changes_what_is_learned_is_kept_for_the_whole_run(here, tmp_path):
+    """But for where things are, how long and how often, and what costs memory or time alone."""
+    places = {"model", "variant", "revision", "data", "reference_errors", "lora_weights", "output", "resume", "project"}
+    often = {"steps", "log_every", "checkpoint_every", "keep", "validation_every", "validation_steps"}
+    shown = {"validation_prompts", "trackers"}
+    costs = {"gradient_checkpointing", "vae_batch"}
+    learned = {"crop", "hflip", "interpolation", "frames", "fps", "start", "window", "categories"}
+    free = {"cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads", "timeout_s"}
+    kept = lasting(settings(here, tmp_path, loader=dict.fromkeys(learned | free, 1)))
+    assert set(kept) == {one.name for one in fields(Settings)} - places - often - shown - costs
+    assert set(kept["loader"]) == learned
 
 
 def test_two_results_are_not_mixed(here, tmp_path):
@@ -1282,6 +1340,33 @@ def test_accumulation_of_the_environment_is_named(here, tmp_path, monkeypatch):
 def test_bad_settings_are_named(here, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         settings(here, tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        ("batch_size accumulation steps vae_batch log_every validation_steps cycles", 0),
+        ("lora_rank warmup checkpoint_every keep validation_every seed", -1),
+        ("learning_rate weight_decay max_grad_norm adam_epsilon power guidance", -1.0),
+        ("learning_rate weight_decay max_grad_norm adam_epsilon power guidance lora_alpha", math.inf),
+        ("ema prompt_dropout adam_beta1 adam_beta2", 1.5),
+        ("ema prompt_dropout adam_beta1 adam_beta2", -0.5),
+    ],
+)
+def test_numbers_out_of_range_are_named(here, tmp_path, names, value):
+    for name in names.split():
+        with pytest.raises(ValueError, match=f"^{name} is {value}; expected "):
+            settings(here, tmp_path, **{name: value})
+
+
+def test_what_the_training_gives_is_no_option(here, tmp_path):
+    """It would be given twice, or change pixels behind the models' backs."""
+    of_loader = "source batch_size seed rank world_size prompt_dropout device size dtype last layout mean std"
+    of_loss = "scheduler reference forward alpha beta objective reduction"
+    for part, names in (("loader", of_loader), ("loss", of_loss)):
+        for name in names.split():
+            with pytest.raises(ValueError, match=f"^{part} has {name}; expected as settings of their own"):
+                settings(here, tmp_path, **{part: {name: 1}})
 
 
 def test_bad_names_of_the_loss_are_named(here, tmp_path):
