@@ -54,6 +54,54 @@ def test_a_later_call_gives_the_bits_of_the_first(reduction, layout, dtype, form
     assert not torch.equal(run(first, beta=8.0)[0], expected[0])
 
 
+def swapped(x):
+    """The same shape and values with other strides."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def but_for(place, function):
+    return lambda tensors: [function(x) if i == place else x for i, x in enumerate(tensors)]
+
+
+OTHERWISE = {
+    **{f"strides of {i}": (but_for(i, swapped), {}) for i in range(3)},
+    **{f"dtype of {i}": (but_for(i, torch.Tensor.double), {}) for i in range(3)},
+    "shape": (lambda t: [x[:2] for x in t], {}),
+    "shared target": (lambda t: [t[0], t[1], t[2][:2]], {}),
+    "reference_free": (lambda t: [t[0], None, t[2]], dict(reference_free=True)),
+    "ref_error": (lambda t: [t[0], None, t[2]], dict(ref_error=torch.tensor([0.5, 1.0, 1.5, 2.0]))),
+    "pair_weight": (list, dict(pair_weight=torch.tensor([0.25, 3.0]))),
+    "mask": (list, dict(mask=torch.tensor([[True, False, True, True, False]]))),
+    "tensors": (list, dict(beta=torch.tensor([3.0, 9.0]), alpha=torch.tensor([-0.5, 2.0]))),
+    **{
+        f"{name}={value}": (list, {name: value})
+        for name, value in dict(
+            beta=3.0, alpha=2.0, objective="ipo", label_smoothing=0.2, margin=0.5, sft_weight=2.0, layout="interleaved"
+        ).items()
+    },
+    "reduction": (list, dict(reduction="sum")),
+}
+
+
+@pytest.mark.parametrize("change", OTHERWISE)
+def test_a_call_that_differs_in_one_thing_is_another(change):
+    """What was worked out for one signature must not be taken for the next."""
+    functional._bound_loss.cache_clear()
+    tensors, (form, options) = three(), OTHERWISE[change]
+    for _ in range(2):
+        polydpo_fast.loss(*tensors, beta=7.0)
+    found, wanted = [], []
+    for backend, results in ((None, found), (None, found), ("reference", wanted)):
+        pred, *others = form(tensors)
+        x = pred.detach().requires_grad_()
+        loss = polydpo_fast.loss(x, *others, **{"beta": 7.0, **options}, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    for loss, grad in found:
+        torch.testing.assert_close(loss, wanted[0][0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grad, wanted[0][1], rtol=1e-4, atol=1e-6)
+
+
 def test_metrics_that_nobody_asked_for_change_nothing_else():
     tensors = three()
     found = []
@@ -88,6 +136,9 @@ def test_bad_input_is_named_however_often():
             polydpo_fast.loss(*good[:2], torch._neg_view(good[2]))
         with pytest.raises(TypeError, match="strided"):
             polydpo_fast.loss(good[0].to_sparse(), *good[1:])
+        policy = good[0].detach().requires_grad_()
+        with pytest.raises(ValueError, match="ref_pred is model_pred itself"):
+            polydpo_fast.loss(policy, policy, good[2])
 
 
 def test_saved_tensors_may_come_back_in_another_order():

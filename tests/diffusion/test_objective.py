@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from polydpo_fast.diffusion import (
     PairObjective,
     adapters_off,
+    draw_timesteps,
     ema_weights,
     fingerprint,
     frozen_copy,
@@ -367,6 +368,39 @@ def test_drawn_by_torchs_generator_without_seeds():
         torch.manual_seed(seed)
         losses.append(objective(model, latents, cond)[0].item())
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_pairs_without_seeds_have_noise_of_their_own():
+    """Of 300 of a million seeds two would be the same in one batch of twenty; of 2^63 none ever are."""
+    noised = PairObjective(build("sd15")[3]).noised(torch.zeros(600, 1, 1, 2))
+    assert len(torch.unique(noised.target, dim=0)) == 300
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(density="logit_normal", logit_mean=-1.5, logit_std=0.5), dict(density="mode", mode_scale=0.4)],
+    ids=lambda options: options["density"],
+)
+def test_timesteps_are_drawn_as_the_objective_was_told(options):
+    scheduler, seeds = build("sd15")[3], range(50)
+    noised = PairObjective(scheduler, **options).noised(torch.zeros(100, 1, 1, 2), seeds=seeds)
+    told = draw_timesteps(scheduler, seeds, **options)
+    assert torch.equal(noised.timesteps, torch.cat((told, told)))
+    assert not torch.equal(told, draw_timesteps(scheduler, seeds, density=options["density"]))
+
+
+def test_defaults_of_the_loss_and_gamma_are_weighted_too():
+    """omega times the default beta, which is 5000; and min(snr, gamma) with the gamma that was given."""
+    model, latents, cond, scheduler = build("sd15")
+    options = dict(reference=perturbed(model), reduction="none")
+    given = dict(noise=torch.randn(PAIRS, *latents.shape[1:]), timesteps=torch.tensor([100, 200]))
+    snr = compute_snr(scheduler, given["timesteps"])
+    weights = snr.clamp(max=2.0) / snr
+    assert weights[0] < weights[1] < 1
+    told = dict(timestep_weight="min_snr", snr_gamma=2.0, weight_applies_to="logit")
+    ours, _ = PairObjective(scheduler, **told, **options)(model, latents, cond, **given)
+    plain, _ = PairObjective(scheduler, beta=5000.0 * weights, **options)(model, latents, cond, **given)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_of_timesteps_and_pairs():

@@ -170,18 +170,26 @@ def test_a_complete_store_needs_no_folder_that_can_be_written_to(here, stores, t
         assert f"{folder} is no folder that can be written to" in said
 
 
-def test_latents_may_be_stored_in_half_precision(here, tmp_path):
+def test_latents_may_be_stored_in_half_precision(here, tmp_path, monkeypatch):
     for kind in ("float32", "bfloat16"):
         arguments = ["--model", here / "pipeline", "--data", here / "pairs.parquet", "--size", 16]
         run("cache", tmp_path / kind, *arguments, "--store", kind)
     whole, half = (LatentPairs(tmp_path / kind)[3].pixels for kind in ("float32", "bfloat16"))
     assert torch.equal(whole.bfloat16(), half)
     assert whole.dtype == torch.float32
-    # They are given to the models in the dtypes that the encoders have.
+    # They are given to the models in the dtypes that the encoders have, and noised in float32.
+    dtypes, noised = set(), objectives.noise_pairs
+
+    def noise_pairs(scheduler, latents, *rest):
+        dtypes.add(latents.dtype)
+        return noised(scheduler, latents, *rest)
+
+    monkeypatch.setattr(objectives, "noise_pairs", noise_pairs)
     for kind in ("float32", "bfloat16"):
         train(settings(here, tmp_path / f"of-{kind}", data=str(tmp_path / kind), beta=BETA, learning_rate=1e-5))
     difference, learned = apart(tmp_path / "of-float32", tmp_path / "of-bfloat16")
     assert 0 < difference < learned / 10
+    assert dtypes == {torch.float32}
     said = run("cache", tmp_path / "x", *arguments, "--store", "int8", exit_code=2)
     assert "--store is 'int8'; expected float32, bfloat16 or float16" in said
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from polydpo_fast.diffusion import (
     fingerprint,
     precompute_reference_errors,
 )
+from polydpo_fast.diffusion.reference_store import random_options
 
 PIXELS = dict(size=2, dtype=torch.uint8, max_bad_rate=1.0)
 BETA = 500.0
@@ -348,6 +350,7 @@ def test_what_would_differ_in_training_is_refused(tmp_path, sd15):
     ):
         with pytest.raises(ValueError, match=f"the loader has {said}; expected"):
             precompute_reference_errors(loader(**option), objective, encode, tmp_path)
+    assert random_options(SimpleNamespace(transform={"start": "random", "hflip": 0, "frames": 5})) == "start='random'"
 
     def sampled(batch):
         return {**encode(batch), "latents": torch.randn(len(batch.pixels), 4, 8, 8)}

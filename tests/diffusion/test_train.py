@@ -244,7 +244,7 @@ def test_what_is_drawn_for_a_pair_is_drawn_apart(here, tmp_path, monkeypatch):
     encode, conditioned = inputs.encode_pixels, inputs.Inputs.conditioning
 
     def encoding(vae, pixels, seeds, **options):
-        seen.update(samples=seeds)
+        seen.update(samples=seeds, chunk=options["chunk"])
         return encode(vae, pixels, seeds, **options)
 
     def conditioning(self, batch, text, seeds):
@@ -256,12 +256,13 @@ def test_what_is_drawn_for_a_pair_is_drawn_apart(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr(inputs, "encode_pixels", encoding)
     monkeypatch.setattr(inputs.Inputs, "conditioning", conditioning)
-    train(settings(here, tmp_path / "out", steps=1, batch_size=16, prompt_dropout=0.4, seed=5))
+    train(settings(here, tmp_path / "out", steps=1, batch_size=16, prompt_dropout=0.4, seed=5, vae_batch=3))
     pairs = [chained(5, 0, index) for index in seen["index"]]
     assert seen["pairs"] == pairs
     assert seen["samples"] == [chained(pair, arm) for arm in (1, 2) for pair in pairs]
     assert seen["dropped"] == [chained(pair, 4) < 0.4 * 2**64 for pair in pairs]
     assert len(set(seen["dropped"])) == 2
+    assert seen["chunk"] == 3
 
 
 def test_both_arms_of_sdxl_are_told_the_same_sizes(tmp_path, monkeypatch):
