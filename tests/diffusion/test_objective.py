@@ -376,6 +376,37 @@ def test_pairs_without_seeds_have_noise_of_their_own():
     assert len(torch.unique(noised.target, dim=0)) == 300
 
 
+def test_noise_or_timesteps_may_be_given_alone():
+    latents, objective = torch.zeros(2 * PAIRS, 1, 1, 2), PairObjective(build("sd15")[3])
+    noise, timesteps = torch.randn(PAIRS, 1, 1, 2), torch.tensor([3, 5])
+    for seeds in (None, SEEDS):
+        assert torch.equal(objective.noised(latents, seeds=seeds, noise=noise).target, noise)
+        assert objective.noised(latents, seeds=seeds, timesteps=timesteps).timesteps.tolist() == [3, 5, 3, 5]
+
+
+def test_a_mask_is_the_losses_and_the_reference_keeps_no_graph():
+    """The reference is asked first: one that borrows the policy's weights must not touch them after its forward."""
+    _, latents, _, scheduler = build("sd15")
+    policy, reference = torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 4, 1)
+    asked = []
+
+    def forward(one, noisy, timesteps, conditioning):
+        asked.append((one is policy, torch.is_grad_enabled()))
+        return one(noisy)
+
+    mask = torch.rand(PAIRS, 1, 8, 8) > 0.5
+    objective = PairObjective(scheduler, reference=reference, forward=forward, beta=BETA)
+    loss, _ = objective(policy, latents, seeds=SEEDS, mask=mask)
+    assert asked == [(False, False), (True, True)]
+    noisy, _, target = objective.noised(latents, seeds=SEEDS)
+    errors = []
+    for one in (policy, reference):
+        square = (one(noisy).double() - target.repeat(2, 1, 1, 1)).square() * mask.repeat(2, 1, 1, 1)
+        errors.append(square.flatten(1).sum(1) / (4 * mask.flatten(1).sum(1).repeat(2)))
+    win, lose = (errors[0] - errors[1]).chunk(2)
+    torch.testing.assert_close(loss.double(), -F.logsigmoid(-0.5 * BETA * (win - lose)).mean(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
     [dict(density="logit_normal", logit_mean=-1.5, logit_std=0.5), dict(density="mode", mode_scale=0.4)],

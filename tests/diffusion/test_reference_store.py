@@ -157,6 +157,8 @@ def test_of_other_things_they_are_refused(store, sd15):
             errors.check(**{name: other})
     with pytest.raises(ValueError, match=r"another transform: in the store it is \{.*bilinear.*here it is .*bicubic"):
         errors.check(source=loader(source=Tiny(10), interpolation="bicubic"))
+    with pytest.raises(ValueError, match=f"another scheduler: in the store it is {fingerprint(scheduler)}, here it is"):
+        errors.check(objective=PairObjective(other_schedule))
     with pytest.raises(ValueError, match=r"another timesteps: .*uniform.*here it is .*logit_normal"):
         errors.check(objective=PairObjective(scheduler, density="logit_normal"))
     with pytest.raises(
@@ -286,8 +288,11 @@ def test_pairs_without_errors_are_named(store):
         errors(torch.tensor([2, 3]), 0)
     with pytest.raises(IndexError, match="pair 10 of 10"):
         errors(torch.tensor([10]), 0)
-    with pytest.raises(ValueError, match=r"draw is 2; expected 0 to 1, such as batch.lap % draws"):
-        errors(torch.tensor([1]), 2)
+    with pytest.raises(IndexError, match="pair -2 of 10"):
+        errors(torch.tensor([-2]), 0)
+    for draw in (2, -1):
+        with pytest.raises(ValueError, match=f"draw is {draw}; expected 0 to 1, such as batch.lap % draws"):
+            errors(torch.tensor([1]), draw)
     with pytest.raises(ValueError, match=r"draw has shape \(1,\); expected that of index, \(2,\), or an int"):
         errors(torch.tensor([1, 2]), torch.tensor([1]))
 
