@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch._inductor.config
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType
 from accelerate.utils import DistributedType
@@ -43,13 +44,16 @@ from polydpo_fast.diffusion import (
     draw_noise,
     draw_timesteps,
     frozen_copy,
+    geneval,
     inputs,
     predict,
     setup,
     sharding,
+    validation,
 )
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import Settings, lasting, read_settings, write_settings
+from polydpo_fast.diffusion.families import FAMILIES
 from polydpo_fast.diffusion.optimizers import new_optimizer
 from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
 from polydpo_fast.diffusion.precompute import reference
@@ -235,6 +239,42 @@ def test_each_family_takes_steps(family, lora, tmp_path):
     assert first["grad_norm"] > 0
     assert second["loss"] != first["loss"]
     assert math.isfinite(second["loss"])
+
+
+def test_averages_weights_of_pairs_and_gradients_that_are_not_clipped(here, tmp_path, monkeypatch):
+    """Averages by their definition from the weights after each step, from the first on; pictures are of them."""
+    rows = pq.read_table(here / "pairs.parquet")
+    weight = [0.5 + i / 8 for i in range(len(rows))]
+    pq.write_table(rows.append_column("weight", pa.array(weight)), tmp_path / "weighted.parquet")
+    seen, limits, shown = [], [], {}
+    ask, clip = training.PairObjective.__call__, Accelerator.clip_grad_norm_
+
+    def asked(self, *given, pair_weight, **more):
+        seen.append(pair_weight.tolist())
+        return ask(self, *given, pair_weight=pair_weight, **more)
+
+    def clipped(self, parameters, most):
+        limits.append(most)
+        return clip(self, parameters, most)
+
+    def render(accelerator, pipe, *rest):
+        shown.update(training=pipe.unet.training, **{k: v.clone() for k, v in pipe.unet.state_dict().items()})
+
+    monkeypatch.setattr(training.PairObjective, "__call__", asked)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(training, "render", render)
+    change = dict(steps=3, max_grad_norm=0.0, ema=0.1, checkpoint_every=1, validation_prompts=["ab"], seed=2)
+    change["data"] = str(tmp_path / "weighted.parquet")
+    train(settings(here, tmp_path / "out", **change))
+    assert not shown.pop("training")
+    one, two, three = (load_file(tmp_path / "out" / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3))
+    for name, average in weights(tmp_path / "out").items():
+        torch.testing.assert_close(average, 0.1 * (0.1 * one[name] + 0.9 * two[name]) + 0.9 * three[name])
+    assert equal(shown, weights(tmp_path / "out"))
+    assert not equal(shown, three)
+    batches = iter(PairLoader(tmp_path / "weighted.parquet", 2, size=16, seed=2))
+    assert seen == [[weight[i] for i in next(batches).index.tolist()] for _ in range(3)]
+    assert limits == [math.inf] * 3
 
 
 def test_what_is_drawn_for_a_pair_is_drawn_apart(here, tmp_path, monkeypatch):
@@ -1609,6 +1649,48 @@ def test_geneval_folders(here, tmp_path):
     for file in (file for file in files if file.endswith("png")):
         found = np.asarray(Image.open(tmp_path / "batched" / file), dtype=int)
         assert np.abs(found - np.asarray(Image.open(io.BytesIO(before[file])), dtype=int)).max() <= 1
+
+
+def test_geneval_renders_what_it_was_told(here, tmp_path, monkeypatch):
+    """Each image's noise by its prompt's number and its own, and with the settings that it says."""
+    asked = []
+
+    def sample(pipe, family, prompts, **options):
+        asked.append((prompts, options))
+        return torch.zeros(len(prompts), 3, 4, 4, dtype=torch.uint8)
+
+    monkeypatch.setattr(geneval, "sample", sample)
+    prompts, out = write_prompts(tmp_path / "prompts.jsonl", "a dog", "a cat"), tmp_path / "out"
+    told = dict(size=(16, 24), steps=3, guidance=2.5)
+    geneval.render(str(here / "pipeline"), prompts, out, samples=2, batch_size=3, seed=9, **told)
+    assert [prompts for prompts, _ in asked] == [["a dog", "a dog", "a cat"], ["a cat"]]
+    assert asked[0][1] == {**told, "seeds": [chained(9, 0, 0), chained(9, 0, 1), chained(9, 1, 0)]}
+    assert asked[1][1] == {**told, "seeds": [chained(9, 1, 1)]}
+    # What is not written is not compared: pictures of something else would be taken for these.
+    of_model = {"weights", "vae", "scheduler", "text_encoder", "tokenizer"}
+    of_pictures = {"seed", "steps", "guidance", "size", "dtype"}
+    assert set(json.loads((out / "rendering.json").read_text())) == {"model", "result"} | of_model | of_pictures
+
+
+def test_pictures_of_a_training_have_the_same_noise_each_time(here, tmp_path, monkeypatch):
+    asked, sheets = [], []
+
+    def sample(pipe, family, prompts, **options):
+        asked.append((prompts, options))
+        return torch.full((1, 3, 2, 2), 50 * len(asked[-1][0][0]), dtype=torch.uint8)
+
+    monkeypatch.setattr(validation, "sample", sample)
+    run = settings(here, tmp_path, validation_prompts=["a", "ab", "abc"], validation_steps=7, seed=6)
+    family = FAMILIES["StableDiffusionPipeline"]
+    for step in (2, 4):
+        validation.render(Accelerator(cpu=True), None, family, run, (2, 2), tmp_path, step)
+        with Image.open(tmp_path / f"{step:06d}.png") as sheet:
+            sheets.append(np.asarray(sheet)[::2, ::2, 0].tolist())
+    assert asked[:3] == asked[3:]
+    for number, (prompts, options) in enumerate(asked[:3]):
+        assert prompts == [run.validation_prompts[number]]
+        assert (options["seeds"], options["steps"], options["size"]) == ([chained(6, number)], 7, (2, 2))
+    assert sheets == [[[50, 100], [150, 255]]] * 2
 
 
 def test_the_scorer_does_not_see_a_picture_that_is_not_whole(here, tmp_path, monkeypatch):
