@@ -113,6 +113,41 @@ def test_samples_are_the_pipelines_one_by_one(loaded):
     assert (found[0].float() - theirs.float()).abs().max() > 1
 
 
+class Echo:
+    """A pipeline whose latents, and a VAE whose pixels, are what was given."""
+
+    vae = SimpleNamespace(dtype=torch.float32, config={}, decode=lambda z, return_dict: (z,))
+
+    def __call__(self, **given):
+        self.given, count = given, len(given["prompt"])
+        return (torch.tensor([-2.0, -0.4, 0.0, 3.0]).view(1, 1, 2, 2).expand(count, 3, 2, 2),)
+
+
+def test_images_are_rounded_and_have_the_noise_of_their_seeds():
+    """Seeds are hashes of 64 bits, of which torch's generators take 63. Pixels beyond the ends are those of the ends."""
+    pipe, seeds = Echo(), [3, 2**62 + 3, 2**63 + 5]
+    found = pixels_.sample(
+        pipe, FAMILIES["StableDiffusionPipeline"], ["a", "b", "c"], size=(2, 2), steps=4, seeds=seeds
+    )
+    assert [one.initial_seed() for one in pipe.given["generator"]] == [3, 2**62 + 3, 5]
+    assert "guidance_scale" not in pipe.given
+    assert (found == torch.tensor([[0, 76], [128, 255]])).all()  # (1 - 0.4) 127.5 = 76.5, to even
+    more = dict(size=(2, 2), steps=4, guidance=2.5, frames=5)
+    pixels_.sample(pipe, FAMILIES["WanPipeline"], ["a"], seeds=[1], **more)
+    given = {
+        name: pipe.given[name] for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames")
+    }
+    assert list(given.values()) == [2, 2, 4, 2.5, 5]
+
+
+def test_vaes_with_means_and_a_factor():
+    """As Diffusers' pipeline of SDXL decodes: latents * latents_std / scaling_factor + latents_mean."""
+    config = dict(latents_mean=[0.5, -1.0], latents_std=[2.0, 4.0], scaling_factor=0.5)
+    vae = SimpleNamespace(dtype=torch.float32, config=config, decode=lambda z, return_dict: (z,))
+    latents = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
+    assert pixels_.decode_latents(vae, latents).flatten().tolist() == [1 * 2 / 0.5 + 0.5, 3 * 4 / 0.5 - 1]
+
+
 NORMALISED = {
     "sd15": lambda z: z * 0.18215,
     "sdxl": lambda z: z * 0.13,

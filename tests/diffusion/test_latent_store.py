@@ -84,6 +84,14 @@ def test_batches_are_those_of_the_images_encoded(tmp_path, dtype):
     )
 
 
+def test_what_is_encoded_in_half_precision_is_stored_in_it(tmp_path):
+    encode = encoder(TinyVae())
+    half = lambda batch: {name: tensor.bfloat16() for name, tensor in encode(batch).items()}  # noqa: E731
+    cache_latents(images(), half, tmp_path, parts={}, shard_pairs=6)
+    pair = LatentPairs(tmp_path)[0]
+    assert pair.pixels.dtype == pair.extra["encoder_hidden_states"].dtype == torch.bfloat16
+
+
 def test_ranks_resuming_categories_and_windows_are_those_of_the_images(tmp_path):
     codes = torch.tensor([0] * 15 + [1] * 5, dtype=torch.uint8).numpy()
     source = Tiny(20, blocks=[5, 5, 3, 7], codes=codes)

@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,6 +289,17 @@ def test_averages_may_be_of_adapters_alone():
     want, _ = PairObjective(scheduler, reference=adapters_off, beta=BETA)(model, latents, cond, seeds=SEEDS)
     assert loss.item() == want.item() != torch.tensor(math.log(2)).item()
     assert all(map(torch.equal, trained, own))
+
+
+def test_averages_that_cannot_be_swapped_leave_all_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    ema = SimpleNamespace(shadow_params=[torch.full_like(x, 7.0) for x in model.parameters()])
+    ema.shadow_params[-1] = torch.full((3,), 7.0)
+    before = [x.detach().clone() for x in model.parameters()]
+    with pytest.raises(RuntimeError, match="size"), ema_weights(model, ema):
+        pass
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before, strict=True))
+    assert all((x == 7).all() for x in ema.shadow_params)
 
 
 def test_averages_of_something_else_are_refused():
