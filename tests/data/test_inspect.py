@@ -11,11 +11,11 @@ import torch
 from data.pairs import Tiny
 from typer.testing import CliRunner
 
-from polydpo_fast import DecodeLimits
+from polydpo_fast import ClipLimits, DecodeLimits
 from polydpo_fast.cli import app
 from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data.inspect import check, replay, sample, sampled_indices
-from polydpo_fast.data.ledger import options_of_json
+from polydpo_fast.data.ledger import options_as_json, options_of_json
 from polydpo_fast.data.pack import pack
 from polydpo_fast.data.records import RecordPairs
 
@@ -295,6 +295,17 @@ def test_a_column_of_weights(good, tmp_path):
     with pytest.warns(RuntimeWarning, match="(weight|category) is .*, and is not used"):
         assert run(path)[0] == 0
     assert run(path, "--weight", "", "--category", "")[0] == 0  # without a warning
+
+
+def test_options_come_back_from_a_ledger_as_they_were():
+    """A rate that is rounded, or limits of images, would decode other frames of a clip than the loader did."""
+    clip = dict(size=(4, 6), dtype=torch.float16, frames=5, fps=Fraction(30000, 1001), limits=ClipLimits(frames=7))
+    image = dict(size=8, dtype=torch.uint8, limits=DecodeLimits(), hflip=0.5)
+    for options in (clip, image, {**image, "dtype": "yuv420"}):
+        kept = json.loads(json.dumps(options_as_json({**options, "threads": 3, "cache": "x"})))
+        again = options_of_json(kept)
+        assert again == options
+        assert {name: type(value) for name, value in again.items()} == {n: type(v) for n, v in options.items()}
 
 
 def test_lists_of_shapes_and_colours_in_a_ledger(tmp_path):

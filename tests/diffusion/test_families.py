@@ -116,28 +116,30 @@ def test_samples_are_the_pipelines_one_by_one(loaded):
 class Echo:
     """A pipeline whose latents, and a VAE whose pixels, are what was given."""
 
-    vae = SimpleNamespace(dtype=torch.float32, config={}, decode=lambda z, return_dict: (z,))
+    def __init__(self):
+        self.vae, self.rounded = SimpleNamespace(dtype=torch.float32, config={}, decode=self.decode), []
 
     def __call__(self, **given):
         self.given, count = given, len(given["prompt"])
-        return (torch.tensor([-2.0, -0.4, 0.0, 3.0]).view(1, 1, 2, 2).expand(count, 3, 2, 2),)
+        return (torch.tensor([-2.0, -0.398, 0.0, 3.0]).view(1, 1, 2, 2).expand(count, 3, 2, 2),)
+
+    def decode(self, latents, return_dict):
+        self.rounded.append(torch.is_autocast_enabled("cpu"))
+        return (latents,)
 
 
 def test_images_are_rounded_and_have_the_noise_of_their_seeds():
-    """Seeds are hashes of 64 bits, of which torch's generators take 63. Pixels beyond the ends are those of the ends."""
-    pipe, seeds = Echo(), [3, 2**62 + 3, 2**63 + 5]
-    found = pixels_.sample(
-        pipe, FAMILIES["StableDiffusionPipeline"], ["a", "b", "c"], size=(2, 2), steps=4, seeds=seeds
-    )
+    """Seeds are hashes of 64 bits, of which torch's generators take 63. What is beyond the ends is as at the ends."""
+    pipe, images, clips = Echo(), FAMILIES["StableDiffusionPipeline"], FAMILIES["WanPipeline"]
+    with torch.autocast("cpu", torch.bfloat16):  # in which the model is, but not the VAE
+        found = pixels_.sample(pipe, images, ["a", "b", "c"], size=(2, 2), steps=4, seeds=[3, 2**62 + 3, 2**63 + 5])
+    assert pipe.rounded == [False] * 3
     assert [one.initial_seed() for one in pipe.given["generator"]] == [3, 2**62 + 3, 5]
     assert "guidance_scale" not in pipe.given
-    assert (found == torch.tensor([[0, 76], [128, 255]])).all()  # (1 - 0.4) 127.5 = 76.5, to even
-    more = dict(size=(2, 2), steps=4, guidance=2.5, frames=5)
-    pixels_.sample(pipe, FAMILIES["WanPipeline"], ["a"], seeds=[1], **more)
-    given = {
-        name: pipe.given[name] for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames")
-    }
-    assert list(given.values()) == [2, 2, 4, 2.5, 5]
+    assert (found == torch.tensor([[0, 77], [128, 255]])).all()  # (1 - 0.398) 127.5 = 76.755
+    pixels_.sample(pipe, clips, ["a"], seeds=[1], size=(2, 4), steps=4, guidance=2.5, frames=5)
+    told = ("height", "width", "num_inference_steps", "guidance_scale", "num_frames")
+    assert [pipe.given[name] for name in told] == [2, 4, 4, 2.5, 5]
 
 
 def test_vaes_with_means_and_a_factor():
@@ -256,7 +258,7 @@ def test_lora_is_saved_so_that_diffusers_loads_all_of_it(loaded, tmp_path, wider
     assert (trained - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "wan"])
 def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
     """The VAEs as in Diffusers' scripts: of these FLUX's alone in half precision."""
     folder = pipelines.save(name, tmp_path)
@@ -264,7 +266,8 @@ def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
     model = getattr(pipe, FAMILIES[type(pipe).__name__].model)
     assert model.dtype == torch.float32
     assert pipe.vae.dtype == (torch.bfloat16 if name == "flux" else torch.float32)
-    assert pipe.text_encoder.dtype == pipe.text_encoder_2.dtype == torch.bfloat16
+    texts = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    assert {part.dtype for part in texts} == {torch.bfloat16}
     assert not any(p.requires_grad for part in (model, pipe.vae, pipe.text_encoder) for p in part.parameters())
     if name == "flux":
         return

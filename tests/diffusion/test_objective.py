@@ -372,6 +372,18 @@ def test_flux_takes_the_places_that_its_pipeline_gives(words):
     assert other.item() != want.item()
 
 
+def test_flux_without_a_guidance_embedding():
+    """FLUX.1-schnell has none, and takes no guidance."""
+    dev, latents, cond, _ = build("flux")
+    schnell = type(dev).from_config(dev.config, guidance_embeds=False).eval()
+    cond = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in cond.items()}
+    times = torch.full((2 * PAIRS,), 300.0)
+    with torch.no_grad():
+        found = predict(schnell, latents, times, cond)
+        assert torch.equal(predict(schnell, latents, times, {**cond, "guidance": 2.0}), found)
+        assert found.shape == latents.shape
+
+
 def test_drawn_by_torchs_generator_without_seeds():
     model, latents, cond, scheduler = build("sd15")
     objective = PairObjective(scheduler, reference=perturbed(model), beta=BETA)
