@@ -9,6 +9,7 @@ import threading
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import sources as sources_module
 from polydpo_fast.data.ledger import Ledger
 from polydpo_fast.data.order import Balanced, Shuffled, mix
+from polydpo_fast.data.rows import Rows
 
 TINY = dict(size=2, dtype=torch.uint8)
 
@@ -696,3 +698,29 @@ def test_a_storage_is_not_listed_twice(tmp_path, monkeypatch):
     for where in ("pairs.jsonl", "*.jsonl", "pair?.jsonl"):
         assert len(open_source(tmp_path / where)) == 1
     assert len(open_source([tmp_path / "pairs.jsonl"])) == 1
+
+
+def test_pairs_that_are_decoded_later_bring_all_of_theirs():
+    """Sizes, corners, mirrors and colours as well as pixels: a model is told them, or learns from them."""
+
+    def decoded(*pairs):
+        both = [*pairs, *(pair + 10 for pair in pairs)]
+        numbers = torch.tensor(both)[:, None]
+        colours = dict(matrix=[f"m{one}" for one in both], full_range=[True] * len(both))
+        of_pairs = torch.ones(len(pairs), dtype=torch.bool)
+        return SimpleNamespace(
+            pixels=numbers, original_size=numbers * 2, crop_top_left=numbers * 3, flipped=of_pairs, **colours
+        )
+
+    rows = Rows.empty(torch.zeros(6, 1, dtype=torch.int64), clips=True)
+    rows.put([2, 0], decoded(5, 3))
+    told = [3, 0, 5, 13, 0, 15]
+    for tensor, factor in ((rows.pixels, 1), (rows.original_size, 2), (rows.crop_top_left, 3)):
+        assert tensor[:, -1].tolist() == [factor * one for one in told]
+    assert rows.flipped.tolist() == [True, False, True]
+    assert rows.colours == [(f"m{one}", True) if one else ("bt709", False) for one in told]
+    rows.clear(2)
+    for tensor in (rows.pixels, rows.original_size, rows.crop_top_left):
+        assert (tensor[:, -1] > 0).tolist() == [True, False, False] * 2
+    assert rows.flipped.tolist() == [True, False, False]
+    assert rows.colours[2] == rows.colours[5] == ("bt709", False)

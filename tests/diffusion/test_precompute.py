@@ -248,6 +248,11 @@ def test_resuming_from_stores(here, stores, tmp_path):
     whole, broken = (weights(tmp_path / name) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert lines(tmp_path / "whole")[-1]["epoch"] == 1
+    # With another number of draws a pair would have noise from then on that it had before, or has not had.
+    reference(settings(here, tmp_path, **from_stores(stores)), tmp_path / "fewer", draws=3)
+    fewer = {**change, "reference_errors": str(tmp_path / "fewer"), "steps": 9}
+    with pytest.raises(ValueError, match=r"draws of reference_errors is 3; the run of .* was begun with 4"):
+        train(settings(here, tmp_path / "broken", **fewer, resume="latest"))
 
 
 @pytest.mark.parametrize(
