@@ -16,6 +16,7 @@ import torch
 from diffusion import pipelines
 from diffusion.runs import lines, settings, stored, two_processes, weights
 from safetensors.torch import load_file, save_file
+from splitmix import chained
 from typer.testing import CliRunner
 
 from polydpo_fast.cli import app
@@ -192,6 +193,36 @@ def test_latents_may_be_stored_in_half_precision(here, tmp_path, monkeypatch):
     assert dtypes == {torch.float32}
     said = run("cache", tmp_path / "x", *arguments, "--store", "int8", exit_code=2)
     assert "--store is 'int8'; expected float32, bfloat16 or float16" in said
+
+
+def test_samples_that_are_stored_are_of_the_seed(here, tmp_path, monkeypatch):
+    """As those that a training draws when a pair comes first."""
+    seen = {}
+    encode, inside = batches.encode_pixels, batches.Inputs.encode
+
+    def encoded(self, batch, seeds):
+        seen.setdefault("index", []).append(batch.index.tolist())
+        return inside(self, batch, seeds)
+
+    def pixels(vae, pixels, seeds, **options):
+        seen.setdefault("seeds", []).append(seeds)
+        return encode(vae, pixels, seeds, **options)
+
+    monkeypatch.setattr(batches.Inputs, "encode", encoded)
+    monkeypatch.setattr(batches, "encode_pixels", pixels)
+    cache(settings(here, tmp_path, seed=11, batch_size=8), tmp_path / "latents")
+    assert seen["index"] == [[*range(8)], [*range(8, 16)]]
+    assert seen["seeds"] == [
+        [chained(chained(11, 0, i), arm) for arm in (1, 2) for i in index] for index in seen["index"]
+    ]
+
+
+def test_errors_are_computed_in_the_precision_of_the_training(here, tmp_path):
+    """Else the difference of their rounding would be a preference before anything was learned."""
+    change = dict(latents="mode", mixed_precision="bf16", batch_size=16, steps=1)
+    reference(settings(here, tmp_path, **change), tmp_path / "errors", draws=1)
+    train(settings(here, tmp_path / "out", **change, reference_errors=str(tmp_path / "errors")))
+    assert lines(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=5000 * 1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -241,6 +241,15 @@ def test_each_family_takes_steps(family, lora, tmp_path):
     assert math.isfinite(second["loss"])
 
 
+def test_sizes_are_heights_and_widths_and_the_seed_is_set(here, tmp_path):
+    """[height, width] of settings; of LoRA's first weights the generator's seed, of which NumPy takes 32 bits."""
+    begun = setup.set_up(settings(here, tmp_path, size=[16, 24], seed=2**40 + 7))
+    assert begun.size == (16, 24)
+    assert torch.initial_seed() == 7
+    batch = next(iter(inputs.Inputs(settings(here, tmp_path, size=[16, 24]), begun).loader))
+    assert batch.pixels.shape == (4, 3, 16, 24)
+
+
 def test_averages_weights_of_pairs_and_gradients_that_are_not_clipped(here, tmp_path, monkeypatch):
     """Averages by their definition from the weights after each step, from the first on; pictures are of them."""
     rows = pq.read_table(here / "pairs.parquet")
