@@ -241,6 +241,43 @@ def test_fingerprints_tell_configurations():
     assert fingerprint(torch.nn.Linear(2, 2)).startswith("Linear:")  # has none
 
 
+def test_fingerprints_of_large_weights_are_of_places_all_over():
+    """1024 of 4096, at equal distances: any training is noticed, a single weight between them is not."""
+    one = torch.nn.Linear(64, 64, bias=False)
+    text = fingerprint(one)
+    for place, noticed in ((0, True), (4, True), (4092, True), (1, False), (4095, False)):
+        other = copy.deepcopy(one)
+        with torch.no_grad():
+            other.weight.view(-1)[place] += 1
+        assert (fingerprint(other) != text) == noticed, place
+
+
+def test_fingerprints_of_tokenizers():
+    """Another word, another place of a word, a longer text, or another way to cut a sentence, is another."""
+
+    def tokenizer(vocabulary, longest=77, cut=str.split):
+        class Tokenizer:
+            model_max_length = longest
+
+            def get_vocab(self):
+                return dict(vocabulary)
+
+            def __call__(self, sentence):
+                return SimpleNamespace(input_ids=[len(word) for word in cut(sentence)])
+
+        return fingerprint(Tokenizer())
+
+    words = {"a": 0, "b": 1}
+    assert tokenizer(words) == tokenizer(reversed(words.items()))
+    others = (
+        tokenizer({**words, "c": 2}),
+        tokenizer({"a": 1, "b": 0}),
+        tokenizer(words, longest=64),
+        tokenizer(words, cut=lambda sentence: sentence.split(" ")),
+    )
+    assert len({tokenizer(words), *others}) == 5
+
+
 def test_a_release_that_knows_more_changes_no_fingerprint():
     """By default a model is what it was when there was no such choice."""
 

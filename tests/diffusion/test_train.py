@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate.utils
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +47,7 @@ from polydpo_fast.diffusion import (
     frozen_copy,
     geneval,
     inputs,
+    journal,
     predict,
     setup,
     sharding,
@@ -1298,6 +1300,46 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_pairs(here, tmp_path, mon
     assert result.exit_code == 1
     assert f"the loss is not finite at step 2, of the pairs {order[1][2]}" in result.output
     assert [line["step"] for line in lines(tmp_path / "again")] == [1]
+
+
+def of_three(**change):
+    """What a journal asks of Accelerate, in the first of three processes, of which the others have twice and thrice."""
+    given = dict(is_main_process=True, mixed_precision="no", num_processes=3, log=lambda values, step: None)
+    return SimpleNamespace(**{**given, "gather": lambda row: torch.cat((row, 2 * row, 3 * row)), **change})
+
+
+def test_metrics_are_those_of_all_processes(tmp_path, monkeypatch):
+    clock = iter([10.0, 12.0, 20.0])
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: next(clock))
+    ours = journal.Journal(of_three(), tmp_path / "metrics.jsonl", 0)
+    for value in (1.0, 3.0):
+        ours.add(7, ["a", "b"], torch.tensor([value, value + 1]), {"implicit_accuracy": torch.tensor(value / 10)})
+    ours.write(2, 1e-3)
+    ours.add(8, ["a", "b"], torch.tensor([0.0, 1.0]), {"implicit_accuracy": torch.tensor(0.5)})
+    ours.write(2, 1e-4)
+    first, second = lines(tmp_path)
+    assert (first["loss"], first["implicit_accuracy"]) == pytest.approx((2 * 2.5, 2 * 0.2))
+    assert (first["step"], first["steps"], first["epoch"], first["learning_rate"]) == (7, 1, 2, 1e-3)
+    assert (second["loss"], second["step"], second["learning_rate"]) == (1.0, 8, 1e-4)
+    assert (first["pairs_per_s"], second["pairs_per_s"]) == (3 * 4 / 2, 3 * 2 / 8)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([(4, "loss", ["c"], False)], "the loss is not finite at step 4, of the pairs c$"),
+        ([(5, "gradient", ["c"], False)], "the loss is not finite at step 5, of the pairs b$"),
+        ([(5, "loss", ["c"], True)], "the loss is not finite at step 5, of the pairs b, c$"),
+        ([(6, "loss", ["c"], True)], "the loss is not finite at step 5, of the pairs b$"),
+    ],
+)
+def test_the_first_step_of_any_process_that_is_not_finite_is_named(tmp_path, monkeypatch, others, message):
+    """A loss explains the gradients, which are not finite in all processes then."""
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda found: [*found, *others])
+    ours = journal.Journal(of_three(), tmp_path / "metrics.jsonl", 0)
+    ours.add(5, ["a", "b"], torch.tensor([1.0, math.nan]), {"implicit_accuracy": torch.tensor(0.5)})
+    with pytest.raises(NotFiniteError, match=message):
+        ours.write(0, 1e-3)
 
 
 def test_weights_that_have_diverged_are_said_to_have(here, tmp_path):
