@@ -220,7 +220,7 @@ def _may_be_of_pairs(mask: torch.Size, pairs: int, sample: torch.Size) -> bool:
         return False
     if pairs == 1:  # images: (1, H, W) means the same either way; tokens: (1, N) would be over C
         return len(sample) == 2 and mask[1] == sample[0] > 1
-    return mask[1:] in (sample[1:], sample[:-1])
+    return mask[1:] == sample[1:]
 
 
 # ------------------------------------------------------------------------------------------------ numbers

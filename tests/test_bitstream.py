@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from clip_oracle import av, encode, without_range
 
-from polydpo_fast.bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, states_range
+from polydpo_fast.bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key, states_range
 
 
 def header_of(data):
@@ -320,6 +320,22 @@ def test_pictures_that_another_layer_may_need_are_not_spare():
     assert SpareFrames("hevc", hvcc(one)).has(unit(0, 0))
     assert not SpareFrames("hevc", hvcc()).has(unit(0, 0))  # nothing is known
     assert not SpareFrames("hevc", None).has(unit(0, 0))
+
+
+@pytest.mark.parametrize("kind", range(32))
+def test_only_pictures_that_are_no_references_are_spare(kind):
+    """ITU-T H.265, table 7-1: of types below 16 the even ones; from 16 on there are places to start from."""
+    one = unit(33, 0, bytes([0, 9, 9]))
+    assert SpareFrames("hevc", hvcc(one)).has(unit(kind, 0)) == (kind in range(0, 16, 2))
+
+
+@pytest.mark.parametrize(("kind", "is_key"), [(0, True), (1, False), (2, False), (3, False)])
+def test_frames_of_mpeg_4_that_are_made_from_others(kind, is_key):
+    """ISO/IEC 14496-2, table 6-20: I, P, B and S; the last from a sprite, or by global motion."""
+    packet = b"\0\0\1\xb6" + bytes([kind << 6 | 0x15]) + b"abc"
+    assert is_no_key("mpeg4", b"\0\0\1\xb0\1" + packet) is not is_key
+    assert not is_no_key("h264", packet)
+    assert not is_no_key("mpeg4", packet[:4])
 
 
 def test_other_parameters_on_the_way_end_it():

@@ -86,6 +86,9 @@ def test_reference_and_target_are_constants():
     assert pred.grad is not None
     assert ref.grad is None
     assert target.grad is None
+    error = torch.rand(4, dtype=pred.dtype, requires_grad=True)
+    reference.loss(pred, None, target, ref_error=error).backward()
+    assert error.grad is None
 
 
 def test_arms_may_come_as_tuples():
