@@ -381,6 +381,18 @@ def test_metrics(backend, device):
         assert metrics[name].item() == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pairs_are_saturated_beyond_ten(backend, device):
+    """z is the loser's error less the winner's: of 9.9, -9.9, 10.1, -10.1, and a tie."""
+    z = torch.tensor([9.9, -9.9, 10.1, -10.1, 0.0], device=device)[:, None]
+    win, lose = ((sign * z).clamp(min=0).sqrt() for sign in (-1, 1))
+    nothing = (torch.zeros_like(win), torch.zeros_like(win))
+    options = dict(beta=2.0, reference_free=True, return_metrics=True, backend=backend)
+    _, metrics = polydpo_fast.loss((win, lose), None, nothing, **options)
+    assert metrics["saturated"].item() == pytest.approx(2 / 5)
+    assert metrics["implicit_accuracy"].item() == pytest.approx(2.5 / 5)
+
+
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_pair_does_not_depend_on_its_batch_and_runs_agree_bit_for_bit(backend, device):
     """A promise of the fused backends; the reference's sums are PyTorch's, which split by the size of the batch."""

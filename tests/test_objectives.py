@@ -45,10 +45,22 @@ def closed_form(name, z, alphas):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("alphas", ALPHAS)
-@pytest.mark.parametrize("z", [-5.0, -0.3, 0.0, 0.5, 1.0, 2.0, 6.0])
+@pytest.mark.parametrize("z", [-5.0, -0.3, 0.0, 0.5, 1.0, 1.5, 2.0, 6.0])
 def test_loss_is_the_closed_form(name, alphas, z):
     loss, _ = head_at(name, torch.tensor(z, dtype=torch.float64), *alphas)
     assert loss.item() == pytest.approx(closed_form(name, z, alphas), rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
+def test_labels_that_are_wrong_are_smoothed_over_as_published(share):
+    """With "robust" the expectation over labels, of which a share is flipped, is the loss of the true ones (Chowdhury
+    et al. 2024); the others are the expectation of the loss where the label itself may be wrong (Mitchell 2023)."""
+    true, flipped = 0.3, 1.7
+    keep, flip = OBJECTIVES["robust"].smoothing(share)
+    seen, otherwise = keep * true + flip * flipped, keep * flipped + flip * true
+    assert (1 - share) * seen + share * otherwise == pytest.approx(true, rel=1e-12)
+    for name in set(OBJECTIVES) - {"robust"}:
+        assert OBJECTIVES[name].smoothing(share) == (1 - share, share)
 
 
 def either_side(z, p, q, nlp, nlq, beta, a1, a2, a3, a4):

@@ -917,6 +917,13 @@ def test_two_results_are_not_mixed(here, tmp_path):
         load_result(pipe, out)
 
 
+@pytest.mark.parametrize("left", ["unet", "transformer", LORA_FILE])
+def test_a_result_of_any_kind_is_not_written_over(here, tmp_path, left):
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match=f"has {left}, and no checkpoint .* it is the result of another run"):
+        checkpoints.check_output(settings(here, tmp_path))
+
+
 def test_told_to_stop_it_leaves_a_checkpoint(here, tmp_path, monkeypatch):
     """And goes on from it as if nothing had happened; without checkpoints the signal does what it always does."""
     given = dict(checkpoint_every=4, resume="latest", log_every=2)
