@@ -293,6 +293,7 @@ def test_resuming_from_stores(here, stores, tmp_path):
         (dict(latents="sample"), "latents", ("mode", "sample")),
         (dict(size=32), "decoding", ('{"size": [16, 16]}', '{"size": [32, 32]}')),
         (dict(loader={"crop": "random"}), "decoding", ('{"size": [16, 16]}', '{"crop": "random", "size": [16, 16]}')),
+        (dict(loader={"hflip": 0.5}), "decoding", ('{"size": [16, 16]}', '{"hflip": 0.5, "size": [16, 16]}')),
         (dict(data_options={"ties": "keep"}), "data_options", ("{}", '{"ties": "keep"}')),
         (dict(model="other"), "vae", ("AutoencoderKL:[0-9a-f]{32}", "AutoencoderKL:[0-9a-f]{32}")),
     ],

@@ -252,6 +252,23 @@ def test_sizes_are_heights_and_widths_and_the_seed_is_set(here, tmp_path):
     assert batch.pixels.shape == (4, 3, 16, 24)
 
 
+@pytest.mark.parametrize("lora", [0, 2])
+def test_what_is_trained_is_whole_and_the_rest_in_half_precision(here, tmp_path, lora):
+    """All weights in float32, where a step of 1e-8 is not lost; beside adapters nothing has to be."""
+    pipe = setup.set_up(settings(here, tmp_path, mixed_precision="bf16", lora_rank=lora)).pipe
+    assert pipe.unet.dtype == (torch.bfloat16 if lora else torch.float32)
+    assert pipe.text_encoder.dtype == pipe.vae.dtype == torch.bfloat16
+
+
+def test_a_run_keeps_the_guidance_that_takes_effect(here, tmp_path):
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
+    begun = SimpleNamespace(accelerator=accelerator, family=FAMILIES["FluxPipeline"], size=(16, 16))
+    for given, kept in ((None, 3.5), (3.5, 3.5), (1.0, 1.0)):
+        run = settings(here, tmp_path, guidance=given)
+        told = training._run_identity(run, begun, SimpleNamespace(parts={}), torch.nn.Linear(2, 2), None)
+        assert told["guidance"] == kept
+
+
 def test_averages_weights_of_pairs_and_gradients_that_are_not_clipped(here, tmp_path, monkeypatch):
     """Averages by their definition from the weights after each step, from the first on; pictures are of them."""
     rows = pq.read_table(here / "pairs.parquet")
