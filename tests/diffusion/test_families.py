@@ -142,6 +142,21 @@ def test_images_are_rounded_and_have_the_noise_of_their_seeds():
     assert [pipe.given[name] for name in told] == [2, 4, 4, 2.5, 5]
 
 
+def test_layers_that_get_adapters_are_those_of_the_scripts():
+    """Of Diffusers: train_dreambooth_lora_sd3.py and _flux.py name the context's projections too."""
+    own = {"to_q", "to_k", "to_v", "to_out.0"}
+    context = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    for name, family in FAMILIES.items():
+        both = name in ("StableDiffusion3Pipeline", "FluxPipeline")
+        assert set(family.lora_targets) == (own | context if both else own), name
+
+
+def test_sdxl_is_told_heights_before_widths():
+    text = {"encoder_hidden_states": torch.zeros(2, 5, 12), "text_embeds": torch.zeros(2, 10)}
+    told = families.conditioning(FAMILIES["StableDiffusionXLPipeline"], text, None, (16, 24))
+    assert told["added_cond_kwargs"]["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+
+
 def test_vaes_with_means_and_a_factor():
     """As Diffusers' pipeline of SDXL decodes: latents * latents_std / scaling_factor + latents_mean."""
     config = dict(latents_mean=[0.5, -1.0], latents_std=[2.0, 4.0], scaling_factor=0.5)
