@@ -543,6 +543,11 @@ def test_functional_transforms_take_the_reference(device):
         (dict(label_smoothing=0.5), ValueError, "label_smoothing is 0.5; expected a number from 0 to below 0.5"),
         (dict(sft_weight=-1), ValueError, "sft_weight is -1; expected a number >= 0"),
         (dict(margin=float("nan")), ValueError, "margin is nan; expected a finite number"),
+        (
+            dict(objective="ipo", alpha=torch.ones(2)),
+            ValueError,
+            r"alpha is a Tensor of shape \(2,\); expected 0 for obj",
+        ),
         (dict(pair_weight=2.0), TypeError, r"pair_weight is 2.0 \(float\); expected a torch.Tensor"),
         (dict(pair_weight=torch.ones(4)), ValueError, r"pair_weight has shape \(4,\); expected \(2,\)"),
         (dict(objective=["poly_dpo"]), ValueError, r"objective is \['poly_dpo'\]; expected one of"),
