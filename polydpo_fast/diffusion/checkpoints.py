@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -73,6 +74,9 @@ def save_checkpoint(accelerator: Any, output: Path, step: int, settings: Setting
     if accelerator.is_main_process:
         told = {"number": number, "steps": settings.steps, "settings": dict(run)}
         (partial / _RUN).write_text(json.dumps(told, default=str) + "\n", encoding="utf-8")
+        for file in filter(Path.is_file, partial.rglob("*")):  # on the disk before older checkpoints are removed
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
         partial.rename(folder)
         for old in _checkpoints(output)[: -keep or None] if keep else ():
             shutil.rmtree(old)

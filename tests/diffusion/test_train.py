@@ -54,6 +54,7 @@ from polydpo_fast.diffusion import (
     validation,
 )
 from polydpo_fast.diffusion import train as training
+from polydpo_fast.diffusion.checkpoints import save_checkpoint
 from polydpo_fast.diffusion.config import Settings, lasting, read_settings, write_settings
 from polydpo_fast.diffusion.families import FAMILIES
 from polydpo_fast.diffusion.optimizers import new_optimizer
@@ -1015,6 +1016,35 @@ def test_more_steps_bend_a_schedule_that_decays(here, tmp_path):
     train(settings(here, tmp_path / "constant", steps=4, schedule="constant", **given))
     with pytest.warns(UserWarning, match="steps is 4, and was 2 when .*checkpoint-2 was written: the learning rate of"):
         train(settings(here, tmp_path / "cosine", steps=4, schedule="cosine", **given))
+
+
+def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, monkeypatch):
+    """Or a machine that loses its power in between leaves a run with none."""
+
+    class Saves:
+        is_main_process = True
+
+        def wait_for_everyone(self):
+            pass
+
+        def save_state(self, folder):
+            Path(folder, "random").mkdir(parents=True)
+            Path(folder, "model.bin").write_bytes(b"12345")
+            Path(folder, "random", "states").write_bytes(b"123")
+
+    done, fsync = [], os.fsync
+
+    def settle(file):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "partial-checkpoint-2"]
+        done.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    given = Settings(model="m", data="d", checkpoint_every=1, keep=1)
+    save_checkpoint(Saves(), tmp_path, 1, given, {})
+    monkeypatch.setattr(os, "fsync", settle)
+    save_checkpoint(Saves(), tmp_path, 2, given, {})
+    assert sorted(map(os.path.basename, done)) == ["model.bin", "run.json", "states"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_the_latest_checkpoint_is_that_which_was_written_last(here, tmp_path):
