@@ -133,9 +133,9 @@ JpegReader::JpegReader(std::unique_ptr<JpegHeader> header)
       partly_(usual(info_)) {
     info_.out_color_space = cmyk_ ? JCS_CMYK : JCS_EXT_RGBX;
     // libjpeg-turbo's quick way through baseline scans takes codes that do not exist for zeros, without a warning. With
-    // restarts, be they never reached, it goes the other way, which warns: 2 to 6% slower. Scans that end at
-    // coefficient 0 are progressive, which have no quick way, or lossless, whose restarts libjpeg-turbo 3 wants at the
-    // ends of rows.
+    // a restart interval, even one that is never reached, it goes the other way, which warns: 2 to 6% slower. Scans
+    // that end at coefficient 0 are progressive, which have no quick way, or lossless, whose restarts libjpeg-turbo 3
+    // wants at the ends of rows.
     if (info_.restart_interval == 0 && info_.Se > 0) info_.restart_interval = std::numeric_limits<unsigned>::max();
 }
 
