@@ -6,8 +6,6 @@
 
 #include "loss.hpp"
 
-#include <sys/mman.h>
-
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
@@ -591,16 +589,6 @@ void scale_short(const Batch& batch, const Range& range, ScaleOf scale, To to) {
     }
 }
 
-// A fresh gradient is memory that nobody has touched: at 4 KB a page fault, the faults can cost several times the
-// computation. Asks for huge pages where the system gives them on request; elsewhere this does nothing. (Batches of
-// pixels do not: on a virtual machine that gives free memory back to its host, huge pages that are taken again seconds
-// later cost five times as much as small ones.)
-void advise_huge_pages(std::uintptr_t begin, std::uintptr_t end) {
-    constexpr std::uintptr_t huge = 1 << 21;
-    const std::uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-}
-
 int threads_for(const Batch& batch) {
     const std::int64_t useful = batch.pairs * (2 * batch.numel + elements_per_head) / elements_per_thread;
     return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(batch.threads, useful)));
@@ -762,16 +750,6 @@ void pair_gradient(const Batch& batch, const double* coefficients, std::int64_t 
                    const void* grad_loss, bool grad_loss_is_double, std::int64_t grad_loss_stride, void* grad_of_win,
                    void* grad_of_lose, std::int64_t grad_stride) {
     const std::size_t size = size_of(batch.pred.dtype);
-    const std::size_t arm = static_cast<std::size_t>((batch.pairs - 1) * grad_stride + batch.numel) * size;
-    const auto win_at = reinterpret_cast<std::uintptr_t>(grad_of_win);
-    const auto lose_at = reinterpret_cast<std::uintptr_t>(grad_of_lose);
-    const auto first = std::min(win_at, lose_at), last = std::max(win_at, lose_at);
-    if (last - first <= arm) {  // one tensor of both
-        advise_huge_pages(first, last + arm);
-    } else {
-        advise_huge_pages(first, first + arm);
-        advise_huge_pages(last, last + arm);
-    }
     // The product of what comes from above and a pair's coefficient, of its winner (0) or its loser (1).
     const auto scale = [&](std::int64_t pair, int arm) {
         const std::int64_t at = pair * grad_loss_stride;

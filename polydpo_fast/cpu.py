@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .gradient_memory import empty_gradient, is_large
 from .layout import PAIR_COLUMNS, empty_dense_like, pairs_in
 from .metrics import METRICS
 from .objectives import program
@@ -160,6 +161,7 @@ class BoundLoss:
         self._dtype = torch.float64 if self._double else torch.float32
         self._shape = (pairs,) if reduction == "none" else ()
         self._table = (pairs, PAIR_COLUMNS)
+        self._large = is_large(pred)
         self._grad = pred.shape, empty_dense_like(pred).stride(), pred.dtype
         forms = []
         for x in (*tensors, empty_dense_like(pred)):
@@ -191,7 +193,7 @@ class BoundLoss:
 
     def gradient(self, pred: Tensor, target: Tensor, table: Tensor, grad_loss: Tensor) -> Tensor:
         shape, strides, dtype = self._grad
-        grad = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+        grad = empty_gradient(pred) if self._large else torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
         self._c.gradient(
             pred.data_ptr(),
             target.data_ptr(),

@@ -220,7 +220,7 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
                 base = module[: -node.level]
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 needs.setdefault(module[1], set()).update([*base, *name.split(".")][1] for name in names)
-    loss = {"objectives", "metrics", "layout", "reference", "arguments", "functional", "cpu"}
+    loss = {"objectives", "metrics", "layout", "reference", "arguments", "functional", "cpu", "gradient_memory"}
     decoders = {"decode_arguments", "decode", "clips", "video"}
     files = {"clip_file", "timeline", "mp4", "matroska", "bitstream", "cache"}
     assert needs["video"] == {"decode_arguments", *files}

@@ -1,0 +1,143 @@
+"""Large gradients on a CPU: in kept memory, and nobody notices but the clock."""
+
+import resource
+import threading
+
+import pytest
+import torch
+from loss import peak_bytes
+
+import polydpo_fast
+from polydpo_fast import gradient_memory
+
+ELEMENTS = 1 << 20  # a pair of float32: 8 MB
+pytestmark = pytest.mark.usefixtures("nothing_kept")
+
+
+@pytest.fixture
+def nothing_kept():
+    gradient_memory._kept.clear()
+    yield
+    gradient_memory._kept.clear()
+
+
+def batch(seed, shape=(2, ELEMENTS), dtype=torch.float32):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=random).to(dtype) for _ in range(3)]
+
+
+def gradient_of(pred, ref, target):
+    pred = pred.detach().requires_grad_()
+    polydpo_fast.loss(pred, ref, target).backward()
+    return pred.grad
+
+
+def closed_form(pred, ref, target, beta=5000.0):
+    pred, ref, target = pred.double(), ref.double(), target.double()
+    delta = ((pred - ref) * (pred + ref - 2 * target)).mean(1)
+    p = torch.sigmoid(-0.5 * beta * (delta[0] - delta[1]))
+    sign = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    return -(1 - p) * sign * beta / pred.shape[1] * (pred - target)
+
+
+def assert_right(grad, tensors):
+    torch.testing.assert_close(grad.double(), closed_form(*tensors), rtol=1e-5, atol=1e-12)
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it():
+    first, second, third = batch(0), batch(1), batch(2)
+    held = gradient_of(*first)
+    view = held[1, 5:]  # holds the storage alone, as a hook or an optimizer might
+    address = held.data_ptr()
+    del held
+    other = gradient_of(*second)
+    assert other.data_ptr() != address
+    assert_right(other, second)
+    torch.testing.assert_close(view.double(), closed_form(*first)[1, 5:], rtol=1e-5, atol=1e-12)
+    del view
+    again = gradient_of(*third)
+    assert again.data_ptr() == address
+    assert_right(again, third)
+
+
+@pytest.mark.parametrize("arms", [1, 2])
+def test_gradients_cost_no_page_faults_once_their_memory_is_there(arms):
+    tensors = batch(0)
+    if arms == 2:
+        tensors = [(x[:1], x[1:]) for x in tensors]
+
+    def faults():
+        pred = [x.detach().requires_grad_() for x in (tensors[0] if arms == 2 else tensors[:1])]
+        value = polydpo_fast.loss(tuple(pred) if arms == 2 else pred[0], *tensors[1:])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        value.backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    # Fresh memory costs 4 each time, or 2,048 where the system gives no huge pages.
+    assert min(faults() for _ in range(5)) == 0
+
+
+def test_at_most_two_blocks_are_kept_and_those_of_another_size_are_given_back():
+    held = [gradient_of(*batch(seed)) for seed in range(3)]
+    del held
+    assert [len(x) for x in gradient_memory._kept] == [8 * ELEMENTS] * 2
+    smaller = batch(3, (2, ELEMENTS // 2))
+    assert_right(gradient_of(*smaller), smaller)
+    assert [len(x) for x in gradient_memory._kept] == [4 * ELEMENTS]
+
+
+def test_threads_never_share_a_block():
+    wrong = []
+
+    def work(seed):
+        tensors = batch(seed, (2, 1 << 20))
+        expected = closed_form(*tensors)
+        grads = (gradient_of(*tensors).double() for _ in range(20))
+        wrong.extend(seed for grad in grads if not torch.allclose(grad, expected, rtol=1e-5, atol=1e-12))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_order_of_the_elements_is_that_of_the_prediction(dtype):
+    pred, ref, target = (x.to(memory_format=torch.channels_last) for x in batch(0, (4, 8, 256, 256), dtype))
+    grad = gradient_of(pred, ref, target)
+    assert gradient_memory.is_large(pred)
+    assert grad.stride() == pred.stride()
+    assert grad.dtype == dtype
+    flat = [x.contiguous() for x in (pred, ref, target)]
+    # The order of the sums is another.
+    torch.testing.assert_close(grad, gradient_of(*flat), rtol=0.01 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+def test_a_gradient_can_be_copied_saved_and_shared(tmp_path):
+    grad = gradient_of(*batch(0, (2, 1 << 20)))
+    expected = grad.clone()
+    torch.save(grad, tmp_path / "grad.pt")
+    assert torch.equal(torch.load(tmp_path / "grad.pt"), expected)
+    assert torch.equal(grad.share_memory_(), expected)
+
+
+def test_the_benchmark_counts_it_though_the_allocator_does_not():
+    pred, ref, target = batch(0, (2, 1 << 20))
+    pred.requires_grad_()
+    beyond = peak_bytes(lambda: polydpo_fast.loss(pred, ref, target).backward(), pred, "cpu") - pred.nbytes
+    assert 0 < beyond <= 1024
+
+
+def test_the_compiled_loss_uses_it_too():
+    step = torch.compile(gradient_of, fullgraph=False, backend="aot_eager")
+    tensors = batch(0, (2, 1 << 20))
+    addresses = set()
+    for _ in range(3):
+        grad = step(*tensors)
+        addresses.add(grad.data_ptr())
+        assert_right(grad, tensors)
+        del grad
+    assert len(addresses) == 1
