@@ -34,6 +34,7 @@ NAMES = {
     "ours_tchw": "ours, bfloat16 (T, C, H, W)",
     "ours_yuv420": "ours, stored planes",
     "ours_from_bytes": "ours, from bytes, indexed anew each time",
+    "ours_without_out": "ours, without `out=`",
     "ours_into_fresh_memory": "ours, into fresh memory",
     "only_writing": "writing the bfloat16 frames, nothing decoded",
     "pyav_and_torch": "PyAV to RGB, to bfloat16 through torch",

@@ -88,8 +88,12 @@ def ours_tchw(data):
     return 2, lambda: ours(data, layout="TCHW", out=room(2, FRAMES, 3, HEIGHT, WIDTH))
 
 
-def ours_into_fresh_memory(data):
+def ours_without_out(data):
     return 2, lambda: ours(data)
+
+
+def ours_into_fresh_memory(data):
+    return 2, lambda: ours(data, out=torch.empty(2, 3, FRAMES, HEIGHT, WIDTH, dtype=torch.bfloat16))
 
 
 def ours_yuv420(data):
@@ -177,6 +181,7 @@ WAYS = (
     ours_cthw,
     ours_tchw,
     ours_yuv420,
+    ours_without_out,
     ours_into_fresh_memory,
     ours_from_bytes,
     bare_decoding,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polydpo_fast.layout import PAIR_COLUMNS, Column, arms, pairs_in
+from polydpo_fast.layout import PAIR_COLUMNS, Column, arms, empty_dense_like, pairs_in
 from polydpo_fast.metrics import METRICS
 from polydpo_fast.objectives import OBJECTIVES
 
@@ -395,16 +395,16 @@ def launch_gradient(
     pred: list[Tensor],
     target: list[Tensor],
     mask: Tensor | None,
-    grad: list[Tensor],
     coefficients: Tensor,
     grad_loss: Tensor,
     layout: str,
     double: bool,
-) -> None:
-    """Writes grad = grad_loss * coefficient * (pred - target), in one launch.
+) -> list[Tensor]:
+    """grad_loss * coefficient * (pred - target), in one launch.
 
     coefficients: (B, columns), of which the last two are those of winner and loser. grad_loss: () or (B,).
     """
+    grad = [empty_dense_like(x) for x in pred]
     n_pairs = pairs_in(pred)
     numel = pred[0].numel() // pred[0].shape[0]
     n_splits = triton.cdiv(numel, BLOCK)
@@ -423,6 +423,7 @@ def launch_gradient(
             SHARED_TARGET=target_win is target_lose, ACC=tl.float64 if double else tl.float32, BLOCK=BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
+    return grad
 
 
 def _counters(n_pairs: int, device: torch.device) -> Tensor:

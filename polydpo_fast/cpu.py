@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .gradient_memory import empty_gradient, is_large
-from .layout import PAIR_COLUMNS, empty_dense_like, pairs_in
+from .buffers import LARGE, Buffers
+from .layout import PAIR_COLUMNS, dense_strides, pairs_in
 from .metrics import METRICS
 from .objectives import program
 
@@ -21,6 +21,14 @@ __all__ = ["BoundLoss", "launch_errors", "launch_gradient"]
 # The numbers of csrc/loss.hpp.
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+_gradients = Buffers(2, reclaimable=True)  # both arms
+
+
+def _empty_gradient(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if shape.numel() * dtype.itemsize < LARGE:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+    return _gradients.empty(shape, dtype, strides)
 
 
 @cache
@@ -112,13 +120,13 @@ def launch_gradient(
     pred: list[Tensor],
     target: list[Tensor],
     mask: Tensor | None,
-    grad: list[Tensor],
     coefficients: Tensor,
     grad_loss: Tensor,
     layout: str,
     double: bool,
-) -> None:
+) -> list[Tensor]:
     """As `kernels.pair_loss.launch_gradient`."""
+    grad = [_empty_gradient(x.shape, dense_strides(x), x.dtype) for x in pred]
     pairs = pairs_in(pred)
     _C.pair_gradient(
         _address(pred, layout, pairs),
@@ -132,6 +140,7 @@ def launch_gradient(
         grad_loss.stride(0) if grad_loss.dim() else 0,
         _address(grad, layout, pairs),
     )
+    return grad
 
 
 def _facts(x: Tensor) -> tuple[object, ...]:
@@ -161,10 +170,9 @@ class BoundLoss:
         self._dtype = torch.float64 if self._double else torch.float32
         self._shape = (pairs,) if reduction == "none" else ()
         self._table = (pairs, PAIR_COLUMNS)
-        self._large = is_large(pred)
-        self._grad = pred.shape, empty_dense_like(pred).stride(), pred.dtype
+        self._grad = pred.shape, dense_strides(pred), pred.dtype
         forms = []
-        for x in (*tensors, empty_dense_like(pred)):
+        for x in (*tensors, _empty_gradient(*self._grad)):
             win, lose, dtype, stride = _address([x], layout, pairs)
             forms.append((lose - win, dtype, stride))
         sizes = (pairs, pred.numel() // pred.shape[0], self._double)
@@ -192,8 +200,7 @@ class BoundLoss:
         return value, metrics, table
 
     def gradient(self, pred: Tensor, target: Tensor, table: Tensor, grad_loss: Tensor) -> Tensor:
-        shape, strides, dtype = self._grad
-        grad = empty_gradient(pred) if self._large else torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+        grad = _empty_gradient(*self._grad)
         self._c.gradient(
             pred.data_ptr(),
             target.data_ptr(),

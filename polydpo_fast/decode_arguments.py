@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
+from .buffers import LARGE, Buffers
+
 __all__ = [
     "ClipLimits",
     "DecodeLimits",
@@ -31,6 +33,7 @@ __all__ = [
 _DTYPES = ("yuv420", torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _MAX_SIDE = 16384
 _CPU = torch.device("cpu")
+_results = Buffers(2, reclaimable=True)
 
 T = TypeVar("T")
 
@@ -224,7 +227,8 @@ def _check(
         shape = (2 * pairs, *frames, height * 3 // 2, width)
     element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
     if out is None:
-        out = torch.empty(shape, dtype=element, device=device)
+        is_large = device.type == "cpu" and math.prod(shape) * element.itemsize >= LARGE
+        out = _results.empty(shape, element) if is_large else torch.empty(shape, dtype=element, device=device)
     else:
         _check_out(out, shape, element, device)
     if not is_number(hflip) or not 0 <= hflip <= 1:

@@ -15,7 +15,6 @@ from typing_extensions import Unpack
 
 from . import reference
 from .arguments import Head, Inputs, check_head, check_inputs, is_lazy
-from .gradient_memory import empty_gradient
 from .layout import ERRORS, PAIR_COLUMNS, Arms, Column, common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS, unpacked
 from .reference import PairErrors
@@ -348,8 +347,8 @@ def _pair_gradient(
     if mask is not None:
         mask = dense_mask(mask.to(torch.bool), pred[0])
     coefficients = coefficients.to(torch.float64).contiguous()
-    grad = [empty_gradient(x) for x in pred]
-    _module_of(backend).launch_gradient(pred, target, mask, grad, coefficients, grad_loss, layout, double)
+    launch = _module_of(backend).launch_gradient
+    grad: list[Tensor] = launch(pred, target, mask, coefficients, grad_loss, layout, double)
     return grad
 
 

@@ -116,12 +116,15 @@ def _dense_sample(x: Tensor) -> bool:
     return True
 
 
+def dense_strides(like: Tensor) -> tuple[int, ...]:
+    """Strides for the element order of `like` within a sample, and no gaps between them."""
+    return like.numel() // like.shape[0], *like.stride()[1:]
+
+
 def empty_dense_like(like: Tensor, x: Tensor | None = None) -> Tensor:
-    """Uninitialised, shape and dtype of x (or `like`), the element order of `like` within a sample, no gaps."""
+    """Uninitialised, shape and dtype of x (or `like`), with `dense_strides(like)`."""
     x = like if x is None else x
-    return torch.empty_strided(
-        x.shape, (like.numel() // like.shape[0], *like.stride()[1:]), dtype=x.dtype, device=x.device
-    )
+    return torch.empty_strided(x.shape, dense_strides(like), dtype=x.dtype, device=x.device)
 
 
 def dense_mask(mask: Tensor, pred: Tensor) -> Tensor:

@@ -220,14 +220,14 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
                 base = module[: -node.level]
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 needs.setdefault(module[1], set()).update([*base, *name.split(".")][1] for name in names)
-    loss = {"objectives", "metrics", "layout", "reference", "arguments", "functional", "cpu", "gradient_memory"}
+    loss = {"objectives", "metrics", "layout", "reference", "arguments", "functional", "cpu"}
     decoders = {"decode_arguments", "decode", "clips", "video"}
     files = {"clip_file", "timeline", "mp4", "matroska", "bitstream", "cache"}
     assert needs["video"] == {"decode_arguments", *files}
     assert needs["reference"] == {"metrics", "objectives"}
-    assert not {"objectives", "layout", "colour"} & set(needs)
+    assert not {"objectives", "layout", "colour", "buffers"} & set(needs)
     for module in loss:
-        assert needs.get(module, set()) <= loss | {"_C"}, module
+        assert needs.get(module, set()) <= loss | {"_C", "buffers"}, module
     for module in [*decoders, *files, "data"]:
         assert not needs.get(module, set()) & {*loss, "diffusion", "check"}, module
     for module in set(needs) - {"check", "demo", "bench", "cli", "__main__"}:

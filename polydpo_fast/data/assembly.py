@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..buffers import Buffers
 from .bad_pairs import BadPairs
 from .batch import PairBatch
-from .buffers import Buffers
 from .order import mix
 from .plan import Plan, Step
 from .reading import LoaderError, Readers, Reading
@@ -145,7 +145,7 @@ class Assembler:
 
     def _decode(self, places: list[_Place]) -> Rows:
         plan = self._plan
-        out = None if self._buffers is None else self._buffers.take()
+        out = None if self._buffers is None else self._buffers.empty(plan.batch_shape, plan.dtype)
         taken = [place for place in places if place.pair is not None]
         if len(taken) == len(places):
             result = self._decoded(taken, out)

@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from ..buffers import Buffers
 from .batch import PairBatch
-from .buffers import Buffers
 from .dali import Decoder, choose_decoder
 from .ledger import Ledger, options_as_json
 from .loader_arguments import batch_form, check_arguments, check_device, decode_function, is_int, ranks_of
@@ -34,6 +34,7 @@ __all__ = ["LoaderError", "LoaderStats", "PairLoader"]
 _CPU = torch.device("cpu")
 _STATE_VERSION = 2  # to be raised when the order, or what is drawn for a pair, is another
 _NOT_PART_OF_TRANSFORM = frozenset(("win", "lose", "seeds", "out", "on_error", "limits", "threads", "cache"))
+_MOST_FREE = 16  # buffers; more are let go: somebody kept an epoch of batches, and dropped it
 _DEFAULT_WINDOW = 8  # row groups, where single pairs cannot be read
 
 
@@ -322,7 +323,7 @@ class PairLoader(IterableDataset[PairBatch]):
         pinned = plan.device is not None and plan.device.type == "cuda"
         # A worker may have been forked after batches of the first process, whose page-locked memory is not its own.
         if not on_device and (self._buffers is None or self._buffers.pinned != pinned):
-            self._buffers = Buffers(self._shape, self._dtype, pinned)
+            self._buffers = Buffers(_MOST_FREE, pinned=pinned)
         return plan
 
     def _chosen_decoder(self, device: torch.device | None, threads: int | None, is_worker: bool) -> Decoder:

@@ -11,9 +11,9 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+from ..buffers import Buffers
 from .assembly import Assembler
 from .batch import PairBatch
-from .buffers import Buffers
 from .plan import Plan, Step
 from .reading import Readers
 from .stats import LoaderStats

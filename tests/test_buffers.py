@@ -1,14 +1,16 @@
-"""Large gradients on a CPU: in kept memory, and nobody notices but the clock."""
+"""Large results and gradients on a CPU lie in memory that was used before, and nobody notices but the clock."""
 
+import io
 import resource
 import threading
 
 import pytest
 import torch
 from loss import peak_bytes
+from PIL import Image
 
 import polydpo_fast
-from polydpo_fast import gradient_memory
+from polydpo_fast import cpu, decode_arguments
 
 ELEMENTS = 1 << 20  # a pair of float32: 8 MB
 pytestmark = pytest.mark.usefixtures("nothing_kept")
@@ -16,9 +18,14 @@ pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 @pytest.fixture
 def nothing_kept():
-    gradient_memory._kept.clear()
-    yield
-    gradient_memory._kept.clear()
+    for buffers in (cpu._gradients, decode_arguments._results):
+        buffers._free.clear()
+
+
+def faults_of(run):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def batch(seed, shape=(2, ELEMENTS), dtype=torch.float32):
@@ -69,9 +76,7 @@ def test_gradients_cost_no_page_faults_once_their_memory_is_there(arms):
     def faults():
         pred = [x.detach().requires_grad_() for x in (tensors[0] if arms == 2 else tensors[:1])]
         value = polydpo_fast.loss(tuple(pred) if arms == 2 else pred[0], *tensors[1:])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        value.backward()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        return faults_of(value.backward)
 
     faults()
     # Fresh memory costs 4 each time, or 2,048 where the system gives no huge pages.
@@ -81,10 +86,10 @@ def test_gradients_cost_no_page_faults_once_their_memory_is_there(arms):
 def test_at_most_two_blocks_are_kept_and_those_of_another_size_are_given_back():
     held = [gradient_of(*batch(seed)) for seed in range(3)]
     del held
-    assert [len(x) for x in gradient_memory._kept] == [8 * ELEMENTS] * 2
+    assert [block.nbytes for block, _ in cpu._gradients._free] == [8 * ELEMENTS] * 2
     smaller = batch(3, (2, ELEMENTS // 2))
     assert_right(gradient_of(*smaller), smaller)
-    assert [len(x) for x in gradient_memory._kept] == [4 * ELEMENTS]
+    assert [block.nbytes for block, _ in cpu._gradients._free] == [4 * ELEMENTS]
 
 
 def test_threads_never_share_a_block():
@@ -108,7 +113,6 @@ def test_threads_never_share_a_block():
 def test_the_order_of_the_elements_is_that_of_the_prediction(dtype):
     pred, ref, target = (x.to(memory_format=torch.channels_last) for x in batch(0, (4, 8, 256, 256), dtype))
     grad = gradient_of(pred, ref, target)
-    assert gradient_memory.is_large(pred)
     assert grad.stride() == pred.stride()
     assert grad.dtype == dtype
     flat = [x.contiguous() for x in (pred, ref, target)]
@@ -141,3 +145,46 @@ def test_the_compiled_loss_uses_it_too():
         assert_right(grad, tensors)
         del grad
     assert len(addresses) == 1
+
+
+def png(level, side=1024):
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), (level, level, level)).save(stream, "png", compress_level=1)
+    return stream.getvalue()
+
+
+def decoded(*levels, **options):
+    images = [png(level) if level else b"no image" for level in levels]
+    return polydpo_fast.decode_pairs(images, images, dtype=torch.uint8, on_error="mask", **options).pixels
+
+
+def test_pixels_reuse_memory_that_nobody_holds_and_what_was_in_it_is_gone():
+    first = decoded(7, 8)
+    row = first[3, 1]
+    address = first.data_ptr()
+    del first
+    other = decoded(0, 9)
+    assert other.data_ptr() != address
+    assert row.eq(8).all()
+    del row
+    again = decoded(5, 0)
+    assert again.data_ptr() == address
+    assert [image.unique().tolist() for image in again] == [[5], [0], [5], [0]]
+    assert [image.unique().tolist() for image in other] == [[0], [9], [0], [9]]
+
+
+def test_pixels_cost_no_page_faults_once_their_memory_is_there():
+    image = [png(3)] * 2
+
+    def decode():
+        polydpo_fast.decode_pairs(image, image, threads=1)
+
+    decode()
+    # Fresh memory costs 12, or 6,144 where the system gives no huge pages.
+    assert min(faults_of(decode) for _ in range(5)) < 12
+
+
+def test_an_output_of_the_callers_is_his():
+    out = torch.empty(4, 3, 1024, 1024, dtype=torch.uint8)
+    assert decoded(1, 2, out=out).data_ptr() == out.data_ptr()
+    assert not decode_arguments._results._free

@@ -1,0 +1,68 @@
+"""Memory of tensors on a CPU, used again as soon as nobody looks at it any more."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["LARGE", "Buffers"]
+
+# Bytes. What is freed above this the C library may give back to the system, and above 32 MB it always does. The page
+# faults of fresh memory then cost several times the computation of a gradient, or as much as decoding.
+LARGE = 4 << 20
+
+
+class Buffers:
+    """What is free of the memory that was taken from here, to be taken again.
+
+    A tensor that is kept is never written to again; one that is let go spares the next one of its size the page faults
+    of fresh memory.
+
+    Args:
+        most_free: more blocks than these are let go.
+        pinned: whether they are page-locked.
+        reclaimable: whether the system may take free blocks back when it is short of memory. That costs a tenth of
+            the page faults on systems without huge pages.
+    """
+
+    def __init__(self, most_free: int, *, pinned: bool = False, reclaimable: bool = False) -> None:
+        self.pinned, self._reclaimable = pinned, reclaimable
+        self._free: deque[tuple[np.ndarray, mmap.mmap | None]] = deque(maxlen=most_free)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
+        """As torch.empty, or torch.empty_strided of elements without gaps; at least one of them."""
+        block, pages = self._take(math.prod(shape) * dtype.itemsize)
+        # The storage holds this view, and lets go of it when its last tensor is gone.
+        lease = block[...]
+        weakref.finalize(lease, self._give_back, block, pages).atexit = False
+        flat = torch.frombuffer(lease, dtype=dtype)
+        if strides is None:
+            return flat.view(*shape)
+        return flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, strides)
+
+    def _take(self, size: int) -> tuple[np.ndarray, mmap.mmap | None]:
+        with suppress(IndexError):  # there is none, or another thread was quicker
+            while True:
+                block, pages = self._free.pop()
+                if block.nbytes == size:
+                    return block, pages
+        if self.pinned:
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy(), None
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a system without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(pages, np.uint8), pages
+
+    def _give_back(self, block: np.ndarray, pages: mmap.mmap | None) -> None:
+        if self._reclaimable and pages is not None:
+            with suppress(OSError):
+                pages.madvise(mmap.MADV_FREE)
+        self._free.append((block, pages))
