@@ -6,7 +6,17 @@ import re
 
 from typing_extensions import Buffer
 
-__all__ = ["SpareFrames", "begins_anew", "chroma_siting", "is_hidden", "is_no_key", "siting_in", "states_range"]
+__all__ = [
+    "SpareFrames",
+    "begins_anew",
+    "chroma_siting",
+    "is_hidden",
+    "is_no_key",
+    "may_be_fields",
+    "may_change",
+    "siting_in",
+    "states_range",
+]
 
 _SPS = {"h264": 7, "hevc": 33}  # types of NAL units: sequence parameter sets
 _MOST_HEADER = 1 << 12  # bytes of parameter sets that are looked at
@@ -247,6 +257,29 @@ def states_range(codec: str, header: bytes | None) -> bool:
         return True
 
 
+def may_be_fields(codec: str, header: bytes | None) -> bool:
+    """Whether pictures of H.264 may be fields, by the parameters in the header; also where there are none."""
+    try:
+        sets = _parameters(codec, header) if codec == "h264" else []
+        for unit in sets:
+            bits = _Bits(unit)
+            _to_fields_of_h264(bits)
+            if not bits.take(1):
+                return True
+        return codec == "h264" and not sets
+    except (IndexError, ValueError):
+        return True
+
+
+def may_change(codec: str, packet: Buffer, header: bytes | None) -> bool:
+    """Whether a packet of H.264 or HEVC may bring other sequence parameters than the header; or is of no known form."""
+    if codec not in _SPS:
+        return False
+    units = _units(packet)
+    found = [unit for unit in units if _type_of(codec, unit) == _SPS[codec]]
+    return not units or (bool(found) and any(unit not in _parameters(codec, header) for unit in found))
+
+
 def _siting_of(codec: str, sets: list[bytes]) -> int | None:
     """By the first of these parameter sets."""
     for unit in sets:
@@ -349,8 +382,8 @@ def _siting_in_vui(bits: _Bits) -> int:
     return bits.golomb() if bits.take(1) else 0
 
 
-def _to_vui_of_h264(bits: _Bits) -> None:
-    """ITU-T H.264, 7.3.2.1.1."""
+def _to_fields_of_h264(bits: _Bits) -> None:
+    """ITU-T H.264, 7.3.2.1.1: to the flag that says that all pictures are frames."""
     bits.take(8)
     profile = bits.take(8)
     bits.take(16)
@@ -376,6 +409,10 @@ def _to_vui_of_h264(bits: _Bits) -> None:
     bits.golomb()
     bits.take(1)
     bits.golomb(2)
+
+
+def _to_vui_of_h264(bits: _Bits) -> None:
+    _to_fields_of_h264(bits)
     if not bits.take(1):  # fields
         bits.take(1)
     bits.take(1)

@@ -128,7 +128,8 @@ def decode_clips(
             for one that is lost (the one after it at the beginning), and `concealed` counts them; a clip of which
             nothing can be decoded is an error all the same. One that is cut off ends where it is cut: see `short`.
         limits: what a clip may cost; `ClipLimits()` if None.
-        threads: at most so many; None for as many as processors this process may use.
+        threads: at most so many; None for as many as processors this process may use. Where PyAV passes on what FFmpeg
+            logs (`av.logging.set_level`), one for each clip: FFmpeg's own would wait for Python for ever.
         cache: the folder where the times of frames and the places to seek to are kept for local files, until their
             size or time of modification changes; None for `$POLYDPO_FAST_CACHE`, or `polydpo_fast` in the user's
             cache folder.
@@ -246,7 +247,8 @@ def _result(rows: list[_Row], asked: Request, times: Tensor, on_error: str) -> D
             row.clear()
     flipped = torch.tensor([draw.flipped for draw in asked.draws], device="cpu")
     geometry = torch.tensor([row.geometry for row in rows], dtype=torch.int64, device="cpu")
-    concealed = torch.tensor([max(row.clip.concealed, row.clip.is_damaged) for row in rows], device="cpu")
+    counts = [max(row.clip.concealed, int(row.clip.is_damaged)) for row in rows]
+    concealed = torch.tensor(counts, dtype=torch.int64, device="cpu")
     matrix, full_range = zip(*(row.colours for row in rows), strict=True)
     return DecodedClips(
         asked.out, ok, errors, times, geometry[:, :2], geometry[:, 2:], flipped, concealed, matrix, full_range

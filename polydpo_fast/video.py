@@ -134,6 +134,12 @@ class Clip:
             yield found
         self._left -= time.monotonic() - self._since
 
+    def told_size(self) -> tuple[int, int]:
+        """Height and width of the frames by the container alone; `told` is of it alone from then on."""
+        self._since = time.monotonic()
+        with self._open(True, 1, {"codec_whitelist": "none"}) as (_, stream):
+            return stream.codec_context.height, stream.codec_context.width
+
     def check_timeout(self) -> None:
         """Raises TimeoutError where the limits give it no more time."""
         if time.monotonic() - self._since > self._left:
@@ -142,7 +148,7 @@ class Clip:
     # ---------------------------------------------------------------------------------------------- reading
 
     @contextmanager
-    def _open(self, strict: bool, threads: int) -> Iterator[tuple[Any, Any]]:
+    def _open(self, strict: bool, threads: int, probing: Mapping[str, str] | None = None) -> Iterator[tuple[Any, Any]]:
         import av
 
         with open_clip(self._source) as inner:
@@ -155,10 +161,17 @@ class Clip:
             if strict:
                 options["err_detect"] = "explode"
             # Opening, FFmpeg decodes frames, for what we take from the first one or count ourselves: it is told not to.
-            probing = {**options, "skip_frame": "all"}
+            probing = {**options, "skip_frame": "all", **(probing or {})}
             opening = {**_OPTIONS[format], "max_streams": str(self._limits.streams + 1)}
             try:
-                opened = av.open(file, format=format, options=probing, container_options=opening, io_open=_open_nothing)
+                opened = av.open(
+                    file,
+                    format=format,
+                    options=probing,
+                    container_options=opening,
+                    io_open=_open_nothing,
+                    metadata_errors="replace",  # titles and the like, in whatever encoding
+                )
             except av.FFmpegError as error:
                 raise ValueError(self._trouble or words_of(error)) from error
             with opened as container:
@@ -197,6 +210,8 @@ class Clip:
         return moving[0]
 
     def _set_up(self, context: Any, options: dict[str, str], threads: int) -> None:
+        import av
+
         name = context.name if context is not None else "unknown"
         if name not in _DECODERS:
             raise ValueError(f"its codec is {name}; expected one of {', '.join(_CODECS)}")
@@ -207,6 +222,10 @@ class Clip:
         # tells nothing.
         is_range_told = states_range(context.codec.canonical_name, context.extradata)
         self.told = int(context.colorspace), 0 if is_range_told else int(context.color_range)
+        # Where PyAV passes on what FFmpeg logs, FFmpeg's threads wait for Python's lock, and a context that is freed
+        # holds it while it waits for them.
+        if av.logging.get_level() is not None:
+            threads = 1
         context.thread_count = threads
         context.thread_type = "AUTO" if threads > 1 else "NONE"
         if name == "h264":

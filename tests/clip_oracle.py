@@ -87,10 +87,14 @@ def remuxed(data, container="mp4", metadata=(), **options):
     return file.getvalue()
 
 
-def joined(first, second):
+def joined(first, second, container="webm"):
     """A clip of eight frames or fewer in WebM and another behind it, under the header of the first."""
     file = io.BytesIO()
-    with av.open(file, "w", format="webm") as output, av.open(io.BytesIO(first)) as a, av.open(io.BytesIO(second)) as b:
+    with (
+        av.open(file, "w", format=container) as output,
+        av.open(io.BytesIO(first)) as a,
+        av.open(io.BytesIO(second)) as b,
+    ):
         stream = output.add_stream_from_template(a.streams.video[0])
         for source, shift in ((a, 0), (b, 400)):
             for packet in source.demux(video=0):

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from clip_oracle import av, encode, without_range
 
-from polydpo_fast.bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key, states_range
+from polydpo_fast.bitstream import (
+    SpareFrames,
+    begins_anew,
+    chroma_siting,
+    is_hidden,
+    is_no_key,
+    may_be_fields,
+    may_change,
+    states_range,
+)
 
 
 def header_of(data):
@@ -292,6 +301,30 @@ def test_beginnings(codec, units, expected):
     assert begins_anew(codec, packet) is expected
     for broken in (packet + b"\0", packet[:-1], b"\0\0\0\1" + b"".join(units), b"\xff" * 9, b"\0" * 9):
         assert not begins_anew(codec, broken)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_other_parameters_than_those_of_the_header(codec):
+    repeated = {codec.replace("lib", "") + "-params": "repeat-headers=1:log-level=none"}
+    data, other = (encode(4, width=width, codec=codec, **repeated) for width in (64, 80))
+    with av.open(io.BytesIO(data)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    (name, own), (_, others) = header_of(data), header_of(other)
+    assert not any(may_change(name, packet, own) for packet in packets)
+    assert [may_change(name, packet, others) for packet in packets] == [True, False, False, False]
+    assert may_change(name, packets[0], None)
+    assert may_change(name, packets[1][:-1], own)
+    assert not may_change("vp9", b"", None)
+
+
+@pytest.mark.parametrize(("options", "fields"), [("", False), ("interlaced=1", True), ("fake-interlaced=1", True)])
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p"])
+def test_pictures_that_may_be_fields(options, fields, pixels):
+    name, header = header_of(encode(3, pixels=pixels, **{"x264-params": options}))
+    assert may_be_fields(name, header) == fields
+    assert may_be_fields(name, None)
+    assert may_be_fields(name, header[:12])
+    assert not may_be_fields("hevc", header)
 
 
 def unit(kind, layer, body=b"abc"):

@@ -180,6 +180,8 @@ def test_a_fragment_whose_table_is_cut_off_is_told():
     with pytest.raises(DecodeError, match=r"its moof box has \d+ bytes, of which 30 are there"):
         decoded(data[: last + 30], frames=1)
     assert decoded(data[: last + 30], frames=1, strict=False).concealed.tolist() == [1, 0]
+    both = decode_clips([data[: last + 30]], [data[: last + 30]], frames=1, size=32, strict=False)
+    assert torch.equal(both.concealed, torch.tensor([1, 1]))  # numbers, not flags
 
 
 @pytest.mark.parametrize("flags", ["dash+global_sidx", "dash", "frag_keyframe"])

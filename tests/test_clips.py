@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, rgb  # noqa: F401
+from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, remuxed, rgb  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitmix import outputs
@@ -52,6 +52,24 @@ def test_threads_decode_after_the_main_one_has_ended(monkeypatch):
     known = decode_clips([CLIP], [CLIP], frames=3, size=32)
     monkeypatch.setattr(concurrent.futures.thread, "_shutdown", True)
     assert torch.equal(decode_clips([CLIP], [CLIP], frames=3, size=32).pixels, known.pixels)
+
+
+@pytest.mark.parametrize(("level", "threads"), [(None, 4), (av.logging.ERROR, 1)])
+def test_ffmpeg_has_no_threads_where_pyav_logs(level, threads):
+    """They and the freeing of their context would wait for each other for ever."""
+    av.logging.set_level(level)
+    try:
+        clip = Clip(CLIP, ClipLimits(), True, 4, None)
+        clip.index()
+        with clip._open(True, 4) as (_, stream):
+            assert stream.codec_context.thread_count == threads
+    finally:
+        av.logging.set_level(None)
+
+
+def test_texts_in_another_encoding_do_not_matter():
+    data = remuxed(CLIP, metadata={"title": "\u00e9" * 9}).replace("\u00e9".encode(), b"\xe9\xe9")
+    assert decode_clips([data], [CLIP], frames=3, size=32).ok.all()
 
 
 def test_where_there_are_no_more_threads_nothing_is_decoded_twice(monkeypatch):
