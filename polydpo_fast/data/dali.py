@@ -133,8 +133,9 @@ class DaliDecoder:
         """As `polydpo_fast.decode_clips`, which has the same options, through NVDEC; `pixels` are on this decoder's
         device, where `out` must be.
 
-        DALI is given upright 8-bit 4:2:0 clips of limited range in BT.601 or BT.709, with square pixels, one video
-        stream, and without frames that are not shown; on a GPU progressive H.264 and HEVC. The other pairs go
+        DALI is given undamaged, upright 8-bit 4:2:0 clips of limited range in BT.601 or BT.709, with square pixels,
+        one video stream, without frames that are not shown, and of the size that their header tells; on a GPU
+        progressive H.264 and HEVC whose parameters stay the same. Decoded, they take at most 4 GiB. The other pairs go
         through `polydpo_fast.decode_clips`. PyAV is needed for both: the frames are chosen by its timeline.
         The canary looks at the first frame and the last, in tiles of 32 x 32 pixels. Damage in the coded data is
         noticed by C++ alone.

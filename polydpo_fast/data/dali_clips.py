@@ -14,10 +14,11 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _C
-from ..clip_file import Source
+from ..bitstream import may_be_fields, may_change
+from ..clip_file import Source, open_regular
 from ..clips import DecodedClips, colours_of, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
-from ..decode_arguments import ClipLimits, Draw, check_clips
+from ..decode_arguments import ClipLimits, Draw, Request, check_clips
 from ..timeline import plan
 from ..video import Clip, aspect_of, orientation, require_av, siting_of
 from .dali_canary import compare, to_709
@@ -28,6 +29,7 @@ __all__ = ["decode"]
 
 _DEFAULTS: dict[str, Any] = decode_clips.__kwdefaults__ or {}
 _TO_709 = to_709()
+_MOST_BYTES = 1 << 32  # of a clip's decoded frames, which DALI holds at once
 _TILE = 32  # pixels: on a GPU chroma may lie half a pixel off, which must even out
 
 
@@ -36,72 +38,109 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
     require_av()
     options = engine.with_defaults(_DEFAULTS, options)
     asked = check_clips(win, lose, device=engine.device, **options)
-    pairs, out, frames = len(asked.win), asked.out, asked.frames
-    short, strict, cache = options["short"], options["strict"], options["cache"]
-    frames_axis = 1 if options["layout"] == "TCHW" else 2  # of the whole
     finish = Finish(asked.output, engine.device)
-    facts = _Facts(pairs, frames)
-    with engine.writing(out):
-        others: list[int] = []
-        refused: dict[int, RuntimeError] = {}
-        for i in range(pairs):
-            pair = (asked.win[i], asked.lose[i])
-            sides = None if asked.output.planes else _opened(engine, pair, strict, asked.limits, cache)
+    facts = _Facts(len(asked.win), asked.frames)
+    others: dict[int, Exception | None] = {}  # the pairs that are not DALI's, and why
+    with engine.writing(asked.out):
+        for i in range(len(asked.win)):
+            sides = (
+                None if asked.output.planes else _opened(engine, (asked.win[i], asked.lose[i]), options, asked.limits)
+            )
+            if sides is None:
+                others[i] = None
+                continue
             try:
-                if sides is None:
-                    raise ValueError("it is not for DALI")
-                timelines = sides[0].clip.timeline, sides[1].clip.timeline
-                times = plan(timelines, frames, asked.fps, asked.start, asked.starts[i], short)
-                where = [Plan(**_C.plan(side.size, draw=asked.draws[i], output=asked.output)) for side in sides]
-                clock = timelines[0].unit if asked.fps is None else Fraction(0)
-                for row, side, way in zip((i, i + pairs), sides, where, strict=True):
-                    shown = np.searchsorted(side.clip.timeline.pts, side.clip.timeline.shown_at(times, short, clock))
-                    target = out[row].movedim(frames_axis - 1, 0)
-                    for k, frame in enumerate(_frames(engine, side, shown)):
-                        finish.store(_recoloured(frame) if side.bt709 else frame, way, target[k])
+                times, clock = _decode_pair(engine, asked, options, finish, i, sides, facts)
             except (ValueError, RuntimeError) as error:  # C++ says what is wrong, if anything is
-                others.append(i)
-                if isinstance(error, RuntimeError):
-                    refused[i] = error
+                others[i] = error.with_traceback(None)  # which has frames
                 continue
             finally:
-                engine.wait()  # the frames of one clip at a time: they are large
-            facts.set(i, times, where, sides)
+                engine.wait()  # the frames of one pair at a time: they are large
             if engine.is_canary():
-                colours = [side.bt709 for side in sides]
-                for k in (0, frames - 1):  # a decoder that loses count is wrong at the end
-                    one = dict(frames=1, fps=1, start=times[k], short="repeat" if short == "error" else short)
-                    *arms, given = for_cpp(asked, options | one, [i])
-                    known = decode_timed(*arms, clock=clock, **given)
-                    if known.ok.all():
-                        mine = out[[i, i + pairs]].select(frames_axis, k)
-                        there = known.pixels.select(frames_axis, 0)
-                        compare(i, mine, there, asked.output, colours, _TILE)
+                _look_again(asked, options, i, times, clock, sides)
         if others:
-            *arms, given = for_cpp(asked, options, others)
-            rest = decode_clips(*arms, **given)
-            facts.take(rest, others)
-            for trouble in [refused[i] for i in refused if rest.ok[others.index(i)]][:1]:
-                warnings.warn(
-                    f"DALI could not decode a clip of a batch that C++ could: {reason(trouble)}", stacklevel=3
-                )
-            for k, row in enumerate((*others, *(i + pairs for i in others))):
-                out[row].copy_(rest.pixels[k])
+            _decode_by_cpp(asked, options, others, facts)
     if facts.failures and options["on_error"] == "raise":
         raise DecodeError(facts.failures)
-    return facts.result(out, asked.draws)
+    return facts.result(asked.out, asked.draws)
+
+
+def _decode_pair(
+    engine: Engine,
+    asked: Request,
+    options: dict[str, Any],
+    finish: Finish,
+    pair: int,
+    sides: tuple[_Side, _Side],
+    facts: _Facts,
+) -> tuple[list[Fraction], Fraction]:
+    """By DALI. Returns the frames' times, and the clock that they are from, as of `decode_timed`."""
+    short, first = options["short"], sides[0].clip.timeline
+    timelines = first, sides[1].clip.timeline
+    times = plan(timelines, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
+    clock = first.unit if asked.fps is None else Fraction(0)
+    ways = [Plan(**_C.plan(side.size, draw=asked.draws[pair], output=asked.output)) for side in sides]
+    for row, side, way in zip((pair, pair + len(asked.win)), sides, ways, strict=True):
+        timeline, target = side.clip.timeline, _frames_of(asked.out, options)[row]
+        shown = np.searchsorted(timeline.pts, timeline.shown_at(times, short, clock))
+        for k, frame in enumerate(_frames(engine, side, shown)):
+            finish.store(_recoloured(frame) if side.bt709 else frame, way, target[k])
+    facts.set(pair, times, ways, sides)
+    return times, clock
+
+
+def _look_again(
+    asked: Request,
+    options: dict[str, Any],
+    pair: int,
+    times: list[Fraction],
+    clock: Fraction,
+    sides: tuple[_Side, _Side],
+) -> None:
+    """The canary: compares the first frame and the last with those of C++. A decoder that loses count is wrong then."""
+    short = "repeat" if options["short"] == "error" else options["short"]
+    rows = [pair, pair + len(asked.win)]
+    for k in (0, asked.frames - 1):
+        *arms, given = for_cpp(asked, options | dict(frames=1, fps=1, start=times[k], short=short), [pair])
+        known = decode_timed(*arms, clock=clock, **given)
+        if known.ok.all():
+            mine, there = _frames_of(asked.out, options)[rows, k], _frames_of(known.pixels, options)[:, 0]
+            compare(pair, mine, there, asked.output, [side.bt709 for side in sides], _TILE)
+
+
+def _decode_by_cpp(asked: Request, options: dict[str, Any], others: dict[int, Exception | None], facts: _Facts) -> None:
+    chosen = list(others)
+    *arms, given = for_cpp(asked, options, chosen)
+    rest = decode_clips(*arms, **given)
+    facts.take(rest, chosen)
+    for k, row in enumerate((*chosen, *(i + len(asked.win) for i in chosen))):
+        asked.out[row].copy_(rest.pixels[k])
+    for error, ok in zip(others.values(), rest.ok, strict=True):
+        if isinstance(error, RuntimeError) and ok:
+            text = "DALI could not decode a clip of a batch that C++ could"
+            warnings.warn(f"{text}: {reason(error)}", stacklevel=4)
+            break
+
+
+def _frames_of(pixels: Tensor, options: dict[str, Any]) -> Tensor:
+    """(2B, T, 3, H, W), whatever the layout."""
+    return pixels if options["layout"] == "TCHW" else pixels.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- inside DALI
 
 
-def _frames(engine: Engine, side: _Side, shown: np.ndarray) -> Tensor:
+def _frames(engine: Engine, side: _Side, shown: np.ndarray) -> list[Tensor]:
+    # For each that is asked for a second time DALI would decode the clip from its beginning again.
+    once, places = np.unique(shown, return_inverse=True)
     encoded: np.ndarray = np.frombuffer(memoryview(side.data), np.uint8)
-    inputs = {"encoded": [encoded], "frames": [shown.astype(np.int32)]}
+    if 3 * len(once) * side.size[0] * side.size[1] > _MOST_BYTES:
+        raise ValueError("its frames would take too much of the device's memory at once")
+    inputs = {"encoded": [encoded], "frames": [once.astype(np.int32)]}
     (levels,) = engine.run("clips", lambda: _graph(engine), 1, inputs)
-    if len(levels) != len(shown):
-        raise RuntimeError(f"DALI gave {len(levels)} frames; expected {len(shown)}")
-    return levels
+    if len(levels) != len(once):
+        raise RuntimeError(f"DALI gave {len(levels)} frames; expected {len(once)}")
+    return [levels[place] for place in places.tolist()]
 
 
 def _graph(engine: Engine) -> Any:
@@ -112,6 +151,7 @@ def _graph(engine: Engine) -> Any:
         fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         device="mixed" if engine.is_gpu else "cpu",
         frames=fn.external_source(name="frames", dtype=types.INT32, ndim=1),
+        pad_mode="none",  # else those that it does not find are black
         affine=False,  # as in dali_images
     )
 
@@ -139,7 +179,7 @@ class _Side(NamedTuple):
 
 
 def _opened(
-    engine: Engine, sources: Sequence[Source], strict: bool, limits: ClipLimits, cache: Any
+    engine: Engine, sources: Sequence[Source], options: dict[str, Any], limits: ClipLimits
 ) -> tuple[_Side, _Side] | None:
     """Both clips of a pair, if DALI can take them."""
     from av import FFmpegError
@@ -147,7 +187,8 @@ def _opened(
     sides = []
     for source in sources:
         try:
-            side = _open_clip(source, Clip(source, limits, strict, 1, cache), engine.is_gpu)
+            clip = Clip(source, limits, options["strict"], 1, options["cache"])
+            side = _open_clip(source, clip, engine.is_gpu)
         except (OSError, ValueError, TypeError, FFmpegError):  # C++ says what is wrong
             return None
         if not engine.is_gpu and side.codec not in ("vp8", "vp9"):
@@ -163,41 +204,60 @@ def _opened(
 
 def _open_clip(source: Source, clip: Clip, is_gpu: bool) -> _Side:
     clip.index()
-    data: Buffer
+    data: Buffer = source  # type: ignore[assignment]  # if it is no path
     if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            data = file.read()
-    else:
-        data = source
+        with open_regular(os.fspath(source)) as file:
+            data = file.readall() or b""
     with clip.opened() as (container, stream):
-        codec = stream.codec_context.codec.canonical_name
+        context = stream.codec_context
+        codec, header = context.codec.canonical_name, context.extradata
         is_only = len(container.streams.video) == 1  # else DALI may choose another
-        packets, frame = 0, None
+        packets, is_steady, frame = 0, True, None
         for packet in container.demux(stream):
             clip.check_timeout()
             packets += packet.size > 0 or packet.pts is not None  # empty ones too, which DALI may count
+            is_steady &= packet.size == 0 or not may_change(codec, packet, header)
             if frame is None:
                 frame = next(iter(packet.decode()), None)
-        aspect, siting = aspect_of(stream), siting_of(stream)
+        aspect, siting, coded = aspect_of(stream), siting_of(stream), (context.coded_height, context.coded_width)
     if frame is None:
         raise ValueError("none of its frames can be decoded")
     matrix, full_range = colours_of(frame, clip)
+    size, pts = (frame.height, frame.width), clip.timeline.pts
     is_plain = (
         is_only
+        and not clip.is_damaged
         and frame.format.name == "yuv420p"
         and not full_range
         and matrix in ("bt709", "bt601")
         and orientation(frame) == 1
         and aspect == 1
         and siting == 0
-        and packets == len(clip.timeline.pts)
-        and frame.pts == int(clip.timeline.pts[0])
+        and packets == len(pts)
+        and frame.pts == int(pts[0])
+        and clip.told_size() == size  # DALI makes frames of that size, and reads beyond smaller ones
     )
     if is_gpu:
         # DALI counts the frames that NVDEC decodes, and of VP9 and AV1 some are only shown, or never; it takes fields
-        # for frames.
-        is_plain &= codec in ("h264", "hevc") and not frame.interlaced_frame
-    return _Side(clip, data, codec, (frame.height, frame.width), matrix == "bt709", is_plain)
+        # for frames, and other parameters for the first. It sorts by times of 32 bits, of which -1 is none.
+        is_plain &= codec in ("h264", "hevc") and is_steady and not may_be_fields(codec, header)
+        is_plain &= int(pts[0]) >= 0 and int(pts[-1]) < 1 << 31
+        is_plain &= _is_safe(codec, size, coded)
+    return _Side(clip, data, codec, size, matrix == "bt709", is_plain)
+
+
+_whole: set[tuple[str, tuple[int, int]]] = set()  # codecs and sizes of clips, of whose frames NVDEC cuts nothing off
+
+
+def _is_safe(codec: str, size: tuple[int, int], coded: tuple[int, int]) -> bool:
+    """Whether DALI decodes it by a decoder of its own size.
+
+    It keeps NVDEC's decoders under the size that they show, and looks for them by the coded one: for a clip of 540
+    lines, coded as 544, it would take that of a clip of 544, and find its chroma where there is luma.
+    """
+    if coded == size:
+        _whole.add((codec, size))
+    return coded == size or (codec, coded) not in _whole
 
 
 class _Facts:

@@ -1,10 +1,10 @@
 """`DaliDecoder` against the C++ decoder, on DALI's CPU operators; and what holds without DALI."""
 
-import contextlib
 import io
 import itertools
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -622,9 +622,7 @@ def test_clips_of_which_dali_would_show_something_else_are_for_cpp(decoder, clip
         clip = muxed(one, other, sizes=[(48, 64), (96, 80)], default=1)
     options = dict(frames=3, size=(40, 40), **LEVELS)
     a = decode_clips([clip], [one], **options)
-    told = pytest.warns(UserWarning, match=r"DALI gave \(96, 128, 3\); expected \(48, 64, 3\)")
-    with told if form == "header" else contextlib.nullcontext():
-        b = decoder.decode_clips([clip], [one], **options)
+    b = decoder.decode_clips([clip], [one], **options)
     assert_same_facts(a, b, "times")
     assert torch.equal(a.pixels, b.pixels)
 
@@ -649,7 +647,7 @@ def test_the_canary_sees_a_wrong_frame_at_either_end(clips, monkeypatch, at):
     decoder, frames = DaliDecoder("cpu", 1), dali_clips._frames
 
     def tampered(*arguments):
-        levels = frames(*arguments).clone()
+        levels = [frame.clone() for frame in frames(*arguments)]
         levels[at] = levels[at].flip(1)
         return levels
 
@@ -681,23 +679,93 @@ def test_the_canary_looks_at_the_same_frames_whatever_the_clocks(monkeypatch, wi
     assert (got.pixels.int() - want.pixels).abs().max() <= 1
 
 
-def test_what_nvdec_is_given():
-    """What NVDEC decodes of VP9, AV1 and fields DALI would count wrongly."""
-    pytest.importorskip("av", reason="PyAV is not installed")
-    from clip_oracle import encode
+def test_frames_that_are_asked_for_twice_are_decoded_once(decoder, clips, monkeypatch):
+    """For each of them DALI begins again."""
+    asked, run = [], decoder._engine.run
+    monkeypatch.setattr(decoder._engine, "run", lambda *a: asked.append(a[3]["frames"][0].tolist()) or run(*a))
+    options = dict(frames=24, size=(48, 64), fps=48, start=0.4, short="repeat", dtype=torch.uint8)
+    a = decode_clips([clips["small"]], [clips["small"]], **options)
+    b = decoder.decode_clips([clips["small"]], [clips["small"]], **options)
+    assert asked == [[*range(9, 22)]] * 2
+    assert torch.equal(a.times, b.times)
+    # The frame beside it is three levels away.
+    assert (a.pixels.float() - b.pixels.float()).abs().mean(dim=(0, 1, 3, 4)).max() < 0.8
 
+
+def side_of(clip, is_gpu, strict=True):
     from polydpo_fast import ClipLimits
     from polydpo_fast.video import Clip
 
-    for options, is_plain in (
-        (dict(), True),
-        (dict(codec="libx265"), True),
-        (dict(codec="libvpx-vp9"), False),
-        ({"x264-params": "tff=1"}, False),
+    return dali_clips._open_clip(clip, Clip(clip, ClipLimits(), strict, 1, None), is_gpu)
+
+
+def test_frames_that_dali_does_not_find_are_not_black(decoder, clips, monkeypatch):
+    side = side_of(clips["small"], False)
+    with pytest.raises(RuntimeError, match="frame index 30"):
+        dali_clips._frames(decoder._engine, side, torch.tensor([0, 30]).numpy())
+    monkeypatch.setattr(dali_clips, "_MOST_BYTES", 3 * 48 * 64)
+    with pytest.raises(ValueError, match="memory"):
+        dali_clips._frames(decoder._engine, side, torch.tensor([0, 1]).numpy())
+
+
+def test_a_clip_that_is_cut_off_is_told(decoder, clips):
+    """Without strict=True it is decoded, by C++, which counts what is concealed."""
+    cut = clips["small"][: len(clips["small"]) * 3 // 4]
+    options = dict(frames=3, size=32, start=0.0, strict=False)
+    a, b = decode_clips([cut], [cut], **options), decoder.decode_clips([cut], [cut], **options)
+    for found in (a, b):
+        assert torch.equal(found.concealed, torch.tensor([1, 1]))  # numbers, not flags
+    assert torch.equal(a.pixels, b.pixels)
+
+
+def with_size(clip, height, width):
+    """The header of an MP4 tells another size than the stream."""
+    at = clip.index(b"stsd") + 12 + 32
+    return clip[:at] + struct.pack(">HH", width, height) + clip[at + 4 :]
+
+
+def test_what_nvdec_is_given():
+    """What NVDEC decodes of VP9, AV1 and fields DALI would count wrongly; other sizes it would take for those told."""
+    pytest.importorskip("av", reason="PyAV is not installed")
+    from clip_oracle import encode, joined
+
+    repeated = {"x264-params": "repeat-headers=1", "bf": "0"}
+    changing = [encode(4, width=width, container="matroska", **repeated) for width in (64, 80)]
+    late = [(1 << 31) * 600 // 1000 + 1 - 25 * k for k in (3, 2, 1)]  # milliseconds of 32 bits end after the last
+    for number, (clip, is_plain) in enumerate(
+        (
+            (encode(count=4), True),
+            (encode(count=4, codec="libx265"), True),
+            (encode(count=4, **repeated), True),
+            (encode(count=4, codec="libvpx-vp9"), False),
+            (encode(count=4, **{"x264-params": "tff=1"}), False),
+            (encode(count=4, **{"x264-params": "fake-interlaced=1"}), False),
+            (joined(*changing, container="matroska"), False),
+            (joined(changing[0], changing[0], container="matroska"), True),
+            (encode(3, ticks=late, container="matroska"), True),
+            (encode(4, ticks=[*late, late[-1] + 25], container="matroska"), False),
+            *((with_size(encode(4, codec=codec), 48, 64), True) for codec in ("libx264", "libx265")),
+            *((with_size(encode(4, codec=codec), 96, 128), False) for codec in ("libx264", "libx265")),
+        )
     ):
-        clip = encode(count=4, **options)
-        found = dali_clips._open_clip(clip, Clip(clip, ClipLimits(), True, 1, None), True)
-        assert found.is_plain == is_plain, options
+        assert side_of(clip, True).is_plain == is_plain, number
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_nvdec_is_given_no_size_for_which_dali_has_the_decoder_of_another(monkeypatch, codec):
+    """It looks for decoders by the coded size, and keeps them by the one that is shown."""
+    pytest.importorskip("av", reason="PyAV is not installed")
+    from clip_oracle import encode
+
+    monkeypatch.setattr(dali_clips, "_whole", set())
+    whole, less, other = (encode(4, height=height, codec=codec) for height in (48, 42, 58))
+    assert [side_of(clip, True).is_plain for clip in (less, whole, less, whole, other)] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
