@@ -37,94 +37,93 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
     """`decode_clips`, by DALI where it may have the clips."""
     require_av()
     options = engine.with_defaults(_DEFAULTS, options)
-    asked = check_clips(win, lose, device=engine.device, **options)
-    finish = Finish(asked.output, engine.device)
-    facts = _Facts(len(asked.win), asked.frames)
-    others: dict[int, Exception | None] = {}  # the pairs that are not DALI's, and why
-    with engine.writing(asked.out):
-        for i in range(len(asked.win)):
-            sides = (
-                None if asked.output.planes else _opened(engine, (asked.win[i], asked.lose[i]), options, asked.limits)
-            )
-            if sides is None:
-                others[i] = None
-                continue
-            try:
-                times, clock = _decode_pair(engine, asked, options, finish, i, sides, facts)
-            except (ValueError, RuntimeError) as error:  # C++ says what is wrong, if anything is
-                others[i] = error.with_traceback(None)  # which has frames
-                continue
-            finally:
-                engine.wait()  # the frames of one pair at a time: they are large
-            if engine.is_canary():
-                _look_again(asked, options, i, times, clock, sides)
-        if others:
-            _decode_by_cpp(asked, options, others, facts)
-    if facts.failures and options["on_error"] == "raise":
-        raise DecodeError(facts.failures)
-    return facts.result(asked.out, asked.draws)
+    batch = _Batch(engine, check_clips(win, lose, device=engine.device, **options), options)
+    with engine.writing(batch.asked.out):
+        for i in range(len(batch.asked.win)):
+            batch.decode(i)
+        batch.decode_others()
+    return batch.result()
 
 
-def _decode_pair(
-    engine: Engine,
-    asked: Request,
-    options: dict[str, Any],
-    finish: Finish,
-    pair: int,
-    sides: tuple[_Side, _Side],
-    facts: _Facts,
-) -> tuple[list[Fraction], Fraction]:
-    """By DALI. Returns the frames' times, and the clock that they are from, as of `decode_timed`."""
-    short, first = options["short"], sides[0].clip.timeline
-    timelines = first, sides[1].clip.timeline
-    times = plan(timelines, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
-    clock = first.unit if asked.fps is None else Fraction(0)
-    ways = [Plan(**_C.plan(side.size, draw=asked.draws[pair], output=asked.output)) for side in sides]
-    for row, side, way in zip((pair, pair + len(asked.win)), sides, ways, strict=True):
-        timeline, target = side.clip.timeline, _frames_of(asked.out, options)[row]
-        shown = np.searchsorted(timeline.pts, timeline.shown_at(times, short, clock))
-        for k, frame in enumerate(_frames(engine, side, shown)):
-            finish.store(_recoloured(frame) if side.bt709 else frame, way, target[k])
-    facts.set(pair, times, ways, sides)
-    return times, clock
+class _Batch:
+    """Pairs on their way into the output."""
 
+    def __init__(self, engine: Engine, asked: Request, options: dict[str, Any]) -> None:
+        self.asked, self._engine, self._options = asked, engine, options
+        self._finish = Finish(asked.output, engine.device)
+        self._facts = _Facts(len(asked.win), asked.frames)
+        self._others: dict[int, Exception | None] = {}  # pairs that are not DALI's, and why
 
-def _look_again(
-    asked: Request,
-    options: dict[str, Any],
-    pair: int,
-    times: list[Fraction],
-    clock: Fraction,
-    sides: tuple[_Side, _Side],
-) -> None:
-    """The canary: compares the first frame and the last with those of C++. A decoder that loses count is wrong then."""
-    short = "repeat" if options["short"] == "error" else options["short"]
-    rows = [pair, pair + len(asked.win)]
-    for k in (0, asked.frames - 1):
-        *arms, given = for_cpp(asked, options | dict(frames=1, fps=1, start=times[k], short=short), [pair])
-        known = decode_timed(*arms, clock=clock, **given)
-        if known.ok.all():
-            mine, there = _frames_of(asked.out, options)[rows, k], _frames_of(known.pixels, options)[:, 0]
-            compare(pair, mine, there, asked.output, [side.bt709 for side in sides], _TILE)
+    def decode(self, pair: int) -> None:
+        """By DALI, if it can."""
+        asked = self.asked
+        sides = None
+        if not asked.output.planes:
+            sides = _opened(self._engine, (asked.win[pair], asked.lose[pair]), self._options, asked.limits)
+        if sides is None:
+            self._others[pair] = None
+            return
+        try:
+            times, clock = self._decode(pair, sides)
+        except (ValueError, RuntimeError) as error:  # C++ says what is wrong, if anything is
+            self._others[pair] = error.with_traceback(None)  # which has frames
+            return
+        finally:
+            self._engine.wait()  # the frames of one pair at a time: they are large
+        if self._engine.is_canary():
+            self._look_again(pair, sides, times, clock)
 
+    def _decode(self, pair: int, sides: tuple[_Side, _Side]) -> tuple[list[Fraction], Fraction]:
+        """Returns the frames' times, and the clock that they are from, as of `decode_timed`."""
+        asked, short = self.asked, self._options["short"]
+        timelines = sides[0].clip.timeline, sides[1].clip.timeline
+        times = plan(timelines, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
+        clock = timelines[0].unit if asked.fps is None else Fraction(0)
+        ways = [Plan(**_C.plan(side.size, draw=asked.draws[pair], output=asked.output)) for side in sides]
+        for row, side, way in zip((pair, pair + len(asked.win)), sides, ways, strict=True):
+            timeline, target = side.clip.timeline, self._frames_of(asked.out)[row]
+            shown = np.searchsorted(timeline.pts, timeline.shown_at(times, short, clock))
+            for k, frame in enumerate(_frames(self._engine, side, shown)):
+                self._finish.store(_recoloured(frame) if side.bt709 else frame, way, target[k])
+        self._facts.set(pair, times, ways, sides)
+        return times, clock
 
-def _decode_by_cpp(asked: Request, options: dict[str, Any], others: dict[int, Exception | None], facts: _Facts) -> None:
-    chosen = list(others)
-    *arms, given = for_cpp(asked, options, chosen)
-    rest = decode_clips(*arms, **given)
-    facts.take(rest, chosen)
-    for k, row in enumerate((*chosen, *(i + len(asked.win) for i in chosen))):
-        asked.out[row].copy_(rest.pixels[k])
-    for error, ok in zip(others.values(), rest.ok, strict=True):
-        if isinstance(error, RuntimeError) and ok:
-            text = "DALI could not decode a clip of a batch that C++ could"
-            warnings.warn(f"{text}: {reason(error)}", stacklevel=4)
-            break
+    def _look_again(self, pair: int, sides: tuple[_Side, _Side], times: list[Fraction], clock: Fraction) -> None:
+        """The canary, at the first frame and the last: a decoder that loses count is wrong at the end."""
+        asked, short = self.asked, self._options["short"]
+        rows = [pair, pair + len(asked.win)]
+        for k in (0, asked.frames - 1):
+            one = dict(frames=1, fps=1, start=times[k], short="repeat" if short == "error" else short)
+            *arms, given = for_cpp(asked, self._options | one, [pair])
+            known = decode_timed(*arms, clock=clock, **given)
+            if known.ok.all():
+                mine, there = self._frames_of(asked.out)[rows, k], self._frames_of(known.pixels)[:, 0]
+                compare(pair, mine, there, asked.output, [side.bt709 for side in sides], _TILE)
 
+    def decode_others(self) -> None:
+        """By C++."""
+        if not self._others:
+            return
+        asked, chosen = self.asked, list(self._others)
+        *arms, given = for_cpp(asked, self._options, chosen)
+        rest = decode_clips(*arms, **given)
+        self._facts.take(rest, chosen)
+        for k, row in enumerate((*chosen, *(i + len(asked.win) for i in chosen))):
+            asked.out[row].copy_(rest.pixels[k])
+        for error, ok in zip(self._others.values(), rest.ok, strict=True):
+            if isinstance(error, RuntimeError) and ok:
+                text = "DALI could not decode a clip of a batch that C++ could"
+                warnings.warn(f"{text}: {reason(error)}", stacklevel=4)
+                break
 
-def _frames_of(pixels: Tensor, options: dict[str, Any]) -> Tensor:
-    """(2B, T, 3, H, W), whatever the layout."""
-    return pixels if options["layout"] == "TCHW" else pixels.transpose(1, 2)
+    def result(self) -> DecodedClips:
+        if self._facts.failures and self._options["on_error"] == "raise":
+            raise DecodeError(self._facts.failures)
+        return self._facts.result(self.asked.out, self.asked.draws)
+
+    def _frames_of(self, pixels: Tensor) -> Tensor:
+        """(2B, T, 3, H, W), whatever the layout."""
+        return pixels if self._options["layout"] == "TCHW" else pixels.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- inside DALI
