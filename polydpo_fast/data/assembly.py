@@ -54,6 +54,7 @@ class Assembler:
     ) -> None:
         self._plan, self._buffers, self._stats, self._readers, self._look = plan, buffers, stats, readers, look
         self._bad = BadPairs(plan, stats)
+        self._reading_s = 0.0  # that pairs were waited for
 
     def batches(self, steps: Iterable[Step]) -> Iterator[tuple[PairBatch, int]]:
         """Each batch, and the position of the epoch after it. While one is made, the next ones are read."""
@@ -83,19 +84,20 @@ class Assembler:
         return places
 
     def _assembled(self, places: list[_Place], end: int) -> tuple[PairBatch, int]:
-        began = time.monotonic()
+        began, before = time.monotonic(), self._reading_s
         for place in places:
             self._read(place)
-        read = time.monotonic()
-        self._stats.waiting_for_source_s += read - began
         batch = self._batch(places, self._decode(places))
-        self._stats.decoding_s += time.monotonic() - read
+        reading_s = self._reading_s - before  # also for others in the place of pairs that did not decode
+        self._stats.waiting_for_source_s += reading_s
+        self._stats.decoding_s += time.monotonic() - began - reading_s
         return batch, end
 
     # ---------------------------------------------------------------------------------- reading, and replacing
 
     def _read(self, place: _Place) -> None:
         """Waits for the place's pair or, if that cannot be read, for the first replacement that can."""
+        began = time.monotonic()
         while place.pair is None and place.index >= 0:
             self._look()
             assert place.reading is not None
@@ -111,6 +113,7 @@ class Assembler:
                 self._replace(place)
             elif not place.attempt:  # a replacement says nothing of the pairs around
                 self._bad.end_unread_run()
+        self._reading_s += time.monotonic() - began
 
     def _replace(self, place: _Place) -> None:
         """Asks for another pair, or none. Which one depends on seed, epoch, position and attempt alone."""

@@ -60,7 +60,8 @@ class Pipeline:
                 if not self._thread.is_alive() and self._batches.empty():
                     raise RuntimeError("the loader's thread is gone") from None
         self._stats.waiting_for_loader_s += time.monotonic() - began
-        if item is None:
+        if isinstance(item, float):  # when all batches were made: the last ones stood in the queue since then
+            self._stats.waiting_for_consumer_s += max(0.0, began - item)
             self.is_complete = True
             raise StopIteration
         if isinstance(item, BaseException):
@@ -102,7 +103,7 @@ class _Producer:
     def run(self) -> None:
         try:
             self._make_batches()
-            self._put(None)
+            self._put(time.monotonic())
         except _Stopped:
             pass
         except BaseException as error:  # the consumer's to see, whatever it is
@@ -117,7 +118,9 @@ class _Producer:
                 assembler = Assembler(plan, self._buffers, self._stats, readers, self._raise_if_stopped)
                 for batch, end in assembler.batches(self._steps):
                     moved, event = self._transfer.move(batch)
+                    made = time.monotonic()
                     self._put((moved, end, event))
+                    self._stats.waiting_for_consumer_s += time.monotonic() - made
                     del batch, moved  # their memory is the consumer's to give back
         finally:
             self._transfer.finish()
@@ -128,12 +131,9 @@ class _Producer:
             raise _Stopped
 
     def _put(self, item: Any) -> None:
-        began = time.monotonic()
         while True:
             self._raise_if_stopped()
             try:
-                self._batches.put(item, timeout=0.05)
-                break
+                return self._batches.put(item, timeout=0.05)
             except queue.Full:
                 continue
-        self._stats.waiting_for_consumer_s += time.monotonic() - began

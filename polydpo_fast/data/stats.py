@@ -14,7 +14,7 @@ class LoaderStats:
     pairs: yielded. bad: pairs that could not be read or decoded.
     waiting_for_source_s: decoding stood still because pairs were not there yet.
     decoding_s: spent decoding.
-    waiting_for_consumer_s: finished batches stood in the queue, and it was full.
+    waiting_for_consumer_s: finished batches stood in the queue, and it was full, or they were the last of the epoch.
     waiting_for_loader_s: the consumer waited for a batch.
     """
 

@@ -1,5 +1,6 @@
 """PairLoader: what is yielded, in which order, after which interruption."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import re
 import threading
 import time
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -407,6 +409,14 @@ def test_memory_of_batches_is_used_again():
     assert len(places) <= 6  # as many as can be under way: prefetch 2, one in work, one in hand, one just dropped
 
 
+def test_a_batch_that_is_let_go_is_not_held_until_the_next():
+    source = Tiny(8, hangs=[4])
+    one = iter(PairLoader(source, 4, shuffle=False, **TINY))
+    pixels = weakref.ref(next(one).pixels)
+    assert pixels() is None
+    source.let_go.set()
+
+
 def test_prompts_are_dropped_per_pair():
     loader = PairLoader(Tiny(256), 16, prompt_dropout=0.25, seed=3, **TINY)
     dropped = {key for batch in loader for key, prompt in zip(batch.keys, batch.prompts, strict=True) if prompt == ""}
@@ -496,6 +506,33 @@ def test_statistics_tell_what_is_slow():
         time.sleep(0.02)
     assert loader.stats.bottleneck == "model"
     assert loader.stats.waiting_for_consumer_s > 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_statistics_of_epochs_of_few_batches(steps):
+    """They never fill the queue."""
+    loader = PairLoader(Tiny(4 * steps), 4, **TINY)
+    began = time.monotonic()
+    for _ in range(3):
+        for _ in loader:
+            time.sleep(0.06)
+    took = time.monotonic() - began
+    assert loader.stats.bottleneck == "model"
+    assert 0.5 * took < loader.stats.waiting_for_consumer_s < took
+    quick = PairLoader(Tiny(4 * steps, slow=dict.fromkeys(range(8), 0.01)), 4, readers=1, **TINY)
+    for _ in range(3):
+        assert len(list(quick)) == steps
+    assert quick.stats.bottleneck == "reading"
+
+
+def test_statistics_of_pairs_that_replace_undecodable_ones():
+    """They are read while nothing else is done, and that is no decoding."""
+    source = Tiny(24, bad=dict.fromkeys(range(0, 24, 3), "win"), slow=dict.fromkeys(range(24), 0.02))
+    loader = PairLoader(source, 4, readers=4, max_bad_rate=1.0, **TINY)
+    began = time.monotonic()
+    assert len(list(loader)) == 6
+    assert loader.stats.bottleneck == "reading"
+    assert 0.5 * (time.monotonic() - began) < loader.stats.waiting_for_source_s
 
 
 @settings(max_examples=20)
@@ -592,6 +629,12 @@ def test_batches_move():
     assert moved.pin_memory().pixels is moved.pixels  # what is not on the CPU cannot be pinned, and need not
     assert moved.keys == batch.keys
     assert next(iter(PairLoader(Tiny(8), 4, device="meta", **TINY))).pixels.is_meta
+
+    class WithTensors(Tiny):
+        def __getitem__(self, index):
+            return dataclasses.replace(super().__getitem__(index), extra={"text": torch.zeros(3)})
+
+    assert next(iter(PairLoader(WithTensors(8), 4, device="meta", **TINY))).extra["text"].is_meta
 
 
 @pytest.mark.parametrize(
