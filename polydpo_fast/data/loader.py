@@ -165,6 +165,7 @@ class PairLoader(IterableDataset[PairBatch]):
         self._ordered: tuple[int, Order] | None = None
         self._order()  # an error in `categories` shows now
         self._buffers: Buffers | None = None
+        self._forked: Buffers | None = None
         self._chosen: tuple[object, Decoder] | None = None  # the decoder, and what it was chosen for
 
     def __len__(self) -> int:
@@ -286,7 +287,7 @@ class PairLoader(IterableDataset[PairBatch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory and threads stay in their process.
-        return {**self.__dict__, "_buffers": None, "_ordered": None, "_chosen": None}
+        return {**self.__dict__, "_buffers": None, "_forked": None, "_ordered": None, "_chosen": None}
 
     # ------------------------------------------------------------------------------------------------ inside
 
@@ -323,6 +324,7 @@ class PairLoader(IterableDataset[PairBatch]):
         pinned = plan.device is not None and plan.device.type == "cuda"
         # A worker may have been forked after batches of the first process, whose page-locked memory is not its own.
         if not on_device and (self._buffers is None or self._buffers.pinned != pinned):
+            self._forked = self._buffers  # not to be freed: to free page-locked memory asks CUDA, and a fork has none
             self._buffers = Buffers(_MOST_FREE, pinned=pinned)
         return plan
 

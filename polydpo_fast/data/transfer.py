@@ -27,8 +27,12 @@ class Transfer:
         self._copies: deque[tuple[Any, Tensor]] = deque()  # events, and the host memory that is being copied from
 
     def stream(self) -> AbstractContextManager[Any]:
-        """Where all that a batch needs of the device is asked for."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        """Where all that a batch needs of the device is asked for, by a thread that uses no other device."""
+        if self._stream is None:
+            return contextlib.nullcontext()
+        # A thread begins with device 0. To leave the stream for that device would make a context there: on every rank.
+        torch.cuda.set_device(self._stream.device)
+        return torch.cuda.stream(self._stream)
 
     def move(self, batch: PairBatch) -> tuple[PairBatch, Any]:
         """To the device, and an event of when it is there. The small tensors stay where they are cheap to look at."""

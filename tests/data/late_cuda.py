@@ -2,6 +2,7 @@
 
 Streams are queues of work. A copy reads the host's memory when it is carried out, and keeps none of it alive; until
 then its result is garbage. The current device and stream are a thread's own, and a thread begins with device 0.
+To make a device the current one makes a context on it, as CUDA has it from version 12 on.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 GARBAGE = 255
+contexts = set()  # the devices that have one
 _LOCK = threading.RLock()
 _thread = threading.local()
 
@@ -94,7 +96,8 @@ def current_device():
 
 
 def set_device(index):
-    _thread.device = index
+    _thread.device = index_of(index)
+    contexts.add(_thread.device)
 
 
 def current_stream(device=None):
@@ -105,11 +108,13 @@ def current_stream(device=None):
 @contextmanager
 def stream(chosen):
     device, streams = current_device(), getattr(_thread, "streams", {})
-    _thread.device, _thread.streams = chosen.device.index, {**streams, chosen.device.index: chosen}
+    set_device(chosen.device)
+    _thread.streams = {**streams, chosen.device.index: chosen}
     try:
         yield
     finally:
-        _thread.device, _thread.streams = device, streams
+        set_device(device)
+        _thread.streams = streams
 
 
 _default = [Stream(0), Stream(1)]
@@ -121,10 +126,12 @@ class Late:
     def __init__(self, monkeypatch):
         self.page_locked = {}
         _default[:] = Stream(0), Stream(1)
+        contexts.clear()
         self._empty, self._to = torch.empty, torch.Tensor.to
         for name, value in (
             *dict(Stream=Stream, Event=Event, stream=stream, current_stream=current_stream).items(),
-            *dict(current_device=current_device, device_count=lambda: 2, is_available=lambda: True).items(),
+            *dict(set_device=set_device, current_device=current_device).items(),
+            *dict(device_count=lambda: 2, is_available=lambda: True).items(),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch, "empty", self.empty)

@@ -1,6 +1,7 @@
 """Batches that go to a device, on one that is late with everything. On a real one: tests/test_gpu_data.py."""
 
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -156,3 +157,23 @@ def test_memory_of_the_device_is_used_again_in_the_next_epoch(machine, decoder):
     batches = [batch for _ in range(3) for batch in loader]
     assert len({id(batch.pixels.made_by) for batch in batches}) == 1
     assert batches[0].pixels.made_by is not late_cuda.current_stream(1)
+
+
+def test_no_other_device_has_a_context(machine, decoder):
+    """Of eight ranks each would take some hundreds of megabytes of the first device."""
+    assert len(list(PairLoader(Tiny(8), 4, device="cuda", **TINY))) == 2
+    assert late_cuda.contexts == {1}
+
+
+def test_what_was_handed_out_is_not_held(machine, decoder):
+    """A batch of clips can be a gigabyte of the device's memory."""
+    batches = iter(PairLoader(Tiny(40), 4, device="cuda", **TINY))
+    pixels = []
+    for batch, _ in zip(batches, range(3), strict=False):
+        stream = batch.pixels.made_by
+        pixels.append(weakref.ref(batch.pixels))
+    del batch
+    with late_cuda._LOCK:
+        stream.todo[:] = [lambda: None] * len(stream.todo)  # what is asked of this device holds what it writes to
+    gc.collect()
+    assert [one() for one in pixels] == [None] * 3

@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,14 +287,17 @@ def test_torchdata_takes_it_as_it_is(workers):
 def test_a_forked_process_has_no_part_in_a_pass():
     one = iter(PairLoader(Tiny(4000), 4, **TINY))
     next(one)
-    child = os.fork()
-    if child == 0:
-        try:
-            next(one)
-        except RuntimeError as error:
-            os._exit(0 if "forked" in str(error) else 2)
-        finally:
-            os._exit(3)
+    with one._pipeline._batches.mutex:  # as the loader's thread may hold it
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(10)
+                one._pipeline.close()  # as garbage is collected
+                next(one)
+            except RuntimeError as error:
+                os._exit(0 if "forked" in str(error) else 2)
+            finally:
+                os._exit(3)
     assert os.waitpid(child, 0)[1] == 0
     assert len(next(one)) == 4
 
@@ -348,6 +353,23 @@ def test_control_c_while_a_pass_begins_ends_its_thread(monkeypatch):
     while threads() and time.monotonic() < until:
         time.sleep(0.01)
     assert threads() == []
+
+
+def test_an_interrupted_pass_holds_no_batches(monkeypatch):
+    """Its iterator may live on for long, in a notebook's last traceback."""
+    one = iter(PairLoader(Tiny(40), 4, **TINY))
+    next(one)
+    while one._pipeline._batches.empty():
+        time.sleep(0.001)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(one._pipeline, "next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(one)
+    assert one._pipeline._batches.empty()
+    assert list(one) == []
 
 
 @pytest.mark.parametrize("name", ["polydpo-load", "polydpo-read"])
@@ -417,8 +439,11 @@ def test_workers_have_memory_of_their_own():
     loader._device = torch.device("cuda", 0)
     loader._plan(None)
     assert loader._buffers.pinned
+    inherited = weakref.ref(loader._buffers)
     loader._plan(SimpleNamespace(id=0, num_workers=2))
     assert not loader._buffers.pinned
+    assert inherited() is not None, "freeing what a device has read from asks CUDA, which ends a forked process"
+    assert pickle.loads(pickle.dumps(loader))._forked is None
     first = loader._buffers
     loader._plan(SimpleNamespace(id=0, num_workers=2))
     assert loader._buffers is first
