@@ -215,13 +215,16 @@ class Assembler:
             flipped=rows.flipped,
             matrix=tuple(matrix for matrix, _ in rows.colours),
             full_range=tuple(full_range for _, full_range in rows.colours),
-            extra={name: _column([pair.extra.get(name) for pair in pairs]) for name in names},
+            extra={name: _column(name, [pair.extra.get(name) for pair in pairs]) for name in names},
         )
 
 
-def _column(values: list[Any]) -> list[Any] | Tensor:
-    """The values; tensors as one, with zeros where there is no pair."""
+def _column(name: str, values: list[Any]) -> list[Any] | Tensor:
+    """The values; tensors as one, with zeros where there is no pair. Raises ValueError where their shapes differ."""
     some = next((value for value in values if value is not None), None)
     if not isinstance(some, Tensor):
         return values
-    return torch.stack([torch.zeros_like(some) if value is None else value for value in values])
+    try:
+        return torch.stack([torch.zeros_like(some) if value is None else value for value in values])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"extra[{name!r}] of a batch's pairs; expected tensors of one shape: {error}") from error

@@ -382,6 +382,10 @@ class _Iteration(Iterator[PairBatch]):
             raise StopIteration
         try:
             batch, end = self._pipeline.next()
+            self._loader.stats.pairs += int(batch.ok.sum())
+            if self._pass == self._loader._pass:
+                self._loader._position = end
+            return batch
         except StopIteration:
             self._close()
             if self._pipeline.is_complete and self._pass == self._loader._pass:
@@ -390,10 +394,6 @@ class _Iteration(Iterator[PairBatch]):
         except BaseException:
             self._close()
             raise
-        self._loader.stats.pairs += int(batch.ok.sum())
-        if self._pass == self._loader._pass:
-            self._loader._position = end
-        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's."""

@@ -417,6 +417,17 @@ def test_a_batch_that_is_let_go_is_not_held_until_the_next():
     source.let_go.set()
 
 
+@pytest.mark.parametrize("odd", [torch.zeros(4), "text"])
+def test_tensors_that_are_no_batch_are_named(odd):
+    class WithTensors(Tiny):
+        def __getitem__(self, index):
+            extra = {"number": index, "embedding": torch.zeros(3) if index != 2 else odd}
+            return dataclasses.replace(super().__getitem__(index), extra=extra)
+
+    with pytest.raises(ValueError, match=r"extra\['embedding'\] of a batch's pairs; expected tensors of one shape: "):
+        list(PairLoader(WithTensors(8), 4, shuffle=False, **TINY))
+
+
 def test_prompts_are_dropped_per_pair():
     loader = PairLoader(Tiny(256), 16, prompt_dropout=0.25, seed=3, **TINY)
     dropped = {key for batch in loader for key, prompt in zip(batch.keys, batch.prompts, strict=True) if prompt == ""}
@@ -496,7 +507,7 @@ def test_a_state_after_the_last_batch_leaves_nothing_of_its_epoch():
     assert [i for batch in again for i in yielded(batch)] == expected(8, 0, 1)
 
 
-def test_statistics_tell_what_is_slow():
+def test_statistics_tell_what_is_slow(monkeypatch):
     slow = dict.fromkeys(range(40), 0.02)
     loader = PairLoader(Tiny(40, slow=slow), 4, readers=1, **TINY)
     list(loader)
@@ -506,6 +517,12 @@ def test_statistics_tell_what_is_slow():
         time.sleep(0.02)
     assert loader.stats.bottleneck == "model"
     assert loader.stats.waiting_for_consumer_s > 0.1
+    slow = SimpleNamespace(decode_pairs=lambda *arms, **options: time.sleep(0.02) or decode_pairs(*arms, **options))
+    monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: slow)
+    loader = PairLoader(Tiny(40), 4, **TINY)
+    list(loader)
+    assert loader.stats.bottleneck == "decoding"
+    assert loader.stats.decoding_s > 0.2
 
 
 @pytest.mark.parametrize("steps", [1, 2])

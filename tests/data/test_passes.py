@@ -372,6 +372,27 @@ def test_an_interrupted_pass_holds_no_batches(monkeypatch):
     assert list(one) == []
 
 
+def test_control_c_after_a_batch_was_taken_does_not_leave_it_out(monkeypatch):
+    """The pass is over, and does not go on behind a batch that nobody was given."""
+    loader = PairLoader(Tiny(40), 4, **TINY)
+    one = iter(loader)
+    got = yielded(next(one))
+    take = one._pipeline.next
+
+    class Interrupted:
+        @property
+        def ok(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(one._pipeline, "next", lambda: (Interrupted(), take()[1]))
+    with pytest.raises(KeyboardInterrupt):
+        next(one)
+    monkeypatch.undo()
+    assert list(one) == []
+    loader.load_state_dict(loader.state_dict())
+    assert got + [i for batch in loader for i in yielded(batch)] == expected(40, 0, 0)
+
+
 @pytest.mark.parametrize("name", ["polydpo-load", "polydpo-read"])
 def test_garbage_that_is_collected_in_a_thread_of_a_loader_does_not_wait(name):
     """Even while that thread holds the lock of the queue."""
@@ -610,6 +631,12 @@ def test_ledgers_that_cannot_be_are_told_at_once(tmp_path, monkeypatch):
         PairLoader(Tiny(12), 4, ledger=tmp_path / "none" / "bad.jsonl", **TINY)
     with pytest.raises(ValueError, match="a folder; expected a file"):
         PairLoader(Tiny(12), 4, ledger=tmp_path, **TINY)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(ValueError, match=r"ledger is '~/bad.jsonl'; its folder does not exist"):
+        PairLoader(Tiny(12), 4, ledger="~/bad.jsonl", **TINY)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    list(PairLoader(Tiny(12, {3: "read"}), 4, ledger="~/home.jsonl", **TINY))
+    assert len(list(read_ledger(tmp_path / "home.jsonl"))) == 1
     monkeypatch.chdir(tmp_path)
     loader = PairLoader(Tiny(12, {3: "read"}), 4, ledger="bad.jsonl", **TINY)
     (tmp_path / "run").mkdir()
