@@ -9,6 +9,7 @@ import re
 import threading
 import time
 import weakref
+from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,6 +229,8 @@ def test_bad_pairs_are_written_down(tmp_path):
         yielded(batch)
     lines = list(read_ledger(ledger))
     assert {line["index"] for line in lines} == set(bad)
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert all(abs((one - datetime.now(timezone.utc)).total_seconds()) < 60 for one in times)
     assert loader.stats.bad == len(lines)
     assert loader.stats.pairs == 12
     by_index = {line["index"]: line for line in lines}
@@ -258,7 +261,7 @@ def test_a_full_disk_does_not_end_the_training():
 def test_a_ledger_that_was_cut_off_loses_one_line(tmp_path, monkeypatch):
     """A disk that is full takes a part of a line; when it has room again, the next line is whole."""
     ledger, write = tmp_path / "bad.jsonl", os.write
-    lines = Ledger(ledger)
+    lines, descriptors = Ledger(ledger), os.listdir("/proc/self/fd")
     lines.add(index=1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda handle, data: write(handle, data[:20]))
@@ -266,6 +269,7 @@ def test_a_ledger_that_was_cut_off_loses_one_line(tmp_path, monkeypatch):
             lines.add(index=2)
     for one in (lines, Ledger(ledger), lines):
         one.add(index=3)
+    assert os.listdir("/proc/self/fd") == descriptors
     assert [line["index"] for line in read_ledger(ledger)] == [1, 3, 3, 3]
     assert ledger.read_bytes().count(b"\n") == 5
 
@@ -496,15 +500,18 @@ def test_a_state_of_another_source_or_order_is_refused():
             PairLoader(Tiny(20), 4, seed=1, **TINY).load_state_dict(bad)
 
 
-def test_a_state_after_the_last_batch_leaves_nothing_of_its_epoch():
-    loader = PairLoader(Tiny(8), 4, **TINY)
+@pytest.mark.parametrize("last", ["drop", "pad", "wrap"])
+def test_a_state_after_the_last_batch_leaves_nothing_of_its_epoch(last):
+    size = 8 if last == "drop" else 7
+    loader = PairLoader(Tiny(size), 4, last=last, **TINY)
     one = iter(loader)
     next(one), next(one)
     state = loader.state_dict()
-    again = PairLoader(Tiny(8), 4, **TINY)
+    assert state["position"] == size
+    again = PairLoader(Tiny(size), 4, last=last, **TINY)
     again.load_state_dict(state)
     assert list(again) == []
-    assert [i for batch in again for i in yielded(batch)] == expected(8, 0, 1)
+    assert [i for batch in again for i in yielded(batch)] == expected(size, 0, 1, last=last, group=4)
 
 
 def test_statistics_tell_what_is_slow(monkeypatch):

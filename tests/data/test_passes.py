@@ -118,6 +118,25 @@ def test_an_error_in_one_of_two_threads_is_no_end_of_the_epoch_in_the_other(monk
     assert (loader.epoch, loader.state_dict()["position"]) == (0, 20)
 
 
+def test_a_resumed_epoch_that_is_left_early_begins_at_its_start():
+    """As any other: a state is for one iteration."""
+    loader = PairLoader(Tiny(20), 4, **TINY)
+    next(iter(loader))
+    loader.load_state_dict(loader.state_dict())
+    assert yielded(next(iter(loader))) == expected(20, 0, 0)[4:8]
+    with pytest.warns(UserWarning, match="epoch 0 was left at position 8 of 20, and begins again"):
+        assert yielded(next(iter(loader))) == expected(20, 0, 0)[:4]
+
+
+def test_a_pass_that_another_thread_ends_early_is_no_complete_epoch():
+    loader = PairLoader(Tiny(40), 4, **TINY)
+    one = iter(loader)
+    next(one)
+    one._pipeline.close()  # as by Ctrl-C there, while this thread waits
+    assert list(one) == []
+    assert place(loader) == (0, 4)
+
+
 # ------------------------------------------------------------------------------------- workers that take turns
 
 
@@ -468,6 +487,13 @@ def test_workers_have_memory_of_their_own():
     first = loader._buffers
     loader._plan(SimpleNamespace(id=0, num_workers=2))
     assert loader._buffers is first
+
+
+def test_workers_share_the_processors(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for workers, own, each in ((3, {}, 2), (20, {}, 1), (3, {"threads": 5}, 5)):
+        plan = PairLoader(Tiny(8), 4, **own, **TINY)._plan(SimpleNamespace(id=0, num_workers=workers))
+        assert plan.decode.keywords["threads"] == each
 
 
 def test_workers_decode_clips_for_a_gpu_in_cpp(monkeypatch):
