@@ -64,8 +64,8 @@ def test_workers_of_a_dataloader(pairs):
     """They are forked after CUDA was used, and use none."""
     from polydpo_fast.data import PairLoader
 
-    torch.ones(1, device="cuda")
     loader = PairLoader(pairs.Tiny(40), 4, device="cuda", **TINY)
+    assert len(list(loader)) == 10
     got = []
     for batch in torch.utils.data.DataLoader(loader, batch_size=None, num_workers=2, pin_memory=True):
         assert batch.pixels.is_pinned()

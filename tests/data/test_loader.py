@@ -508,6 +508,7 @@ def test_a_state_after_the_last_batch_leaves_nothing_of_its_epoch(last):
     next(one), next(one)
     state = loader.state_dict()
     assert state["position"] == size
+    assert loader.stats.pairs == (8 if last == "wrap" else size)
     again = PairLoader(Tiny(size), 4, last=last, **TINY)
     again.load_state_dict(state)
     assert list(again) == []
