@@ -41,7 +41,7 @@ class _Place:
     index: int  # of the pair in its source; -1: the place stays empty
     lap: int
     pair: Pair | None = None  # once it is read
-    reading: Reading | None = field(default=None, repr=False)  # until then
+    reading: Reading | None = field(default=None, repr=False)  # where it comes from
     attempt: int = 0  # how many pairs were bad before
     lost_blocks: set[int] = field(default_factory=set)  # of which nothing can be read
 
@@ -103,7 +103,6 @@ class Assembler:
             assert place.reading is not None
             self._readers.wait(place.reading, self._look)
             place.pair, error, block = place.reading.pair, place.reading.error, place.reading.block
-            place.reading = None
             self._bad.count_seen()
             if error is not None:
                 is_lost = block >= 0 and isinstance(error, PairError) and error.whole_block
@@ -129,7 +128,7 @@ class Assembler:
             at = np.array([self._candidate(place)])
             # With the lap of that position: with this one's lap, the same pair may come elsewhere.
             place.index, place.lap = int(self._plan.order(at)[0]), int(self._plan.order.laps(at)[0])
-            if not place.lost_blocks or self._readers.block_of(place.index) not in place.lost_blocks:
+            if self._readers.block_of(place.index) not in place.lost_blocks:
                 break
         place.reading = self._readers.ask(place.index)
 
@@ -180,7 +179,6 @@ class Assembler:
             if failure is None and not place.attempt:
                 self._bad.end_undecoded_run()
             while failure is not None:
-                self._look()
                 assert place.pair is not None
                 error = PairError(failure.reason, failure.arm)
                 self._bad.add_undecoded(place.position, place.index, place.pair.key, error)

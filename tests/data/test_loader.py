@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from splitmix import chained, outputs
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import LoaderError, PairError, PairLoader, SourceError, open_source, read_ledger
+from polydpo_fast.data import LoaderError, LoaderStats, PairError, PairLoader, SourceError, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import sources as sources_module
+from polydpo_fast.data.bad_pairs import BadPairs
 from polydpo_fast.data.ledger import Ledger
 from polydpo_fast.data.order import Balanced, Shuffled, mix
 from polydpo_fast.data.rows import Rows
@@ -59,6 +60,8 @@ def yielded(batch):
             assert batch.keys[row] == batch.prompts[row] == ""
             assert batch.weight[row] == 0
             assert not batch.pixels[[row, row + pairs]].any()
+            assert not batch.flipped[row]
+            assert not batch.original_size[[row, row + pairs]].any()
             continue
         number = numbers[row]
         assert numbers[row + pairs] == number
@@ -223,7 +226,7 @@ def test_batches_tell_how_many_times_a_pair_came_before():
 
 def test_bad_pairs_are_written_down(tmp_path):
     ledger = tmp_path / "bad.jsonl"
-    bad = {3: "read", 5: "win", 7: "lose", 9: "bug"}
+    bad = {3: "read", 5: "win", 7: "lose", 9: "bug", 10: "both"}
     loader = PairLoader(Tiny(12, bad), 4, ledger=ledger, max_bad_rate=1.0, **TINY)
     for batch in loader:
         yielded(batch)
@@ -242,6 +245,7 @@ def test_bad_pairs_are_written_down(tmp_path):
         (5, "k5", "win", "PairError", "tiny.tar:5"),
         (7, "k7", "lose", "PairError", "tiny.tar:7"),
         (9, "", None, "RuntimeError", "tiny.tar:9"),
+        (10, "k10", "win", "PairError", "tiny.tar:10"),
     ]
     assert by_index[3]["reason"] == "its shard is cut off"
     assert "3c 68 74 6d" in by_index[7]["reason"]
@@ -316,6 +320,25 @@ def test_scattered_pairs_that_cannot_be_read_are_not_in_a_row():
         list(
             PairLoader(Tiny(1024, dict.fromkeys(range(300, 400), "read")), 256, shuffle=False, max_bad_rate=1.0, **TINY)
         )
+
+
+def test_pairs_in_the_place_of_unreadable_ones_end_no_run():
+    """They stand elsewhere in the source: here every other pair cannot be read, and the others not be decoded."""
+    bad = {index: "read" if index % 2 else "win" for index in range(100, 130)}
+    with pytest.raises(LoaderError, match="11 pairs in a row are bad, more than 10"):
+        list(PairLoader(Tiny(4000, bad), 10, shuffle=False, max_bad_rate=1.0, max_bad_run=10, **TINY))
+
+
+def test_a_lost_block_counts_again_after_something_could_be_read():
+    plan = PairLoader(Tiny(400), 4, max_bad_rate=1.0, max_bad_run=2, **TINY)._plan(None)
+    bad = BadPairs(plan, LoaderStats())
+    for block in (0, 0, 1, 1):
+        bad.add_unread(0, 0, ValueError("lost"), block)
+    bad.end_unread_run()
+    for block in (0, 1, 0, 1):
+        bad.add_unread(0, 0, ValueError("lost"), block)
+    with pytest.raises(LoaderError, match="3 pairs in a row are bad, more than 2"):
+        bad.add_unread(0, 0, ValueError("lost"), 2)
 
 
 def test_blocks_of_which_nothing_can_be_read_count_in_a_row():
@@ -430,6 +453,15 @@ def test_tensors_that_are_no_batch_are_named(odd):
 
     with pytest.raises(ValueError, match=r"extra\['embedding'\] of a batch's pairs; expected tensors of one shape: "):
         list(PairLoader(WithTensors(8), 4, shuffle=False, **TINY))
+
+
+def test_tensors_of_the_source_are_zeros_where_there_is_no_pair():
+    class WithTensors(Tiny):
+        def __getitem__(self, index):
+            return dataclasses.replace(super().__getitem__(index), extra={"text": torch.full((3,), index + 1)})
+
+    (batch,) = PairLoader(WithTensors(2), 4, last="pad", shuffle=False, **TINY)
+    assert batch.extra["text"].tolist() == [[1] * 3, [2] * 3, [0] * 3, [0] * 3]
 
 
 def test_prompts_are_dropped_per_pair():
@@ -567,7 +599,7 @@ def test_statistics_of_pairs_that_replace_undecodable_ones():
     size=st.integers(1, 6),
 )
 def test_a_walk_has_the_pairs_that_were_asked_for(indices, bad, size):
-    loader = PairLoader(Tiny(30, bad), size, last="pad", prompt_dropout=1.0, max_bad_rate=1.0, **TINY)
+    loader = PairLoader(Tiny(30, bad), size, last="pad", prompt_dropout=1.0, hflip=0.5, max_bad_rate=1.0, **TINY)
     one = iter(loader)
     next(one)
     state = loader.state_dict()
@@ -592,6 +624,14 @@ def test_a_walk_draws_by_index():
     loader.set_epoch(3)  # says nothing of a walk
     for batch in loader.walk(np.arange(40)[::-3]):
         assert [flipped[i] for i in batch.index.tolist() if i >= 0] == batch.flipped[batch.ok].tolist()
+
+
+def test_pickled_loaders_are_small():
+    """Neither what has been computed of an order nor memory for batches goes to another process."""
+    source = Tiny(50_000, codes=np.arange(50_000, dtype=np.uint8) % 2)
+    loader = PairLoader(source, 4, categories="balanced", size=64, dtype=torch.uint8)
+    next(iter(loader))
+    assert len(pickle.dumps(loader)) < len(pickle.dumps(source)) + 10_000
 
 
 def test_pickled_loaders_go_on():

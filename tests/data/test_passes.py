@@ -355,6 +355,15 @@ def test_control_c_ends_the_threads(waits_for):
     assert [i for batch in PairLoader(Tiny(8), 4, **TINY) for i in yielded(batch)] == expected(8, 0, 0)
 
 
+def test_a_pass_ends_in_the_middle_of_a_batch():
+    """Here of 1500 pairs that take 1 ms each, which is too short to be waited for."""
+    one = iter(PairLoader(Tiny(1500, slow=dict.fromkeys(range(1500), 0.001)), 1500, readers=1, **TINY))
+    time.sleep(0.05)
+    began = time.monotonic()
+    one._pipeline.close()
+    assert time.monotonic() - began < 1
+
+
 def test_control_c_while_a_pass_begins_ends_its_thread(monkeypatch):
     """`Thread.start` waits until the thread runs: nobody has the iterator yet, whose end would end it."""
     start = threading.Thread.start
