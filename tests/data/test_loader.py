@@ -236,6 +236,9 @@ def test_bad_pairs_are_written_down(tmp_path):
     assert all(abs((one - datetime.now(timezone.utc)).total_seconds()) < 60 for one in times)
     assert loader.stats.bad == len(lines)
     assert loader.stats.pairs == 12
+    order = expected(12, 0, 0)
+    places = {(line["index"], line["step_position"]) for line in lines}  # and of what was to replace others
+    assert places >= {(index, order.index(index)) for index in bad}
     by_index = {line["index"]: line for line in lines}
     facts = [
         (i, by_index[i]["key"], by_index[i]["arm"], by_index[i]["error"], by_index[i]["position"]) for i in sorted(bad)
@@ -599,7 +602,7 @@ def test_statistics_of_pairs_that_replace_undecodable_ones():
     size=st.integers(1, 6),
 )
 def test_a_walk_has_the_pairs_that_were_asked_for(indices, bad, size):
-    loader = PairLoader(Tiny(30, bad), size, last="pad", prompt_dropout=1.0, hflip=0.5, max_bad_rate=1.0, **TINY)
+    loader = PairLoader(Tiny(30, bad), size, last="pad", prompt_dropout=1.0, hflip=1.0, max_bad_rate=1.0, **TINY)
     one = iter(loader)
     next(one)
     state = loader.state_dict()

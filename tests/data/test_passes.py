@@ -28,7 +28,7 @@ from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import reading as reading_module
 from polydpo_fast.data.assembly import Assembler
 from polydpo_fast.data.dali import CppDecoder
-from polydpo_fast.data.reading import Readers
+from polydpo_fast.data.reading import Readers, was_given_up
 
 
 def place(loader):
@@ -600,6 +600,53 @@ def test_a_thread_that_has_gone_on_is_not_given_up():
     assert first.error is None
     assert "its shard is cut off" in str(second.error)
     readers.close()
+
+
+def test_what_was_asked_for_is_not_read_after_the_end():
+    entered = []
+
+    class Counted(Tiny):
+        def __getitem__(self, index):
+            entered.append(index)
+            return super().__getitem__(index)
+
+    readers = Readers(Counted(50, slow=dict.fromkeys(range(50), 0.02)), False, 1, 60.0)
+    for index in range(50):
+        readers.ask(index)
+    readers.close()
+    assert not readers._workers[0].thread.is_alive()
+    assert len(entered) <= 2
+
+
+def test_a_thread_that_waits_holds_no_pair():
+    """It may be a view into a row group of hundreds of megabytes."""
+    made = []
+
+    class Watched(Tiny):
+        def __getitem__(self, index):
+            pair = super().__getitem__(index)
+            made.append(weakref.ref(pair))
+            return pair
+
+    readers = Readers(Watched(4), False, 1, 60.0)
+    readers.wait(readers.ask(0), lambda: None)
+    until = time.monotonic() + 5
+    while made[0]() is not None and time.monotonic() < until:
+        time.sleep(0.001)
+    assert made[0]() is None
+    readers.close()
+
+
+def test_a_thread_that_hangs_at_the_end_is_given_up():
+    """So that threads of the next pass do not wait for the row group that it reads."""
+    source = Tiny(4, hangs=[0])
+    readers = Readers(source, False, 1, 60.0)
+    readers.ask(0)
+    time.sleep(0.05)
+    assert not was_given_up(readers._workers[0].thread)
+    readers.close()
+    assert was_given_up(readers._workers[0].thread)
+    source.let_go.set()
 
 
 def test_one_thread_reads_until_somebody_waits():
