@@ -239,6 +239,7 @@ def test_bad_pairs_are_written_down(tmp_path):
     order = expected(12, 0, 0)
     places = {(line["index"], line["step_position"]) for line in lines}  # and of what was to replace others
     assert places >= {(index, order.index(index)) for index in bad}
+    assert all(line["decode"]["seed"] == chained(0, 0, line["step_position"]) >> 1 for line in lines)
     by_index = {line["index"]: line for line in lines}
     facts = [
         (i, by_index[i]["key"], by_index[i]["arm"], by_index[i]["error"], by_index[i]["position"]) for i in sorted(bad)
@@ -255,6 +256,22 @@ def test_bad_pairs_are_written_down(tmp_path):
     with open(ledger, "a") as file:
         file.write('{"key": "cut o')
     assert len(list(read_ledger(ledger))) == len(lines)
+
+
+def test_a_ledger_tells_epoch_and_rank_and_each_place_once(tmp_path):
+    class Telling(Tiny):
+        def __getitem__(self, index):
+            if index == 5:
+                raise PairError(f"{self.position(index)}: cut off")
+            return super().__getitem__(index)
+
+    for rank in (0, 1):
+        loader = PairLoader(Telling(12), 3, rank=rank, world_size=2, ledger=tmp_path / f"{rank}", shuffle=False, **TINY)
+        loader.set_epoch(2)
+        list(loader)
+    assert not (tmp_path / "0").exists()
+    (line,) = read_ledger(tmp_path / "1")
+    assert (line["epoch"], line["rank"], line["position"], line["reason"]) == (2, 1, "tiny.tar:5", "cut off")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")

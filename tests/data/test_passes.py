@@ -23,6 +23,7 @@ from data.test_loader import TINY, expected, threads, yielded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polydpo_fast import decode_pairs
 from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import reading as reading_module
@@ -600,6 +601,32 @@ def test_a_thread_that_has_gone_on_is_not_given_up():
     assert first.error is None
     assert "its shard is cut off" in str(second.error)
     readers.close()
+
+
+def test_pairs_are_read_while_others_are_decoded(monkeypatch):
+    further = threading.Event()
+
+    class Watched(Tiny):
+        def __getitem__(self, index):
+            if index >= 4:
+                further.set()
+            return super().__getitem__(index)
+
+    def decode(*arms, **options):
+        assert further.wait(10)
+        return decode_pairs(*arms, **options)
+
+    monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: SimpleNamespace(decode_pairs=decode))
+    assert len(list(PairLoader(Watched(8), 4, shuffle=False, prefetch=1, **TINY))) == 2
+
+
+def test_threads_that_are_only_slow_do_no_harm(monkeypatch):
+    """They were given up, and take nothing more; and a source of which none hangs for good does not end it."""
+    monkeypatch.setattr(reading_module, "_MOST_STUCK", 2)
+    source = Tiny(30, slow=dict.fromkeys(range(4, 24, 4), 0.2))
+    loader = PairLoader(source, 5, shuffle=False, readers=1, timeout_s=0.1, max_bad_rate=1.0, **TINY)
+    assert sum(len(yielded(batch)) for batch in loader) == 30
+    assert loader.stats.bad > 2
 
 
 def test_what_was_asked_for_is_not_read_after_the_end():
