@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import polydpo_fast
 from polydpo_fast import cpu, functional, metrics, objectives
-from polydpo_fast.check import cases, check, data, exact, images, loading, losses, run
+from polydpo_fast.check import cases, check, clips, data, exact, images, loading, losses, run
 from polydpo_fast.check.report import Finding, Report, must
 from polydpo_fast.cli import app
 
@@ -441,12 +441,178 @@ def test_an_order_that_repeats_a_pair_is_caught(monkeypatch):
     assert any(finding.share > 1 for finding, _ in loading.loader(0) if finding.check == "each pair once")
 
 
+@needs_cpp
+def test_a_gradient_that_a_second_backward_pass_spoils_is_caught(monkeypatch):
+    gradient = cpu.BoundLoss.gradient
+
+    def spoiling(self, pred, target, table, grad_loss):
+        found = gradient(self, pred, target, table, grad_loss)
+        table.data[:, -2:] *= 0.5  # behind autograd's back, as C++ would
+        return found
+
+    monkeypatch.setattr(cpu.BoundLoss, "gradient", spoiling)
+    assert of_loss(cases.draw(0, cases.SPECIAL["usual"][0]), "cpp") == {"determinism"}
+
+
+@needs_cpp
+def test_an_upstream_gradient_that_is_taken_for_dense_is_caught(monkeypatch):
+    drawn = (cases.draw(0, number) for number in range(99))
+    case = next(c for c in drawn if c.pairs > 2 and c.options["reduction"] == "none" and "mask" in c.options)
+    gradient = cpu.launch_gradient
+
+    def dense(*arguments):
+        *before, grad_loss, layout, double = arguments
+        gradient(*before, grad_loss.as_strided(grad_loss.shape, (1,) * grad_loss.dim()), layout, double)
+
+    monkeypatch.setattr(cpu, "launch_gradient", dense)
+    assert "gradient" in of_loss(case, "cpp")
+
+
+def test_numbers_of_pairs_that_are_taken_for_dense_are_caught(monkeypatch):
+    drawn = (cases.draw(0, number) for number in range(1, 99, 2))
+    case = next(c for c in drawn if c.pairs > 1 and isinstance(c.options.get("alpha"), torch.Tensor) and not c.edge)
+    loss = functional.loss
+
+    def dense(*arguments, alpha=0.0, **options):
+        alpha = alpha.as_strided(alpha.shape, (1,)) if isinstance(alpha, torch.Tensor) else alpha
+        return loss(*arguments, alpha=alpha, **options)
+
+    monkeypatch.setattr(functional, "loss", dense)
+    assert "value" in of_loss(case, "reference")
+
+
+@pytest.mark.parametrize("wrong", ["mean", "matrix"])
+def test_planes_that_are_normalised_or_coloured_alike_are_caught(wrong, monkeypatch):
+    """Every channel by the mean of red, every image by the matrix of the first."""
+    from polydpo_fast import yuv
+
+    whole, runs = yuv._reference, yuv._runs
+    if wrong == "mean":
+        monkeypatch.setattr(yuv, "_reference", lambda *a: whole(*a[:4], a[4][:1] * 3, *a[5:]))
+    else:
+        monkeypatch.setattr(yuv, "_runs", lambda *a: [(some, runs(*a)[0][1]) for some, _ in runs(*a)])
+    found = [found for number in range(6) for found in data.planes(0, number, "cpu", "reference")]
+    assert broken(found) == {"normalised" if wrong == "mean" else "colours"}
+
+
+@needs_cpp
+@pytest.mark.parametrize("wrong", ["out", "seeds", "exif", "corners"])
+def test_arguments_of_the_decoder_that_are_not_heeded_are_caught(wrong, monkeypatch):
+    from polydpo_fast import decode
+
+    whole = decode.decode_pairs
+
+    def changed(*arguments, **options):
+        if wrong == "out":
+            options.pop("out", None)
+        if wrong == "seeds":
+            options.setdefault("seeds", range(len(arguments[0])))
+        if wrong == "exif":
+            options.pop("exif", None)
+        found = whole(*arguments, **options)
+        if wrong == "corners" and options.get("dtype") == "yuv420":
+            found.crop_top_left[:] = found.crop_top_left.flip(1)
+        return found
+
+    monkeypatch.setattr(decode, "decode_pairs", changed)
+    name = {"out": "threads, batch", "seeds": "crops", "exif": "geometry", "corners": "planes of JPEG"}[wrong]
+    kinds = {number: cases.Draw(0, number).deal("kind", images._KINDS) for number in range(len(images._KINDS))}
+    numbers = [number for number, kind in kinds.items() if wrong != "corners" or kind == "JPEG 4:2:0"]
+    found = {}
+    for number in numbers:
+        report = Report(0, False)
+        run._gather(report, "decode_pairs", "cpu", images.image(0, number))
+        found = {group["check"] for group in json.loads(report.as_json())["groups"] if group["broken"]}
+        if found - {"runs"}:
+            break
+    assert name in found
+
+
+@needs_cpp
+@pytest.mark.parametrize("wrong", ["start", "pair", "loop", "mean"])
+def test_other_frames_of_clips_are_caught(wrong, monkeypatch):
+    pytest.importorskip("av")
+    from polydpo_fast import decode_arguments, timeline
+
+    if wrong == "start":
+        drawn = decode_arguments._drawn
+        monkeypatch.setattr(decode_arguments, "_drawn", lambda *a: (drawn(*a)[0], [0.0] * a[1]))
+    elif wrong == "pair":
+        from polydpo_fast import _C
+
+        store, first = _C.FrameStore, []
+
+        def of_the_first(*, draw, **options):
+            first.append(draw)
+            return store(draw=first[0] if len(first) % 2 == 0 else draw, **options)
+
+        monkeypatch.setattr(_C, "FrameStore", of_the_first)
+    elif wrong == "loop":
+        shown = timeline.Timeline.shown_at
+        monkeypatch.setattr(timeline.Timeline, "shown_at", lambda self, times, _, clock: shown(self, times, "", clock))
+    else:
+        normalisation = decode_arguments._normalisation
+        monkeypatch.setattr(decode_arguments, "_normalisation", lambda mean, std: normalisation([0.5] * 3, std))
+    name = {"start": "moments", "pair": "crops", "loop": "pixels, resized", "mean": "resized in float32"}[wrong]
+    assert name in broken(found for number in range(4) for found in clips.clip(0, number))
+
+
+@needs_cpp
+@pytest.mark.parametrize("wrong", ["epoch", "prompt", "place", "replaced", "wrap"])
+def test_draws_and_ends_that_are_not_the_formulas_are_caught(wrong, monkeypatch):
+    from polydpo_fast.data import assembly, loader, order, plan
+
+    if wrong == "epoch":  # each with the same crops
+        monkeypatch.setattr(plan.Plan, "seed_at", lambda self, position: order.mix(self.seed, 0, position) >> 1)
+    elif wrong == "prompt":
+        monkeypatch.setattr(plan.Plan, "drops_prompt_at", lambda *_: False)
+    elif wrong == "place":  # in the batch, which depends on the ranks
+        decoded = assembly.Assembler._decoded
+        monkeypatch.setattr(
+            assembly.Assembler,
+            "_decoded",
+            lambda self, places, out: decoded(self, [replace(p, position=p.row) for p in places], out),
+        )
+    elif wrong == "replaced":
+        monkeypatch.setattr(assembly.Rows, "put", lambda *_: None)
+    else:
+        steps = loader.PairLoader._steps
+        monkeypatch.setattr(
+            loader.PairLoader,
+            "_steps",
+            lambda self, *a: (
+                step if self._last != "wrap" else loader.Step(np.maximum(step.positions, 1), step.end)
+                for step in steps(self, *a)
+            ),
+        )
+    name = {"replaced": "a bad pair", "wrap": "the last batch"}.get(wrong, "draws")
+    assert name in broken(loading.loader(0))
+
+
+@needs_cpp
+@pytest.mark.parametrize("kind", ["manifest", "tar", "Parquet"])
+def test_arms_of_files_that_are_taken_the_other_way_are_caught(kind, monkeypatch):
+    pytest.importorskip("pyarrow" if kind == "Parquet" else "json")
+    from polydpo_fast.data import assembly
+
+    decoded = assembly.Assembler._decoded
+
+    def swapped(self, places, out):
+        for place in places:
+            place.pair = replace(place.pair, win=place.pair.lose, lose=place.pair.win)
+        return decoded(self, places, out)
+
+    assert not broken(loading.stored(0, kind))
+    monkeypatch.setattr(assembly.Assembler, "_decoded", swapped)
+    assert broken(loading.stored(0, kind)) == {"each pair once"}
+
+
 # -------------------------------------------------------------------------------------------- command line
 
 
 def test_what_is_not_there_is_said_and_no_failure(few, monkeypatch):
     monkeypatch.setattr(data, "missing", lambda *packages: "Pillow is not installed" if "PIL" in packages else "")
-    monkeypatch.setattr(data, "clip", lambda *arguments: iter(()))
+    monkeypatch.setattr(clips, "clip", lambda *arguments: iter(()))
     monkeypatch.setattr(run, "_BACKENDS", ("reference",))
     result = runner.invoke(app, ["check", "--seed", "0", "--seconds", "280"])
     assert result.exit_code == 0, result.output

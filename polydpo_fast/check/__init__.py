@@ -3,8 +3,9 @@
     python -m polydpo_fast.check [--thorough] [--device cuda] [--backend triton] [--seed 7] [--case 12]
 
 `cases` draws what is tried, `exact` has the losses once more in float64, `losses` holds the backends against that;
-`images` holds decoding against Pillow and the transform, `data` clips against PyAV, `loading` the loader against the
-formula of its order; `run` divides the time among them, `report` gathers the worst of each kind.
+`images` holds decoding against Pillow and the transform, `clips` clips against PyAV, `data` stored planes against the
+matrices, `loading` the loader against the formulas of its order and draws; `run` divides the time among them, `report`
+gathers the worst of each kind.
 """
 
 from .report import Report

@@ -1,9 +1,8 @@
-"""Clips against PyAV, conversion of planes between backends; and the gates of all data, in levels of 255 for pixels."""
+"""Conversion of planes between backends; and the gates of all data, in levels of 255 for pixels."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,13 @@ import numpy as np
 import torch
 
 from .cases import Draw
+from .losses import ulp_at
 from .report import Finding, must
 
-__all__ = ["GATES", "clip", "missing", "picture", "planes"]
+__all__ = ["FRAME_LEVELS", "GATES", "missing", "normalised", "picture", "planes", "rgb", "rounded"]
 
-_FRAME_LEVELS = 0.53  # half of it is the rounding to bytes
+FRAME_LEVELS = 0.53
+"""Of which half is the rounding to bytes."""
 
 GATES = {
     "pixels": "1 level of Pillow's",
@@ -31,13 +32,16 @@ GATES = {
     "damage": "refused",
     "damage let pass": "reported",
     "planes as stored": "equal to FFmpeg's",
-    "frames": f"{_FRAME_LEVELS} level of BT.601, 709",
+    "frames": f"{FRAME_LEVELS} level of BT.601, 709",
+    "moments": "those of the docs, of the pair",
     "yuv420_to_rgb": "bit for bit",
-    "colours": f"{_FRAME_LEVELS} level of the matrix",
+    "colours": f"{FRAME_LEVELS} level of the matrix",
     "each pair once": "on any number of ranks",
     "order": "the formula's",
     "resumed": "bit for bit",
     "a bad pair": "replaced and told",
+    "the last batch": "padded, or the first pairs again",
+    "draws": "the formula's, on any ranks",
     "runs": "no exception",
 }
 
@@ -60,74 +64,74 @@ def missing(*packages: str) -> str:
     return f"{' and '.join(absent)} not installed" if absent else ""
 
 
-def clip(seed: int, number: int) -> Iterator[tuple[Finding, str]]:
-    """A pair of MPEG-4 clips against the frames of a full decode. Needs PyAV."""
-    import av
-
-    from ..clips import decode_clips
-
-    d = Draw(seed, number)
-    height, width, count = 2 * d.integer(8, 30), 2 * d.integer(8, 30), d.integer(8, 14)
-    matrix, mirrored = "bt601", d.deal("mirrored", (False, True))
-    if d.deal("high", (True, False)):  # without a word about them, colours of 720 rows and more are those of HD
-        height, width, matrix = 720, 16, "bt709"
-    taken = d.integer(2, count // 2)
-    encoded, expected = [], []
-    for _ in range(2):
-        file = io.BytesIO()
-        with av.open(file, "w", format="mp4") as output:
-            stream = output.add_stream("mpeg4", rate=24)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for _ in range(count):
-                output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(d, height, width), format="rgb24")))
-            output.mux(stream.encode())
-        encoded.append(file.getvalue())
-        with av.open(io.BytesIO(encoded[-1])) as container:
-            expected.append([_stored(frame) for frame in container.decode(video=0)])
-    what = f"{taken} of {count} frames of {height}x{width}"
-    how: Any = dict(frames=taken, size=(height, width), start=0.0, resize=None)
-    stored = decode_clips([encoded[0]], [encoded[1]], dtype="yuv420", **how).pixels
-    pixels = decode_clips([encoded[0]], [encoded[1]], dtype=torch.uint8, hflip=float(mirrored), **how).pixels
-    pixels = pixels.flip(-1) if mirrored else pixels
-    for arm, frames in enumerate(expected):
-        for index, planes_ in enumerate(frames[:taken]):
-            same = np.array_equal(stored[arm, index].numpy().ravel(), np.concatenate([p.ravel() for p in planes_]))
-            yield must("planes as stored", same), what
-            levels = float(np.abs(pixels[arm, :, index].numpy() - _rgb(planes_, matrix)).max())
-            yield Finding("frames", levels / _FRAME_LEVELS, levels), what
-
-
 def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[Finding, str]]:
-    """Stored planes to RGB on a device: against the plain PyTorch of the same on the CPU, and against the matrices."""
+    """Stored planes of images or clips to RGB on a device: against the plain PyTorch of the same on the CPU, against
+    the matrices, and normalised."""
     from ..yuv import yuv420_to_rgb
 
     d = Draw(seed, number)
     images, height, width = d.integer(1, 3), 2 * d.integer(1, 20), 2 * d.integer(1, 20)
-    stored = (256 * d.uniform(images, height * 3 // 2, width)).to(torch.uint8)
+    frames = d.deal("frames", (1, d.integer(2, 3)))
+    clips = (256 * d.uniform(images, frames, height * 3 // 2, width)).to(torch.uint8)
     flip = d.uniform(images) < 0.5
     dtype = d.deal("planes", (*_DTYPES, torch.uint8))
-    expected = yuv420_to_rgb(stored, flip=flip, dtype=dtype, backend="reference")
-    actual = yuv420_to_rgb(stored.to(device), flip=flip.to(device), dtype=dtype, backend=backend).cpu()
+    means, stds = ([d.between(low, high) for _ in "rgb"] for low, high in ((0, 0.6), (0.2, 1)))
+    stored = clips if frames > 1 else clips[:, 0]
+    how: Any = dict(flip=flip, mean=means, std=stds, backend="reference")
+    expected = yuv420_to_rgb(stored, dtype=dtype, **how)
+    how |= dict(flip=flip.to(device), backend=backend)
+    actual = yuv420_to_rgb(stored.to(device), dtype=dtype, **how).cpu()
     ulps = 1 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 0  # the interpreter truncates
     difference = (actual.double() - expected.double()).abs()
     near = 2.0**-7 * expected.double().abs() * ulps
     same = bool((difference <= near).all())
-    what = f"{images} of {height}x{width}"
+    what = f"{images} of {frames} of {height}x{width}"
     yield must("yuv420_to_rgb", same), f"{dtype}, {what}"
+    if dtype != torch.uint8:
+        whole = yuv420_to_rgb(stored, dtype=torch.uint8, **{**how, "flip": flip, "backend": "reference"})
+        mean, std = (torch.tensor(x, dtype=torch.float64).view(3, *(1,) * (whole.dim() - 2)) for x in (means, stds))
+        yield normalised(expected, whole.double(), mean, std), f"{dtype}, {what}"
 
-    matrix, full = d.deal("matrix", list(_MATRICES)), d.deal("range", (True, False))
+    colours = [(d.deal("matrix", list(_MATRICES)), d.deal("range", (True, False)))]
+    colours += [(d.one_of(list(_MATRICES)), d.chance(0.5)) for _ in range(1, images)]
     size = d.integer(1, height), d.integer(1, width)
     corners = [(d.integer(0, height - size[0]), d.integer(0, width - size[1])) for _ in range(images)]
-    how: Any = dict(size=size, matrix=matrix, full_range=full, siting="left", dtype=torch.uint8, backend=backend)
+    matrices, full = (list(x) for x in zip(*colours, strict=True))
+    how = dict(size=size, matrix=matrices, full_range=full, siting="left", dtype=torch.uint8, backend=backend)
     crop = torch.tensor(corners)
-    pixels = yuv420_to_rgb(stored.to(device), flip=flip.to(device), crop=crop.to(device), **how).cpu().numpy()
+    pixels = yuv420_to_rgb(stored.to(device), flip=flip.to(device), crop=crop.to(device), **how).cpu()
+    found = pixels.view(images, 3, frames, *size).transpose(1, 2).flatten(0, 1).numpy()
     levels = 0.0
-    for index, (top, left) in enumerate(corners):
-        y, c = np.split(stored[index].numpy().ravel(), [height * width])
+    for index, frame in enumerate(clips.flatten(0, 1).numpy()):
+        image = index // frames
+        (top, left), (matrix, is_full) = corners[image], colours[image]
+        y, c = np.split(frame.ravel(), [height * width])
         ycc = [y.reshape(height, width), *c.reshape(2, height // 2, width // 2)]
-        cut = _rgb(ycc, matrix, full)[:, top : top + size[0], left : left + size[1]]
-        levels = max(levels, float(np.abs(pixels[index] - (cut[..., ::-1] if flip[index] else cut)).max()))
-    yield Finding("colours", levels / _FRAME_LEVELS, levels), f"{matrix}, full_range={full}, {what}"
+        cut = rgb(ycc, matrix, is_full)[:, top : top + size[0], left : left + size[1]]
+        levels = max(levels, float(np.abs(found[index] - (cut[..., ::-1] if flip[image] else cut)).max()))
+    yield Finding("colours", levels / FRAME_LEVELS, levels), f"{colours}, {what}"
+
+
+def normalised(pixels: torch.Tensor, levels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Finding:
+    """Pixels of whole levels of 255, against (level / 255 - mean) / std in float64: rounded once.
+
+    Of float32's own, those of 255 mean, of a reciprocal and of two results.
+    """
+    exact = (levels / 255 - mean) / std
+    return rounded(pixels, exact, 2.0**-22 * (exact.abs() + (mean + 1) / std))
+
+
+def rounded(pixels: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor | float = 0.0) -> Finding:
+    """Pixels against float64 numbers that were rounded to their dtype, off by so much before."""
+    info = torch.finfo(pixels.dtype)
+    near = exact.abs().clamp_min(info.tiny) * info.eps / 2 + slack
+    off = (pixels.double() - exact).abs()
+    share, off, exact = (off / near).flatten(), off.flatten(), exact.flatten()
+    worst = int(share.argmax())
+    ulps, relative = (
+        float(off[worst] / x[worst]) if off[worst] else 0.0 for x in (ulp_at(exact, pixels.dtype), exact.abs())
+    )
+    return Finding("normalised", float(share[worst]), ulps, relative)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -142,16 +146,7 @@ def picture(d: Draw, height: int, width: int) -> np.ndarray:
     return result
 
 
-def _stored(frame: Any) -> list[np.ndarray]:
-    """Y, Cb and Cr of a 4:2:0 frame of even sides."""
-    result = []
-    for plane in frame.planes:
-        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-        result.append(rows[:, : plane.width].copy())
-    return result
-
-
-def _rgb(ycc: list[np.ndarray], matrix: str, full: bool = False) -> np.ndarray:
+def rgb(ycc: list[np.ndarray], matrix: str, full: bool = False) -> np.ndarray:
     """(3, H, W) levels in float64, from 16 to 235 or the full range; chroma on the left, interpolated linearly."""
     y, cb, cr = ycc
     height, width = y.shape

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 
 from .cases import Draw
-from .data import picture
+from .data import normalised, picture, rounded
 from .loading import splitmix
-from .losses import ulp_at
 from .report import Finding, must
 
-__all__ = ["image", "resampled"]
+__all__ = ["cut_out", "image", "inner", "resampled"]
 
 _PAIRS = 8  # copies of the pair, of as many seeds
 _JPEGS: dict[str, dict[str, Any]] = {
@@ -95,15 +94,21 @@ def image(seed: int, number: int) -> Iterator[_Found]:
         levels = float(np.abs(pixels - arm.levels).max())
         yield Finding("pixels" if arm.kind in _JPEGS else "pixels, lossless", levels / arm.off, levels), what
         whole.append(pixels.astype(np.float64))
+        if arm.orientation > 1:
+            as_stored = _upright(
+                pixels, {6: 8, 8: 6}.get(arm.orientation, arm.orientation)
+            )  # the others undo themselves
+            full |= dict(size=as_stored.shape[:2], exif="ignore")
+            ignored = decode_pairs([arm.data], [arm.data], **full).pixels[0].numpy().transpose(1, 2, 0)
+            yield must("geometry", np.array_equal(ignored, as_stored), "exif='ignore' is not heeded"), what
 
     win, lose = ([arm.data] * _PAIRS for arm in arms)
     batch = decode_pairs(win, lose, seeds=seeds, dtype=torch.uint8, threads=d.integer(1, 3), **how)
-    inner = [_inner(x.shape[:2], tuple(size), resize) for x in whole]
-    resized = [x if x.shape[:2] == to else resampled(x, *to, interpolation) for x, to in zip(whole, inner, strict=True)]
+    resized = [_resized(x, tuple(size), resize, interpolation) for x in whole]
     yield _geometry(arms, batch, [x.shape[:2] for x in resized], tuple(size), crop, hflip, seeds), what
     expected = np.stack(
         [
-            _cut(resized[row // _PAIRS], bool(flip), corner, tuple(size), colour)
+            cut_out(resized[row // _PAIRS], bool(flip), corner, tuple(size), colour)
             for row, (flip, corner) in enumerate(
                 zip(batch.flipped.repeat(2).tolist(), batch.crop_top_left.tolist(), strict=True)
             )
@@ -117,15 +122,17 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     yield from _normalised(d, win, lose, {**how, "seeds": seeds}, expected, what)
 
     pair = d.integer(0, _PAIRS - 1)
-    few: Any = dict(seeds=[seeds[pair]], dtype=torch.uint8, threads=d.integer(1, 3))
+    out = torch.full((2, 3, *size), 77, dtype=torch.uint8)
+    few: Any = dict(seeds=[seeds[pair]], dtype=torch.uint8, threads=d.integer(1, 3), out=out)
     alone = decode_pairs(win[:1], lose[:1], **few, **how)
     rows = [pair, _PAIRS + pair]
-    same = torch.equal(alone.pixels, batch.pixels[rows]) and torch.equal(alone.crop_top_left, batch.crop_top_left[rows])
+    same = torch.equal(out, batch.pixels[rows]) and torch.equal(alone.crop_top_left, batch.crop_top_left[rows])
     yield must("threads, batch", same), what
     yield from _damaged(arms, batch, seeds, how, what)
     if arms[0].kind == "JPEG 4:2:0":
-        yield _planes(arms[0].data, whole[0]), what
+        yield _planes(d, arms[0].data, whole[0]), what
     if number == 0:
+        yield _unseeded(win[:1] * 40), "40 pairs without seeds"
         yield _large(d), "16 pairs of 256x256"
 
 
@@ -157,7 +164,12 @@ def _weights(count: int, to: int, interpolation: str) -> np.ndarray:
     return result
 
 
-def _inner(of: tuple[int, ...], to: tuple[int, ...], resize: str | None) -> tuple[int, int]:
+def _resized(levels: np.ndarray, size: tuple[int, ...], resize: str | None, interpolation: str) -> np.ndarray:
+    to = inner(levels.shape[:2], size, resize)
+    return levels if levels.shape[:2] == to else resampled(levels, *to, interpolation)
+
+
+def inner(of: tuple[int, ...], to: tuple[int, ...], resize: str | None) -> tuple[int, int]:
     """Height and width after the resize: torchvision's integers."""
     (h, w), (height, width) = of, to
     if resize is None:
@@ -171,7 +183,7 @@ def _inner(of: tuple[int, ...], to: tuple[int, ...], resize: str | None) -> tupl
     return max(height, side) if resize == "cover" else max(1, side), width
 
 
-def _cut(
+def cut_out(
     levels: np.ndarray, flip: bool, corner: list[int], size: tuple[int, ...], colour: tuple[int, int, int]
 ) -> np.ndarray:
     """(3, H, W)."""
@@ -213,7 +225,7 @@ def _geometry(
 def _normalised(
     d: Draw, win: list[bytes], lose: list[bytes], how: dict[str, Any], expected: np.ndarray, what: str
 ) -> Iterator[_Found]:
-    """float32 to the levels, and another dtype to float32, or also to the levels where these are whole."""
+    """float32 to the levels and another dtype to float32; or to the levels, where these are whole."""
     from ..decode import decode_pairs
 
     means, stds = ([d.between(low, high) for _ in "rgb"] for low, high in ((0, 0.6), (0.2, 1)))
@@ -222,24 +234,17 @@ def _normalised(
         means, stds, given = [_MEAN] * 3, [_STD] * 3, {}
     dtype = d.deal("float", _FLOATS)
     of_other: Any = {} if dtype == _DEFAULTS["dtype"] else dict(dtype=dtype)
-    single, other = (
-        decode_pairs(win, lose, **x, **given, **how).pixels.double() for x in (dict(dtype=torch.float32), of_other)
-    )
+    other = decode_pairs(win, lose, **of_other, **given, **how).pixels
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (means, stds))
-    exact = (torch.from_numpy(expected) / 255 - mean) / std
-    levels = float(((single - exact) * std * 255).abs().max())
-    whole = how.get("resize", "cover") is None
-    if not whole:
-        yield Finding("resized in float32", levels / 0.03, levels), what
-        exact = single
-    # float32 rounds 255 mean, a reciprocal and two results.
-    rounding = exact.abs().clamp_min(torch.finfo(dtype).tiny) * torch.finfo(dtype).eps / 2
-    near = rounding + 2.0**-22 * (exact.abs() + (mean + 1) / std) * whole
-    off, exact = (other - exact).abs().flatten(), exact.flatten()
-    share = off / near.flatten()
-    worst = int(share.argmax())
-    ulps, relative = (float(off[worst] / x[worst]) if off[worst] else 0.0 for x in (ulp_at(exact, dtype), exact.abs()))
-    yield Finding("normalised", float(share[worst]), ulps, relative), f"{dtype}, mean and std by channel, {what}"
+    levels = torch.from_numpy(expected)
+    if how.get("resize", "cover") is None:
+        found = normalised(other, levels, mean, std)
+    else:
+        single = decode_pairs(win, lose, dtype=torch.float32, **given, **how).pixels.double()
+        off = float(((single * std + mean) * 255 - levels).abs().max())
+        yield Finding("resized in float32", off / 0.03, off), what
+        found = rounded(other, single)
+    yield found, f"{dtype}, mean and std by channel, {what}"
 
 
 def _large(d: Draw) -> Finding:
@@ -287,14 +292,36 @@ def _damaged(arms: list[_Image], batch: Any, seeds: list[int], how: dict[str, An
         yield must("damage let pass", right, passed.damaged), what
 
 
-def _planes(data: bytes, whole: np.ndarray) -> Finding:
+def _planes(d: Draw, data: bytes, whole: np.ndarray) -> Finding:
+    """Of the whole image, and of crops but for their outermost pixels, whose neighbours' colours are cut off."""
     from ..decode import decode_pairs
     from ..yuv import yuv420_to_rgb
 
-    planes = decode_pairs([data], [data], size=whole.shape[:2], resize=None, dtype="yuv420").pixels
-    pixels = yuv420_to_rgb(planes, dtype=torch.uint8)
-    same = torch.equal(pixels[0].double(), torch.from_numpy(whole.transpose(2, 0, 1).copy()))
-    return must("planes of JPEG", same)
+    height, width = whole.shape[:2]
+    for size in ((height, width), (2 * d.integer(4, height // 2), 2 * d.integer(4, width // 2))):
+        how: Any = dict(size=size, resize=None, crop="random", hflip=0.5, seeds=[d.integer(0, 2**62) for _ in "pair"])
+        batch = decode_pairs(4 * [data], 4 * [data], dtype="yuv420", **how)
+        flips = batch.flipped.repeat(2)
+        pixels = yuv420_to_rgb(batch.pixels, flip=flips, dtype=torch.uint8).numpy()
+        inside = slice(None) if size == (height, width) else slice(1, -1)
+        for row, (flip, corner) in enumerate(zip(flips.tolist(), batch.crop_top_left.tolist(), strict=True)):
+            expected = cut_out(whole, flip, corner, size, (0, 0, 0))
+            if not np.array_equal(pixels[row, :, inside, inside], expected[:, inside, inside]):
+                return must("planes of JPEG", False, f"other pixels of {size} at {corner}, mirrored: {flip}")
+    return must("planes of JPEG", True)
+
+
+def _unseeded(images: list[bytes]) -> Finding:
+    """Without seeds each call draws others, which torch.manual_seed repeats."""
+    from ..decode import decode_pairs
+
+    found = []
+    with torch.random.fork_rng(devices=()):
+        for repeated in (0, None, 0):
+            if repeated is not None:
+                torch.manual_seed(repeated)
+            found.append(decode_pairs(images, images, size=8, hflip=0.5).flipped.tolist())
+    return must("crops", found[0] == found[2] != found[1], f"mirrors are {found}")
 
 
 # -------------------------------------------------------------------------------------------------- encoding

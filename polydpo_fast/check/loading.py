@@ -1,13 +1,19 @@
-"""The loader's batches: which pairs, in which order, on any number of ranks, after a resume, and around a bad pair.
+"""The loader's batches: which pairs, in which order, on any number of ranks, after a resume, around a bad pair and at
+the end; how they are cropped and mirrored; and from files of each kind.
 
-The order is recomputed from its formula, in integers of Python and without `polydpo_fast.data.order`.
+Order and draws are recomputed from their formulas, in integers of Python and without `polydpo_fast.data.order`.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import struct
+import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +21,17 @@ import torch
 
 from .report import Finding, must
 
-__all__ = ["loader", "place", "splitmix"]
+__all__ = ["loader", "place", "splitmix", "stored"]
 
 _64 = 2**64
+_PAIRS = 24
 
 
 def loader(seed: int) -> Iterator[tuple[Finding, str]]:
     """Tiny pairs whose pixels say which they are: each once whatever the ranks, resumed, one of them damaged."""
     from ..data import PairLoader
 
-    pairs = 24
+    pairs = _PAIRS
     records = [{"win": _png(number, 0), "lose": _png(number, 1), "prompt": str(number)} for number in range(pairs)]
     how: Any = dict(seed=seed, size=2, resize=None, dtype=torch.uint8, readers=2, threads=1)
     one_rank: Any = dict(rank=0, world_size=1, **how)
@@ -53,10 +60,22 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
 
     bad = list(records)
     bad[5] = {**bad[5], "lose": bad[5]["lose"][:40]}
-    order = _indices(PairLoader(bad, 4, **one_rank))
-    at = alone.index(5)
+    read = list(PairLoader(bad, 4, **one_rank))
+    order, at = _indices(read), alone.index(5)
     right = [*order[:at], *order[at + 1 :]] == [*alone[:at], *alone[at + 1 :]] and order[at] != 5
-    yield must("a bad pair", right, order), "pair 5 cut off"
+    yield must("a bad pair", right and all(map(_shown, read)), order), "pair 5 cut off"
+
+    for last, number in (("pad", -1), ("wrap", alone[0])):
+        ending: Any = dict(last=last, **one_rank)
+        read = list(PairLoader(records, 5, **ending))
+        end = read[-1]
+        right = _indices(read) == [*alone, number] and all(map(_shown, read[:-1]))
+        if last == "pad":
+            right = right and [end.ok.tolist(), end.weight.tolist()] == [[True] * 4 + [False], [1.0] * 4 + [0.0]]
+            right = right and not end.pixels[[4, 9]].any()
+        yield must("the last batch", right, f"it has {end.index.tolist()}"), f"{pairs} pairs by five, last={last}"
+    yield _shares(records, one_rank), "18 pairs of one category, 6 of another, balanced"
+    yield from _drawn(seed, how)
 
 
 def _indices(batches: Iterable[Any]) -> list[int]:
@@ -109,6 +128,16 @@ def _order(
         right = order == [place(position, pairs, of_seed, epoch) for position in range(pairs)]
         seen.add(tuple(order))
         yield must("order", right, f"it is {order}"), f"epoch {epoch}, seed {of_seed}"
+    own = PairLoader(records, 6, **one_rank)
+    for epoch in (0, 1):
+        order = _indices(own)
+        right = order == [place(position, pairs, seed, epoch) for position in range(pairs)]
+        yield must("order", right, f"it is {order}"), f"epoch {epoch}, after the one before"
+    own = PairLoader(records, 6, **one_rank)
+    for epoch in (0, 1):
+        order = _indices(own)
+        right = order == [place(position, pairs, seed, epoch) for position in range(pairs)]
+        yield must("order", right, f"it is {order}"), f"epoch {epoch}, after the one before"
     yield must("order", len(seen) == 4, "epochs or seeds have the same order"), "epochs and seeds"
     order = _indices(PairLoader(records, 6, shuffle=False, **one_rank))
     yield must("order", order == list(range(pairs)), f"it is {order}"), "shuffle=False"
@@ -147,18 +176,135 @@ def _labelled(one_rank: dict[str, Any]) -> Finding:
     return must("each pair once", _shown(batch), "of other arms")
 
 
+def _shares(records: list[dict[str, Any]], one_rank: dict[str, Any]) -> Finding:
+    """As many of each category: every pair of the small one twice, none of the large one more than once."""
+    from ..data import PairLoader
+
+    records = [{**record, "category": "few" if number % 4 == 0 else "many"} for number, record in enumerate(records)]
+    read = list(PairLoader(records, 4, categories="balanced", **one_rank))
+    order = _indices(read)
+    times = {number: order.count(number) for number in order}
+    right = len(order) == len(records) and all(times[n] == (2 if n % 4 == 0 else 1) for n in times)
+    right = right and sum(n % 4 == 0 for n in times) == 6
+    told = [name for batch in read for name in batch.category] == [records[n]["category"] for n in order]
+    return must("order", right and told, f"it is {order}")
+
+
+# --------------------------------------------------------------------------------------------------- draws
+
+
+def _drawn(seed: int, how: dict[str, Any]) -> Iterator[tuple[Finding, str]]:
+    """Crop, mirror and dropped prompt of a pair are those of seed, epoch and position, whichever rank reads it; pixels
+    show what is told of them, beside the pair's own size and weight."""
+    from ..data import PairLoader
+
+    sides = [[(3 + number % 3, 2 + number % 5), (4, 3 + number % 2)] for number in range(_PAIRS)]
+    records = [
+        {"win": _png(number, 0, *of[0]), "lose": _png(number, 1, *of[1]), "prompt": str(number), "weight": number / 8}
+        for number, of in enumerate(sides)
+    ]
+    drawing: Any = dict(crop="random", hflip=0.4, prompt_dropout=0.3, **how)
+    loaders = [PairLoader(records, 3, rank=rank, world_size=2, **drawing) for rank in range(2)]
+    for epoch in (0, 1):
+        batches = [batch for step in zip(*loaders, strict=True) for batch in step]
+        wrong = ""
+        for position in range(_PAIRS):
+            batch, row = batches[position // 3], position % 3
+            number, key = place(position, _PAIRS, seed, epoch), _mixed(seed, epoch, position)
+            top, left, flip = (splitmix((key >> 1) + step * 0x9E3779B97F4A7C15) for step in (1, 2, 3))
+            flipped, dropped = flip / _64 < 0.4, _mixed(seed, epoch, position, 2**32) / _64 < 0.3
+            prompt, weight = "" if dropped else str(number), number / 8
+            facts = [batch.index[row], batch.flipped[row], batch.prompts[row], batch.weight[row]]
+            right = facts == [number, flipped, prompt, weight]
+            for arm, (height, width) in enumerate(sides[number]):
+                y, x = (u_ * (m - 2 + 1) >> 32 for u_, m in ((top >> 32, height), (left >> 32, width)))
+                at = row + 3 * arm
+                told = [*batch.original_size[at].tolist(), *batch.crop_top_left[at].tolist()]
+                across = [width - 1 - x, width - 2 - x] if flipped else [x, x + 1]
+                shown = [[number, arm, 16 * (y + down) + column] for down in (0, 1) for column in across]
+                right = right and told == [height, width, y, x]
+                right = right and batch.pixels[at].flatten(1).t().tolist() == shown
+            wrong = wrong if right else wrong or f"at position {position}"
+        yield must("draws", not wrong, wrong), f"epoch {epoch}, 2 ranks of 3"
+
+
+def _mixed(*numbers: int) -> int:
+    state = 0
+    for number in numbers:
+        state = _chained(state, number)
+    return state
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def stored(seed: int, kind: str) -> Iterator[tuple[Finding, str]]:
+    """Every pair once, as it was written, from a manifest, a tar file or two files of Parquet, which needs pyarrow."""
+    from ..data import PairLoader, open_source
+
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        write = {"manifest": _write_manifest, "tar": _write_tar, "Parquet": _write_parquet}[kind]
+        source = open_source(write(folder), cache=folder / "cache")
+        how: Any = dict(seed=seed, size=2, resize=None, dtype=torch.uint8, threads=1, rank=0, world_size=1)
+        read = list(PairLoader(source, 4, **how))
+        order = _indices(read)
+        right = sorted(order) == list(range(_PAIRS))
+        note = "pixels or prompts of another pair or arm" if right else f"the order is {order}"
+        yield must("each pair once", right and all(map(_shown, read)), note), kind
+
+
+def _write_manifest(folder: Path) -> Path:
+    lines = []
+    for number in range(_PAIRS):
+        for arm in (0, 1):
+            (folder / f"{number} {arm}.png").write_bytes(_png(number, arm))
+        lines.append(json.dumps({"win": f"{number} 0.png", "lose": f"{number} 1.png", "prompt": str(number)}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return folder / "pairs.jsonl"
+
+
+def _write_tar(folder: Path) -> Path:
+    with tarfile.open(folder / "pairs.tar", "w") as shard:
+        for number in range(_PAIRS):
+            members = {"win.png": _png(number, 0), "lose.png": _png(number, 1), "txt": str(number).encode()}
+            for name, data in members.items():
+                facts = tarfile.TarInfo(f"{number:03}.{name}")
+                facts.size = len(data)
+                shard.addfile(facts, io.BytesIO(data))
+    return folder / "pairs.tar"
+
+
+def _write_parquet(folder: Path) -> Path:
+    """Pick-a-Pic's columns, row groups of 5 rows and of 7. Each third row is none of the pairs: a tie."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for number in range(_PAIRS):
+        label = number // 2 % 2  # whether the first image wins
+        images = {"jpg_0": _png(number, 1 - label), "jpg_1": _png(number, label)}
+        rows.append({**images, "label_0": float(label), "label_1": float(1 - label), "caption": str(number)})
+        if number % 2:
+            rows.append({**rows[-1], "label_0": 0.5, "label_1": 0.5})
+    for name, part, size in (("0", rows[:20], 5), ("1", rows[20:], 7)):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), folder / f"{name}.parquet", row_group_size=size)
+    return folder
+
+
 # --------------------------------------------------------------------------------------------------- pairs
 
 
-def _png(number: int, arm: int) -> bytes:
-    """2 x 2 pixels of one colour."""
+def _png(number: int, arm: int, height: int = 2, width: int = 2) -> bytes:
+    """Each pixel says of which pair, arm and place it is."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    row = b"\0" + bytes([number, arm, 0]) * 2
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row * 2)) + chunk(b"IEND", b"")
+    pixels = [[(number, arm, 16 * y + x) for x in range(width)] for y in range(height)]
+    rows = b"".join(b"\0" + bytes(sum(row, ())) for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def _shown(batch: Any) -> bool:

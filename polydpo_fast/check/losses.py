@@ -98,7 +98,7 @@ def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[F
 
     # The objective "linear" is -z, which shows the logit.
     linear = {"objective": "linear", "reduction": "none", "alpha": 0.0, "label_smoothing": 0.0, "margin": 0.0}
-    logit = -_run(case, backend, device, **linear, sft_weight=0.0, pair_weight=None).value.double()
+    logit = -_value(case, backend, device, **linear, sft_weight=0.0, pair_weight=None).double()
     underflow = 0.5 * beta * (1e-300 if case.double else 1e-37) * (errors.terms.sum(dim=0) > 0)
     noise = 0.5 * beta * _noise(case, errors, by).sum(dim=0) + underflow
     off = (10 * by.relative) * exact.logit.abs() + noise
@@ -109,7 +109,8 @@ def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[F
     exact = exact_of(case, errors, came_out)
     rounding = (by.eps * came_out.abs() + underflow).nan_to_num(0.0)
     nearby = [exact_of(case, errors, came_out + sign * rounding) for sign in (-1, 1)]
-    result = _run(case, backend, device)
+    given = _arguments(case, device)
+    result = _run(case, backend, given)
     value_off = by.relative * exact.value_terms + by.tiny
     value_off = value_off + torch.stack([(n.value - exact.value).abs() for n in nearby]).amax(dim=0)
     reduction = case.options["reduction"]
@@ -124,7 +125,7 @@ def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[F
         yield examine_errors(case, errors, backend, device)
     if backend != "reference":
         with _other_threads():
-            again = _run(case, backend, device)
+            again = _run(case, backend, given, again=True)
         yield _same("determinism", _bits(result), _bits(again))
         if case.pairs > 1 and reduction == "none":
             pair = case.number % case.pairs
@@ -134,7 +135,7 @@ def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[F
                 found = itertools.islice(examine(only, errors_of(only), backend, device), 3)
                 yield max(found, key=lambda finding: finding.share)._replace(check="one pair alone")
                 return
-            alone = _run(only, backend, device)
+            alone = _run(only, backend, _arguments(only, device))
             whole = [result.value[pair : pair + 1], *(x[pair : pair + 1] for x in result.gradient)]
             yield _same("one pair alone", whole, [alone.value, *alone.gradient])
 
@@ -208,7 +209,10 @@ def quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ running
 
 
-def _arguments(case: Case, device: str) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
+_Arguments = tuple[tuple[Any, Any, Any], dict[str, Any]]
+
+
+def _arguments(case: Case, device: str) -> _Arguments:
     """What the loss takes, on the device, in the case's layout and memory."""
 
     def moved(arms: Arms) -> Arms:
@@ -226,6 +230,8 @@ def _arguments(case: Case, device: str) -> tuple[tuple[Any, Any, Any], dict[str,
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.options.items()}
     if case.ref_error is not None:
         options["ref_error"] = arranged(moved(case.ref_error), case.layout, "contiguous")
+    if case.number % 2:
+        options = {name: x if name == "mask" else _spread(x) for name, x in options.items()}
     if case.layout == "interleaved":
         options["layout"] = "interleaved"
     said = {name: x for name, x in options.items() if isinstance(x, Tensor) or x != _DEFAULTS.get(name)}
@@ -236,22 +242,39 @@ def _leaves(pred: Any) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in (pred if isinstance(pred, tuple) else (pred,))]
 
 
-def _run(case: Case, backend: str, device: str, **changes: Any) -> _Result:
-    """Results on the CPU, gradients by arms."""
-    (pred, ref, target), options = _arguments(case, device)
+def _spread(x: Any) -> Any:
+    """Numbers of pairs, (B,), with others between them that must not be read; anything else as it is."""
+    if isinstance(x, tuple):
+        return tuple(map(_spread, x))
+    return torch.stack((x, torch.full_like(x, 77.0)), dim=1)[:, 0] if isinstance(x, Tensor) else x
+
+
+def _value(case: Case, backend: str, device: str, **changes: Any) -> Tensor:
+    """The loss alone, on the CPU, where no gradient is wanted."""
+    inputs, options = _arguments(case, device)
+    with torch.no_grad():
+        value: Tensor = functional.loss(*inputs, **{**options, **changes}, backend=backend)
+    return value.cpu()
+
+
+def _run(case: Case, backend: str, given: _Arguments, again: bool = False) -> _Result:
+    """Results on the CPU, gradients by arms. again: the gradient of a second backward pass through one graph."""
+    (pred, ref, target), options = given
     leaves = _leaves(pred)
     value, metrics = functional.loss(
         tuple(leaves) if isinstance(pred, tuple) else leaves[0],
         ref,
         target,
-        **{**options, **changes},
+        **options,
         return_metrics=True,
         backend=backend,
     )
     upstream = case.upstream.to(value.device, value.dtype)
-    if not case.upstream.stride(0):
-        upstream = upstream[:1].expand(case.pairs)
-    grads = torch.autograd.grad(value, leaves, upstream if value.dim() else upstream[0])
+    upstream = _spread(upstream) if case.upstream.stride(0) else upstream[:1].expand(case.pairs)
+    upstream = upstream if value.dim() else upstream[0]
+    if again:
+        torch.autograd.grad(value, leaves, upstream, retain_graph=True)
+    grads = torch.autograd.grad(value, leaves, upstream)
     return _Result(value.detach().cpu(), _by_arms(grads, case.layout), {k: v.cpu() for k, v in metrics.items()})
 
 
@@ -333,7 +356,7 @@ def _bits(result: _Result) -> list[Tensor]:
 
 def _poison_stays(case: Case, backend: str, device: str, result: _Result, poisoned: Tensor) -> Finding:
     """A NaN makes its pair's value NaN and no other's, and reaches its gradient."""
-    value = _run(case, backend, device, reduction="none").value
+    value = _value(case, backend, device, reduction="none")
     if not torch.equal(value.isnan(), poisoned):
         return must("NaN and Inf", False, f"NaN in {value.isnan().tolist()}, not in {poisoned.tolist()}")
     for pair in poisoned.nonzero().flatten().tolist():

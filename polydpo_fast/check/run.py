@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .. import functional
-from . import data, images, loading, losses
+from . import clips, data, images, loading, losses
 from .cases import LARGE, SMALL, SPECIAL, Case, draw
 from .exact import errors_of
 from .report import Finding, Report, must
@@ -24,7 +24,7 @@ _GATES = {**data.GATES, **losses.GATES}
 # How many cases, by default and thorough; the interpreter of Triton takes a thousand times as long as a kernel.
 _CASES, _INTERPRETED, _COMPILED = (164, 820), (24, 120), (4, 8)
 _ON_GPU = 64, 320  # nearly each of them compiles a few kernels
-_IMAGES, _CLIPS, _PLANES = (24, 120), (2, 10), (5, 25)
+_IMAGES, _CLIPS, _PLANES = (24, 120), (4, 20), (6, 30)
 # With fewer cases a part does not count as checked. The slowest machines have time for these.
 _LEAST, _LEAST_SLOW, _LEAST_DATA = 20, 8, 2
 _SMALL = 1 << 14  # elements, few enough for the interpreter
@@ -243,7 +243,11 @@ def _data(report: Report) -> list[_Job]:
     seed = report.seed
     parts: list[tuple[str, tuple[str, ...], int, float, Callable[[int], Iterator[tuple[Finding, str]]]]] = [
         ("PairLoader", (), 1, 1, lambda _: loading.loader(seed)),
-        ("decode_clips", ("av",), _CLIPS[report.thorough], 1, lambda number: data.clip(seed, number)),
+        ("PairLoader of manifest, tar", (), 2, 1, lambda number: loading.stored(seed, ("manifest", "tar")[number])),
+        ("PairLoader of Parquet", ("pyarrow",), 1, 1, lambda _: loading.stored(seed, "Parquet")),
+        ("PairLoader of manifest, tar", (), 2, 1, lambda number: loading.stored(seed, ("manifest", "tar")[number])),
+        ("PairLoader of Parquet", ("pyarrow",), 1, 1, lambda _: loading.stored(seed, "Parquet")),
+        ("decode_clips", ("av",), _CLIPS[report.thorough], 1, lambda number: clips.clip(seed, number)),
         ("decode_pairs", ("PIL",), _IMAGES[report.thorough], 3, lambda number: images.image(seed, number)),
     ]
     jobs = []

@@ -1,0 +1,145 @@
+"""Decoding of clips: frames against those of PyAV's full decode, which of them are taken, and their transform."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cases import Draw
+from .data import FRAME_LEVELS, picture, rgb, rounded
+from .images import cut_out, inner, resampled
+from .loading import splitmix
+from .report import Finding, must
+
+__all__ = ["clip"]
+
+_RATE = 24
+_KEYS = 4  # every so many frames
+
+
+def clip(seed: int, number: int) -> Iterator[tuple[Finding, str]]:
+    """A pair of MPEG-4 clips: whole frames, and some of them at times of their own, resized. Needs PyAV."""
+    from ..clips import decode_clips
+
+    d = Draw(seed, number)
+    height, width, count = 2 * d.integer(8, 30), 2 * d.integer(8, 30), d.integer(20, 26)
+    matrix, mirrored = "bt601", d.deal("mirrored", (False, True))
+    if d.deal("high", (True, False)):  # without a word about them, colours of 720 rows and more are those of HD
+        height, width, matrix = 720, 16, "bt709"
+    taken = d.integer(2, count // 2)
+    encoded, expected = zip(*(_encoded(d, height, width, count + arm) for arm in (0, 1)), strict=True)
+    win, lose = ([data] for data in encoded)
+    what = f"{taken} of {count} frames of {height}x{width}"
+    how: Any = dict(frames=taken, size=(height, width), start=0.0, resize=None)
+    stored = decode_clips(win, lose, dtype="yuv420", **how).pixels
+    pixels = decode_clips(win, lose, dtype=torch.uint8, hflip=float(mirrored), **how).pixels
+    pixels = pixels.flip(-1) if mirrored else pixels
+    for arm, frames in enumerate(expected):
+        for index, planes in enumerate(frames[:taken]):
+            same = np.array_equal(stored[arm, index].numpy().ravel(), np.concatenate([p.ravel() for p in planes]))
+            yield must("planes as stored", same), what
+            levels = float(np.abs(pixels[arm, :, index].numpy() - rgb(planes, matrix)).max())
+            yield Finding("frames", levels / FRAME_LEVELS, levels), what
+
+    whole = decode_clips(win, lose, dtype=torch.uint8, **{**how, "frames": count}).pixels.transpose(1, 2).numpy()
+    yield from _of_pairs(d, win, lose, whole.transpose(0, 1, 3, 4, 2).astype(np.float64))
+
+
+def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -> Iterator[tuple[Finding, str]]:
+    """Two pairs of the same clips, whose frames are known: (arms, frames, H, W, 3), but for one more of the loser.
+
+    Both arms of a pair have the same times, crop and mirror, of its seed.
+    """
+    from ..clips import decode_clips
+
+    count, height, width = whole.shape[1:4]
+    start, fps = d.deal("start", ("random", "center", 0.25)), d.deal("fps", (None, _RATE / 2, None, 2.0 * _RATE))
+    short = d.deal("short", ("error", "loop", "repeat")) if start == 0.25 else "error"
+    taken = count + 3 if short != "error" else d.integer(3, 7)
+    resize, interpolation = d.deal("fit", ("cover", "stretch")), d.deal("filter", ("bilinear", "bicubic"))
+    size = d.integer(8, min(40, height)), d.integer(8, min(40, width))
+    seeds = [d.integer(0, 2**62) for _ in range(2)]
+    means, stds = ([d.between(low, high) for _ in "rgb"] for low, high in ((0, 0.6), (0.2, 1)))
+    frames_first, dtype = d.deal("layout", (True, False)), d.deal("dtype", (torch.bfloat16, torch.float32))
+    how: Any = dict(frames=taken, fps=fps, start=start, short=short, size=size, resize=resize, crop="random", hflip=0.5)
+    how |= dict(interpolation=interpolation, seeds=seeds, layout="TCHW" if frames_first else "CTHW")
+    batch = decode_clips(2 * win, 2 * lose, dtype=torch.uint8, **how)
+    what = f"{taken} of {count} frames of {height}x{width} to {size}, {resize}, {interpolation}, start={start}"
+    what = f"{what}, fps={fps}, short={short}"
+
+    # In frames of the clip, of which both arms have `count`.
+    drawn = [[splitmix(seed + step * 0x9E3779B97F4A7C15) for step in (1, 2, 3, 4)] for seed in seeds]
+    step = _RATE / (fps or _RATE)
+    moments = []
+    for *_, last in drawn:
+        share = (last >> 11) * 2.0**-53 if start == "random" else 0.5
+        if start == 0.25:
+            first = 0.25 * _RATE
+        elif fps is None:
+            first = int(share * (count - taken + 1)) if start == "random" else (count - taken) // 2
+        else:
+            first = share * (count - step * (taken - 1))
+        moments.append([first + step * k for k in range(taken)])
+    told = (batch.times * _RATE).tolist()
+    near = np.abs(np.array(told) - np.array(moments)).max() < 1e-3
+    yield must("moments", bool(near), f"they are {told}, not {moments}, in frames"), what
+
+    to = inner((height, width), size, resize)
+    expected = np.empty((4, taken, 3, *size))
+    for pair, (top, left, flip, _) in enumerate(drawn):
+        flipped = flip / 2**64 < 0.5
+        corner = [(u >> 32) * (max(0, m - n) + 1) >> 32 for u, m, n in zip((top, left), to, size, strict=True)]
+        right = [batch.flipped[pair].item(), *batch.crop_top_left[[pair, 2 + pair]].flatten().tolist()]
+        yield must("crops", right == [flipped, *corner, *corner], f"mirror, corners are {right}"), what
+        resized = {}
+        for arm in (0, 1):
+            for index, moment in enumerate(told[pair]):
+                place = int(moment + 1e-3)
+                # The loser has one frame more.
+                place = place % (count + arm) if short == "loop" else min(place, count - 1 + arm)
+                if place >= count:  # that one is not among those that are known
+                    expected[pair + 2 * arm, index] = np.nan
+                    continue
+                if (arm, place) not in resized:
+                    resized[arm, place] = resampled(whole[arm, place], *to, interpolation)
+                expected[pair + 2 * arm, index] = cut_out(resized[arm, place], flipped, corner, size, (0, 0, 0))
+    pixels = batch.pixels if frames_first else batch.pixels.transpose(1, 2)
+    levels = float(np.nanmax(np.abs(pixels.numpy() - expected)))
+    yield Finding("pixels, resized", levels / 0.6, levels), what
+
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (means, stds))
+    how |= dict(mean=means, std=stds)
+    single = decode_clips(2 * win, 2 * lose, dtype=torch.float32, **how).pixels
+    single = (single if frames_first else single.transpose(1, 2)).double()
+    off = float(np.nanmax(np.abs(((single * std + mean) * 255).numpy() - expected)))
+    yield Finding("resized in float32", off / 0.03, off), what
+    if dtype != torch.float32:
+        other = decode_clips(2 * win, 2 * lose, dtype=dtype, **how).pixels
+        yield rounded(other if frames_first else other.transpose(1, 2), single), f"{dtype}, {what}"
+
+
+def _encoded(d: Draw, height: int, width: int, count: int) -> tuple[bytes, list[list[np.ndarray]]]:
+    """A clip, and the planes of its frames."""
+    import av
+
+    with av.open(file := io.BytesIO(), "w", format="mp4") as output:
+        stream = output.add_stream("mpeg4", rate=_RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", _KEYS
+        for _ in range(count):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(d, height, width), format="rgb24")))
+        output.mux(stream.encode())
+    with av.open(io.BytesIO(file.getvalue())) as container:
+        return file.getvalue(), [_stored(frame) for frame in container.decode(video=0)]
+
+
+def _stored(frame: Any) -> list[np.ndarray]:
+    """Y, Cb and Cr of a 4:2:0 frame of even sides."""
+    result = []
+    for plane in frame.planes:
+        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+        result.append(rows[:, : plane.width].copy())
+    return result
