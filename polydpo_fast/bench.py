@@ -209,10 +209,13 @@ def _is_row(row: Any) -> bool:
 
 
 def commit() -> str | None:
-    """The commit, with "-dirty" if the source was changed since (not results, pages); None without a repository."""
+    """The commit, with "-dirty" if the source was changed since (not results, pages); None without git."""
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:  # there is no git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short=12", "HEAD")

@@ -55,8 +55,9 @@ if importlib.util.find_spec("triton"):
     import polydpo_fast.kernels.pair_loss
 """
 CHECK = """
-import json, sys
+import json, sys, torch
 from polydpo_fast.check import check
+torch.ones(1, device="cuda")  # with others beside it, to begin takes seconds, which are not the check's
 report = check(device="cuda", seconds=110.0, progress=print)  # compiling each case's kernels takes most of it
 found = report.as_json()
 open(sys.argv[1], "w").write(found)
@@ -181,7 +182,7 @@ def main() -> int:
     run = Run(log)
 
     found = run.part("machine", [sys.executable, "-c", PROBE], 60)
-    machine = json.loads(found.splitlines()[-1]) if found else {"gpu": None, "torch": None}
+    machine = told(found) if found else {"gpu": None, "torch": None}
     gpu = machine["gpu"]
     lacking = "there is no CUDA or ROCm device" if machine["torch"] else "PyTorch cannot be imported"
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(WORK), "--build-temp", str(WORK / "o")]
@@ -192,11 +193,11 @@ def main() -> int:
     run.part("import", [sys.executable, "-c", IMPORT], 60)
 
     results = {}
-    if gpu is None:
-        for name in ("gpu tests", "tests of the kernels", "check", "benchmark of the losses"):
-            run.skip(name, lacking)
-    elif run.parts["import"]["status"] == "passed":
+    if gpu is not None and run.parts["import"]["status"] == "passed":
         results = on_gpu(run)
+    else:
+        for name in ("gpu tests", "tests of the kernels", "check", "benchmark of the losses"):
+            run.skip(name, lacking if gpu is None else "the import failed")
 
     target = Path(os.environ.get("OUT") or (ROOT / "benchmarks" / "results" if gpu else WORK))
     target.mkdir(parents=True, exist_ok=True)
@@ -266,8 +267,13 @@ def on_gpu(run: Run) -> dict:
         print(table)
     if written.exists():
         found = run.part("results", [sys.executable, "-c", RESULTS, str(written)], 60)
-        results |= json.loads(found.splitlines()[-1]) if found else {}
+        results |= told(found) if found else {}
     return results
+
+
+def told(output: str) -> dict:
+    """The JSON object of the last line that is one: warnings may stand behind it."""
+    return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
 
 
 def missing_imports(path: Path) -> list[str]:

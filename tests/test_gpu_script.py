@@ -104,7 +104,7 @@ def test_tests_run_without_hypothesis_and_plugins_each_in_one_share():
 
 
 def test_the_checks_need_neither_typer_nor_rich(gpu, tmp_path):
-    there = gpu.CHECK.replace('device="cuda"', 'device="cpu", case=0')
+    there = gpu.CHECK.replace('check(device="cuda"', 'check(device="cpu", case=0').replace('"cuda"', '"cpu"')
     code = f"import sys; sys.modules.update(rich=None, typer=None){there}"
     written = tmp_path / "check.json"
     done = subprocess.run([sys.executable, "-c", code, str(written)], capture_output=True, text=True)
@@ -169,6 +169,26 @@ def test_make_takes_the_first_python_that_has_pytorch(tmp_path, first, second):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     name = ".venv/bin/python" if second and not first else "first"
     assert done.stdout == f"{name} runs scripts/gpu.py\n"
+
+
+def test_an_import_that_fails_is_the_reason_of_all_that_did_not_run(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PROBE", 'print(\'{"gpu": "X", "torch": "2.9"}\')')
+    monkeypatch.setattr(gpu, "IMPORT", "raise SystemExit('no such symbol')")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main() == 1
+    parts = json.loads((tmp_path / "gpu-x.json").read_text())["parts"]
+    assert parts["import"]["reason"] == "exit code 1: no such symbol"
+    for name in ("gpu tests", "tests of the kernels", "check", "benchmark of the losses"):
+        assert parts[name] == {"status": "not run", "reason": "the import failed"}
+
+
+def test_warnings_behind_the_json_do_not_hide_it(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PROBE", 'print(\'{"gpu": null, "torch": "2.9"}\'); print("sys:1: ResourceWarning: x")')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main() == 3
+    assert json.loads((tmp_path / "gpu-none.json").read_text())["machine"]["torch"] == "2.9"
 
 
 def test_a_failed_part_fails_the_whole(gpu, monkeypatch, tmp_path):

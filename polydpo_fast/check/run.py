@@ -97,7 +97,8 @@ def _jobs(
     if case is None and backend is None:
         for name, place in there:
             if name != "cpp":
-                jobs.append(_Job(f"planes, {name} on {place}", 1, partial(_planes, report, name, place)))
+                weight = 3 if name == "triton" else 1  # each colour is a kernel to compile
+                jobs.append(_Job(f"planes, {name} on {place}", weight, partial(_planes, report, name, place)))
         if "cpu" in devices:
             jobs += _data(report)
     if case is None:
