@@ -54,7 +54,8 @@ NOTES = {
     "clips": "81 frames of 720p H.264, one thread: frames per second of CPU time, and that divided by the rate of "
     "bare decoding; from local files whose index is kept, into memory that was written before, unless said otherwise.",
     "loader": "Pairs of synthetic 1024px JPEGs from the page cache, with one decoding thread. The script's pipeline is "
-    "unchanged, in float32; all others end in bfloat16, in existing memory.",
+    "unchanged, in float32, and measured after the others, because it forks; these take turns, and end in bfloat16, in "
+    "existing memory.",
     "training": "The first way computes everything in each step; the others read from stores what was computed ahead.",
     "sd15_overhead": "Wall time during which neither a model nor the loss runs, with one thread. It is longer than for "
     "the same latents above, where the model is a single layer: to find a model's dtype Diffusers goes through all of "

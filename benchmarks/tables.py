@@ -166,8 +166,8 @@ def loss(results: dict, dtypes: Sequence[str] = ("bfloat16", "float32", MIXED)) 
 
 
 def best(ours: Row, ways: dict[str, Row]) -> str:
-    """Our time, in bold where no other way took less."""
-    least = min(row["median"] for row in ways.values())
+    """Our time, in bold where no other way took less. (The copy is of other bytes.)"""
+    least = min(row["median"] for way, row in ways.items() if way != "copy")
     return f"**{ms(ours)}**" if ours["median"] <= least else ms(ours)
 
 

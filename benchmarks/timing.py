@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-Times = dict[str, list[float]]  # by clock, the seconds of each time that a way was measured
+Times = dict[str, list[float]]  # by clock, the seconds of each round in which a way was measured
 
 
 def cpu_and_wall(run: Callable[[], object]) -> dict[str, float]:
@@ -39,17 +39,16 @@ def interleaved(
     """Times of each way over the rounds, after one round that is not counted.
 
     The order of the ways changes from round to round. Of several calls in a row the first is not counted: what a way
-    then finds in the caches and in the allocator is its own, as in a training loop, not what the one before left.
+    then finds in the caches and in the allocator is its own, as in a training loop, not what the one before left. The
+    median of the others is the time of the round: they share the machine's mood, and are no samples of their own.
     """
     times: dict[str, Times] = {name: {} for name in ways}
     order = list(ways)
     for round_ in range(rounds + 1):
         for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
-            for call in range(calls + (calls > 1)):
-                measured = stopwatch(ways[name])
-                if round_ > 0 and (call > 0 or calls == 1):
-                    for clock, seconds in measured.items():
-                        times[name].setdefault(clock, []).append(seconds)
+            measured = [stopwatch(ways[name]) for _ in range(calls + (calls > 1))][-calls:]
+            for clock in measured[0] if round_ > 0 else ():
+                times[name].setdefault(clock, []).append(statistics.median(one[clock] for one in measured))
     return times
 
 

@@ -256,6 +256,14 @@ def test_the_kept_results_are_of_a_commit(folder, monkeypatch):
     assert bench.read_results(path)["suites"]["small"]["commit"] == "0123-dirty"
 
 
+def test_a_machine_without_git_has_no_commit_and_keeps_its_results(monkeypatch):
+    """As one that was lent for its GPU may be."""
+    monkeypatch.setenv("PATH", "")
+    found = bench.suite([], "make gpu")
+    assert found["commit"] is None
+    assert found["versions"]["torch"] == torch.__version__
+
+
 def test_pages_and_results_do_not_make_a_source_another(monkeypatch, tmp_path):
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *arguments], cwd=tmp_path, check=True)
@@ -300,8 +308,9 @@ def test_ways_take_turns_and_first_calls_do_not_count():
     ways = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = interleaved(ways, rounds=2, calls=2, stopwatch=lambda run: {"cpu": run() or float(len(calls))})
     assert "".join(calls) == "aaabbbccc" + "bbbcccaaa" + "cccaaabbb"
-    assert times["b"]["cpu"] == [11.0, 12.0, 26.0, 27.0]
-    assert row(Measured("c", "b", times["b"], True))["median"] == 19.0
+    assert times["b"]["cpu"] == [11.5, 26.5]  # a median for each round: its calls are not independent of each other
+    found = row(Measured("c", "b", times["b"], True))
+    assert (found["median"], found["rounds"]) == (19.0, 2)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both threads are to run at the same time")
@@ -406,13 +415,24 @@ def test_the_readme_has_its_tables():
 
 
 def test_figures_that_are_arithmetic():
-    """Bytes of a pair in an index, on the page of the data; numbers of a cached pair, on that of trainings."""
+    """Bytes of a pair in an index, on the page of the data; numbers of a cached pair, on that of trainings; bytes of a
+    gradient, in the README."""
+    import loss
+
     from polydpo_fast.data.manifest import ManifestPairs
     from polydpo_fast.data.tar import TarPairs
 
     data, training = (" ".join((ROOT / "docs" / f"{name}.md").read_text().split()) for name in ("data", "training"))
     assert f"{TarPairs.row.itemsize} for shards and {ManifestPairs.row.itemsize} for manifests" in data
     assert f"A pair takes {4 * (2 * 4 * 64 * 64 + 77 * 768) / 1000:.0f} kB for SD1.5" in training
+    gradient = 4 * np.prod(loss.SHAPES["Wan 720p"]) / 1e6
+    assert f"The gradient of Wan 720p in float32 is {gradient:.0f} MB" in (ROOT / "README.md").read_text()
+
+
+def test_the_fastest_way_is_in_bold_whatever_a_copy_of_other_bytes_takes():
+    ways = {"ours": {"median": 2e-3}, "eager": {"median": 3e-3}, "copy": {"median": 1e-3}}
+    assert tables.best(ways["ours"], ways) == "**2.00**"
+    assert tables.best(ways["ours"], {**ways, "eager": {"median": 1.5e-3}}) == "2.00"
 
 
 def test_the_page_of_benchmarks_is_the_reports():
