@@ -177,7 +177,9 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
     values = {**values, **given}
     known = {one.name for one in fields(Settings)}
     if unknown := sorted(str(name) for name in set(values) - known):
-        meant = sorted({one for name in unknown for one in get_close_matches(name.replace("-", "_"), known, n=1)})
+        names = [name.replace("-", "_") for name in unknown]
+        close = [[_OF_SCRIPTS[name]] if name in _OF_SCRIPTS else get_close_matches(name, known, n=1) for name in names]
+        meant = sorted({one for found in close for one in found})
         raise ValueError(f"{', '.join(unknown)}: no setting; expected {', '.join(meant or sorted(known))}")
     if missing := [name for name in ("model", "data") if values.get(name) is None]:
         options, keys = (" and ".join(map(mark.format, missing)) for mark in ("--{}", "{}:"))
@@ -243,6 +245,19 @@ _MAY_CHANGE |= {"validation_prompts", "validation_every", "validation_steps", "t
 _MAY_CHANGE |= {"gradient_checkpointing", "vae_batch"}
 _MAY_CHANGE_OF_LOADER = {"cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads"}
 _MAY_CHANGE_OF_LOADER |= {"timeout_s"}
+# What Diffusers' scripts call by names that are not like ours.
+_OF_SCRIPTS = {
+    "lr": "learning_rate",
+    "lr_scheduler": "schedule",
+    "lr_warmup_steps": "warmup",
+    "max_train_steps": "steps",
+    "num_train_epochs": "steps",
+    "pretrained_model_name_or_path": "model",
+    "proportion_empty_prompts": "prompt_dropout",
+    "report_to": "trackers",
+    "resolution": "size",
+    "checkpoints_total_limit": "keep",
+}
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor"),
     "schedule": ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),

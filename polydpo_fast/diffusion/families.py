@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,8 +97,13 @@ def family_of(model: str, revision: str | None = None) -> Family:
 
     try:
         config = DiffusionPipeline.load_config(model, revision=revision)
-        name = config["_class_name"]
+        name = str(config["_class_name"])  # a list where the hub's repository has its own code
     except (OSError, KeyError, ValueError) as error:
+        if Path(model).is_file():
+            raise ValueError(
+                f"model is {model!r}, a file; expected a folder with a model_index.json, as Diffusers makes of it: "
+                "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), or its other pipelines"
+            ) from error
         raise ValueError(f"model is {model!r}, which is no pipeline with a model_index.json: {error}") from error
     if (config.get("transformer_2") or [None])[0] is not None:
         raise ValueError(
@@ -114,7 +120,7 @@ def family_of(model: str, revision: str | None = None) -> Family:
 def native_size(pipe: Any, family: Family) -> tuple[int, int]:
     """Height and width of the pixels that the model was made for."""
     if family.video:
-        return 480, 832
+        return (704, 1280) if pipe.config.get("expand_timesteps") else (480, 832)  # Wan2.2-TI2V-5B; Wan2.1
     sample = getattr(pipe, family.model).config.get("sample_size") or 128  # FLUX's has none: 1024 pixels
     height, width = (sample, sample) if isinstance(sample, int) else sample
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor

@@ -109,7 +109,7 @@ def training_scheduler(pipe: Any) -> Any:
     config = pipe.scheduler.config
     if is_flow_matching(pipe.scheduler):
         return FlowMatchEulerDiscreteScheduler.from_config(config)
-    if config.get("prediction_type") == "flow_prediction":  # Wan's sampler is UniPC
+    if config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas"):  # Wan's sampler is UniPC
         return FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift", 1.0)
         )

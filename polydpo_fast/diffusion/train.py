@@ -305,12 +305,14 @@ def _make_trainable(model: Any, family: Family, settings: Settings, has_checkpoi
     from peft import LoraConfig
 
     alpha = settings.lora_alpha or settings.lora_rank
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=alpha,
-        init_lora_weights="gaussian",
-        target_modules=settings.lora_targets or list(family.lora_targets),
-    )
+    targets = settings.lora_targets or list(family.lora_targets)
+    for target in targets:  # PEFT takes it if one of them is there
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise ValueError(
+                f"lora_targets has {target!r}, and no layer of the {type(model).__name__} has a name that ends so; "
+                f"expected names such as {', '.join(family.lora_targets)}"
+            )
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
     model.add_adapter(config)
     for parameter in _trained(model):
         parameter.data = parameter.data.float()

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLWan,
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    WanPipeline,
 )
 from diffusion import pipelines, tiny
 from peft import LoraConfig
 
 from polydpo_fast.data import PairBatch
-from polydpo_fast.diffusion import families, predict
+from polydpo_fast.diffusion import families, noise_pairs, predict
 from polydpo_fast.diffusion import pipelines as files
 from polydpo_fast.diffusion import pixels as pixels_
 from polydpo_fast.diffusion.families import FAMILIES
@@ -219,6 +222,10 @@ def test_other_samplers_of_the_same_schedules():
     solver = DPMSolverMultistepScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     scheduler = files.training_scheduler(SimpleNamespace(scheduler=solver))
     assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
+    # A sampler that does not sample by sigmas of flow matching cannot be of a model that was trained so.
+    scheduler = files.training_scheduler(SimpleNamespace(scheduler=DDIMScheduler(prediction_type="flow_prediction")))
+    with pytest.raises(ValueError, match="DDPMScheduler that predicts 'flow_prediction'; expected 'epsilon', "):
+        noise_pairs(scheduler, torch.zeros(2, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler; expected one with alphas_cumprod"):
         files.training_scheduler(SimpleNamespace(scheduler=EDMEulerScheduler()))
 
@@ -315,6 +322,7 @@ def test_the_rest_of_a_pipeline_from_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
+        ({"_class_name": ["pipeline", "KolorsPipeline"]}, "model is a .*KolorsPipeline.*; expected one of StableDiff"),
         (
             {"_class_name": "KolorsPipeline"},
             "model is a KolorsPipeline; expected one of StableDiffusionPipeline, .*forward=",
@@ -329,6 +337,41 @@ def test_other_models_are_refused(tmp_path, index, message):
         (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message):
         families.family_of(str(tmp_path))
+
+
+def test_a_checkpoint_in_one_file_is_told_from_a_pipeline(tmp_path):
+    """As most of those that are shared for SDXL are."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(64))
+    with pytest.raises(ValueError, match=r"a file; expected a folder .*from_single_file\(FILE\)\.save_pretrained"):
+        families.family_of(str(tmp_path / "model.safetensors"))
+
+
+def test_wan_with_a_time_for_each_token(tmp_path):
+    """Wan2.2-TI2V-5B: its pipeline tells the model the same time for all tokens, and its VAE packs pixels, too."""
+    made = pipelines.wan(tmp_path)
+    vae = AutoencoderKLWan.from_config(
+        made.vae.config,
+        **dict(in_channels=12, out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=16),
+    )
+    parts = {name: part for name, part in made.components.items() if name not in ("vae", "transformer_2")}
+    pipe, family = WanPipeline(**parts, vae=vae, expand_timesteps=True), FAMILIES["WanPipeline"]
+    pipe.text_encoder.eval()
+    pipe.set_progress_bar_config(disable=True)
+    told, outputs = [], []
+    hook = pipe.transformer.register_forward_hook(
+        lambda _, arguments, given, output: told.append(given) or outputs.append(output[0]), with_kwargs=True
+    )
+    own_call(pipe, family, "ab", (64, 32), guidance_scale=1.0, output_type="latent")
+    hook.remove()
+    assert told[0]["timestep"].shape == (1, 4)  # two frames of 4 x 2 latents, in squares of four
+    text = families.encode_prompts(pipe, family, ["ab"], torch.device("cpu"))
+    with torch.no_grad():
+        ours = predict(pipe.transformer, told[0]["hidden_states"], told[0]["timestep"][:, 0], text)
+    torch.testing.assert_close(ours, outputs[0], rtol=1e-5, atol=1e-6)
+    assert families.native_size(pipe, family) == (704, 1280)
+    families.check_geometry(pipe, family, (32, 64), 5)
+    with pytest.raises(ValueError, match="expected multiples of 32,"):
+        families.check_geometry(pipe, family, (48, 64), 5)
 
 
 def test_a_folder_without_a_result_is_refused(loaded, tmp_path):

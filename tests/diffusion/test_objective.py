@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, compute_snr
-from diffusion.tiny import FAMILIES, PAIRS, build
+from diffusion.tiny import FAMILIES, PAIRS, build, unet
 from peft import LoraConfig, get_peft_model
 
 from polydpo_fast.diffusion import (
@@ -382,6 +382,17 @@ def test_flux_without_a_guidance_embedding():
         found = predict(schnell, latents, times, cond)
         assert torch.equal(predict(schnell, latents, times, {**cond, "guidance": 2.0}), found)
         assert found.shape == latents.shape
+
+
+def test_a_unet_that_is_told_the_guidance_is_not_trained_without():
+    """A latent consistency model: its pipeline gives it timestep_cond, and without it another model is trained."""
+    _, latents, cond, scheduler = build("sd15")
+    model = unet(time_cond_proj_dim=8)
+    objective = PairObjective(scheduler, reference=frozen_copy(model), beta=BETA)
+    with pytest.raises(ValueError, match=r"time_cond_proj_dim.* conditioning has no timestep_cond"):
+        objective(model, latents, cond, seeds=SEEDS)
+    loss, _ = objective(model, latents, {**cond, "timestep_cond": torch.ones(PAIRS, 8)}, seeds=SEEDS)
+    assert loss.isfinite()
 
 
 def test_drawn_by_torchs_generator_without_seeds():

@@ -1582,7 +1582,7 @@ def test_the_published_settings_are_settings(file):
         (dict(optimizer="adamw8bit"), "needs bitsandbytes: pip install bitsandbytes"),
         (dict(trackers=["wandb"]), "trackers has 'wandb', which is not installed: pip install wandb"),
         (dict(trackers=["wandbb"]), "trackers has 'wandbb'; expected some of .*tensorboard.*wandb"),
-        (dict(lora_rank=2, lora_targets=["to_nowhere"]), "to_nowhere"),
+        (dict(lora_rank=2, lora_targets=["to_q", "o_k"]), "lora_targets has 'o_k', and no layer of the UNet2DCond"),
         (dict(mixed_precision="fp16"), "mixed_precision is 'fp16', which Accelerate has on GPUs only"),
     ],
 )
@@ -1625,6 +1625,7 @@ def test_what_can_be_known_before_it_is_said_before_the_model_is_loaded(here, tm
         ("model: [a\n", "run.yaml is not YAML: line 2, column 1: expected ',' or ']'"),
         ("modle: m\ndata: d\n", "modle: no setting; expected model\n"),
         ("model: m\ndata: d\nlora-rank: 8\n", "lora-rank: no setting; expected lora_rank\n"),
+        ("resolution: 512\nlr: 1e-5\nrnak: 2\n", "lr, resolution, rnak: no setting; expected learning_rate, size\n"),
         ("model: m\ndata: d\nloader: center\n", "loader is 'center'; expected names and values"),
         ("just text", "run.yaml is a str; expected names and values"),
     ],
