@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import Settings
 
-__all__ = ["learning_rate", "new_optimizer", "new_schedule"]
+__all__ = ["check_optimizer", "learning_rate", "new_optimizer", "new_schedule"]
 
 
 def learning_rate(settings: Settings, processes: int) -> float:
@@ -17,6 +17,17 @@ def learning_rate(settings: Settings, processes: int) -> float:
     if settings.learning_rate is not None:
         return settings.learning_rate
     return 1e-5 if settings.lora_rank else 1e-8 * processes * settings.batch_size * settings.accumulation
+
+
+def check_optimizer(settings: Settings) -> None:
+    """Raises ImportError where its package is missing."""
+    if settings.optimizer.endswith("8bit"):
+        try:
+            import bitsandbytes.optim  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                f"optimizer is {settings.optimizer!r}, which needs bitsandbytes: pip install bitsandbytes"
+            ) from error
 
 
 def new_optimizer(parameters: list[Tensor], settings: Settings, rate: float) -> torch.optim.Optimizer:
@@ -34,12 +45,8 @@ def new_optimizer(parameters: list[Tensor], settings: Settings, rate: float) -> 
         return fixed
     kind: Any = torch.optim.AdamW
     if settings.optimizer.endswith("8bit"):
-        try:
-            from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-        except ImportError as error:
-            raise ImportError(
-                f"optimizer is {settings.optimizer!r}, which needs bitsandbytes: pip install bitsandbytes"
-            ) from error
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
         kind = PagedAdamW8bit if settings.optimizer.startswith("paged") else AdamW8bit
     optimizer: torch.optim.Optimizer = kind(
         parameters,

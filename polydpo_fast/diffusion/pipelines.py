@@ -22,6 +22,7 @@ __all__ = [
     "load_lora",
     "load_pipeline",
     "load_result",
+    "load_scheduler",
     "save_lora",
     "save_rest",
     "save_scheduler",
@@ -96,6 +97,14 @@ def change_scheduler(pipe: Any, values: Mapping[str, Any]) -> None:
             f"scheduler has shift={values['shift']}, which does nothing where use_dynamic_shifting is true, as FLUX's "
             "is; expected use_dynamic_shifting: false with it, for training and pictures"
         )
+
+
+def load_scheduler(model: str, revision: str | None = None) -> Any:
+    """That of a pipeline in a folder or on the hub, without the rest of it."""
+    from diffusers import DiffusionPipeline
+
+    kind = _scheduler_class(DiffusionPipeline.load_config(model, revision=revision)["scheduler"][1])
+    return kind.from_pretrained(model, subfolder="scheduler", revision=revision)
 
 
 def training_scheduler(pipe: Any) -> Any:

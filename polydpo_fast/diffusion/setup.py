@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .extras import need
 from .families import Family, check_geometry, family_of, native_size
 from .latent_store import LatentPairs
 from .objective import PairObjective
-from .pipelines import load_pipeline, training_scheduler
+from .pipelines import change_scheduler, load_pipeline, load_scheduler, training_scheduler
 from .sharding import check_sharding, set_sharding
 from .shards import is_store
 
@@ -53,6 +54,9 @@ def set_up(settings: Settings) -> Setup:
     source = _open(settings)
     _check_loader(settings, source, accelerator)
     family = family_of(settings.model, settings.revision)
+    alone = SimpleNamespace(scheduler=load_scheduler(settings.model, settings.revision))
+    change_scheduler(alone, settings.scheduler)
+    objective_of(settings, alone)
     with accelerator.main_process_first():  # it may download
         pipe = load_pipeline(
             settings.model,

@@ -44,7 +44,7 @@ from .forward import FLUX_GUIDANCE
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
 from .objective import PairObjective
-from .optimizers import learning_rate, new_optimizer, new_schedule
+from .optimizers import check_optimizer, learning_rate, new_optimizer, new_schedule
 from .pipelines import load_lora
 from .reference import adapters_off, ema_weights, frozen_copy
 from .reference_store import ReferenceErrors
@@ -83,6 +83,7 @@ def train(settings: Settings) -> None:
     NotFiniteError where the loss or the gradient is no number, SystemExit where it was told to stop.
     """
     checkpoint = check_output(settings)
+    check_optimizer(settings)
     setup = set_up(settings)
     accelerator, pipe, family = setup.accelerator, setup.pipe, setup.family
     output = Path(settings.output)

@@ -1620,6 +1620,28 @@ def test_what_can_be_known_before_it_is_said_before_the_model_is_loaded(here, tm
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(loss={"density": "logitnormal"}), "density is 'logitnormal'; expected 'uniform', "),
+        (dict(loss={"timestep_weight": "cosmap"}), "timestep_weight is 'cosmap'; with a DDPMScheduler"),
+        (dict(scheduler={"shift": 3.0}), "scheduler has shift; a DDIMScheduler knows "),
+        (dict(optimizer="adamw8bit"), "optimizer is 'adamw8bit', which needs bitsandbytes"),
+    ],
+)
+def test_what_the_scheduler_alone_can_tell_is_said_before_the_model_is_loaded(
+    here, tmp_path, monkeypatch, change, message
+):
+    def loaded(*arguments, **options):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(setup, "load_pipeline", loaded)
+    for package in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises((ValueError, ImportError), match=message):
+        train(settings(here, tmp_path / "run", **change))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model: [a\n", "run.yaml is not YAML: line 2, column 1: expected ',' or ']'"),
