@@ -101,6 +101,33 @@ def test_prompts_are_encoded_as_the_pipeline_does(loaded):
             assert torch.equal(given, theirs[0])
 
 
+def check_first_call(pipe, family, size):
+    """That the model is called as the pipeline calls it at its first step. Returns the times that the pipeline gave."""
+    calls = []
+    hook = getattr(pipe, family.model).register_forward_hook(
+        lambda _, positional, given, output: calls.append((positional, given, output[0])), with_kwargs=True
+    )
+    guidance = {} if "Flux" in type(pipe).__name__ else {"guidance_scale": 1.0}  # FLUX's is an input of the model
+    own_call(pipe, family, "ab c", size, output_type="latent", **guidance)
+    hook.remove()
+    positional, given, output = calls[0]
+    latents, times = positional or (given["hidden_states"], given["timestep"])
+    if latents.dim() == 3:  # FLUX's tokens; it takes times from 0 to 1
+        times = times * 1000
+        latents, output = (pipe._unpack_latents(x, *size, pipe.vae_scale_factor) for x in (latents, output))
+    text = families.encode_prompts(pipe, family, ["ab c"], torch.device("cpu"))
+    conditioning = families.conditioning(family, text, None, size)
+    with torch.no_grad():
+        ours = predict(getattr(pipe, family.model), latents, times.flatten()[:1].float(), conditioning)
+    torch.testing.assert_close(ours, output, rtol=1e-5, atol=1e-6)
+    return times.flatten()
+
+
+def test_models_are_called_as_their_pipelines_call_them(loaded):
+    name, pipe, family = loaded
+    assert len(check_first_call(pipe, family, {"wan": (32, 16), "flux": (16, 24)}.get(name, (16, 16)))) == 1
+
+
 def test_samples_are_the_pipelines_one_by_one(loaded):
     """Within a level of 255: the pipelines round down, and a batch of another size is summed in another order."""
     name, pipe, family = loaded
@@ -357,17 +384,7 @@ def test_wan_with_a_time_for_each_token(tmp_path):
     pipe, family = WanPipeline(**parts, vae=vae, expand_timesteps=True), FAMILIES["WanPipeline"]
     pipe.text_encoder.eval()
     pipe.set_progress_bar_config(disable=True)
-    told, outputs = [], []
-    hook = pipe.transformer.register_forward_hook(
-        lambda _, arguments, given, output: told.append(given) or outputs.append(output[0]), with_kwargs=True
-    )
-    own_call(pipe, family, "ab", (64, 32), guidance_scale=1.0, output_type="latent")
-    hook.remove()
-    assert told[0]["timestep"].shape == (1, 4)  # two frames of 4 x 2 latents, in squares of four
-    text = families.encode_prompts(pipe, family, ["ab"], torch.device("cpu"))
-    with torch.no_grad():
-        ours = predict(pipe.transformer, told[0]["hidden_states"], told[0]["timestep"][:, 0], text)
-    torch.testing.assert_close(ours, outputs[0], rtol=1e-5, atol=1e-6)
+    assert len(check_first_call(pipe, family, (64, 32))) == 4  # a time for each token: 2 frames of 4 x 2 latents
     assert families.native_size(pipe, family) == (704, 1280)
     families.check_geometry(pipe, family, (32, 64), 5)
     with pytest.raises(ValueError, match="expected multiples of 32,"):
