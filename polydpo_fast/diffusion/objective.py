@@ -130,6 +130,7 @@ class PairObjective:
                     "reference is the policy itself, so that nothing would be learned; expected frozen_copy(model), "
                     "adapters_off, or ref_error"
                 )
+            _check_same_precision(model, self.reference, latents.device)
             # Before the policy: a reference that borrows the policy's weights must not touch them afterwards.
             ref_pred = self._reference_prediction(model, inputs)
         pred = self._predict(model, inputs)
@@ -258,6 +259,20 @@ def _base(model: torch.nn.Module) -> Any:
     """The model within all wrappers; adapters are in it, also where PEFT has wrapped it."""
     inner = unwrapped(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _check_same_precision(model: torch.nn.Module, reference: Any, device: torch.device) -> None:
+    """Raises ValueError where Accelerate has the policy compute in half precision, and not the reference.
+
+    It puts an autocast of its own around the forward of what it prepares. With a beta of thousands the difference of
+    the rounding decides pairs before anything is learned.
+    """
+    alone = isinstance(reference, torch.nn.Module) and "_original_forward" not in vars(unwrapped(reference))
+    if alone and "_original_forward" in vars(unwrapped(model)) and not torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "the policy computes in half precision, as Accelerate has prepared it, and the reference does not: the "
+            "rounding would be taken for a preference; expected the call within `with accelerator.autocast():`"
+        )
 
 
 def _check_scheduler(scheduler: Any) -> None:

@@ -534,6 +534,24 @@ def test_compiled_and_wrapped_models():
     assert unwrapped(compiled) is policy
 
 
+def test_a_reference_is_rounded_as_a_policy_that_accelerate_has_prepared(fresh_accelerate):
+    """Its autocast is around the policy's forward alone: else pairs would be decided before anything is learned."""
+    from accelerate import Accelerator
+
+    model, latents, cond, scheduler = build("sd15")
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    reference = frozen_copy(model)
+    policy = accelerator.prepare(model)
+    objective = PairObjective(scheduler, reference=reference, beta=5000.0)
+    with pytest.raises(ValueError, match=r"the policy computes in half precision.*accelerator\.autocast\(\)"):
+        objective(policy, latents, cond, seeds=SEEDS)
+    with accelerator.autocast():
+        losses = [objective(policy, latents, cond, seeds=SEEDS)[0]]
+    prepared_too = PairObjective(scheduler, reference=frozen_copy(policy), beta=5000.0)
+    losses.append(prepared_too(policy, latents, cond, seeds=SEEDS)[0])
+    assert [loss.item() for loss in losses] == [pytest.approx(math.log(2), abs=1e-8)] * 2
+
+
 def test_half_precision_models():
     model, latents, cond, scheduler = build("sd15")
     policy = perturbed(model).bfloat16()
