@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
@@ -90,6 +91,7 @@ class PairObjective:
             timestep_weight = lambda numbers: moved(table, numbers.device)[numbers]  # noqa: E731
         self._timestep_weight, self._weight_applies_to = timestep_weight, weight_applies_to
         self._forward, self._loss = forward, loss
+        self._compared = False
 
     def __call__(
         self,
@@ -130,7 +132,9 @@ class PairObjective:
                     "reference is the policy itself, so that nothing would be learned; expected frozen_copy(model), "
                     "adapters_off, or ref_error"
                 )
-            _check_same_precision(model, self.reference, latents.device)
+            if isinstance(self.reference, torch.nn.Module) and not self._compared:
+                _check_same_precision(model, self.reference, latents.device)
+                self._compared = True
             # Before the policy: a reference that borrows the policy's weights must not touch them afterwards.
             ref_pred = self._reference_prediction(model, inputs)
         pred = self._predict(model, inputs)
@@ -261,14 +265,22 @@ def _base(model: torch.nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _check_same_precision(model: torch.nn.Module, reference: Any, device: torch.device) -> None:
-    """Raises ValueError where Accelerate has the policy compute in half precision, and not the reference.
+def _check_same_precision(model: torch.nn.Module, reference: torch.nn.Module, device: torch.device) -> None:
+    """Warns where the weights are of two dtypes, which saves memory. Raises ValueError where Accelerate has the policy
+    alone compute in half precision, by an autocast around its forward.
 
-    It puts an autocast of its own around the forward of what it prepares. With a beta of thousands the difference of
-    the rounding decides pairs before anything is learned.
+    With a beta of thousands the difference of the rounding decides pairs before anything is learned.
     """
-    alone = isinstance(reference, torch.nn.Module) and "_original_forward" not in vars(unwrapped(reference))
-    if alone and "_original_forward" in vars(unwrapped(model)) and not torch.is_autocast_enabled(device.type):
+    policy, other = unwrapped(model), unwrapped(reference)
+    dtypes = [getattr(one, "dtype", None) for one in (other, policy)]
+    if dtypes[0] != dtypes[1]:
+        warnings.warn(
+            f"the reference's weights are {dtypes[0]} and the policy's {dtypes[1]}: what rounding makes of them is "
+            "taken for a preference; expected the same, as frozen_copy has them",
+            stacklevel=3,
+        )
+    prepared = ["_original_forward" in vars(one) for one in (other, policy)]
+    if prepared == [False, True] and not torch.is_autocast_enabled(device.type):
         raise ValueError(
             "the policy computes in half precision, as Accelerate has prepared it, and the reference does not: the "
             "rounding would be taken for a preference; expected the call within `with accelerator.autocast():`"

@@ -552,6 +552,18 @@ def test_a_reference_is_rounded_as_a_policy_that_accelerate_has_prepared(fresh_a
     assert [loss.item() for loss in losses] == [pytest.approx(math.log(2), abs=1e-8)] * 2
 
 
+def test_a_reference_in_half_precision_beside_a_policy_in_float32_is_told():
+    """As Diffusers' scripts have it, ref_unet.to(weight_dtype): the first logits are those of the rounding then."""
+    model, latents, cond, scheduler = build("sd15")
+    objective = PairObjective(scheduler, reference=frozen_copy(model).bfloat16(), beta=5000.0)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(UserWarning, match=r"reference's weights are torch\.bfloat16 and the policy's torch\.float32"),
+    ):
+        _, metrics = objective(model, latents, cond, seeds=SEEDS)
+    assert abs(metrics["reward_win"]) + abs(metrics["reward_lose"]) > 0.1
+
+
 def test_half_precision_models():
     model, latents, cond, scheduler = build("sd15")
     policy = perturbed(model).bfloat16()
