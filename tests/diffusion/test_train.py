@@ -1163,6 +1163,14 @@ def sharded(run, folder, port, told):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def assert_same_pictures(folder, steps):
+    for step in steps:
+        pictures = [Image.open(folder / run / "validation" / f"{step:06d}.png") for run in ("one", "two")]
+        one, two = (np.asarray(picture).astype(int) for picture in pictures)
+        assert abs(one - two).max() <= 1
+        assert one.std() > 1
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(("family", "blocks"), [("sd15", "ResnetBlock2D"), ("flux", "FluxTransformerBlock")])
 def test_sharded_in_half_precision_the_reference_computes_as_the_policy(tmp_path, unused_tcp_port, family, blocks):
@@ -1252,11 +1260,7 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    for step in (2, 4):
-        pictures = [Image.open(tmp_path / run / "validation" / f"{step:06d}.png") for run in ("one", "two")]
-        a, b = (np.asarray(picture).astype(int) for picture in pictures)
-        assert abs(a - b).max() <= 1
-        assert a.std() > 1
+    assert_same_pictures(tmp_path, (2, 4))
     name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
     alone, together = (load_file(tmp_path / run / name) for run in ("one", "two"))
     assert alone.keys() == together.keys()
@@ -1270,18 +1274,17 @@ def test_sharded_and_compiled_there_are_pictures_too(here, tmp_path, unused_tcp_
     train(settings(here, tmp_path / "one", **change))
     compiled = {**fsdp2(), "ACCELERATE_DYNAMO_BACKEND": "EAGER"}
     sharded(settings(here, tmp_path / "two", **change), tmp_path, unused_tcp_port, compiled)
-    a, b = (np.asarray(Image.open(tmp_path / run / "validation" / "000001.png")).astype(int) for run in ("one", "two"))
-    assert abs(a - b).max() <= 1
-    assert a.std() > 1
+    assert_same_pictures(tmp_path, (1,))
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("stage", "lora"), [("2", 0), ("2", 2), ("3", 0)])
+@pytest.mark.parametrize(("stage", "lora"), [("2", 0), ("2", 2), ("3", 0), ("3", 2)])
 def test_deepspeed_equals_one_process_with_twice_the_batch(here, tmp_path, unused_tcp_port, stage, lora):
     """It clips where the settings say so, and tells the norm."""
     pytest.importorskip("deepspeed")
     change = dict(beta=500.0, adam_epsilon=1e-3, learning_rate=1e-3, lora_rank=lora, accumulation=2)
     change |= dict(max_grad_norm=0.01, checkpoint_every=2, schedule="constant_with_warmup", warmup=1)
+    change |= dict(validation_prompts=["ab", "c", "d"], validation_every=2, validation_steps=2)
     train(settings(here, tmp_path / "one", batch_size=4, **change))
     told = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=stage, DS_ACCELERATOR="cpu")
     told["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"
@@ -1291,6 +1294,7 @@ def test_deepspeed_equals_one_process_with_twice_the_batch(here, tmp_path, unuse
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "learning_rate"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert_same_pictures(tmp_path, (2, 4))
     name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
     alone, together = (load_file(tmp_path / run / name) for run in ("one", "two"))
     assert alone.keys() == together.keys()
