@@ -18,6 +18,7 @@ __all__ = ["LARGE", "Buffers"]
 # Bytes. What is freed above this the C library may give back to the system, and above 32 MB it always does. The page
 # faults of fresh memory then cost several times the computation of a gradient, or as much as decoding.
 LARGE = 4 << 20
+_MADV_FREE = getattr(mmap, "MADV_FREE", 8)  # a Python that was built on an older system lacks the name
 
 
 class Buffers:
@@ -39,6 +40,9 @@ class Buffers:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
         """As torch.empty, or torch.empty_strided of elements without gaps; at least one of them."""
+        if torch.compiler.is_compiling():  # Dynamo cannot follow what is below
+            fresh = torch.empty(shape, dtype=dtype, device="cpu")
+            return fresh if strides is None else fresh.as_strided(shape, strides)
         block, pages = self._take(math.prod(shape) * dtype.itemsize)
         # The storage holds this view, and lets go of it when its last tensor is gone.
         lease = block[...]
@@ -54,15 +58,16 @@ class Buffers:
                 block, pages = self._free.pop()
                 if block.nbytes == size:
                     return block, pages
-        if self.pinned:
-            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy(), None
-        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a system without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(pages, np.uint8), pages
+        if not self.pinned:
+            with suppress(OSError):  # there is no memory, which PyTorch says in words that programs look for
+                pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                with suppress(OSError):  # a system without huge pages
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+                return np.frombuffer(pages, np.uint8), pages
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned).numpy(), None
 
     def _give_back(self, block: np.ndarray, pages: mmap.mmap | None) -> None:
         if self._reclaimable and pages is not None:
             with suppress(OSError):
-                pages.madvise(mmap.MADV_FREE)
+                pages.madvise(_MADV_FREE)
         self._free.append((block, pages))

@@ -1,7 +1,9 @@
 """Large results and gradients on a CPU lie in memory that was used before, and nobody notices but the clock."""
 
 import io
+import mmap
 import resource
+import runpy
 import threading
 
 import pytest
@@ -10,7 +12,9 @@ from loss import peak_bytes
 from PIL import Image
 
 import polydpo_fast
+from polydpo_fast import buffers as module
 from polydpo_fast import cpu, decode_arguments
+from polydpo_fast.buffers import Buffers
 
 ELEMENTS = 1 << 20  # a pair of float32: 8 MB
 pytestmark = pytest.mark.usefixtures("nothing_kept")
@@ -145,6 +149,26 @@ def test_the_compiled_loss_uses_it_too():
         assert_right(grad, tensors)
         del grad
     assert len(addresses) == 1
+
+
+def test_code_that_is_compiled_gets_memory_too():
+    buffers = Buffers(1)
+    compiled = torch.compile(lambda *a: buffers.empty(*a), backend="eager", fullgraph=True)
+    assert compiled((2, 3), torch.float16).shape == (2, 3)
+    assert compiled((2, 3), torch.float16, (1, 2)).stride() == (1, 2)
+
+
+def test_where_there_is_no_memory_the_error_is_pytorchs():
+    """accelerate's find_executable_batch_size looks for its words."""
+    with pytest.raises(RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory: .* 1125899906842624 bytes"):
+        Buffers(1).empty((1 << 50,), torch.uint8)
+
+
+def test_pythons_that_do_not_name_the_advice_give_it(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_FREE")
+    buffers = runpy.run_path(module.__file__)["Buffers"](1, reclaimable=True)
+    buffers.empty((5,), torch.uint8)
+    assert len(buffers._free) == 1
 
 
 def png(level, side=1024):
