@@ -275,9 +275,8 @@ def may_change(codec: str, packet: Buffer, header: bytes | None) -> bool:
     """Whether a packet of H.264 or HEVC may bring other sequence parameters than the header; or is of no known form."""
     if codec not in _SPS:
         return False
-    units = _units(packet)
-    found = [unit for unit in units if _type_of(codec, unit) == _SPS[codec]]
-    return not units or (bool(found) and any(unit not in _parameters(codec, header) for unit in found))
+    units, known = _units(packet), _parameters(codec, header)
+    return not units or any(_type_of(codec, unit) == _SPS[codec] and unit not in known for unit in units)
 
 
 def _siting_of(codec: str, sets: list[bytes]) -> int | None:
@@ -310,7 +309,7 @@ def _units(packet: Buffer) -> list[bytes]:
 def _parameters(codec: str, header: bytes | None) -> list[bytes]:
     """The sequence parameter sets in an avcC or hvcC."""
     header, found = header or b"", []
-    if codec not in _SPS or header[:1] != b"\x01":
+    if codec not in _SPS or header[:1] != b"\x01" or len(header) < 6:
         return []
     if codec == "h264":
         at, arrays = 5, 1
@@ -412,6 +411,7 @@ def _to_fields_of_h264(bits: _Bits) -> None:
 
 
 def _to_vui_of_h264(bits: _Bits) -> None:
+    """ITU-T H.264, 7.3.2.1.1."""
     _to_fields_of_h264(bits)
     if not bits.take(1):  # fields
         bits.take(1)

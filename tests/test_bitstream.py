@@ -313,6 +313,7 @@ def test_other_parameters_than_those_of_the_header(codec):
     assert not any(may_change(name, packet, own) for packet in packets)
     assert [may_change(name, packet, others) for packet in packets] == [True, False, False, False]
     assert may_change(name, packets[0], None)
+    assert may_change(name, packets[0], own[:5])  # an error here would be one of the whole batch
     assert may_change(name, packets[1][:-1], own)
     assert not may_change("vp9", b"", None)
 
