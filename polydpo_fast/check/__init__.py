@@ -4,8 +4,8 @@
 
 `cases` draws what is tried, `exact` has the losses once more in float64, `losses` holds the backends against that;
 `images` holds decoding against Pillow and the transform, `clips` clips against PyAV, `data` stored planes against the
-matrices, `loading` the loader against the formulas of its order and draws; `run` divides the time among them, `report`
-gathers the worst of each kind.
+matrices, `loading` the loader against its records, and all three what is drawn against `formulas`; `run` divides the
+time among them, `report` gathers the worst of each kind.
 """
 
 from .report import Report

@@ -11,8 +11,8 @@ import torch
 
 from .cases import Draw
 from .data import FRAME_LEVELS, picture, rgb, rounded
+from .formulas import crop_at, drawn
 from .images import cut_out, inner, resampled
-from .loading import splitmix
 from .report import Finding, must
 
 __all__ = ["clip"]
@@ -67,15 +67,20 @@ def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -
     frames_first, dtype = d.deal("layout", (True, False)), d.deal("dtype", (torch.bfloat16, torch.float32))
     how: Any = dict(frames=taken, fps=fps, start=start, short=short, size=size, resize=resize, crop="random", hflip=0.5)
     how |= dict(interpolation=interpolation, seeds=seeds, layout="TCHW" if frames_first else "CTHW")
-    batch = decode_clips(2 * win, 2 * lose, dtype=torch.uint8, **how)
+
+    def decoded(**more: Any) -> tuple[Any, torch.Tensor]:
+        batch = decode_clips(2 * win, 2 * lose, **how, **more)
+        return batch, batch.pixels if frames_first else batch.pixels.transpose(1, 2)
+
+    batch, pixels = decoded(dtype=torch.uint8)
     what = f"{taken} of {count} frames of {height}x{width} to {size}, {resize}, {interpolation}, start={start}"
     what = f"{what}, fps={fps}, short={short}"
 
     # In frames of the clip, of which both arms have `count`.
-    drawn = [[splitmix(seed + step * 0x9E3779B97F4A7C15) for step in (1, 2, 3, 4)] for seed in seeds]
+    numbers = [drawn(seed) for seed in seeds]
     step = _RATE / (fps or _RATE)
     moments = []
-    for *_, last in drawn:
+    for *_, last in numbers:
         share = (last >> 11) * 2.0**-53 if start == "random" else 0.5
         if start == 0.25:
             first = 0.25 * _RATE
@@ -90,11 +95,10 @@ def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -
 
     to = inner((height, width), size, resize)
     expected = np.empty((4, taken, 3, *size))
-    for pair, (top, left, flip, _) in enumerate(drawn):
-        flipped = flip / 2**64 < 0.5
-        corner = [(u >> 32) * (max(0, m - n) + 1) >> 32 for u, m, n in zip((top, left), to, size, strict=True)]
-        right = [batch.flipped[pair].item(), *batch.crop_top_left[[pair, 2 + pair]].flatten().tolist()]
-        yield must("crops", right == [flipped, *corner, *corner], f"mirror, corners are {right}"), what
+    for pair, of_pair in enumerate(numbers):
+        flipped, at = of_pair[2] / 2**64 < 0.5, crop_at(of_pair, to, size)
+        found = [batch.flipped[pair].item(), *batch.crop_top_left[[pair, 2 + pair]].flatten().tolist()]
+        yield must("crops", found == [flipped, *at, *at], f"mirror, corners are {found}"), what
         resized = {}
         for arm in (0, 1):
             for index, moment in enumerate(told[pair]):
@@ -106,20 +110,16 @@ def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -
                     continue
                 if (arm, place) not in resized:
                     resized[arm, place] = resampled(whole[arm, place], *to, interpolation)
-                expected[pair + 2 * arm, index] = cut_out(resized[arm, place], flipped, corner, size, (0, 0, 0))
-    pixels = batch.pixels if frames_first else batch.pixels.transpose(1, 2)
+                expected[pair + 2 * arm, index] = cut_out(resized[arm, place], flipped, at, size, (0, 0, 0))
     levels = float(np.nanmax(np.abs(pixels.numpy() - expected)))
     yield Finding("pixels, resized", levels / 0.6, levels), what
 
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (means, stds))
-    how |= dict(mean=means, std=stds)
-    single = decode_clips(2 * win, 2 * lose, dtype=torch.float32, **how).pixels
-    single = (single if frames_first else single.transpose(1, 2)).double()
+    single = decoded(dtype=torch.float32, mean=means, std=stds)[1].double()
     off = float(np.nanmax(np.abs(((single * std + mean) * 255).numpy() - expected)))
     yield Finding("resized in float32", off / 0.03, off), what
     if dtype != torch.float32:
-        other = decode_clips(2 * win, 2 * lose, dtype=dtype, **how).pixels
-        yield rounded(other if frames_first else other.transpose(1, 2), single), f"{dtype}, {what}"
+        yield rounded(decoded(dtype=dtype, mean=means, std=stds)[1], single), f"{dtype}, {what}"
 
 
 def _encoded(d: Draw, height: int, width: int, count: int) -> tuple[bytes, list[list[np.ndarray]]]:

@@ -1,4 +1,4 @@
-"""Conversion of planes between backends; and the gates of all data, in levels of 255 for pixels."""
+"""Planes of images and clips to RGB; and what all checks of data share: gates, pictures, how pixels are compared."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[
     means, stds = ([d.between(low, high) for _ in "rgb"] for low, high in ((0, 0.6), (0.2, 1)))
     stored = clips if frames > 1 else clips[:, 0]
     how: Any = dict(flip=flip, mean=means, std=stds, backend="reference")
+    on_device: Any = {**how, "flip": flip.to(device), "backend": backend}
     expected = yuv420_to_rgb(stored, dtype=dtype, **how)
-    how |= dict(flip=flip.to(device), backend=backend)
-    actual = yuv420_to_rgb(stored.to(device), dtype=dtype, **how).cpu()
+    actual = yuv420_to_rgb(stored.to(device), dtype=dtype, **on_device).cpu()
     ulps = 1 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 0  # the interpreter truncates
     difference = (actual.double() - expected.double()).abs()
     near = 2.0**-7 * expected.double().abs() * ulps
@@ -88,7 +88,7 @@ def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[
     what = f"{images} of {frames} of {height}x{width}"
     yield must("yuv420_to_rgb", same), f"{dtype}, {what}"
     if dtype != torch.uint8:
-        whole = yuv420_to_rgb(stored, dtype=torch.uint8, **{**how, "flip": flip, "backend": "reference"})
+        whole = yuv420_to_rgb(stored, dtype=torch.uint8, **how)
         mean, std = (torch.tensor(x, dtype=torch.float64).view(3, *(1,) * (whole.dim() - 2)) for x in (means, stds))
         yield normalised(expected, whole.double(), mean, std), f"{dtype}, {what}"
 

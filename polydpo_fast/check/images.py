@@ -1,7 +1,7 @@
 """Decoding of images: whole ones against Pillow or the numbers that were written, and the transform of these against
 the same in float64: the filter of a resize, mirror, crop, background, normalisation.
 
-What is drawn for a pair is recomputed from its seed, in integers of Python.
+What is drawn for a pair is recomputed from its seed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 from .cases import Draw
 from .data import normalised, picture, rounded
-from .loading import splitmix
+from .formulas import crop_at, drawn
 from .report import Finding, must
 
-__all__ = ["cut_out", "image", "inner", "resampled"]
+__all__ = ["cut_out", "image", "inner", "png", "resampled"]
 
 _PAIRS = 8  # copies of the pair, of as many seeds
 _JPEGS: dict[str, dict[str, Any]] = {
@@ -95,9 +95,8 @@ def image(seed: int, number: int) -> Iterator[_Found]:
         yield Finding("pixels" if arm.kind in _JPEGS else "pixels, lossless", levels / arm.off, levels), what
         whole.append(pixels.astype(np.float64))
         if arm.orientation > 1:
-            as_stored = _upright(
-                pixels, {6: 8, 8: 6}.get(arm.orientation, arm.orientation)
-            )  # the others undo themselves
+            undone_by = {6: 8, 8: 6}.get(arm.orientation, arm.orientation)  # the others by themselves
+            as_stored = _upright(pixels, undone_by)
             full |= dict(size=as_stored.shape[:2], exif="ignore")
             ignored = decode_pairs([arm.data], [arm.data], **full).pixels[0].numpy().transpose(1, 2, 0)
             yield must("geometry", np.array_equal(ignored, as_stored), "exif='ignore' is not heeded"), what
@@ -210,14 +209,12 @@ def _geometry(
     sizes = [list(arm.levels.shape[:2]) for arm in arms for _ in range(_PAIRS)]
     if batch.original_size.tolist() != sizes:
         return must("geometry", False, f"original_size is {batch.original_size.tolist()}")
-    places = [[max(0, a - b) for a, b in zip(of, size, strict=True)] for of in resized]
-    drawn = [[splitmix(seed + step * 0x9E3779B97F4A7C15) for step in (1, 2, 3)] for seed in seeds]
-    corners = [
-        [round(m / 2) if crop == "center" else (u >> 32) * (m + 1) >> 32 for m, u in zip(of, numbers[:2], strict=True)]
-        for of in places
-        for numbers in drawn
-    ]
-    flipped = [number / 2**64 < hflip for *_, number in drawn]
+    numbers = [drawn(seed) for seed in seeds]
+    if crop == "center":
+        corners = [[round(max(0, m - n) / 2) for m, n in zip(of, size, strict=True)] for of in resized for _ in seeds]
+    else:
+        corners = [crop_at(of_pair, of, size) for of in resized for of_pair in numbers]
+    flipped = [mirror / 2**64 < hflip for _, _, mirror, _ in numbers]
     found = batch.crop_top_left.tolist(), batch.flipped.tolist()
     return must("crops", found == (corners, flipped), f"corners, mirrors are {found} instead of {(corners, flipped)}")
 

@@ -1,17 +1,15 @@
 """The loader's batches: which pairs, in which order, on any number of ranks, after a resume, around a bad pair and at
 the end; how they are cropped and mirrored; and from files of each kind.
 
-Order and draws are recomputed from their formulas, in integers of Python and without `polydpo_fast.data.order`.
+Order and draws are recomputed from their formulas.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import struct
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from .formulas import crop_at, drawn, mixed, place
+from .images import png
 from .report import Finding, must
 
-__all__ = ["loader", "place", "splitmix", "stored"]
+__all__ = ["loader", "stored"]
 
-_64 = 2**64
 _PAIRS = 24
 
 
@@ -31,8 +30,7 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
     """Tiny pairs whose pixels say which they are: each once whatever the ranks, resumed, one of them damaged."""
     from ..data import PairLoader
 
-    pairs = _PAIRS
-    records = [{"win": _png(number, 0), "lose": _png(number, 1), "prompt": str(number)} for number in range(pairs)]
+    records = [{"win": _png(number, 0), "lose": _png(number, 1), "prompt": str(number)} for number in range(_PAIRS)]
     how: Any = dict(seed=seed, size=2, resize=None, dtype=torch.uint8, readers=2, threads=1)
     one_rank: Any = dict(rank=0, world_size=1, **how)
 
@@ -40,10 +38,7 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
     for ranks, size in ((1, 4), (2, 3), (4, 2)):
         loaders = [PairLoader(records, size, rank=rank, world_size=ranks, **how) for rank in range(ranks)]
         read = [batch for step in zip(*loaders, strict=True) for batch in step]
-        order = _indices(read)
-        right = order == alone and sorted(order) == list(range(pairs))
-        note = "pixels or prompts of another pair or arm" if right else f"the order is {order}"
-        yield must("each pair once", right and all(map(_shown, read)), note), f"{ranks} ranks of {size}"
+        yield _once(read, alone), f"{ranks} ranks of {size}"
 
     yield from _order(seed, records, alone, one_rank)
     yield _windowed(seed), "a window of 8 of 30 blocks"
@@ -55,7 +50,7 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
     second = PairLoader(records, 6, **one_rank)
     second.load_state_dict(first.state_dict())
     order = _indices([*before, *second])
-    same = order == alone[: len(order)] and len(order) >= pairs - 6
+    same = order == alone[: len(order)] and len(order) >= _PAIRS - 6
     yield must("resumed", same, order), "after 8 of 24 pairs"
 
     bad = list(records)
@@ -73,7 +68,7 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
         if last == "pad":
             right = right and [end.ok.tolist(), end.weight.tolist()] == [[True] * 4 + [False], [1.0] * 4 + [0.0]]
             right = right and not end.pixels[[4, 9]].any()
-        yield must("the last batch", right, f"it has {end.index.tolist()}"), f"{pairs} pairs by five, last={last}"
+        yield must("the last batch", right, f"it has {end.index.tolist()}"), f"{_PAIRS} pairs by five, last={last}"
     yield _shares(records, one_rank), "18 pairs of one category, 6 of another, balanced"
     yield from _drawn(seed, how)
 
@@ -82,34 +77,15 @@ def _indices(batches: Iterable[Any]) -> list[int]:
     return [index for batch in batches for index in batch.index.tolist()]
 
 
+def _once(batches: list[Any], order: list[int] | None = None) -> Finding:
+    """Every pair, in this order if there is one, with pixels and prompt of its own."""
+    found = _indices(batches)
+    right = sorted(found) == list(range(_PAIRS)) and order in (None, found)
+    note = "pixels or prompts of another pair or arm" if right else f"the order is {found}"
+    return must("each pair once", right and all(map(_shown, batches)), note)
+
+
 # --------------------------------------------------------------------------------------------------- order
-
-
-def place(position: int, size: int, seed: int, epoch: int) -> int:
-    """The pair at a position: a Feistel network of 12 rounds on the smallest even number of bits, at least two, that
-    `size` numbers take, applied again while the result is not below `size`. Keys are splitmix64 of seed, epoch and
-    round, chained. If the key of a round 12 is odd, 0 and 1 are swapped."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    key = _chained(_chained(0, seed), epoch)
-    while True:
-        left, right = divmod(position, 2**half)
-        for number in range(12):
-            left, right = right, left ^ splitmix(right + _chained(_chained(0, key), number)) % 2**half
-        position = left * 2**half + right
-        if position < size:
-            return position ^ (_chained(_chained(0, key), 12) & 1) if position < 2 <= size else position
-
-
-def _chained(state: int, number: int) -> int:
-    return splitmix(state + number + 0x9E3779B97F4A7C15)
-
-
-def splitmix(z: int) -> int:
-    """Steele, Lea and Flood 2014, Fig. 16, of a number modulo 2^64."""
-    z %= _64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % _64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % _64
-    return z ^ (z >> 31)
 
 
 def _order(
@@ -119,33 +95,29 @@ def _order(
     from ..data import PairLoader
     from ..data.order import order_of
 
-    pairs = len(records)
     seen = {tuple(alone)}
     for epoch, of_seed in ((0, seed), (1, seed), (2, seed), (0, seed + 1)):
         own = PairLoader(records, 6, **{**one_rank, "seed": of_seed})
         own.set_epoch(epoch)
         order = _indices(own)
-        right = order == [place(position, pairs, of_seed, epoch) for position in range(pairs)]
         seen.add(tuple(order))
-        yield must("order", right, f"it is {order}"), f"epoch {epoch}, seed {of_seed}"
+        yield _by_formula(order, of_seed, epoch), f"epoch {epoch}, seed {of_seed}"
     own = PairLoader(records, 6, **one_rank)
     for epoch in (0, 1):
-        order = _indices(own)
-        right = order == [place(position, pairs, seed, epoch) for position in range(pairs)]
-        yield must("order", right, f"it is {order}"), f"epoch {epoch}, after the one before"
-    own = PairLoader(records, 6, **one_rank)
-    for epoch in (0, 1):
-        order = _indices(own)
-        right = order == [place(position, pairs, seed, epoch) for position in range(pairs)]
-        yield must("order", right, f"it is {order}"), f"epoch {epoch}, after the one before"
+        yield _by_formula(_indices(own), seed, epoch), f"epoch {epoch}, after the one before"
     yield must("order", len(seen) == 4, "epochs or seeds have the same order"), "epochs and seeds"
     order = _indices(PairLoader(records, 6, shuffle=False, **one_rank))
-    yield must("order", order == list(range(pairs)), f"it is {order}"), "shuffle=False"
+    yield must("order", order == list(range(_PAIRS)), f"it is {order}"), "shuffle=False"
     for size in (1, 2, 5, 1000, 3_000_017):
         positions = np.unique(np.linspace(0, size - 1, 40).astype(np.int64))
         found = order_of(np.array([size]), None, None, seed=seed, epoch=7, window=None)(positions).tolist()
         right = found == [place(position, size, seed, 7) for position in positions.tolist()]
         yield must("order", right, f"it is {found}"), f"{size} pairs"
+
+
+def _by_formula(order: list[int], seed: int, epoch: int) -> Finding:
+    expected = [place(position, _PAIRS, seed, epoch) for position in range(_PAIRS)]
+    return must("order", order == expected, f"it is {order}")
 
 
 def _windowed(seed: int) -> Finding:
@@ -210,14 +182,12 @@ def _drawn(seed: int, how: dict[str, Any]) -> Iterator[tuple[Finding, str]]:
         wrong = ""
         for position in range(_PAIRS):
             batch, row = batches[position // 3], position % 3
-            number, key = place(position, _PAIRS, seed, epoch), _mixed(seed, epoch, position)
-            top, left, flip = (splitmix((key >> 1) + step * 0x9E3779B97F4A7C15) for step in (1, 2, 3))
-            flipped, dropped = flip / _64 < 0.4, _mixed(seed, epoch, position, 2**32) / _64 < 0.3
-            prompt, weight = "" if dropped else str(number), number / 8
+            number, numbers = place(position, _PAIRS, seed, epoch), drawn(mixed(seed, epoch, position) >> 1)
+            flipped, dropped = numbers[2] / 2**64 < 0.4, mixed(seed, epoch, position, 2**32) / 2**64 < 0.3
             facts = [batch.index[row], batch.flipped[row], batch.prompts[row], batch.weight[row]]
-            right = facts == [number, flipped, prompt, weight]
+            right = facts == [number, flipped, "" if dropped else str(number), number / 8]
             for arm, (height, width) in enumerate(sides[number]):
-                y, x = (u_ * (m - 2 + 1) >> 32 for u_, m in ((top >> 32, height), (left >> 32, width)))
+                y, x = crop_at(numbers, (height, width), (2, 2))
                 at = row + 3 * arm
                 told = [*batch.original_size[at].tolist(), *batch.crop_top_left[at].tolist()]
                 across = [width - 1 - x, width - 2 - x] if flipped else [x, x + 1]
@@ -226,13 +196,6 @@ def _drawn(seed: int, how: dict[str, Any]) -> Iterator[tuple[Finding, str]]:
                 right = right and batch.pixels[at].flatten(1).t().tolist() == shown
             wrong = wrong if right else wrong or f"at position {position}"
         yield must("draws", not wrong, wrong), f"epoch {epoch}, 2 ranks of 3"
-
-
-def _mixed(*numbers: int) -> int:
-    state = 0
-    for number in numbers:
-        state = _chained(state, number)
-    return state
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -247,11 +210,7 @@ def stored(seed: int, kind: str) -> Iterator[tuple[Finding, str]]:
         write = {"manifest": _write_manifest, "tar": _write_tar, "Parquet": _write_parquet}[kind]
         source = open_source(write(folder), cache=folder / "cache")
         how: Any = dict(seed=seed, size=2, resize=None, dtype=torch.uint8, threads=1, rank=0, world_size=1)
-        read = list(PairLoader(source, 4, **how))
-        order = _indices(read)
-        right = sorted(order) == list(range(_PAIRS))
-        note = "pixels or prompts of another pair or arm" if right else f"the order is {order}"
-        yield must("each pair once", right and all(map(_shown, read)), note), kind
+        yield _once(list(PairLoader(source, 4, **how))), kind
 
 
 def _write_manifest(folder: Path) -> Path:
@@ -297,14 +256,8 @@ def _write_parquet(folder: Path) -> Path:
 
 def _png(number: int, arm: int, height: int = 2, width: int = 2) -> bytes:
     """Each pixel says of which pair, arm and place it is."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    pixels = [[(number, arm, 16 * y + x) for x in range(width)] for y in range(height)]
-    rows = b"".join(b"\0" + bytes(sum(row, ())) for row in pixels)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    pixels = np.array([[(number, arm, 16 * y + x) for x in range(width)] for y in range(height)])
+    return png(pixels, 2, 8, False, [], np.zeros(height, int))
 
 
 def _shown(batch: Any) -> bool:

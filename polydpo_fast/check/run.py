@@ -246,8 +246,6 @@ def _data(report: Report) -> list[_Job]:
         ("PairLoader", (), 1, 1, lambda _: loading.loader(seed)),
         ("PairLoader of manifest, tar", (), 2, 1, lambda number: loading.stored(seed, ("manifest", "tar")[number])),
         ("PairLoader of Parquet", ("pyarrow",), 1, 1, lambda _: loading.stored(seed, "Parquet")),
-        ("PairLoader of manifest, tar", (), 2, 1, lambda number: loading.stored(seed, ("manifest", "tar")[number])),
-        ("PairLoader of Parquet", ("pyarrow",), 1, 1, lambda _: loading.stored(seed, "Parquet")),
         ("decode_clips", ("av",), _CLIPS[report.thorough], 1, lambda number: clips.clip(seed, number)),
         ("decode_pairs", ("PIL",), _IMAGES[report.thorough], 3, lambda number: images.image(seed, number)),
     ]
