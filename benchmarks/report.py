@@ -108,7 +108,7 @@ def described(results: dict) -> str:
     body = []
     for name, suite in suites.items():
         own = [item for item in suite["versions"].items() if item not in common]
-        body.append([name, f"`{suite['commit']}`", suite["date"], listed(own)])
+        body.append([name, f"`{suite['commit']}`" if suite["commit"] else "", suite["date"], listed(own)])
     parts = [
         f"{hardware}. {listed(item for item in next(iter(suites.values()))['versions'].items() if item in common)}.",
         tables.table(["suite", "commit", "date", "versions that not all share"], body, left=4),

@@ -67,7 +67,8 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> 
 
 
 def ms(row: Row) -> str:
-    return significant(1e3 * row["median"])
+    """Three digits below a tenth: kernels of a GPU take so long."""
+    return f"{1e3 * row['median']:.3f}" if row["median"] < 1e-4 else significant(1e3 * row["median"])
 
 
 def significant(value: float) -> str:
