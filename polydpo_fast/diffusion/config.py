@@ -247,6 +247,8 @@ _MAY_CHANGE_OF_LOADER = {"cache", "ledger", "limits", "max_bad_rate", "max_bad_r
 _MAY_CHANGE_OF_LOADER |= {"timeout_s"}
 # What Diffusers' scripts call by names that are not like ours.
 _OF_SCRIPTS = {
+    "checkpoints_total_limit": "keep",
+    "dataset_name": "data",
     "lr": "learning_rate",
     "lr_scheduler": "schedule",
     "lr_warmup_steps": "warmup",
@@ -256,7 +258,9 @@ _OF_SCRIPTS = {
     "proportion_empty_prompts": "prompt_dropout",
     "report_to": "trackers",
     "resolution": "size",
-    "checkpoints_total_limit": "keep",
+    "resume_from_checkpoint": "resume",
+    "train_data_dir": "data",
+    "use_8bit_adam": "optimizer",
 }
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor"),

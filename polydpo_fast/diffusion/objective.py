@@ -80,7 +80,7 @@ class PairObjective:
         )
         if not (timestep_weight is None or isinstance(timestep_weight, str) or callable(timestep_weight)):
             raise TypeError(f"timestep_weight is {timestep_weight!r}; expected a name, a function, or None")
-        draw_timesteps(scheduler, (), **self.timestep_options)  # what is wrong is said here, not in the first step
+        self.noised(torch.zeros(2, 1, device="cpu"), seeds=(0,))  # what is wrong is said here, not in the first step
         if isinstance(timestep_weight, str):
             table = timestep_weights(scheduler, timestep_weight, snr_gamma=snr_gamma)
             if weight_applies_to == "logit" and loss.get("objective") == "ipo" and not table.all():
@@ -266,14 +266,14 @@ def _base(model: torch.nn.Module) -> Any:
 
 
 def _check_same_precision(model: torch.nn.Module, reference: torch.nn.Module, device: torch.device) -> None:
-    """Warns where the weights are of two dtypes, which saves memory. Raises ValueError where Accelerate has the policy
-    alone compute in half precision, by an autocast around its forward.
+    """Warns where the weights are of two dtypes, as they may be to save memory. Raises ValueError where Accelerate has
+    prepared the policy alone, around whose forward is an autocast then.
 
     With a beta of thousands the difference of the rounding decides pairs before anything is learned.
     """
     policy, other = unwrapped(model), unwrapped(reference)
     dtypes = [getattr(one, "dtype", None) for one in (other, policy)]
-    if dtypes[0] != dtypes[1]:
+    if None not in dtypes and dtypes[0] != dtypes[1]:
         warnings.warn(
             f"the reference's weights are {dtypes[0]} and the policy's {dtypes[1]}: what rounding makes of them is "
             "taken for a preference; expected the same, as frozen_copy has them",
@@ -282,8 +282,8 @@ def _check_same_precision(model: torch.nn.Module, reference: torch.nn.Module, de
     prepared = ["_original_forward" in vars(one) for one in (other, policy)]
     if prepared == [False, True] and not torch.is_autocast_enabled(device.type):
         raise ValueError(
-            "the policy computes in half precision, as Accelerate has prepared it, and the reference does not: the "
-            "rounding would be taken for a preference; expected the call within `with accelerator.autocast():`"
+            "the policy computes in half precision by Accelerate's autocast, and the reference without it: what "
+            "rounding makes of that is taken for a preference; expected the call within `with accelerator.autocast():`"
         )
 
 

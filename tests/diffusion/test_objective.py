@@ -562,6 +562,8 @@ def test_a_reference_in_half_precision_beside_a_policy_in_float32_is_told():
     ):
         _, metrics = objective(model, latents, cond, seeds=SEEDS)
     assert abs(metrics["reward_win"]) + abs(metrics["reward_lose"]) > 0.1
+    of_no_dtype = PairObjective(scheduler, reference=torch.nn.Identity(), forward=lambda model, noisy, *_: noisy)
+    of_no_dtype(model, latents)  # without a warning, which would be an error here
 
 
 def test_half_precision_models():

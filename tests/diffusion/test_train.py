@@ -1629,6 +1629,7 @@ def test_what_can_be_known_before_it_is_said_before_the_model_is_loaded(here, tm
         (dict(loss={"density": "logitnormal"}), "density is 'logitnormal'; expected 'uniform', "),
         (dict(loss={"timestep_weight": "cosmap"}), "timestep_weight is 'cosmap'; with a DDPMScheduler"),
         (dict(scheduler={"shift": 3.0}), "scheduler has shift; a DDIMScheduler knows "),
+        (dict(scheduler={"prediction_type": "flow_prediction"}), "that predicts 'flow_prediction'; expected 'epsilon'"),
         (dict(optimizer="adamw8bit"), "optimizer is 'adamw8bit', which needs bitsandbytes"),
     ],
 )
@@ -1652,6 +1653,7 @@ def test_what_the_scheduler_alone_can_tell_is_said_before_the_model_is_loaded(
         ("modle: m\ndata: d\n", "modle: no setting; expected model\n"),
         ("model: m\ndata: d\nlora-rank: 8\n", "lora-rank: no setting; expected lora_rank\n"),
         ("resolution: 512\nlr: 1e-5\nrnak: 2\n", "lr, resolution, rnak: no setting; expected learning_rate, size\n"),
+        ("dataset_name: d\n", "dataset_name: no setting; expected data\n"),
         ("model: m\ndata: d\nloader: center\n", "loader is 'center'; expected names and values"),
         ("just text", "run.yaml is a str; expected names and values"),
     ],
