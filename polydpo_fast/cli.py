@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,7 +230,7 @@ def check(
     device: Annotated[str | None, typer.Option(help="Check only this device: cpu, cuda, cuda:1.")] = None,
     case: Annotated[int | None, typer.Option(min=0, help="Check only this case of the losses; needs --seed.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Time limit (default 60; none with --thorough).")
+        float | None, typer.Option(min=0.0, help="Time limit (default 50; none with --thorough).")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
@@ -256,7 +255,7 @@ def check(
                 backend=backend,
                 device=device,
                 case=case,
-                seconds=seconds if seconds is not None else math.inf if thorough else 60.0,
+                seconds=seconds,
                 progress=lambda text: status.update(f"checking {text}"),
             )
         report.print(console)

@@ -656,16 +656,26 @@ def test_without_time_no_cases_are_begun_and_that_is_said(few):
     assert " broken" not in result.output
 
 
-@needs_cpp
+def test_it_ends_within_a_minute_unless_it_is_to_be_thorough(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run, "_CASES", (14, 14))
+    monkeypatch.setattr(run, "_gather", lambda *_: clock.append(clock[-1] + 5.0))
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[-1])
+    assert check(seed=0, backend="reference", device="cpu").seconds < 60
+    assert check(seed=0, backend="reference", device="cpu", thorough=True).seconds > 60
+
+
 def test_no_backend_is_left_without_cases(few, monkeypatch):
     """One that takes all the time it is given leaves theirs to the others."""
-    gather, clock = run._gather, [0.0]
+    clock = [0.0]
 
-    def slow(report, subject, *arguments):
-        clock[0] += 10.0 if subject == "triton" else 0.1
-        gather(report, subject, *arguments)
+    def slow(report, subject, device, *_):
+        clock[0] += 40.0 if subject == "triton" else 0.1
+        report.add(subject, device, Finding("value", 0.0), "1e-6")
 
     monkeypatch.setattr(run, "_gather", slow)
+    monkeypatch.setattr(run, "_CASES", (20, 20))
+    monkeypatch.setattr(functional, "available_backends", lambda device: ("cpp", "triton", "reference"))
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     report = check(seed=0, device="cpu", seconds=100.0)
     groups = {(group["subject"], group["check"]): group for group in json.loads(report.as_json())["groups"]}

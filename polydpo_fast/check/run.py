@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -28,7 +29,7 @@ _IMAGES, _CLIPS, _PLANES = (24, 120), (4, 20), (6, 30)
 # With fewer cases a part does not count as checked. The slowest machines have time for these.
 _LEAST, _LEAST_SLOW, _LEAST_DATA = 20, 8, 2
 _SMALL = 1 << 14  # elements, few enough for the interpreter
-_MINUTE = 60.0
+_SECONDS = 50.0  # less than a minute, also where the last case takes long
 
 
 def check(
@@ -38,7 +39,7 @@ def check(
     backend: str | None = None,
     device: str | None = None,
     case: int | None = None,
-    seconds: float = _MINUTE,
+    seconds: float | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Checks the losses on the devices of this machine, decoding and loading; see `polydpo_fast.check`.
@@ -49,14 +50,16 @@ def check(
         backend: only this backend of the loss, and no decoding.
         device: only this device, "cpu" or "cuda" (with an index); decoding is checked with "cpu".
         case: only this case of the losses, and no decoding.
-        seconds: after which no further cases are begun. They are divided among backends and data; where one of these
-            gets too few cases, the report has not passed.
+        seconds: after which no further cases are begun; None for 50, or no limit if thorough. They are divided among
+            backends and data; where one of these gets too few cases, the report has not passed.
         progress: told what is being checked.
 
     Raises ValueError for a backend or device that is not there.
     """
     report = Report(seed, thorough)
     begin = time.monotonic()
+    if seconds is None:
+        seconds = math.inf if thorough else _SECONDS
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])] if device is None else [device]
     for name in devices:
         _check_device(name)
