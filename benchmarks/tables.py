@@ -377,7 +377,7 @@ def limit(curve: str, rows: list[Row], processors: int) -> str:
         pixels = [(row["at"] ** 2 / row["median"] / 1e6, row["at"]) for row in rows]
         low, high = (f"{rate:.0f} at {side} x {side}" for rate, side in (min(pixels), max(pixels)))
         return f"Megapixels per second: at least {low}, at most {high}."
-    if "threads" in curve and curve.endswith("threads"):
+    if curve.endswith("threads"):
         return (
             f"At best {first['median'] / fastest['median']:.2f} times one thread's speed, with {fastest['at']} threads "
             f"on {processors} processors."

@@ -31,8 +31,8 @@ heavy = pytest.mark.heavy
 
 @pytest.fixture
 def few(monkeypatch):
-    """A few cases of each kind."""
-    monkeypatch.setattr(run, "_CASES", (24, 24))
+    """A few cases of each kind, one of them large."""
+    monkeypatch.setattr(run, "_CASES", (21, 21))
     monkeypatch.setattr(run, "_LEAST", 20)
     monkeypatch.setattr(run, "_INTERPRETED", (3, 3))
     monkeypatch.setattr(run, "_LEAST_SLOW", 2)
@@ -625,6 +625,7 @@ def test_what_is_not_there_is_said_and_no_failure(few, monkeypatch):
     monkeypatch.setattr(data, "missing", lambda *packages: "Pillow is not installed" if "PIL" in packages else "")
     monkeypatch.setattr(clips, "clip", lambda *arguments: iter(()))
     monkeypatch.setattr(run, "_BACKENDS", ("reference",))
+    monkeypatch.setattr(run, "_CASES", (3, 3))
     result = runner.invoke(app, ["check", "--seed", "0", "--seconds", "280"])
     assert result.exit_code == 0, result.output
     assert "not run: decode_pairs: Pillow is not installed" in result.output
