@@ -26,8 +26,8 @@ _PAIRS = 8  # copies of the pair, of as many seeds
 _JPEGS: dict[str, dict[str, Any]] = {
     "JPEG 4:2:0": dict(subsampling="4:2:0"),
     "JPEG 4:2:2": dict(subsampling="4:2:2"),
-    "JPEG 4:4:4": dict(subsampling="4:4:4", quality=100, optimize=True),
-    "JPEG with restarts": dict(restart_marker_blocks=2),
+    "JPEG 4:4:4": dict(subsampling="4:4:4", quality=100),  # optimize=True too would at times be too much for Pillow
+    "JPEG with restarts": dict(restart_marker_blocks=2, optimize=True),
     "progressive JPEG": dict(progressive=True),
     "grey JPEG": dict(mode="L"),
     "CMYK JPEG": dict(mode="CMYK"),
