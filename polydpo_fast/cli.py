@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,25 @@ _LESS_MEMORY = (
     "Less is taken by --gradient-checkpointing, a smaller --batch-size with more --accumulation, latents made ahead "
     "(`polydpo-fast cache`), --optimizer adamw8bit, --lora-rank"
 )
+
+
+class _TakesSettings(TyperCommand):
+    """A command that says which option, or setting, is meant by one that it does not have."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for one in self.params for name in (*one.opts, *one.secondary_opts)} | {"--help"}
+        for word in args:
+            option = word.partition("=")[0]
+            if not option.startswith("--") or option == "--" or option in known:
+                continue
+            from .diffusion.config import meant_by
+
+            name, _, value = (meant_by(option[2:]) or "").partition(": ")
+            own = f"--{name.replace('_', '-')}"
+            if name:
+                expected = f"{own} {value}".rstrip() if own in known else f"--set '{name}={value or '...'}'"
+                raise _failed(f"{option}: no option; expected {expected}")
+        return super().parse_args(ctx, args)
 
 
 def _takes_settings(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -205,7 +225,8 @@ def pack(
     except (OSError, TypeError, ValueError, ImportError) as error:
         raise _failed(error) from error
     left_out = f"; {done.unreadable} could not be read: {out / packing.UNREADABLE}" if done.unreadable else ""
-    Console().print(f"{done.pairs} pairs in {done.shards} shards in {out}{left_out}", highlight=False, soft_wrap=True)
+    shards = "1 shard" if done.shards == 1 else f"{done.shards} shards"
+    Console().print(f"{out}: {done.pairs} pairs in {shards}{left_out}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if done.unreadable else 0)
 
 
@@ -234,7 +255,7 @@ def check(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
-    """Compare losses, decoding and loading with references. Exits with 1 if a gate is broken on this machine."""
+    """Compare losses, decoding and loading with references. Exits with 1 if something is out of tolerance."""
     import secrets
 
     from .check import check as run
@@ -317,7 +338,7 @@ def _print_comparison(found: Comparison) -> None:
     console.print(f"{worse} worse, {better} better {of}", highlight=False)
 
 
-@app.command()
+@app.command(cls=_TakesSettings)
 @_takes_settings(*_SETTINGS)
 def train(**settings: Any) -> None:
     """Align a Diffusers pipeline with preference pairs. Runs under `accelerate launch` too."""
@@ -327,7 +348,7 @@ def train(**settings: Any) -> None:
         run(given)
 
 
-@app.command()
+@app.command(cls=_TakesSettings)
 @_takes_settings(
     *("model", "size", "batch_size", "mixed_precision", "seed"),
     data="Pairs: file, glob, folder or URL.",
@@ -346,7 +367,7 @@ def cache(
         run(given, out, dtype=_dtype("--store", store), shard_pairs=shard_pairs)
 
 
-@app.command()
+@app.command(cls=_TakesSettings)
 @_takes_settings(
     *("model", "data", "size", "batch_size", "mixed_precision", "seed"),
     lora_rank="The --lora-rank that the training will have (default 0).",

@@ -48,7 +48,7 @@ def test_everything_is_within_its_gate(few, tmp_path):
     file = tmp_path / "check.json"
     result = runner.invoke(app, ["check", "--seed", "3", "--device", "cpu", "--seconds", "280", "--json", str(file)])
     assert result.exit_code == 0, result.output
-    assert "all within their gates" in result.output
+    assert "all within tolerance" in result.output
     found = json.loads(file.read_text())
     assert found["passed"] is True
     assert found["seed"] == 3
@@ -698,7 +698,7 @@ def test_narrow_terminals_get_lines(width):
     report, console = Report(0, False), Console(width=width, file=StringIO())
     report.add("cpp", "cpu", Finding("value", 0.5, 2.0), "1e-6", case=3)
     report.print(console)
-    line = "\ncpp on cpu: value (1e-6): cases 1, ulp 2.00, relative 0, of the gate 50%, worst case 3\n"
+    line = "\ncpp on cpu: value (1e-6): cases 1, ulp 2.00, relative 0, of tolerance 50%, worst case 3\n"
     assert (line in console.file.getvalue()) == (width == 40)
 
 

@@ -125,8 +125,8 @@ class Report:
 
         title = f"Worst errors, seed {self.seed}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        numbers = ("cases", "ulp", "relative", "of the gate", "worst case")
-        for column in ("what", "check", "gate"):
+        numbers = ("cases", "ulp", "relative", "of tolerance", "worst case")
+        for column in ("what", "check", "tolerance"):
             table.add_column(column, overflow="fold")
         for column in numbers:
             table.add_column(column, justify="right")
@@ -164,7 +164,7 @@ class Report:
         for line in self._unfinished:
             console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
         count = sum(group.count for group in self._groups.values())
-        text = f"{len(self._broken)} broken" if self._broken else "all within their gates"
+        text = f"{len(self._broken)} broken" if self._broken else "all within tolerance"
         parts = f", {len(self._unfinished)} parts not finished (time limit)" if self._unfinished else ""
         console.print(f"{count} comparisons, {text}{parts}; {self.seconds:.0f} s, seed {self.seed}", highlight=False)
 

@@ -129,7 +129,7 @@ def _missing(place: str, suffixes: Sequence[str]) -> str:
     """Why nothing was found there."""
     wanted = " or ".join(suffixes)
     if not os.path.isdir(place):
-        reason = f"no such file, or no {wanted} in it"
+        reason = f"no such file or folder (looked for {wanted})"
         on_hub = _HUB_NAME.fullmatch(place)
         if on_hub is None or place.lower().endswith((*suffixes,)) or os.path.exists(os.path.dirname(place)):
             return reason

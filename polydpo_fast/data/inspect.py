@@ -202,11 +202,13 @@ def report(source: Source, *, every: bool, count: int, ledger: Path | None, cons
         facts.add_row(safe(name), f"{number:,}")
     console.print(facts)
     _report_categories(source, console)
-    fine = True
+    fine, found = True, Sample()
     if count:
-        fine = _report_sample(sample(source, sampled_indices(source, count)), console) and fine
+        found = sample(source, sampled_indices(source, count))
+        _report_sample(found, console)
+        fine = not found.problems
     if every:
-        fine = _report_check(source, console) and fine
+        fine = _report_check(source, console, told=found.problems) and fine
     if ledger is not None:
         fine = _report_replay(source, ledger, console) and fine
     return fine
@@ -291,7 +293,7 @@ def _report_categories(source: Source, console: Console) -> None:
     console.print(table)
 
 
-def _report_sample(found: Sample, console: Console) -> bool:
+def _report_sample(found: Sample, console: Console) -> None:
     table = Table("sample", "files", "kB (median)", "kB (largest)", "pixels (most common)", "CPU ms", box=None)
     for name, sizes in sorted(found.sizes.items(), key=lambda item: -len(item[1])):
         shapes = Counter(found.pixels.get(name, [])).most_common(3)
@@ -304,20 +306,18 @@ def _report_sample(found: Sample, console: Console) -> bool:
             f"{np.median(found.cpu_ms[name]):.1f}" if name in found.cpu_ms else "",
         )
     console.print(table)
-    console.print(
-        "CPU ms: median of decoding one with one thread, images to 1024 x 1024, of clips 16 frames to 832 x 480"
-    )
+    console.print("CPU ms: median, one thread; images to 1024 x 1024, clips 16 frames to 832 x 480")
     _report_problems(found.problems, console)
-    return not found.problems
 
 
-def _report_check(source: Source, console: Console) -> bool:
+def _report_check(source: Source, console: Console, told: Sequence[Problem]) -> bool:
+    """told: what the sample found, which is not said twice."""
     bad = set()
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(source))
         for done, problems in check(source, range(len(source))):
-            _report_problems(problems, console)
+            _report_problems((problem for problem in problems if problem not in told), console)
             bad |= {problem.index for problem in problems}
             progress.advance(task, done)
     console.print(f"{len(bad):,} of {len(source):,} pairs cannot be decoded")

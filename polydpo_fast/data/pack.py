@@ -247,7 +247,10 @@ def _begin(folder: Path, source: Source, shard_size: int) -> Packed:
     for name in ("version", "source", "shard_size"):
         old, now = getattr(state, name), getattr(new, name)
         if old != now:
-            raise SourceError(f"{folder} was begun with {name} {old}; now it is {now}")
+            why = " (other files, or options such as ties)" if name == "source" else ""
+            raise SourceError(
+                f"{folder} was begun with {name} {old}; now it is {now}{why}; expected the same, or another folder"
+            )
     for number in range(state.shards):
         if not (folder / _shard_name(number)).exists():
             raise SourceError(f"{folder / _shard_name(number)} is missing, though {_STATE} has it")

@@ -16,7 +16,7 @@ from typing import Any
 from .extras import need
 from .objective import PairObjective, check_loss
 
-__all__ = ["Settings", "lasting", "read_assignments", "read_settings", "write_settings"]
+__all__ = ["Settings", "lasting", "meant_by", "read_assignments", "read_settings", "write_settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +177,29 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
     values = {**values, **given}
     known = {one.name for one in fields(Settings)}
     if unknown := sorted(str(name) for name in set(values) - known):
-        names = [name.replace("-", "_") for name in unknown]
-        close = [[_OF_SCRIPTS[name]] if name in _OF_SCRIPTS else get_close_matches(name, known, n=1) for name in names]
-        meant = sorted({one for found in close for one in found})
+        close = (meant_by(name) or "".join(get_close_matches(name.replace("-", "_"), known, n=1)) for name in unknown)
+        meant = sorted({*close} - {""})
         raise ValueError(f"{', '.join(unknown)}: no setting; expected {', '.join(meant or sorted(known))}")
     if missing := [name for name in ("model", "data") if values.get(name) is None]:
         options, keys = (" and ".join(map(mark.format, missing)) for mark in ("--{}", "{}:"))
         raise ValueError(f"{' and '.join(missing)} not given; expected {options}, or {keys} in the file of --config")
     hints = typing.get_type_hints(Settings)
     return Settings(**{name: _of_type(name, value, hints[name]) for name, value in values.items()})
+
+
+def meant_by(name: str) -> str | None:
+    """The setting, or its line in YAML, that is meant by a name of Diffusers' scripts, or of an argument of the loader.
+
+    None where none is known."""
+    from ..clips import decode_clips
+    from ..data import PairLoader
+    from ..decode import decode_pairs
+
+    name = name.replace("-", "_").removeprefix("loader.")
+    if name in _OF_SCRIPTS or name in {one.name for one in fields(Settings)}:
+        return _OF_SCRIPTS.get(name, name)
+    parts = {one for takes in (PairLoader, decode_pairs, decode_clips) for one in inspect.signature(takes).parameters}
+    return f"loader: {{{name}: ...}}" if name in parts - _TAKEN["loader"] else None
 
 
 def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -245,22 +259,37 @@ _MAY_CHANGE |= {"validation_prompts", "validation_every", "validation_steps", "t
 _MAY_CHANGE |= {"gradient_checkpointing", "vae_batch"}
 _MAY_CHANGE_OF_LOADER = {"cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads"}
 _MAY_CHANGE_OF_LOADER |= {"timeout_s"}
-# What Diffusers' scripts call by names that are not like ours.
+# What Diffusers' DPO scripts call otherwise. Their validation_steps is our validation_every: ours has that name, too.
 _OF_SCRIPTS = {
+    "adam_weight_decay": "weight_decay",
+    "beta_dpo": "beta",
+    "checkpointing_steps": "checkpoint_every",
     "checkpoints_total_limit": "keep",
     "dataset_name": "data",
+    "gradient_accumulation_steps": "accumulation",
+    "loss_type": "objective",
     "lr": "learning_rate",
+    "lr_num_cycles": "cycles",
+    "lr_power": "power",
     "lr_scheduler": "schedule",
     "lr_warmup_steps": "warmup",
     "max_train_steps": "steps",
+    "no_hflip": "loader: {hflip: 0}",
     "num_train_epochs": "steps",
+    "output_dir": "output",
     "pretrained_model_name_or_path": "model",
     "proportion_empty_prompts": "prompt_dropout",
+    "random_crop": "loader: {crop: random}",
+    "rank": "lora_rank",
     "report_to": "trackers",
     "resolution": "size",
     "resume_from_checkpoint": "resume",
+    "run_validation": "validation_prompts",
+    "tracker_name": "project",
+    "train_batch_size": "batch_size",
     "train_data_dir": "data",
-    "use_8bit_adam": "optimizer",
+    "use_8bit_adam": "optimizer: adamw8bit",
+    "vae_encode_batch_size": "vae_batch",
 }
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor"),

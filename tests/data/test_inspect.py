@@ -102,8 +102,9 @@ def test_categories_without_markup_and_control_sequences(good):
     assert rows_of(output)["dog"] == ["1", "50.0%"]
 
 
-def test_all_lists_what_cannot_be_decoded(bad, good):
-    code, output = run(bad, "--all", "--sample", "0")
+@pytest.mark.parametrize("options", [["--sample", "0"], []], ids=["alone", "after a sample"])
+def test_all_lists_what_cannot_be_decoded_once(bad, good, options):
+    code, output = run(bad, "--all", *options)
     assert code == 1
     lines = [line for line in output.splitlines() if "bad.parquet, row" in line]
     assert sorted(line.partition("row ")[2].split(":")[0] for line in lines) == ["4", "5", "6"]

@@ -811,11 +811,11 @@ def test_names_of_the_hub_are_told(tmp_path, monkeypatch):
     recipe = (Path(__file__).parents[2] / "configs" / "sd15-pickapic.yaml").read_text()
     command = re.search("hf download .*", recipe)[0]
     name = command.split()[2]
-    with pytest.raises(SourceError, match=f"{name}: no such file, or no .*, expected the folder .* that `{command}` m"):
+    with pytest.raises(SourceError, match=f"{name}: no such file or folder .*, expected the folder .* `{command}` m"):
         open_source(name)
     (tmp_path / "data").mkdir()
     for where in ("data/pickapic_v2", "pickapic/pairs.jsonl", "/pickapic/v2", "a/b/c", "pickapic_v2"):
-        with pytest.raises(SourceError, match=r"no such file, or no [^;]*$"):
+        with pytest.raises(SourceError, match=r"no such file or folder [^;]*$"):
             open_source(where)
 
 

@@ -1654,6 +1654,7 @@ def test_what_the_scheduler_alone_can_tell_is_said_before_the_model_is_loaded(
         ("model: m\ndata: d\nlora-rank: 8\n", "lora-rank: no setting; expected lora_rank\n"),
         ("resolution: 512\nlr: 1e-5\nrnak: 2\n", "lr, resolution, rnak: no setting; expected learning_rate, size\n"),
         ("dataset_name: d\n", "dataset_name: no setting; expected data\n"),
+        ("resolution: 512\ncrop: random\n", "crop, resolution: no setting; expected loader: {crop: ...}, size\n"),
         ("model: m\ndata: d\nloader: center\n", "loader is 'center'; expected names and values"),
         ("just text", "run.yaml is a str; expected names and values"),
     ],
@@ -1665,6 +1666,26 @@ def test_a_wrong_file_of_settings_is_told_in_a_line(tmp_path, monkeypatch, text,
     assert result.exit_code == 2
     assert result.output.startswith(message)
     assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--resolution", "1024"], "--resolution: no option; expected --size"),
+        (["train", "--max_train_steps=3"], "--max_train_steps: no option; expected --steps"),
+        (["train", "--seed", "1", "--batch_size", "2"], "--batch_size: no option; expected --batch-size"),
+        (["train", "--use_8bit_adam"], "--use_8bit_adam: no option; expected --optimizer adamw8bit"),
+        (["train", "--random_crop"], "--random_crop: no option; expected --set 'loader={crop: random}'"),
+        (["train", "--hflip", "0.5"], "--hflip: no option; expected --set 'loader={hflip: ...}'"),
+        (["train", "--prompt-dropout", "0.2"], "--prompt-dropout: no option; expected --set 'prompt_dropout=...'"),
+        (["cache", "out", "--train_batch_size", "2"], "--train_batch_size: no option; expected --batch-size"),
+        (["reference", "out", "--alpha", "2"], "--alpha: no option; expected --set 'alpha=...'"),
+    ],
+)
+def test_an_option_of_diffusers_scripts_or_of_a_setting_leads_to_ours(words, expected):
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.output) == (2, f"{expected}\n")
+    assert "No such option: --nonsense" in CliRunner().invoke(app, [words[0], "--nonsense"]).output
 
 
 @pytest.mark.parametrize("command", [["train"], ["cache", "out"], ["reference", "out"]], ids=lambda words: words[0])
