@@ -12,9 +12,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from tables import named, rows_of, steps
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from tables import named, rows_of, steps, unit
 
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442"]
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442", "#000000"]
+MARKERS = "osD^v<>PX*"  # for those who see no colours
+SHORT = EngFormatter(sep="")  # 10k, 1M
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -33,27 +36,27 @@ def roofline(results: dict) -> Figure:
     """Bandwidth of the loss, forward and backward, against the size of the tensors."""
     cases = steps(results)
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    for way, colour in zip(("ours", "torch.compile", "eager"), COLOURS, strict=False):
+    for way, colour, marker in zip(("ours", "torch.compile", "eager"), COLOURS, MARKERS, strict=False):
         points = sorted((ways[way]["bytes"], ways[way]["bytes"] / ways[way]["median"]) for ways in cases if way in ways)
         if points:
-            axes.plot(*zip(*points, strict=True), "o", label=way, color=colour, alpha=0.85, markersize=5)
+            axes.plot(*zip(*points, strict=True), marker, label=way, color=colour, alpha=0.85, markersize=5)
     copy = statistics.median(ways["copy"]["bytes"] / ways["copy"]["median"] for ways in cases)
     axes.axhline(copy, color="black", linewidth=1, linestyle="--")
-    axes.annotate("copying 256 MB", (1, copy), (-4, 4), ("axes fraction", "data"), "offset points", ha="right")
+    axes.annotate("copying 256 MB", (0, copy), (4, 4), ("axes fraction", "data"), "offset points")
     axes.set(xscale="log", yscale="log", xlabel="bytes that must be moved", ylabel="bytes per second")
-    axes.set_title("The loss against the memory's roof", loc="left")
-    axes.legend(loc="lower right")
+    axes.set_title("Bandwidth of the loss, forward and backward", loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def loss_ratios(results: dict) -> Figure:
     cases = {f"{ways['ours']['model']}, {ways['ours']['dtype']}": ways for ways in steps(results)}
-    return _ratios(cases, "Forward and backward of the loss: time, in times of ours")
+    return _ratios(cases, "Forward and backward of the loss: time, in multiples of ours")
 
 
 def decode_ratios(results: dict) -> Figure:
     rows = {named(case): ways for case, ways in rows_of(results, "decode").items()}
-    return _ratios(rows, "An image, from bytes to the tensor: CPU time, in times of ours")
+    return _ratios(rows, "An image, from bytes to the tensor: CPU time, in multiples of ours")
 
 
 def _ratios(cases: dict[str, dict], title: str) -> Figure:
@@ -61,7 +64,6 @@ def _ratios(cases: dict[str, dict], title: str) -> Figure:
     ways = [
         way for way in dict.fromkeys(way for found in cases.values() for way in found) if way not in ("ours", "copy")
     ]
-    markers = "osD^v<>PX*"
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.27 * len(cases)))
     for number, way in enumerate(ways):
         points = [
@@ -70,12 +72,15 @@ def _ratios(cases: dict[str, dict], title: str) -> Figure:
             if way in found
         ]
         colour = COLOURS[1:][number % (len(COLOURS) - 1)]
-        axes.plot(
-            *zip(*points, strict=True), markers[number % len(markers)], label=named(way), color=colour, markersize=5
-        )
-    axes.axvline(1, color=COLOURS[0], linewidth=2)
-    axes.set(xscale="log", yticks=range(len(cases)), yticklabels=list(cases))
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(*zip(*points, strict=True), marker, label=named(way), color=colour, markersize=5)
+    axes.axvline(1, color=COLOURS[0], linewidth=2, label="ours", zorder=1)
+    axes.set(
+        xscale="log", yticks=range(len(cases)), yticklabels=list(cases), xlabel="right of the line: slower than ours"
+    )
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_yaxis()
     axes.set_title(title, loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -132,7 +137,16 @@ def scaling(results: dict) -> Figure:
                 milliseconds = [1e3 * ways[way]["median"] for ways in points]
                 axes.plot(at, milliseconds, "o-", color=colour, label=label, markersize=3.5)
         title, _, quantity = curve.rpartition(", ")
-        axes.set(xscale="log", yscale="log", xlabel=quantity, ylabel="ms")
+        axes.set(xscale="log", yscale="log", xlabel=quantity, ylabel=unit(curve))
+        axes.set_xticks(at, [SHORT(value) if value >= 10_000 else f"{value:,}" for value in at], minor=False)
+        if max(milliseconds) < 5 * min(milliseconds):  # or noise looks like growth
+            axes.set_ylim(min(milliseconds) / 2, max(milliseconds) * 2)
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if max(milliseconds) < 100 * min(milliseconds) else (1,))
+        )
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         axes.set_title(title, loc="left", fontsize=9)
         if "copy" in points[0]:
             axes.legend(fontsize=7)

@@ -346,6 +346,11 @@ def training(results: dict) -> str:
     )
 
 
+def unit(curve: str) -> str:
+    """Of a curve of scaling."""
+    return "ms per image" if curve.startswith("decoding") else "ms"
+
+
 def scaling(results: dict) -> str:
     curves: dict[str, list[Row]] = {}
     for ways in rows_of(results, "scaling").values():
@@ -355,7 +360,7 @@ def scaling(results: dict) -> str:
         quantity = curve.rpartition(", ")[2]
         body = [[f"{row['at']:,}", ms(row), significant(1e3 * row["iqr"])] for row in rows]
         text = limit(curve, rows, results["machine"]["processors"])
-        blocks.append(f"**{curve}**\n\n{table([quantity, 'ms', 'IQR'], body, left=0)}\n\n{text}")
+        blocks.append(f"**{curve}**\n\n{table([quantity, unit(curve), 'IQR'], body, left=0)}\n\n{text}")
     return "\n\n".join([*blocks, repeat(results, "scaling")])
 
 

@@ -1,6 +1,7 @@
 """`polydpo-fast bench`: what is kept of a run, how two are compared; and that the documents show what was measured."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -525,3 +526,22 @@ def test_plots_are_drawn_from_results(shown, tmp_path):
     drawn = {path.stem for path in tmp_path.glob("*.svg")}
     assert drawn == {path.stem for path in (report.PAGE.with_suffix("") / report.SHOWN).glob("*.svg")}
     assert drawn == set(plots.PLOTS)
+
+
+def test_plots_can_be_read(shown):
+    """Labels of ticks do not overlap, no two ways look alike, and what is measured per image says so."""
+    import plots
+
+    with plots.plt.rc_context(plots.STYLE):
+        figure = plots.scaling(shown)
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            title = axes.get_title("left")
+            boxes = [text.get_window_extent() for text in axes.get_xticklabels(which="both") if text.get_text()]
+            assert len(boxes) > 3
+            assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2)), title
+            assert axes.get_ylabel() == ("ms per image" if title.startswith("decoding") else "ms")
+        (axes,) = plots.decode_ratios(shown).axes
+        drawn = [line.get_color() for line in axes.lines]
+        assert len(drawn) == len(set(drawn)) > 5
+    plots.plt.close("all")
