@@ -17,6 +17,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import polydpo_fast
 from polydpo_fast.cli import app
 from polydpo_fast.objectives import OBJECTIVES
 
@@ -174,6 +175,47 @@ def test_the_messages_that_are_explained_are_the_code_s():
     assert len(messages) > 5
     for message in messages:
         assert message in code or message == "out of memory", message  # which is PyTorch's
+
+
+def test_options_of_diffusers_scripts_are_those_that_the_command_answers_with():
+    """Each row's last word of theirs is answered with what stands beside it."""
+    (section,) = (DOCS / "questions.md").read_text().split("| Diffusers' scripts |")[1:]
+    known = {name for one in typer.main.get_command(app).commands["train"].params for name in one.opts}
+    found = 0
+    for theirs, ours in (line.split("|")[1:3] for line in section.split("\n\n")[0].splitlines()[2:]):
+        expected = re.findall("`([^`]*)`", ours)
+        assert {word.split()[0] for word in expected} <= known
+        for option in re.findall("`(--[^`]*)`", theirs):
+            if option == "--validation_steps":  # a setting of another meaning
+                continue
+            message = CliRunner().invoke(app, ["train", option]).output
+            assert message.removeprefix(f"{option}: no option; expected ").strip() in expected, message
+            found += 1
+    assert found > 20
+
+
+def test_the_answers_with_code_compute_what_they_say(tmp_path):
+    """Your own DataLoader, with workers; and a loss of KTO's form, whose gradient is that of the formula in float64."""
+    collate, kto = (code for code in blocks("questions", "python") if "for batch in loader" not in code)
+    file = tmp_path / "a.jpg"
+    PIL.Image.new("RGB", (40, 30), (200, 30, 30)).save(file)
+    data = [{"win": file.read_bytes(), "lose": file.read_bytes(), "prompt": str(i), "index": i} for i in range(16)]
+    assert collate.count("size=1024") == 1
+    scope = {"torch": torch, "polydpo_fast": polydpo_fast, "dataset": data}
+    exec(compile(collate.replace("size=1024", "size=16"), "questions.md", "exec"), scope)
+    batches = list(scope["loader"])
+    assert [tuple(batch["pixels"].shape) for batch in batches] == [(16, 3, 16, 16)] * 2
+    assert sorted(prompt for batch in batches for prompt in batch["prompts"]) == sorted(map(str, range(16)))
+
+    target, ref = torch.randn(2, 6, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pred = (0.9 * ref + 0.1 * target).requires_grad_()
+    scope |= {"model_pred": pred, "ref_pred": ref, "target": target, "beta": 3.0}
+    exec(compile(kto, "questions.md", "exec"), scope)
+    reward = -1.5 * ((pred - target) ** 2 - (ref - target) ** 2).mean(dim=(1, 2, 3))
+    baseline = max(reward.mean().item(), 0)
+    loss = torch.sigmoid(baseline - reward[:3]).mean() + torch.sigmoid(reward[3:] - baseline).mean()
+    torch.testing.assert_close(scope["loss"], loss)
+    torch.testing.assert_close(*(torch.autograd.grad(one, pred)[0] for one in (scope["loss"], loss)))
 
 
 def test_the_bytes_of_a_training_add_up():
