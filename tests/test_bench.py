@@ -425,6 +425,16 @@ def test_figures_that_are_arithmetic():
     assert f"A pair takes {4 * (2 * 4 * 64 * 64 + 77 * 768) / 1000:.0f} kB for SD1.5" in training
 
 
+def test_the_published_script_in_float16_is_as_the_pages_say():
+    import precision
+
+    script, batch = precision.FORMULAS["Salesforce's script (in the inputs' dtype)"], precision.batch
+    wrong = precision.survival(script, batch(torch.float32, torch.float16))["wrong sign"]
+    assert round(10 * wrong) == 1
+    assert "the sign is wrong in one pair of ten" in (ROOT / "docs" / "loss.md").read_text()
+    assert "(in its own fp16 of a tenth)" in (ROOT / "README.md").read_text()
+
+
 def test_the_fastest_way_is_in_bold_whatever_a_copy_of_other_bytes_takes():
     ways = {"ours": {"median": 2e-3}, "eager": {"median": 3e-3}, "copy": {"median": 1e-3}}
     assert tables.best(ways["ours"], ways) == "**2.00**"
