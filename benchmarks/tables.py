@@ -19,7 +19,7 @@ NAMES = {
     "simplejpeg": "simplejpeg + torch",
     "imagecodecs": "imagecodecs + torch",
     "spdl": "SPDL + torch",
-    "dali": "DALI, CPU",
+    "dali": "DALI, CPU + torch",
     "dali_decoder": "our geometry through DALI, CPU",
     "torchcodec": "torchcodec + torch",
     "photograph": "JPEG, smooth",
@@ -127,7 +127,7 @@ def measured(results: dict) -> str:
         ["the recipe of Diffusers' scripts (Pillow, ToTensor, Normalize)", f"{ms(photograph['diffusers_recipe'])} ms"],
     ]
     if "dali" in photograph:
-        body.append(["NVIDIA DALI's CPU pipeline", f"{ms(photograph['dali'])} ms"])
+        body.append(["NVIDIA DALI on the CPU, finished by torch", f"{ms(photograph['dali'])} ms"])
     head = ["what", f"{machine['cpu']}, {machine['processors']} processors"]
     return f"{table(head, body, left=2)}\n\n{repeat(results, 'demo', 'loss', 'decode')}"
 
