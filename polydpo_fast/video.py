@@ -163,6 +163,8 @@ class Clip:
             # Opening, FFmpeg decodes frames, for what we take from the first one or count ourselves: it is told not to.
             probing = {**options, "skip_frame": "all", **(probing or {})}
             opening = {**_OPTIONS[format], "max_streams": str(self._limits.streams + 1)}
+            # Titles and the like may be in whatever encoding. PyAV 19 takes them all, and no such argument.
+            reading = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
             try:
                 opened = av.open(
                     file,
@@ -170,7 +172,7 @@ class Clip:
                     options=probing,
                     container_options=opening,
                     io_open=_open_nothing,
-                    metadata_errors="replace",  # titles and the like, in whatever encoding
+                    **reading,
                 )
             except av.FFmpegError as error:
                 raise ValueError(self._trouble or words_of(error)) from error
@@ -477,20 +479,18 @@ def orientation(frame: Any) -> int:
     from av.sidedata.sidedata import SideDataContainer
 
     # frame.side_data would be kept by the frame, which it keeps: megabytes that only the garbage collector gives back.
-    for data in SideDataContainer(frame):  # type: ignore[call-arg]  # of the stubs
-        if data.type.name == "DISPLAYMATRIX":
-            matrix = struct.unpack("=9i", bytes(data))
-            parts = (*matrix[:2], *matrix[3:5])
-            least = max(map(abs, parts)) / 100  # sines and cosines are rounded
-            a, b, c, d = (int(v > least) - int(v < -least) for v in parts)
-            if (a, b, c, d) not in _ORIENTATIONS:
-                angle = -math.degrees(math.atan2(matrix[1], matrix[0]))
-                by = ", ".join(f"{v / 65536:.3g}" for v in parts)
-                raise ValueError(
-                    f"it is to be shown turned by {angle:.0f} degrees, by the matrix {by}; expected quarter turns"
-                )
-            return _ORIENTATIONS[a, b, c, d]
-    return 1
+    data = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # of the stubs
+    if data is None:
+        return 1
+    matrix = struct.unpack("=9i", bytes(data))
+    parts = (*matrix[:2], *matrix[3:5])
+    least = max(map(abs, parts)) / 100  # sines and cosines are rounded
+    a, b, c, d = (int(v > least) - int(v < -least) for v in parts)
+    if (a, b, c, d) not in _ORIENTATIONS:
+        angle = -math.degrees(math.atan2(matrix[1], matrix[0]))
+        by = ", ".join(f"{v / 65536:.3g}" for v in parts)
+        raise ValueError(f"it is to be shown turned by {angle:.0f} degrees, by the matrix {by}; expected quarter turns")
+    return _ORIENTATIONS[a, b, c, d]
 
 
 _ORIENTATIONS = {

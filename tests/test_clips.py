@@ -72,6 +72,28 @@ def test_texts_in_another_encoding_do_not_matter():
     assert decode_clips([data], [CLIP], frames=3, size=32).ok.all()
 
 
+def test_pyav_19_has_no_errors_of_metadata_and_iterates_over_the_kinds_of_side_data(monkeypatch):
+    """Its interface, in front of the PyAV that is here; with it a frame is shown as its matrix says."""
+    quarter = with_matrix(CLIP, 0, 65536, -65536, 0)
+    expected = decode_clips([CLIP], [quarter], frames=3, size=32)
+    version, opening, kinds_of = int(av.__version__.split(".")[0]), av.open, av.sidedata.sidedata.SideDataContainer
+
+    def open_19(file, mode="r", format=None, options=None, container_options=None, io_open=None):
+        rest = {} if version >= 19 else {"metadata_errors": "replace"}
+        return opening(file, mode, format, options, container_options, io_open=io_open, **rest)
+
+    class SideData19(kinds_of):
+        def __iter__(self):
+            return iter([getattr(one, "type", one) for one in super().__iter__()])
+
+    monkeypatch.setattr(av, "__version__", "19.0.2")
+    monkeypatch.setattr(av, "open", open_19)
+    monkeypatch.setattr(av.sidedata.sidedata, "SideDataContainer", SideData19)
+    found = decode_clips([CLIP], [quarter], frames=3, size=32)
+    assert torch.equal(found.pixels, expected.pixels)
+    assert found.original_size.tolist() == [[48, 64], [64, 48]]
+
+
 def test_where_there_are_no_more_threads_nothing_is_decoded_twice(monkeypatch):
     """A pool queues work before it starts a thread for it."""
     done, start = [], threading.Thread.start
