@@ -57,6 +57,8 @@ precision: setup  ## Print how much of a logit survives, here and in other scrip
 setup: $(VENV)/built  ## Install what is missing and build; the other targets do it by themselves
 
 $(VENV)/installed: pyproject.toml constraints.txt scripts/system-packages.sh
+	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit( \
+		"make wants Python 3.11 or later, as constraints.txt does (make PYTHON=python3.12 ...); pip install . wants 3.10")'
 	PYTHON=$(PYTHON) sh scripts/system-packages.sh
 	@echo "Setting up $(VENV)"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

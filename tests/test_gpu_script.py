@@ -171,6 +171,23 @@ def test_make_takes_the_first_python_that_has_pytorch(tmp_path, first, second):
     assert done.stdout == f"{name} runs scripts/gpu.py\n"
 
 
+@pytest.mark.parametrize(("version", "goes_on"), [((3, 10, 19), False), ((3, 11, 0), True), ((3, 13, 1), True)])
+def test_make_says_that_the_pinned_versions_want_a_newer_python(tmp_path, version, goes_on):
+    """NumPy 2.4 and others of constraints.txt have no release for Python 3.10: pip would only find no such version."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "system-packages.sh").write_text("echo goes on; exit 1\n")
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"
+    code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$2"\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "-s", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == ("goes on\n" if goes_on else "")
+    assert ("make wants Python 3.11 or later" in done.stderr) is not goes_on
+
+
 def test_an_import_that_fails_is_the_reason_of_all_that_did_not_run(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "PROBE", 'print(\'{"gpu": "X", "torch": "2.9"}\')')
     monkeypatch.setattr(gpu, "IMPORT", "raise SystemExit('no such symbol')")
