@@ -91,7 +91,8 @@ def time_ids(original_size: Tensor, crop_top_left: Tensor, size: tuple[int, int]
 
 
 def _unet(model: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-    if getattr(unwrapped(model).config, "time_cond_proj_dim", None) and "timestep_cond" not in conditioning:
+    config = getattr(unwrapped(model), "config", None)  # which a class of the user's of that name may not have
+    if getattr(config, "time_cond_proj_dim", None) and "timestep_cond" not in conditioning:
         raise ValueError(
             "the UNet has time_cond_proj_dim, an embedding of the guidance as latent consistency models have, and "
             "conditioning has no timestep_cond, which its pipeline makes of it; expected one, or another model"

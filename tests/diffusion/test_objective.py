@@ -395,6 +395,17 @@ def test_a_unet_that_is_told_the_guidance_is_not_trained_without():
     assert loss.isfinite()
 
 
+def test_a_class_of_the_users_that_is_called_like_a_unet_needs_no_config():
+    class UNet2DConditionModel(torch.nn.Module):
+        def forward(self, noisy, timesteps, encoder_hidden_states, return_dict):
+            return (0.5 * noisy,)
+
+    _, latents, cond, scheduler = build("sd15")
+    objective = PairObjective(scheduler, reference=UNet2DConditionModel(), beta=BETA)
+    loss, _ = objective(UNet2DConditionModel(), latents, cond, seeds=SEEDS)
+    assert loss.item() == pytest.approx(math.log(2))
+
+
 def test_drawn_by_torchs_generator_without_seeds():
     model, latents, cond, scheduler = build("sd15")
     objective = PairObjective(scheduler, reference=perturbed(model), beta=BETA)
