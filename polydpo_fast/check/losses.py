@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from .. import functional
 from .cases import Arms, Case, arranged
@@ -185,16 +186,16 @@ def examine_compiled(case: Case, backend: str, device: str, compiler: str) -> Fi
 
 
 def examine_operators(case: Case, backend: str, device: str) -> Finding:
-    """What PyTorch asks of operators: torch.library.opcheck of the two that the loss consists of."""
+    """What PyTorch asks of operators, of the two that the loss consists of."""
     (pred, ref, target), _ = _arguments(replace(case, layout="halves", kind="own"), device)
     ours = torch.ops.polydpo_fast
     parameters = [10.0, 1.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.0, 0.5]  # beta, four alphas, keep, flip, margin, sft_weight
     given = [pred], [] if ref is None else [ref], [target], *[None] * 5, parameters
     name = case.options["objective"]
-    torch.library.opcheck(ours.pair_loss.default, (*given, name, "halves", "none", backend))
+    opcheck(ours.pair_loss.default, (*given, name, "halves", "none", backend))
     coefficients = torch.ones(case.pairs, 2, dtype=torch.float64, device=device)
     one = torch.ones((), device=device)
-    torch.library.opcheck(ours.pair_gradient.default, ([pred], [target], None, coefficients, one, "halves", backend))
+    opcheck(ours.pair_gradient.default, ([pred], [target], None, coefficients, one, "halves", backend))
     return must("opcheck", True)
 
 
