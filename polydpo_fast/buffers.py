@@ -24,8 +24,8 @@ _MADV_FREE = getattr(mmap, "MADV_FREE", 8)  # a Python that was built on an olde
 class Buffers:
     """What is free of the memory that was taken from here, to be taken again.
 
-    A tensor that is kept is never written to again; one that is let go spares the next one of its size the page faults
-    of fresh memory.
+    A tensor that is kept is never written to again; one that is let go spares the next one of about its size the page
+    faults of fresh memory.
 
     Args:
         most_free: more blocks than these are let go.
@@ -43,9 +43,10 @@ class Buffers:
         if torch.compiler.is_compiling():  # Dynamo cannot follow what is below
             fresh = torch.empty(shape, dtype=dtype, device="cpu")
             return fresh if strides is None else fresh.as_strided(shape, strides)
-        block, pages = self._take(math.prod(shape) * dtype.itemsize)
+        size = math.prod(shape) * dtype.itemsize
+        block, pages = self._take(size)
         # The storage holds this view, and lets go of it when its last tensor is gone.
-        lease = block[...]
+        lease = block[:size]
         weakref.finalize(lease, self._give_back, block, pages).atexit = False
         flat = torch.frombuffer(lease, dtype=dtype)
         if strides is None:
@@ -53,11 +54,12 @@ class Buffers:
         return flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, strides)
 
     def _take(self, size: int) -> tuple[np.ndarray, mmap.mmap | None]:
-        with suppress(IndexError):  # there is none, or another thread was quicker
-            while True:
+        with suppress(IndexError):  # another thread was quicker
+            for _ in range(len(self._free)):
                 block, pages = self._free.pop()
-                if block.nbytes == size:
+                if size <= block.nbytes <= 1.25 * size:  # batches of several shapes take turns
                     return block, pages
+                self._free.appendleft((block, pages))
         if not self.pinned:
             with suppress(OSError):  # there is no memory, which PyTorch says in words that programs look for
                 pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

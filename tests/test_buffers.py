@@ -87,13 +87,30 @@ def test_gradients_cost_no_page_faults_once_their_memory_is_there(arms):
     assert min(faults() for _ in range(5)) == 0
 
 
-def test_at_most_two_blocks_are_kept_and_those_of_another_size_are_given_back():
+def test_at_most_two_blocks_are_kept_and_those_of_other_sizes_leave_in_time():
     held = [gradient_of(*batch(seed)) for seed in range(3)]
     del held
     assert [block.nbytes for block, _ in cpu._gradients._free] == [8 * ELEMENTS] * 2
     smaller = batch(3, (2, ELEMENTS // 2))
-    assert_right(gradient_of(*smaller), smaller)
-    assert [block.nbytes for block, _ in cpu._gradients._free] == [4 * ELEMENTS]
+    held = [gradient_of(*smaller) for _ in range(2)]
+    assert_right(held[0], smaller)
+    del held
+    assert [block.nbytes for block, _ in cpu._gradients._free] == [4 * ELEMENTS] * 2
+
+
+def test_batches_of_several_shapes_take_turns_in_the_memory_of_the_largest():
+    """As those of images in buckets of about one size have."""
+    shapes = [(2, ELEMENTS), (2, ELEMENTS * 5 // 6), (2, ELEMENTS - 3)]
+    addresses, storages = set(), set()
+    for seed in range(9):
+        tensors = batch(seed, shapes[seed % 3])
+        grad = gradient_of(*tensors)
+        assert_right(grad, tensors)
+        addresses.add(grad.data_ptr())
+        storages.add(grad.untyped_storage().nbytes() - grad.nbytes)
+        del grad
+    assert len(addresses) == 1
+    assert storages == {0}  # what is saved or sent to a worker is no larger than the tensor
 
 
 def test_threads_never_share_a_block():
