@@ -134,8 +134,8 @@ def _missing(place: str, suffixes: Sequence[str]) -> str:
         if on_hub is None or place.lower().endswith((*suffixes,)) or os.path.exists(os.path.dirname(place)):
             return reason
         return (
-            f"{reason}; if it is a data set of the Hugging Face hub, expected the folder {on_hub[1]} that "
-            f"`hf download {place} --repo-type dataset --local-dir {on_hub[1]}` makes"
+            f"{reason}; if it is a data set of the Hugging Face hub, expected hf://datasets/{place}, or the folder "
+            f"{on_hub[1]} that `hf download {place} --repo-type dataset --local-dir {on_hub[1]}` makes"
         )
     reason = f"the folder has no {wanted} in it"
     for _, _, inside in os.walk(place):

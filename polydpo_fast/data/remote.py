@@ -69,7 +69,7 @@ def find(place: str, suffixes: Sequence[str]) -> list[Found]:
         elif filesystem.isdir(place):
             found = _within(filesystem, place, suffixes)
         else:
-            found = [place] if filesystem.exists(place) else []
+            found = [place] if filesystem.exists(place) else _nothing(filesystem, place)
         with ThreadPoolExecutor(_REQUESTS) as pool:
             facts = list(pool.map(partial(_info, filesystem), found))
             if found == [place] and facts[0].get("type") == "directory":  # Spark makes folders named so
@@ -171,6 +171,16 @@ def _within(filesystem: Any, place: str, suffixes: Sequence[str]) -> list[str]:
     return sorted(path for path in filesystem.find(place) if path.lower().endswith((*suffixes,)))
 
 
+def _nothing(filesystem: Any, place: str) -> list[str]:
+    """Nothing is there; raises FileNotFoundError if the storage says more than that, as of a private repository."""
+    try:
+        filesystem.info(place)
+    except FileNotFoundError as error:
+        if str(error) not in place:
+            raise
+    return []
+
+
 def _part(filesystem: Any, path: str, start: int, end: int) -> Any:
     from fsspec.spec import AbstractFileSystem
 
@@ -204,7 +214,9 @@ def _filesystem(address: str) -> tuple[Any, str]:
         filesystem, path = url_to_fs(address)
         return filesystem, path
     except ImportError as error:
-        raise SourceError(f"{address}: {error}. pip install 'polydpo-fast[remote]' has HTTP and S3") from error
+        raise SourceError(
+            f"{address}: {error}. pip install 'polydpo-fast[remote]' has HTTP, S3 and the Hugging Face hub"
+        ) from error
     except Exception as error:  # an unknown protocol, a package or an address that it needs, whatever it raises
         raise SourceError(f"{address}: {error or type(error).__name__}") from error
 

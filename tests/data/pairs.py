@@ -1,6 +1,8 @@
 """Sources of tiny pairs whose pixels say which pair they are."""
 
+import json
 import struct
+import tarfile
 import threading
 import time
 import zlib
@@ -30,6 +32,36 @@ def which(pixels):
     """Of (2B, 3, 2, 2) uint8: the numbers of the pairs, and 0 or 1 for the arm, as the pixels tell."""
     colours = pixels[:, :, 0, 0].long()
     return (colours[:, 0] + 256 * colours[:, 1]).tolist(), colours[:, 2].tolist()
+
+
+FORMS = ("pairs.parquet", "pairs.tar", "pairs.jsonl")
+
+
+def fill_folder(folder, numbers):
+    """The same pairs in each of FORMS. Needs pyarrow."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images = [{"win": png(number, 0, 0), "lose": png(number, 0, 1)} for number in numbers]
+    prompts = [f"prompt {number:02}" for number in numbers]
+    first = [("win", "lose")[number % 2] for number in numbers]
+    columns = {
+        "jpg_0": [arms[arm] for arms, arm in zip(images, first, strict=True)],
+        "jpg_1": [arms["lose" if arm == "win" else "win"] for arms, arm in zip(images, first, strict=True)],
+        "label_0": [float(arm == "win") for arm in first],
+        "caption": prompts,
+    }
+    pq.write_table(pa.table(columns), folder / "pairs.parquet", row_group_size=5, compression="none")
+    with tarfile.open(folder / "pairs.tar", "w") as shard, open(folder / "pairs.jsonl", "w") as manifest:
+        for i, (arms, prompt) in enumerate(zip(images, prompts, strict=True)):
+            record = {"prompt": prompt}
+            for arm, data in arms.items():
+                path = folder / "images" / f"{i:02}.{arm}.png"
+                path.write_bytes(data)
+                shard.add(path, path.name)
+                record[arm] = f"images/{path.name}"
+            manifest.write(json.dumps(record) + "\n")
 
 
 class Tiny(Source):

@@ -811,7 +811,9 @@ def test_names_of_the_hub_are_told(tmp_path, monkeypatch):
     recipe = (Path(__file__).parents[2] / "configs" / "sd15-pickapic.yaml").read_text()
     command = re.search("hf download .*", recipe)[0]
     name = command.split()[2]
-    with pytest.raises(SourceError, match=f"{name}: no such file or folder .*, expected the folder .* `{command}` m"):
+    with pytest.raises(
+        SourceError, match=f"{name}: no such .*, expected hf://datasets/{name}, or the folder .* `{command}` m"
+    ):
         open_source(name)
     (tmp_path / "data").mkdir()
     for where in ("data/pickapic_v2", "pickapic/pairs.jsonl", "/pickapic/v2", "a/b/c", "pickapic_v2"):

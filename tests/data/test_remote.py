@@ -16,7 +16,8 @@ import urllib.parse
 
 import pytest
 import torch
-from data.pairs import everything, plain, png, which
+from data.pairs import FORMS as NAMES
+from data.pairs import everything, fill_folder, plain, png, which
 
 from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger, remote
 from polydpo_fast.data.files import File
@@ -27,7 +28,6 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 TINY = dict(size=2, dtype=torch.uint8)
 COUNT = 12
-NAMES = ("pairs.parquet", "pairs.tar", "pairs.jsonl")
 
 
 @pytest.fixture(autouse=True)
@@ -37,33 +37,9 @@ def no_pauses(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The same pairs in three forms; its name has a space."""
     folder = tmp_path / "web" / "the pairs"
-    (folder / "images").mkdir(parents=True)
-    fill(folder, range(COUNT))
+    fill_folder(folder, range(COUNT))
     return folder
-
-
-def fill(folder, numbers):
-    images = [{"win": png(number, 0, 0), "lose": png(number, 0, 1)} for number in numbers]
-    prompts = [f"prompt {number:02}" for number in numbers]
-    first = [("win", "lose")[number % 2] for number in numbers]
-    columns = {
-        "jpg_0": [arms[arm] for arms, arm in zip(images, first, strict=True)],
-        "jpg_1": [arms["lose" if arm == "win" else "win"] for arms, arm in zip(images, first, strict=True)],
-        "label_0": [float(arm == "win") for arm in first],
-        "caption": prompts,
-    }
-    pq.write_table(pa.table(columns), folder / "pairs.parquet", row_group_size=5, compression="none")
-    with tarfile.open(folder / "pairs.tar", "w") as shard, open(folder / "pairs.jsonl", "w") as manifest:
-        for i, (arms, prompt) in enumerate(zip(images, prompts, strict=True)):
-            record = {"prompt": prompt}
-            for arm, data in arms.items():
-                path = folder / "images" / f"{i:02}.{arm}.png"
-                path.write_bytes(data)
-                shard.add(path, path.name)
-                record[arm] = f"images/{path.name}"
-            manifest.write(json.dumps(record) + "\n")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -412,7 +388,7 @@ def test_a_file_that_is_another_one_now_gets_a_new_index(folder, web, name):
     _, address = web
     first = everything(open_source(f"{address}/{name}"))
     before = (folder / name).stat()
-    fill(folder, range(COUNT)[::-1])
+    fill_folder(folder, range(COUNT)[::-1])
     os.utime(folder / name, (before.st_atime, before.st_mtime + 2))
     assert (folder / name).stat().st_size == before.st_size
     again = everything(open_source(f"{address}/{name}"))
