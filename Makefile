@@ -41,7 +41,8 @@ report: setup  ## Write docs/benchmarks.md, its plots and the README's tables fr
 
 PEERS := build/peers
 bench-peers: setup $(PEERS)/installed  ## Decoder, clips and loader beside their peers, such as OpenCV and DALI (1.5 GB)
-	PYTHONPATH=$(PEERS) $(BIN)/polydpo-fast bench $(or $(SUITES),decode clips loader) $(ARGS)
+	$(BIN)/python scripts/link_ffmpeg.py $(PEERS)/ffmpeg
+	PYTHONPATH=$(PEERS) LD_LIBRARY_PATH=$(CURDIR)/$(PEERS)/ffmpeg $(BIN)/polydpo-fast bench $(or $(SUITES),decode clips loader) $(ARGS)
 
 $(PEERS)/installed:
 	$(BIN)/python -m pip install -q --target $(PEERS) opencv-python-headless==5.0.0.93 simplejpeg==1.9.0 \
@@ -49,6 +50,8 @@ $(PEERS)/installed:
 	# Without its dependencies, which are gigabytes: those that reading local shards needs.
 	$(BIN)/python -m pip install -q --target $(PEERS) --no-deps mosaicml-streaming==0.13.0 xxhash==4.1.0 \
 		zstandard==0.25.0 zstd==1.5.7.2 brotli==1.2.1 python-snappy==0.7.3 cramjam==2.14.0 catalogue==2.0.10
+	# The last one that loads without CUDA.
+	$(BIN)/python -m pip install -q --target $(PEERS) --no-deps torchcodec==0.13.0
 	touch $@
 
 precision: setup  ## Print how much of a logit survives, here and in other scripts
