@@ -159,9 +159,8 @@ def torchcodec(data):
     out = room(2, FRAMES, 3, HEIGHT, WIDTH)[0]
 
     def run():
-        decoder = decoders.VideoDecoder(data, num_ffmpeg_threads=1)
-        for to, frame in zip(out, decoder, strict=True):
-            to.copy_(frame.float().div_(127.5).sub_(1))
+        decoder = decoders.VideoDecoder(data, num_ffmpeg_threads=1, dimension_order="NHWC")
+        normalise((frame.numpy() for frame in decoder), out)
 
     return 1, run
 
@@ -274,8 +273,8 @@ def sparsely_by_torchcodec(data):
 
     def run():
         for _ in range(2):
-            frames = decoders.VideoDecoder(data, num_ffmpeg_threads=1).get_frames_at(indices).data
-            out.copy_(frames.float().div_(127.5).sub_(1))
+            decoder = decoders.VideoDecoder(data, num_ffmpeg_threads=1, dimension_order="NHWC")
+            normalise(decoder.get_frames_at(indices).data.numpy(), out)
 
     return run
 
