@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .buffers import LARGE, Buffers
+from .splitmix import GOLDEN, splitmix64
 
 __all__ = [
     "ClipLimits",
@@ -27,7 +28,6 @@ __all__ = [
     "check_images",
     "check_threads",
     "is_number",
-    "splitmix64",
 ]
 
 _DTYPES = ("yuv420", torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -390,18 +390,7 @@ def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tupl
         return [Draw(True, 0, 0, bool(hflip == 1))] * pairs, [0.0] * pairs
     draws, starts = [], []
     for seed in seeds:
-        top, left, flip, start = (splitmix64(seed + step * _GOLDEN) for step in (1, 2, 3, 4))
+        top, left, flip, start = (splitmix64(seed + step * GOLDEN) for step in (1, 2, 3, 4))
         draws.append(Draw(crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
         starts.append((start >> 11) * 2.0**-53)
     return draws, starts
-
-
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def splitmix64(state: int) -> int:
-    """Steele, Lea and Flood 2014: 64 well mixed bits of a counter."""
-    z = state % 2**64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    return z ^ z >> 31

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..buffers import Buffers
+from ..splitmix import mix
 from .bad_pairs import BadPairs
 from .batch import PairBatch
-from .order import mix
 from .plan import Plan, Step
 from .reading import LoaderError, Readers, Reading
 from .ready import ReadyPair, stack_pairs

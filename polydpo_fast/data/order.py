@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ..decode_arguments import splitmix64
+from ..splitmix import mix, splitmix64_of_array
 
-__all__ = ["Balanced", "Order", "Shuffled", "mix", "order_of", "permute"]
+__all__ = ["Balanced", "Order", "Shuffled", "order_of", "permute"]
 
 # Of the Feistel network. Four make a strong permutation of a large domain; of 3 to 64 numbers it takes 10 to 12 until
 # 200,000 keys show no bias.
@@ -39,14 +39,6 @@ class Order(Protocol):
         ...
 
 
-def mix(*numbers: int) -> int:
-    """64 well mixed bits of the numbers: splitmix64's finaliser (Steele, Lea and Flood 2014), chained."""
-    state = 0
-    for number in numbers:
-        state = splitmix64(state + number + 0x9E3779B97F4A7C15)
-    return state
-
-
 def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
     """The key's permutation of 0 to size - 1 at `values`, int64.
 
@@ -62,7 +54,7 @@ def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
     while outside.any():
         left, right = result[outside] >> np.uint64(half), result[outside] & mask
         for number in keys:
-            left, right = right, left ^ (_mixed(right + number) & mask)
+            left, right = right, left ^ (splitmix64_of_array(right + number) & mask)
         result[outside] = left << np.uint64(half) | right
         outside = result >= np.uint64(size)
     if size > 1:
@@ -203,11 +195,3 @@ def _apportioned(shares: np.ndarray, total: int) -> np.ndarray:
     most = np.argsort(result - exact, kind="stable")[: total - int(result.sum())]
     result[most] += 1
     return result
-
-
-def _mixed(z: np.ndarray) -> np.ndarray:
-    """`splitmix64` of each number."""
-    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = z ^ z >> np.uint64(31)
-    return mixed

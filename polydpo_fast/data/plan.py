@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..splitmix import mix
 from .ledger import Ledger
-from .order import Order, mix
+from .order import Order
 from .source import Source
 
 __all__ = ["Plan", "Step"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..data.fields import parse_json
-from ..data.order import mix
+from ..splitmix import mix
 from .extras import need
 from .families import check_geometry, family_of, native_size
 from .fingerprints import fingerprint

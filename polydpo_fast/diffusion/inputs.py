@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import PairBatch, PairLoader
-from ..data.order import mix
+from ..splitmix import mix
 from .config import Settings
 from .families import conditioning, encode_prompts
 from .fingerprints import fingerprint

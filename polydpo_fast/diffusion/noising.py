@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.order import mix
+from ..splitmix import GOLDEN, mix, signed, splitmix64_of_tensor
 from .moving import moved
 
 __all__ = ["NoisedPairs", "draw_noise", "draw_timesteps", "is_flow_matching", "noise_pairs"]
@@ -45,9 +45,9 @@ def draw_noise(seeds: Seeds, shape: Sequence[int], *, device: torch.device | str
     numbers = _numbers(seeds)
     count = math.prod(shape)
     result = torch.empty((len(numbers), count), dtype=torch.float32, device=device)
-    counter = torch.arange((count + 1) // 2, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15)
+    counter = torch.arange((count + 1) // 2, dtype=torch.int64, device=device) * signed(GOLDEN)
     for row, seed in zip(result, numbers, strict=True):
-        bits = _hashed(counter + _signed(mix(seed, 1)))
+        bits = splitmix64_of_tensor(counter + signed(mix(seed, 1)))
         # Two uniform numbers of 32 bits, strictly between 0 and 1.
         first, second = ((part.double() + 0.5) * 2.0**-32 for part in (bits >> 32 & _LOW, bits & _LOW))
         radius, angle = (-2 * first.log()).sqrt_(), second.mul_(2 * math.pi)
@@ -168,14 +168,3 @@ _LOW = 0xFFFFFFFF
 
 def _numbers(seeds: Seeds) -> list[int]:
     return [int(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
-
-
-def _signed(number: int) -> int:
-    return number - 2**64 if number >= 2**63 else number
-
-
-def _hashed(z: Tensor) -> Tensor:
-    """splitmix64's finaliser in int64, whose products wrap around; shifts must be told to bring in zeros."""
-    z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
-    return z ^ (z >> 31 & (1 << 33) - 1)

@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
 from ..data import LoaderError, PairBatch
-from ..data.order import mix
+from ..splitmix import mix
 from .config import Settings
 from .forward import predict
 from .inputs import Inputs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import PairBatch, PairLoader, Source, SourceError
-from ..data.order import mix
+from ..splitmix import mix
 from .fingerprints import fingerprint
 from .objective import PairObjective
 from .shards import Form, Progress, Shards

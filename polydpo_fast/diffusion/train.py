@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..data import PairBatch, PairLoader
-from ..data.order import mix
+from ..splitmix import mix
 from .checkpoints import (
     WholeAverages,
     check_output,

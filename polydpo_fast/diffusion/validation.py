@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..data.order import mix
+from ..splitmix import mix
 from .config import Settings
 from .families import Family
 from .pixels import sample

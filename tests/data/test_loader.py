@@ -28,8 +28,9 @@ from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import sources as sources_module
 from polydpo_fast.data.bad_pairs import BadPairs
 from polydpo_fast.data.ledger import Ledger
-from polydpo_fast.data.order import Balanced, Shuffled, mix
+from polydpo_fast.data.order import Balanced, Shuffled
 from polydpo_fast.data.rows import Rows
+from polydpo_fast.splitmix import mix
 
 TINY = dict(size=2, dtype=torch.uint8)
 

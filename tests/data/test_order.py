@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitmix import chained, outputs
 
-from polydpo_fast.data.order import _ROUNDS, Balanced, Shuffled, _mixed, mix, order_of, permute
+from polydpo_fast.data.order import _ROUNDS, Balanced, Shuffled, order_of, permute
+from polydpo_fast.splitmix import GOLDEN, mix, splitmix64_of_array
 
 BLOCKS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
 
@@ -35,7 +36,7 @@ def permutations(size, keys):
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
 
     def chained(state, number):
-        return _mixed(state + np.uint64((number + 0x9E3779B97F4A7C15) % 2**64))
+        return splitmix64_of_array(state + np.uint64((number + GOLDEN) % 2**64))
 
     state = chained(chained(np.arange(keys, dtype=np.uint64), 0), 0)
     of_rounds = [chained(state, number)[:, None] for number in range(_ROUNDS + 1)]
@@ -44,7 +45,7 @@ def permutations(size, keys):
     while outside.any():
         left, right = result >> shift, result & mask
         for key in of_rounds[:-1]:
-            left, right = right, left ^ (_mixed(right + key) & mask)
+            left, right = right, left ^ (splitmix64_of_array(right + key) & mask)
         result = np.where(outside, left << shift | right, result)
         outside = result >= size
     return np.where((result < 2) & (size > 1), result ^ (of_rounds[-1] & np.uint64(1)), result).astype(np.int64)

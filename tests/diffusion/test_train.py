@@ -39,7 +39,6 @@ from typer.testing import CliRunner
 from polydpo_fast import demo
 from polydpo_fast.cli import app
 from polydpo_fast.data import LoaderError, PairLoader
-from polydpo_fast.data.order import mix
 from polydpo_fast.diffusion import (
     checkpoints,
     draw_noise,
@@ -62,6 +61,7 @@ from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_resu
 from polydpo_fast.diffusion.precompute import reference
 from polydpo_fast.diffusion.shards import Shards
 from polydpo_fast.diffusion.train import NotFiniteError, train
+from polydpo_fast.splitmix import mix
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
