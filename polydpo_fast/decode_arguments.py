@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .buffers import LARGE, Buffers
 from .splitmix import GOLDEN, splitmix64
+from .values import check_choice, check_count, is_number, is_whole, plain
 
 __all__ = [
     "ClipLimits",
@@ -24,10 +24,8 @@ __all__ = [
     "Output",
     "Request",
     "check_clips",
-    "check_count",
     "check_images",
     "check_threads",
-    "is_number",
 ]
 
 _DTYPES = ("yuv420", torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -111,7 +109,7 @@ class ClipLimits:
             object.__setattr__(self, name, check_count(f"limits.{name}", getattr(self, name), most))
         if not is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
             raise ValueError(f"limits.timeout_s is {self.timeout_s!r}; expected seconds >= 0")
-        object.__setattr__(self, "timeout_s", _plain(self.timeout_s))
+        object.__setattr__(self, "timeout_s", plain(self.timeout_s))
 
 
 class Request(NamedTuple):
@@ -176,8 +174,8 @@ def check_clips(
     asked = _check(arms, (frames,), frames_first=layout == "TCHW", **common)
     return asked._replace(
         frames=frames,
-        fps=None if fps is None else _plain(fps),
-        start=start if isinstance(start, str) else _plain(start),
+        fps=None if fps is None else plain(fps),
+        start=start if isinstance(start, str) else plain(start),
     )
 
 
@@ -256,12 +254,6 @@ def _check_bytes(name: str, value: object, expected: str, hint: str = "") -> Non
         raise TypeError(f"{name} is an array of shape {shape}; {expected}, not decoded pixels")
 
 
-def check_count(name: str, value: object, most: int) -> int:
-    if not _is_whole(value) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}; expected an int from 1 to {most}")
-    return int(value)
-
-
 def check_threads(threads: int | None) -> int:
     """At most so many; as many as processors this process may use if None."""
     if threads is None:
@@ -297,11 +289,6 @@ def _check_limits(limits: T | None, kind: type[T]) -> T:
     return limits
 
 
-def check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if not isinstance(value, (str, type(None))) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
 def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     try:
         height, width = map(operator.index, size if isinstance(size, Sequence) else (size, size))
@@ -323,7 +310,7 @@ def _normalisation(mean: float | Sequence[float], std: float | Sequence[float]) 
 def _per_channel(name: str, value: float | Sequence[float]) -> list[float]:
     values = list(value) if isinstance(value, Sequence) else [value] * 3
     for x in values:
-        if not is_number(x) or not -1e6 < _plain(x) < 1e6:
+        if not is_number(x) or not -1e6 < plain(x) < 1e6:
             raise ValueError(f"{name} is {value!r}; expected a number, or three")
     if len(values) != 3:
         raise ValueError(f"{name} has {len(values)} numbers; expected one, or three")
@@ -332,7 +319,7 @@ def _per_channel(name: str, value: float | Sequence[float]) -> list[float]:
 
 def _check_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     if not (isinstance(colour, Sequence) and len(colour) == 3) or not all(
-        _is_whole(c) and 0 <= c <= 255 for c in colour
+        is_whole(c) and 0 <= c <= 255 for c in colour
     ):
         raise ValueError(f"background is {colour!r}; expected red, green and blue, integers from 0 to 255")
     red, green, blue = map(int, colour)
@@ -353,20 +340,6 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
             f"out is on {out.device}, of layout {out.layout}, requires_grad: {out.requires_grad}; "
             f"expected a contiguous {'CPU' if device.type == 'cpu' else device} tensor without gradient"
         )
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a real number, perhaps one of NumPy's."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _plain(value: float | Fraction) -> float | Fraction:
-    """The same number as one of Python's: NumPy's have fewer digits, and make no fractions."""
-    return value if isinstance(value, (int, float, Fraction)) else int(value) if _is_whole(value) else float(value)
 
 
 # -------------------------------------------------------------------------------------------- what is drawn

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..decode_arguments import check_choice
+from ..values import check_choice
 from .source import Arm, PairError, Source, SourceError, warn, weight_of
 
 __all__ = [

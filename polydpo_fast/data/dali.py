@@ -12,7 +12,8 @@ from typing_extensions import Buffer
 from ..clip_file import Source
 from ..clips import DecodedClips, decode_clips
 from ..decode import DecodedPairs, decode_pairs
-from ..decode_arguments import check_choice, check_count, check_threads, is_number
+from ..decode_arguments import check_threads
+from ..values import check_choice, check_count, is_number
 from . import dali_clips, dali_images
 from .dali_canary import CanaryError
 from .dali_engine import Engine

@@ -17,10 +17,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..buffers import Buffers
+from ..values import is_int
 from .batch import PairBatch
 from .dali import Decoder, choose_decoder
 from .ledger import Ledger, options_as_json
-from .loader_arguments import batch_form, check_arguments, check_device, decode_function, is_int, ranks_of
+from .loader_arguments import batch_form, check_arguments, check_device, decode_function, ranks_of
 from .order import Order, Shuffled, order_of
 from .pipeline import Pipeline
 from .plan import Plan, Step

@@ -6,15 +6,16 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from ..clips import decode_clips
 from ..decode import decode_pairs
+from ..values import is_int
 from .ready import Ready
 
-__all__ = ["batch_form", "check_arguments", "check_device", "decode_function", "is_int", "ranks_of"]
+__all__ = ["batch_form", "check_arguments", "check_device", "decode_function", "ranks_of"]
 
 _OF_SOURCES = ("ties", "root", "columns", "category", "weight", "memory_bytes")
 
@@ -119,7 +120,3 @@ def _hint(unknown: list[str]) -> str:
     if {"num_workers", "workers"}.intersection(unknown):
         return ". Threads do the work here: threads= of them decode, and readers= read"
     return ""
-
-
-def is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)

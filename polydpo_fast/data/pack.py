@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import Buffer
 
+from ..values import is_int
 from .media import suffix_of
 from .reading import read_ahead
 from .source import Arm, Pair, PairError, Source, SourceError, weight_of
@@ -68,7 +69,7 @@ def pack(
     holds the shards of another source or size, or with other columns, or other tar files, or if another process is
     packing into it; also for extra columns that JSON cannot hold. Raises ValueError where `out` is an address.
     """
-    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+    if not is_int(shard_size) or shard_size < 1:
         raise ValueError(f"shard_size is {shard_size!r}; expected a number of bytes, 1 or more")
     folder = Path(out).expanduser()
     if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(folder)):  # a Path has only one slash of an address

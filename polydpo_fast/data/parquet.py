@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from ..values import is_int
 from .arrow import Binary, check_unchanged, import_pyarrow, is_category, is_image, is_number, is_text, open_parquet
 from .columns import (
     CATEGORY,
@@ -88,7 +89,7 @@ class ParquetPairs(TableSource):
     ) -> None:
         pa = import_pyarrow()
         check_options(ties, columns)
-        if isinstance(memory_bytes, bool) or not isinstance(memory_bytes, int) or memory_bytes < 0:
+        if not is_int(memory_bytes) or memory_bytes < 0:
             raise ValueError(f"memory_bytes is {memory_bytes!r}; expected an int >= 0")
         self._files = find_one_split(where, [".parquet"])
         self._names = names(self._files)

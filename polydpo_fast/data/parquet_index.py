@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..cache import load_or_build
-from .arrow import check_unchanged, import_pyarrow, is_category, open_parquet
+from .arrow import check_unchanged, import_pyarrow, is_category, is_number, open_parquet
 from .columns import HAS_LABEL, TIE, WINS, IfThere, Layout, layout_of, verdicts
 from .files import File
 from .source import SourceError
@@ -101,10 +101,9 @@ def _verdicts(table: Any, layout: Layout, rows: int, file: File) -> np.ndarray:
     if layout.label is None:
         return np.full(rows, WINS, dtype=np.uint8)
     column = table.column(layout.label)
-    types = pa.types
-    if types.is_boolean(column.type):
+    if pa.types.is_boolean(column.type):
         column = column.cast(pa.uint8())
-    if not (types.is_floating(column.type) or types.is_integer(column.type) or types.is_null(column.type)):
+    if not is_number(column.type):
         raise SourceError(f"{file.path}: {layout.label} is {column.type}; expected numbers")
     labels = column.cast(pa.float64(), safe=False).to_numpy()  # NaN for null
     labelled = None

@@ -6,13 +6,13 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from typing_extensions import Buffer
 
+from ..values import is_number
 from .columns import (
     CATEGORY,
     HAS_LABEL,
@@ -270,7 +270,7 @@ def _numbers(values: Sequence[Any], name: str) -> np.ndarray:
 
 
 def _is_weight(value: Any) -> bool:
-    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
+    return value is None or is_number(value)
 
 
 def _is_nothing(value: Any) -> bool:

@@ -10,11 +10,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from typing_extensions import Buffer
+
+from ..values import is_number
 
 if TYPE_CHECKING:
     from .ready import Ready
@@ -57,7 +58,7 @@ def weight_of(value: Any, name: str = "weight") -> float:
     """A pair's weight. Raises ValueError for what is no number >= 0, or is so large or small that it would be infinite
     or 0 in float32, which batches have."""
     try:
-        weight = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+        weight = float(value) if is_number(value) else math.nan
     except OverflowError:
         weight = math.inf
     if not weight >= 0:

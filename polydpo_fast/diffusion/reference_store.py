@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import PairBatch, PairLoader, Source, SourceError
 from ..splitmix import mix
+from ..values import is_int
 from .fingerprints import fingerprint
 from .objective import PairObjective
 from .shards import Form, Progress, Shards
@@ -76,9 +77,9 @@ def precompute_reference_errors(
             another model, scheduler, source, transform, seed, or number of draws.
         OSError: the folder cannot be written to.
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= 1 << 16:
+    if not is_int(draws) or not 1 <= draws <= 1 << 16:
         raise ValueError(f"draws is {draws!r}; expected an int from 1 to {1 << 16}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_int(seed) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}; expected an int from 0 to 2^63 - 1")
     random = random_options(loader)
     if random:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..data import PairBatch, PairError, PairLoader, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
+from ..values import is_int
 from .extras import need
 from .fingerprints import EARLIER, alternatives, fingerprint
 
@@ -67,7 +68,7 @@ class Shards:
     ) -> Shards:
         """A new one, or that which is there, if it is of the same. Raises ValueError where it is not."""
         need("safetensors", what="a store")
-        if isinstance(shard_pairs, bool) or not isinstance(shard_pairs, int) or shard_pairs < 1:
+        if not is_int(shard_pairs) or shard_pairs < 1:
             raise ValueError(f"shard_pairs is {shard_pairs!r}; expected an int >= 1")
         made_with = {name: fingerprint(part) for name, part in parts.items()}
         own = cls(Path(folder), kind, pairs, shard_pairs, made_with, facts)
