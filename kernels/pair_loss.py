@@ -18,7 +18,6 @@ operations per thousand elements, so it is affordable also where float64 runs at
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polydpo_fast.backends import INTERPRETING
 from polydpo_fast.layout import PAIR_COLUMNS, Column, arms, empty_dense_like, pairs_in
 from polydpo_fast.metrics import METRICS
 from polydpo_fast.objectives import OBJECTIVES
@@ -45,10 +45,8 @@ LARGE_SPLITS = 768
 # Partial sums of a split: m D and (m - r) D, of the winner and of the loser; and with a mask the elements.
 SUMS = tl.constexpr(4)
 
-# Triton's interpreter runs plain functions, and refuses jitted ones that do not see triton.language. PyTorch before 2.8
-# comes with a Triton that has no `knobs` to ask.
-_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-_jit_head = (lambda head: head) if _INTERPRETING else triton.jit
+# Triton's interpreter runs plain functions, and refuses jitted ones that do not see triton.language.
+_jit_head = (lambda head: head) if INTERPRETING else triton.jit
 HEADS = {name: _jit_head(objective.head) for name, objective in OBJECTIVES.items()}
 
 COLUMNS = tl.constexpr(PAIR_COLUMNS)

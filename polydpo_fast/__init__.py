@@ -6,9 +6,10 @@ from pathlib import Path as _Path
 
 from . import reference
 from ._version import __version__
+from .backends import available_backends
 from .clips import ClipLimits, DecodedClips, decode_clips
 from .decode import DecodedPairs, DecodeError, DecodeFailure, DecodeLimits, decode_pairs
-from .functional import PairErrors, available_backends, loss, pair_errors
+from .functional import PairErrors, loss, pair_errors
 from .yuv import yuv420_to_rgb
 
 # In a checkout polydpo_fast.kernels lies beside the package.

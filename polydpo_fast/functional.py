@@ -1,10 +1,8 @@
-"""`polydpo_fast.loss` and `pair_errors`: choice of backend, operator registration and autograd."""
+"""`polydpo_fast.loss` and `pair_errors`: operator registration and autograd."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, Literal, TypedDict, overload
@@ -15,11 +13,12 @@ from typing_extensions import Unpack
 
 from . import reference
 from .arguments import Head, Inputs, check_head, check_inputs, is_lazy
+from .backends import choose_backend
 from .layout import ERRORS, PAIR_COLUMNS, Arms, Column, common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS, unpacked
 from .reference import PairErrors
 
-__all__ = ["PairErrors", "available_backends", "choose_backend", "loss", "pair_errors"]
+__all__ = ["PairErrors", "loss", "pair_errors"]
 
 
 class _Options(TypedDict, total=False):
@@ -244,40 +243,7 @@ def _without_symbols(head: Head, inputs: Inputs) -> Head:
     return Head(beta, alpha, head.weight, parameters)
 
 
-# ----------------------------------------------------------------------------------------------- backends
-
-# Looked up once: torch.compile cannot trace through any of them.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_HAS_CPP = importlib.util.find_spec("polydpo_fast._C") is not None
-_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
-
-
-def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that can run on a device, "cpu" or "cuda" (ROCm's too), the automatic choice first.
-
-    Of "triton", "cpp" and "reference": what `backend` of `loss` and `pair_errors` may be there.
-    """
-    kind = (device if isinstance(device, torch.device) else torch.device(device)).type
-    if kind == "cuda" and _HAS_TRITON:
-        return ("triton", "reference")
-    if kind == "cpu":
-        cpp = ("cpp",) if _HAS_CPP else ()
-        return (*cpp, "reference", "triton") if _HAS_TRITON and _INTERPRETING else (*cpp, "reference")
-    return ("reference",)
-
-
-def choose_backend(backend: str | None, device: torch.device, *, has_cpp: bool = True) -> str:
-    """The one asked for, or the first of those available. has_cpp: whether there is one in C++ of what is to be run."""
-    available = [name for name in available_backends(device) if has_cpp or name != "cpp"]
-    if backend is None:
-        return available[0]
-    if backend not in available:
-        cpp = "; cpp needs a CPU and the built extension" if has_cpp else ""
-        raise ValueError(
-            f"backend is {backend!r}; expected one of {', '.join(map(repr, available))} for tensors on {device} "
-            f"(triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1{cpp})"
-        )
-    return backend
+# ---------------------------------------------------------------------------------------------- operators
 
 
 @cache
@@ -285,8 +251,6 @@ def _module_of(backend: str) -> Any:
     """Where a fused backend's launch_errors and launch_gradient are; imported when first used."""
     return importlib.import_module("polydpo_fast.cpu" if backend == "cpp" else "polydpo_fast.kernels.pair_loss")
 
-
-# ---------------------------------------------------------------------------------------------- operators
 
 # By hand: the decorators that register an operator cost more at each call.
 _library = torch.library.Library("polydpo_fast", "DEF")

@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 from ._version import __version__
-from .functional import available_backends
+from .backends import available_backends
 
 __all__ = ["collect", "versions"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .arguments import check_number
+from .backends import choose_backend
 from .colour import MATRICES, fixed_point
-from .functional import choose_backend
 
 __all__ = ["yuv420_to_rgb"]
 

@@ -25,7 +25,7 @@ from polydpo_fast.cli import app
 
 runner = CliRunner()
 PACKAGE = Path(polydpo_fast.__file__).parent
-needs_cpp = pytest.mark.skipif("cpp" not in functional.available_backends("cpu"), reason="the extension is not built")
+needs_cpp = pytest.mark.skipif("cpp" not in polydpo_fast.available_backends("cpu"), reason="the extension is not built")
 heavy = pytest.mark.heavy
 
 
@@ -56,11 +56,11 @@ def test_everything_is_within_its_gate(few, tmp_path):
     groups = {(group["subject"], group["check"]): group for group in found["groups"]}
     expected = [
         (backend, quantity)
-        for backend in functional.available_backends("cpu")
+        for backend in polydpo_fast.available_backends("cpu")
         for quantity in ("logit", "value", "gradient", "metrics", "pair_errors")
     ]
     assert set(expected) <= set(groups)
-    for backend in set(functional.available_backends("cpu")) - {"reference"}:
+    for backend in set(polydpo_fast.available_backends("cpu")) - {"reference"}:
         assert {(backend, "determinism"), (backend, "torch.compile")} <= set(groups)
         # Never exactly right: something was compared.
         assert groups[backend, "gradient"]["worst"]["ulps"] > 0.4
@@ -71,7 +71,7 @@ def test_thorough_tries_the_operators_too(few):
     report = check(
         seed=0,
         thorough=True,
-        backend="triton" if "triton" in functional.available_backends("cpu") else None,
+        backend="triton" if "triton" in polydpo_fast.available_backends("cpu") else None,
         seconds=200.0,
     )
     assert report.passed, report.as_json()
@@ -676,7 +676,7 @@ def test_no_backend_is_left_without_cases(few, monkeypatch):
 
     monkeypatch.setattr(run, "_gather", slow)
     monkeypatch.setattr(run, "_CASES", (20, 20))
-    monkeypatch.setattr(functional, "available_backends", lambda device: ("cpp", "triton", "reference"))
+    monkeypatch.setattr(run, "available_backends", lambda device: ("cpp", "triton", "reference"))
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     report = check(seed=0, device="cpu", seconds=100.0)
     groups = {(group["subject"], group["check"]): group for group in json.loads(report.as_json())["groups"]}

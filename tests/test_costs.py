@@ -23,7 +23,7 @@ import polydpo_fast
 from polydpo_fast import functional
 
 pytestmark = pytest.mark.skipif(
-    "cpp" not in functional.available_backends("cpu"), reason="the C++ extension is not built"
+    "cpp" not in polydpo_fast.available_backends("cpu"), reason="the C++ extension is not built"
 )
 
 

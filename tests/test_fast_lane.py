@@ -8,7 +8,7 @@ from polydpo_fast import functional
 from polydpo_fast.layout import PAIR_COLUMNS
 
 pytestmark = pytest.mark.skipif(
-    "cpp" not in functional.available_backends("cpu"), reason="the C++ extension is not built"
+    "cpp" not in polydpo_fast.available_backends("cpu"), reason="the C++ extension is not built"
 )
 
 

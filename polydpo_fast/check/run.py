@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import functional
+from ..backends import available_backends
 from . import clips, data, images, loading, losses
 from .cases import LARGE, SMALL, SPECIAL, Case, draw
 from .exact import errors_of
@@ -64,7 +64,7 @@ def check(
     for name in devices:
         _check_device(name)
     wanted = [(name, place) for place in devices for name in _BACKENDS if backend in (None, name)]
-    there = [(name, place) for name, place in wanted if name in functional.available_backends(place)]
+    there = [(name, place) for name, place in wanted if name in available_backends(place)]
     if not there:
         reasons = "; ".join(f"{name} on {place}: {_why(name, place)}" for name, place in wanted)
         raise ValueError(f"backend is {backend!r}; {reasons or 'expected one of ' + ', '.join(map(repr, _BACKENDS))}")

@@ -20,7 +20,7 @@ from polydpo_fast.kernels import pair_loss
 from polydpo_fast.kernels import yuv as yuv_kernels
 from triton.backends.compiler import GPUTarget
 
-from polydpo_fast import functional, yuv
+from polydpo_fast import backends
 
 # Of the tensors that a kernel is given, what it may write, and which of these it may read before.
 WRITTEN = {"slots", "counters", "pairs", "loss", "metrics", "grad_win", "grad_lose", "out"}
@@ -80,5 +80,4 @@ def install() -> None:
     triton.runtime.driver.set_active(target)
     for module, kernel in ((pair_loss, "errors_kernel"), (pair_loss, "gradient_kernel"), (yuv_kernels, "rgb_kernel")):
         setattr(module, kernel, Emulated(getattr(module, kernel)))
-    for module in (functional, yuv):
-        module._INTERPRETING = True  # backend="triton" takes tensors on the CPU
+    backends.INTERPRETING = True  # backend="triton" takes tensors on the CPU
