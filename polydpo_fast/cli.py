@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     import torch
 
-    from .bench import Comparison
+    from .comparison import Comparison
     from .data import Source
     from .diffusion.config import Settings
 
@@ -301,6 +301,7 @@ def bench(
 ) -> None:
     """Run the benchmarks, or compare two files of results. Comparing exits with 1 if something got worse."""
     from . import bench as benchmarks
+    from .comparison import compare as compared
 
     try:
         if compare is None:
@@ -309,7 +310,7 @@ def bench(
             return
         if suites or out is not None or replace or dirty:
             raise ValueError("--compare measures nothing; expected no SUITES, --out, --replace or --dirty beside it")
-        found = benchmarks.compare(*map(benchmarks.read_results, compare))
+        found = compared(*map(benchmarks.read_results, compare))
     except (OSError, RuntimeError, ValueError) as error:
         raise _failed(error) from error
     _print_comparison(found)

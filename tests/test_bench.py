@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from polydpo_fast import bench
 from polydpo_fast.cli import app
+from polydpo_fast.comparison import compare
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +46,7 @@ def results(ours, peers=(2.0, 3.0), iqr=0.0, **facts):
 
 
 def only(before, after):
-    (change,) = bench.compare(before, after).changes
+    (change,) = compare(before, after).changes
     return change
 
 
@@ -113,7 +114,7 @@ def test_medians_that_are_zero_or_no_numbers():
 )
 def test_other_facts_may_be_worse_whatever_the_time(fact, before, bad, fine):
     for after, worse in ((bad, True), (fine, False), (before, False)):
-        found = bench.compare(results(1.0, iqr=2.0, **{fact: before}), results(0.5, iqr=2.0, **{fact: after}))
+        found = compare(results(1.0, iqr=2.0, **{fact: before}), results(0.5, iqr=2.0, **{fact: after}))
         assert {change.what: change.worse for change in found.changes} == {"time": False, fact: worse}
 
 
@@ -121,14 +122,14 @@ def test_what_vanished_is_listed_and_other_machines_and_versions_are_told():
     before, after = results(1.0), results(1.0, peers=(2.0,))
     before["suites"]["t"] = {"rows": []}
     after["machine"]["name"], after["suites"]["s"]["versions"]["torch"] = "n", "3"
-    found = bench.compare(before, after)
+    found = compare(before, after)
     assert found.vanished == ["s: c: peer 1", "t: the whole suite"]
     assert found.worse
     assert found.warnings == ["name: m before, n after", "torch: 2 before, 3 after"]
-    assert not bench.compare(after, before).worse
+    assert not compare(after, before).worse
     for kept in (*before["suites"]["s"]["rows"], *after["suites"]["s"]["rows"]):
         del kept["ours"]
-    assert "nothing was judged" in bench.compare(before, after).warnings[0]
+    assert "nothing was judged" in compare(before, after).warnings[0]
 
 
 def test_the_command_compares_and_exits_with_what_it_found(tmp_path):
