@@ -19,7 +19,20 @@ from typer.testing import CliRunner
 
 import polydpo_fast
 from polydpo_fast import cpu, functional, metrics, objectives
-from polydpo_fast.check import cases, check, clips, data, exact, images, loading, losses, run
+from polydpo_fast.check import (
+    cases,
+    check,
+    clips,
+    data,
+    encoding,
+    exact,
+    images,
+    loading,
+    losses,
+    planes,
+    run,
+    transform,
+)
 from polydpo_fast.check.report import Finding, Report, must
 from polydpo_fast.cli import app
 
@@ -417,7 +430,7 @@ def test_other_colours_and_mirrors_of_planes_are_caught(wrong, monkeypatch):
     else:
         whole = yuv._reference
         monkeypatch.setattr(yuv, "_reference", lambda planes, crop, flip, *rest: whole(planes, crop, None, *rest))
-    found = [found for number in range(5) for found in data.planes(0, number, "cpu", "reference")]
+    found = [found for number in range(5) for found in planes.planes(0, number, "cpu", "reference")]
     assert broken(found) == {"colours"}
 
 
@@ -430,7 +443,7 @@ def test_the_pngs_of_every_filter_are_those_of_pillow(channels, depth):
     numbers = np.random.default_rng(channels).integers(0, 2**depth, (23, 9, channels))
     filters = np.arange(23) % 5
     for interlaced in (False, True):
-        file = images.png(numbers, {1: 0, 2: 4, 3: 2, 4: 6}[channels], depth, interlaced, [], filters)
+        file = encoding.png(numbers, {1: 0, 2: 4, 3: 2, 4: 6}[channels], depth, interlaced, [], filters)
         found = np.asarray(image.open(BytesIO(file))).reshape(23, 9, -1)
         # Of 16 bits Pillow keeps the upper ones, but for grey; which with alpha it takes for RGBA then.
         shown = numbers >> (8 if depth == 16 and channels > 1 else 0)
@@ -497,7 +510,7 @@ def test_planes_that_are_normalised_or_coloured_alike_are_caught(wrong, monkeypa
         monkeypatch.setattr(yuv, "_reference", lambda *a: whole(*a[:4], a[4][:1] * 3, *a[5:]))
     else:
         monkeypatch.setattr(yuv, "_runs", lambda *a: [(some, runs(*a)[0][1]) for some, _ in runs(*a)])
-    found = [found for number in range(6) for found in data.planes(0, number, "cpu", "reference")]
+    found = [found for number in range(6) for found in planes.planes(0, number, "cpu", "reference")]
     assert broken(found) == {"normalised" if wrong == "mean" else "colours"}
 
 
@@ -525,8 +538,8 @@ def test_arguments_of_the_decoder_that_are_not_heeded_are_caught(wrong, monkeypa
     name = {"out": "threads, batch", "seeds": "crops", "exif": "geometry", "corners": "planes of JPEG"}[wrong]
 
     def found():
-        for number in range(len(images._KINDS)):
-            if wrong != "corners" or cases.Draw(0, number).deal("kind", images._KINDS) == "JPEG 4:2:0":
+        for number in range(len(encoding.KINDS)):
+            if wrong != "corners" or cases.Draw(0, number).deal("kind", encoding.KINDS) == "JPEG 4:2:0":
                 with suppress(decode.DecodeError):  # of an image that lies on its side
                     yield from images.image(0, number)
 
@@ -800,7 +813,7 @@ def test_the_filter_is_pillows(interpolation):
     levels = np.random.default_rng(0).integers(0, 256, (57, 83, 3), dtype=np.uint8)
     for height, width in ((20, 31), (57, 200), (90, 40), (11, 83)):
         expected = image.fromarray(levels).resize((width, height), getattr(image.Resampling, interpolation.upper()))
-        found = images.resampled(levels.astype(np.float64), height, width, interpolation)
+        found = transform.resampled(levels.astype(np.float64), height, width, interpolation)
         assert np.abs(found - np.asarray(expected)).max() < 1.1
 
 

@@ -12,8 +12,8 @@ import torch
 from .cases import Draw
 from .data import FRAME_LEVELS, picture, rgb, rounded
 from .formulas import crop_at, drawn
-from .images import cut_out, inner, resampled
 from .report import Finding, must
+from .transform import cut_out, inner, resampled
 
 __all__ = ["clip"]
 

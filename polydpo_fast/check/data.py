@@ -1,19 +1,17 @@
-"""Planes of images and clips to RGB; and what all checks of data share: gates, pictures, how pixels are compared."""
+"""What all checks of data share: gates, pictures, colours, how pixels are compared."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from .cases import Draw
 from .losses import ulp_at
-from .report import Finding, must
+from .report import Finding
 
-__all__ = ["FRAME_LEVELS", "GATES", "missing", "normalised", "picture", "planes", "rgb", "rounded"]
+__all__ = ["FRAME_LEVELS", "GATES", "MATRICES", "missing", "normalised", "picture", "rgb", "rounded"]
 
 FRAME_LEVELS = 0.53
 """Of which half is the rounding to bytes."""
@@ -46,14 +44,13 @@ GATES = {
 }
 
 # The luma of red and of blue: ITU-R BT.601, BT.709, BT.2020, FCC 73.682 and SMPTE 240M.
-_MATRICES = {
+MATRICES = {
     "bt601": (0.299, 0.114),
     "bt709": (0.2126, 0.0722),
     "bt2020": (0.2627, 0.0593),
     "fcc": (0.3, 0.11),
     "smpte240m": (0.212, 0.087),
 }
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def missing(*packages: str) -> str:
@@ -62,54 +59,6 @@ def missing(*packages: str) -> str:
         return "the C++ extension is not built"
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     return f"{' and '.join(absent)} not installed" if absent else ""
-
-
-def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[Finding, str]]:
-    """Stored planes of images or clips to RGB on a device: against the plain PyTorch of the same on the CPU, against
-    the matrices, and normalised."""
-    from ..yuv import yuv420_to_rgb
-
-    d = Draw(seed, number)
-    images, height, width = d.integer(1, 3), 2 * d.integer(1, 20), 2 * d.integer(1, 20)
-    frames = d.deal("frames", (1, d.integer(2, 3)))
-    clips = (256 * d.uniform(images, frames, height * 3 // 2, width)).to(torch.uint8)
-    flip = d.uniform(images) < 0.5
-    dtype = d.deal("planes", (*_DTYPES, torch.uint8))
-    means, stds = ([d.between(low, high) for _ in "rgb"] for low, high in ((0, 0.6), (0.2, 1)))
-    stored = clips if frames > 1 else clips[:, 0]
-    how: Any = dict(flip=flip, mean=means, std=stds, backend="reference")
-    on_device: Any = {**how, "flip": flip.to(device), "backend": backend}
-    expected = yuv420_to_rgb(stored, dtype=dtype, **how)
-    actual = yuv420_to_rgb(stored.to(device), dtype=dtype, **on_device).cpu()
-    ulps = 1 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 0  # the interpreter truncates
-    difference = (actual.double() - expected.double()).abs()
-    near = 2.0**-7 * expected.double().abs() * ulps
-    same = bool((difference <= near).all())
-    what = f"{images} of {frames} of {height}x{width}"
-    yield must("yuv420_to_rgb", same), f"{dtype}, {what}"
-    if dtype != torch.uint8:
-        whole = yuv420_to_rgb(stored, dtype=torch.uint8, **how)
-        mean, std = (torch.tensor(x, dtype=torch.float64).view(3, *(1,) * (whole.dim() - 2)) for x in (means, stds))
-        yield normalised(expected, whole.double(), mean, std), f"{dtype}, {what}"
-
-    colours = [(d.deal("matrix", list(_MATRICES)), d.deal("range", (True, False)))]
-    colours += [(d.one_of(list(_MATRICES)), d.chance(0.5)) for _ in range(1, images)]
-    size = d.integer(1, height), d.integer(1, width)
-    corners = [(d.integer(0, height - size[0]), d.integer(0, width - size[1])) for _ in range(images)]
-    matrices, full = (list(x) for x in zip(*colours, strict=True))
-    how = dict(size=size, matrix=matrices, full_range=full, siting="left", dtype=torch.uint8, backend=backend)
-    crop = torch.tensor(corners)
-    pixels = yuv420_to_rgb(stored.to(device), flip=flip.to(device), crop=crop.to(device), **how).cpu()
-    found = pixels.view(images, 3, frames, *size).transpose(1, 2).flatten(0, 1).numpy()
-    levels = 0.0
-    for index, frame in enumerate(clips.flatten(0, 1).numpy()):
-        image = index // frames
-        (top, left), (matrix, is_full) = corners[image], colours[image]
-        y, c = np.split(frame.ravel(), [height * width])
-        ycc = [y.reshape(height, width), *c.reshape(2, height // 2, width // 2)]
-        cut = rgb(ycc, matrix, is_full)[:, top : top + size[0], left : left + size[1]]
-        levels = max(levels, float(np.abs(found[index] - (cut[..., ::-1] if flip[image] else cut)).max()))
-    yield Finding("colours", levels / FRAME_LEVELS, levels), f"{colours}, {what}"
 
 
 def normalised(pixels: torch.Tensor, levels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Finding:
@@ -132,9 +81,6 @@ def rounded(pixels: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor | flo
         float(off[worst] / x[worst]) if off[worst] else 0.0 for x in (ulp_at(exact, pixels.dtype), exact.abs())
     )
     return Finding("normalised", float(share[worst]), ulps, relative)
-
-
-# ------------------------------------------------------------------------------------------------ pictures
 
 
 def picture(d: Draw, height: int, width: int) -> np.ndarray:
@@ -160,7 +106,7 @@ def rgb(ycc: list[np.ndarray], matrix: str, full: bool = False) -> np.ndarray:
 
     blue, red = upsampled(cb), upsampled(cr)
     luma = y.astype(np.float64) if full else (y.astype(np.float64) - 16) * 255 / 219
-    of_red, of_blue = _MATRICES[matrix]
+    of_red, of_blue = MATRICES[matrix]
     r, b = luma + 2 * (1 - of_red) * red, luma + 2 * (1 - of_blue) * blue
     result: np.ndarray = np.stack([r, (luma - of_red * r - of_blue * b) / (1 - of_red - of_blue), b]).clip(0, 255)
     return result

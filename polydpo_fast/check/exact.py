@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cases import Case
 
-__all__ = ["Errors", "Exact", "errors_of", "exact_of", "kept_of", "metrics_of", "residual_of", "upstream_of"]
+__all__ = ["Errors", "Exact", "double", "errors_of", "exact_of", "kept_of", "metrics_of", "residual_of", "upstream_of"]
 
 
 class Errors(NamedTuple):
@@ -73,7 +73,7 @@ def errors_of(case: Case) -> Errors:
 def exact_of(case: Case, errors: Errors, logit: Tensor | None = None) -> Exact:
     """At the logits (B,), or at those of the errors."""
     options = case.options
-    beta = _double(options["beta"])
+    beta = double(options["beta"])
     if logit is None:
         logit = -beta / 2 * (errors.excess[0] - errors.excess[1])
         logit = logit.where(logit.isfinite(), torch.nan)  # infinite errors say nothing of a preference
@@ -81,7 +81,7 @@ def exact_of(case: Case, errors: Errors, logit: Tensor | None = None) -> Exact:
     keep, flip = ((1 - e) / (1 - 2 * e), -e / (1 - 2 * e)) if name == "robust" else (1 - e, e)
     z = logit - options.get("margin", 0.0)
     kept, flipped = _head(name, z, beta, options), _head(name, -z, beta, options)
-    sft, weight = options.get("sft_weight", 0.0), _double(options.get("pair_weight", 1.0))
+    sft, weight = options.get("sft_weight", 0.0), double(options.get("pair_weight", 1.0))
     value = weight * (keep * kept.value + flip * flipped.value + sft * errors.model[0])
     value_terms = keep * kept.value_terms + abs(flip) * flipped.value_terms + sft * errors.model[0]
     # dm/dpred = 2/D (pred - target); dz/dpred is -beta/2 of that for the winner, and +beta/2 for the loser.
@@ -95,7 +95,7 @@ def exact_of(case: Case, errors: Errors, logit: Tensor | None = None) -> Exact:
 
 def metrics_of(errors: Errors, logit: Tensor, beta: Any) -> dict[str, Tensor]:
     """The means that a trainer logs, of B pairs without NaN; see docs/loss.md."""
-    reward = -_double(beta) / 2 * errors.excess
+    reward = -double(beta) / 2 * errors.excess
     per_pair = {
         "implicit_accuracy": (logit.sign() + 1) / 2,
         "reward_win": reward[0],
@@ -139,7 +139,7 @@ def _head(name: str, z: Tensor, beta: Any, options: dict[str, Any]) -> _Head:
     one = z * 0 + 1  # NaN where z is
     if name in ("poly_dpo", "robust"):
         alpha = options.get("alpha", 0.0)
-        alphas = [_double(a) for a in (alpha if isinstance(alpha, tuple) else (alpha,))]
+        alphas = [double(a) for a in (alpha if isinstance(alpha, tuple) else (alpha,))]
         p, q = 1 / (1 + (-z).exp()), 1 / (1 + z.exp())
         softplus = torch.logaddexp(0 * z, -z)  # -log p
         pull = sum((j * a * q ** (j - 1) for j, a in enumerate(alphas, 1)), 0 * z)
@@ -166,5 +166,5 @@ def kept_of(case: Case) -> Tensor | None:
     return None if mask is None else mask.expand_as(case.pred[0]).flatten(1)
 
 
-def _double(x: Any) -> Any:
+def double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) else x

@@ -1,42 +1,25 @@
-"""Decoding of images: whole ones against Pillow or the numbers that were written, and the transform of these against
-the same in float64: the filter of a resize, mirror, crop, background, normalisation.
-
-What is drawn for a pair is recomputed from its seed.
-"""
+"""Decoding of images: whole ones against Pillow or the numbers that were written, and what is made of these against the
+transform in float64. What is drawn for a pair is recomputed from its seed."""
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from .cases import Draw
 from .data import normalised, picture, rounded
+from .encoding import JPEGS, KINDS, Encoded, encode, upright
 from .formulas import crop_at, drawn
 from .report import Finding, must
+from .transform import cut_out, fit
 
-__all__ = ["cut_out", "image", "inner", "png", "resampled"]
+__all__ = ["image"]
 
 _PAIRS = 8  # copies of the pair, of as many seeds
-_JPEGS: dict[str, dict[str, Any]] = {
-    "JPEG 4:2:0": dict(subsampling="4:2:0"),
-    "JPEG 4:2:2": dict(subsampling="4:2:2"),
-    "JPEG 4:4:4": dict(subsampling="4:4:4", quality=100),  # optimize=True too would at times be too much for Pillow
-    "JPEG with restarts": dict(restart_marker_blocks=2, optimize=True),
-    "progressive JPEG": dict(progressive=True),
-    "grey JPEG": dict(mode="L"),
-    "CMYK JPEG": dict(mode="CMYK"),
-}
-# Colour types of PNG, and their depths; written here, because Pillow writes few of them.
-_PNGS = {"grey": (0, (1, 2, 4, 8, 16)), "RGB": (2, (8, 16)), "palette": (3, (1, 2, 4, 8)), "RGBA": (6, (8, 16))}
-_KINDS = (*_JPEGS, *(f"{name} PNG" for name in _PNGS), "grey and alpha PNG", "PNG of Pillow", "WebP")
-_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-_FILTERS = 5  # of a PNG's rows
 # Of the decoder. Options that equal them are left out of the call, so that the defaults are checked too.
 _DEFAULTS: dict[str, Any] = dict(
     resize="cover", interpolation="bilinear", crop="center", hflip=0.0, background=(255, 255, 255), dtype=torch.bfloat16
@@ -44,19 +27,6 @@ _DEFAULTS: dict[str, Any] = dict(
 _MEAN = _STD = 0.5  # likewise
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _Found = tuple[Finding, str]
-
-
-class _Image(NamedTuple):
-    """kind: of `_KINDS`. levels: (H, W, 3) float64, upright, on the background. orientation: EXIF's.
-
-    off: levels. Versions of libjpeg differ by one; numbers are rounded once, those of 16 bits and an opacity twice.
-    """
-
-    kind: str
-    data: bytes
-    levels: np.ndarray
-    orientation: int
-    off: float
 
 
 def image(seed: int, number: int) -> Iterator[_Found]:
@@ -69,11 +39,11 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     if d.deal("wide", (True, False)):  # rows long enough for the widest stores
         size[1] = d.integer(64, 200)
     colour = d.deal("colour", (None, (d.integer(0, 255), d.integer(0, 255), d.integer(0, 255)))) or (255, 255, 255)
-    kinds: tuple[str, str] = d.deal("kind", _KINDS), d.one_of(_KINDS)
+    kinds: tuple[str, str] = d.deal("kind", KINDS), d.one_of(KINDS)
     sides = [[side + d.integer(0, 90) if resize is None else d.integer(8, 250) for side in size] for _ in kinds]
     if d.chance(0.3):
         sides[1] = sides[0]
-    arms = [_drawn(d, kind, of[0], of[1], colour) for kind, of in zip(kinds, sides, strict=True)]
+    arms = [encode(d, kind, of[0], of[1], colour) for kind, of in zip(kinds, sides, strict=True)]
     crop, interpolation = d.deal("crop", ("random", "center", "random")), d.deal("filter", ("bilinear", "bicubic"))
     hflip = d.deal("hflip", (0.5, 0.0, 0.2, 1.0))
     seeds = [d.integer(0, 2**62) for _ in range(_PAIRS)]
@@ -92,18 +62,18 @@ def image(seed: int, number: int) -> Iterator[_Found]:
         full: Any = dict(size=arm.levels.shape[:2], resize=None, background=colour, dtype=torch.uint8)
         pixels = decode_pairs([arm.data], [arm.data], **full).pixels[0].numpy().transpose(1, 2, 0)
         levels = float(np.abs(pixels - arm.levels).max())
-        yield Finding("pixels" if arm.kind in _JPEGS else "pixels, lossless", levels / arm.off, levels), what
+        yield Finding("pixels" if arm.kind in JPEGS else "pixels, lossless", levels / arm.off, levels), what
         whole.append(pixels.astype(np.float64))
         if arm.orientation > 1:
             undone_by = {6: 8, 8: 6}.get(arm.orientation, arm.orientation)  # the others by themselves
-            as_stored = _upright(pixels, undone_by)
+            as_stored = upright(pixels, undone_by)
             full |= dict(size=as_stored.shape[:2], exif="ignore")
             ignored = decode_pairs([arm.data], [arm.data], **full).pixels[0].numpy().transpose(1, 2, 0)
             yield must("geometry", np.array_equal(ignored, as_stored), "exif='ignore' is not heeded"), what
 
     win, lose = ([arm.data] * _PAIRS for arm in arms)
     batch = decode_pairs(win, lose, seeds=seeds, dtype=torch.uint8, threads=d.integer(1, 3), **how)
-    resized = [_resized(x, tuple(size), resize, interpolation) for x in whole]
+    resized = [fit(x, tuple(size), resize, interpolation) for x in whole]
     yield _geometry(arms, batch, [x.shape[:2] for x in resized], tuple(size), crop, hflip, seeds), what
     expected = np.stack(
         [
@@ -135,69 +105,8 @@ def image(seed: int, number: int) -> Iterator[_Found]:
         yield _large(d), "16 pairs of 256x256"
 
 
-# ------------------------------------------------------------------------------------------------ transform
-
-
-def resampled(levels: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    """(H, W, 3) by Pillow's antialiased filters, without its rounding to bytes on the way; clamped there as it does."""
-    down = levels.shape[0] - height
-    down_first = down > 0 and down > 2 * (levels.shape[1] - width)
-    for axis in (0, 1) if down_first else (1, 0):
-        weights = _weights(levels.shape[axis], (height, width)[axis], interpolation)
-        levels = np.moveaxis(np.tensordot(weights, levels, (1, axis)), 0, axis).clip(0, 255)
-    return levels
-
-
-def _weights(count: int, to: int, interpolation: str) -> np.ndarray:
-    """(to, count): a triangle, or Keys's cubic with a = -1/2, as wide as what it takes together."""
-    scale = count / to
-    stretch = max(scale, 1.0)
-    centre = (np.arange(to)[:, None] + 0.5) * scale
-    x = np.abs(np.arange(count)[None, :] + 0.5 - centre) / stretch
-    if interpolation == "bilinear":
-        weights = np.maximum(0.0, 1 - x)
-    else:
-        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    result: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
-    return result
-
-
-def _resized(levels: np.ndarray, size: tuple[int, ...], resize: str | None, interpolation: str) -> np.ndarray:
-    to = inner(levels.shape[:2], size, resize)
-    return levels if levels.shape[:2] == to else resampled(levels, *to, interpolation)
-
-
-def inner(of: tuple[int, ...], to: tuple[int, ...], resize: str | None) -> tuple[int, int]:
-    """Height and width after the resize: torchvision's integers."""
-    (h, w), (height, width) = of, to
-    if resize is None:
-        return h, w
-    if resize == "stretch":
-        return height, width
-    if (height * w >= width * h) == (resize == "cover"):  # the height is met
-        side = w * height // h
-        return height, max(width, side) if resize == "cover" else max(1, side)
-    side = h * width // w
-    return max(height, side) if resize == "cover" else max(1, side), width
-
-
-def cut_out(
-    levels: np.ndarray, flip: bool, corner: list[int], size: tuple[int, ...], colour: tuple[int, int, int]
-) -> np.ndarray:
-    """(3, H, W)."""
-    levels = levels[:, ::-1] if flip else levels
-    (top, left), (height, width) = corner, size
-    cut = levels[top : top + height, left : left + width]
-    result = np.empty((height, width, 3))
-    result[:] = colour
-    y, x = (height - cut.shape[0]) // 2, (width - cut.shape[1]) // 2
-    result[y : y + cut.shape[0], x : x + cut.shape[1]] = cut
-    return result.transpose(2, 0, 1)
-
-
 def _geometry(
-    arms: list[_Image],
+    arms: list[Encoded],
     batch: Any,
     resized: list[tuple[int, ...]],
     size: tuple[int, ...],
@@ -263,7 +172,7 @@ def _large(d: Draw) -> Finding:
 # ------------------------------------------------------------------------------------------- what is promised
 
 
-def _damaged(arms: list[_Image], batch: Any, seeds: list[int], how: dict[str, Any], what: str) -> Iterator[_Found]:
+def _damaged(arms: list[Encoded], batch: Any, seeds: list[int], how: dict[str, Any], what: str) -> Iterator[_Found]:
     """The middle of three pairs is cut off: refused by name, or masked. A JPEG without its end may be let pass."""
     from ..decode import DecodeError, decode_pairs
 
@@ -282,7 +191,7 @@ def _damaged(arms: list[_Image], batch: Any, seeds: list[int], how: dict[str, An
     right = masked.ok.tolist() == [True, False, True] and torch.equal(masked.pixels[rows], others)
     right = right and not masked.pixels[[1, 4]].any() and [(e.arm, e.index) for e in masked.errors] == [("lose", 1)]
     yield must("masked", right), what
-    if arms[0].kind in _JPEGS and arms[0].levels[..., 0].size > 4000:
+    if arms[0].kind in JPEGS and arms[0].levels[..., 0].size > 4000:
         cut = [arms[0].data, arms[0].data[:-20]]
         passed = decode_pairs([arms[1].data] * 2, cut, size=16, resize="stretch", strict=False)
         right = bool(passed.ok.all()) and [(x.arm, x.index) for x in passed.damaged] == [("lose", 1)]
@@ -319,121 +228,3 @@ def _unseeded(images: list[bytes]) -> Finding:
                 torch.manual_seed(repeated)
             found.append(decode_pairs(images, images, size=8, hflip=0.5).flipped.tolist())
     return must("crops", found[0] == found[2] != found[1], f"mirrors are {found}")
-
-
-# -------------------------------------------------------------------------------------------------- encoding
-
-
-def _drawn(d: Draw, kind: str, height: int, width: int, background: tuple[int, int, int]) -> _Image:
-    """An image that is upright of that size, or of even sides where its planes are to be compared."""
-    from PIL import Image, features
-
-    if kind == "WebP" and not features.check("webp"):
-        kind = "PNG of Pillow"
-    orientation = 1 if kind in ("WebP", "JPEG 4:2:0") or d.chance(0.3) else d.integer(1, 8)
-    if kind == "JPEG 4:2:0":
-        height, width = height + height % 2, width + width % 2
-    if orientation >= 5:
-        height, width = width, height
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    turned = exif.tobytes() if orientation > 1 else b""
-    stored: np.ndarray = picture(d, height, width)
-    file = io.BytesIO()
-    off = 1.0 if kind in _JPEGS else 0.51
-    if kind in _JPEGS:
-        options = dict(_JPEGS[kind])
-        encoded = Image.fromarray(stored).convert(options.pop("mode", "RGB"))
-        encoded.save(file, "JPEG", exif=turned, **{"quality": d.integer(60, 97), **options})
-        stored = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
-        data, levels = file.getvalue(), stored.astype(np.float64)
-    elif kind in ("PNG of Pillow", "WebP"):
-        options = dict(format="PNG", exif=turned) if kind != "WebP" else dict(format="WEBP", lossless=True)
-        Image.fromarray(stored).save(file, **options)
-        data, levels = file.getvalue(), stored.astype(np.float64)
-    else:
-        data, levels, twice = _png_drawn(d, kind, stored, background, turned[6:])
-        off = 1.01 if twice else off
-    return _Image(kind, data, _upright(levels, orientation), orientation, off)
-
-
-def _upright(stored: np.ndarray, orientation: int) -> np.ndarray:
-    """As EXIF's orientation means it: where the first row and the first column are to be seen."""
-    if orientation >= 5:
-        stored = stored.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        stored = stored[::-1]
-    return stored[:, ::-1] if orientation in (2, 3, 6, 7) else stored
-
-
-def _png_drawn(
-    d: Draw, kind: str, shown: np.ndarray, background: tuple[int, int, int], exif: bytes
-) -> tuple[bytes, np.ndarray, bool]:
-    """A PNG of a drawn depth, interlaced or not, opaque or not; its levels on the background; whether 16 bits of these
-    are mixed."""
-    colour_type, depths = _PNGS.get(kind[:-4], (4, (8, 16)))
-    depth = d.one_of(depths)
-    most = 2**depth - 1
-    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type]
-    fine = shown.astype(np.int64) * 256 + (256 * d.uniform(*shown.shape)).long().numpy()  # 16 bits
-    numbers = (fine >> (16 - depth))[..., : 1 if channels in (1, 2) else 3]
-    alpha = np.ones((*shown.shape[:2], 1))
-    between = [(b"eXIf", exif)] if exif else []
-    keyed = d.chance(0.5)
-    if channels in (2, 4):
-        opacity = (d.uniform(*alpha.shape) * 2**depth).long().numpy()
-        alpha, numbers = opacity / most, np.concatenate((numbers, opacity), axis=-1)
-    levels = numbers[..., : 1 if channels in (1, 2) else 3] * 255 / most
-    if colour_type == 3:
-        palette, opacities = ((256 * d.uniform(2**depth, n)).long().numpy().astype(np.uint8) for n in (3, 1))
-        between.append((b"PLTE", palette.tobytes()))
-        levels = palette[numbers[..., 0]].astype(np.float64)
-        if keyed:
-            between.append((b"tRNS", opacities.tobytes()))
-            alpha = opacities[numbers[..., 0]] / 255
-    elif keyed and channels in (1, 3):  # one colour is transparent
-        key = numbers[0, 0]
-        between.append((b"tRNS", key.astype(">u2").tobytes()))
-        alpha = 1.0 - (numbers == key).all(axis=-1, keepdims=True)
-    levels = levels * alpha + np.array(background) * (1 - alpha)
-    filters = (_FILTERS * d.uniform(len(numbers))).long().numpy()
-    data = png(numbers, colour_type, depth, d.chance(0.5), between, filters)
-    return data, levels + np.zeros(3), depth == 16 and bool((alpha < 1).any())
-
-
-def png(
-    numbers: np.ndarray,
-    colour_type: int,
-    depth: int,
-    interlaced: bool,
-    between: list[tuple[bytes, bytes]],
-    filters: np.ndarray,
-) -> bytes:
-    """A file of the numbers (H, W, channels), of so many bits each; between: chunks that stand before the pixels;
-    filters: (H,), of the rows."""
-    height, width = numbers.shape[:2]
-    bytes_of_pixel = max(1, numbers.shape[2] * depth // 8)
-    rows = []
-    for top, left, down, across in _ADAM7 if interlaced else ((0, 0, 1, 1),):
-        part = numbers[top::down, left::across]
-        if part.size:
-            bits = (part.reshape(len(part), -1, 1) >> np.arange(depth - 1, -1, -1)) & 1
-            packed = np.packbits(bits.reshape(len(part), -1).astype(np.uint8), axis=1)
-            rows.append(_filtered(packed, bytes_of_pixel, filters[top::down]).tobytes())
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlaced)
-    chunks = [(b"IHDR", header), *between, (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks
-    )
-
-
-def _filtered(rows: np.ndarray, pixel: int, filters: np.ndarray) -> np.ndarray:
-    """Rows of bytes, each behind its filter's number: less what that guesses from the byte a pixel to the left, the one
-    above, and the one above on the left."""
-    beside = np.pad(rows.astype(np.int64), ((1, 0), (pixel, 0)))
-    left, above, corner = beside[1:, :-pixel], beside[:-1, pixel:], beside[:-1, :-pixel]
-    distances = [abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)]
-    paeth = np.choose(np.argmin(distances, axis=0), (left, above, corner))  # the first of those that are as near
-    guesses = np.stack((0 * left, left, above, (left + above) // 2, paeth))
-    guess = guesses[filters, np.arange(len(rows))]
-    return np.concatenate((filters[:, None], rows - guess), axis=1).astype(np.uint8)

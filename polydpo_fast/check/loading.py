@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .encoding import png
 from .formulas import crop_at, drawn, mixed, place
-from .images import png
 from .report import Finding, must
 
 __all__ = ["loader", "stored"]

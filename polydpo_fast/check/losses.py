@@ -31,7 +31,7 @@ from torch.library import opcheck
 
 from .. import functional
 from .cases import Arms, Case, arranged
-from .exact import Errors, Exact, errors_of, exact_of, kept_of, metrics_of, residual_of, upstream_of
+from .exact import Errors, Exact, double, errors_of, exact_of, kept_of, metrics_of, residual_of, upstream_of
 from .report import Finding, must
 
 __all__ = ["GATES", "examine", "examine_compiled", "examine_errors", "examine_operators", "quiet", "ulp_at"]
@@ -95,7 +95,7 @@ def examine(case: Case, errors: Errors, backend: str, device: str) -> Iterator[F
     """All checks of one case, whose errors these are, as far as they apply to it."""
     by = _Arithmetic.of(case, backend, device)
     exact = exact_of(case, errors)
-    beta = _double(case.options["beta"])
+    beta = double(case.options["beta"])
 
     # The objective "linear" is -z, which shows the logit.
     linear = {"objective": "linear", "reduction": "none", "alpha": 0.0, "label_smoothing": 0.0, "margin": 0.0}
@@ -300,10 +300,6 @@ def _other_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) else x
-
-
 def _reduced(x: Tensor, reduction: str) -> Tensor:
     return x.mean() if reduction == "mean" else x.sum() if reduction == "sum" else x
 
@@ -382,7 +378,7 @@ def _gradient(case: Case, exact: Exact, nearby: list[Exact], gradient: Arms, by:
         return
     terms = exact.autograd_terms if by.autograd else exact.coefficient_terms
     off = torch.stack([(n.coefficient - exact.coefficient).abs() for n in nearby]).amax(dim=0)
-    off = off + by.relative * terms + by.tiny * (1 + _double(case.options["beta"]) * upstream_of(case))
+    off = off + by.relative * terms + by.tiny * (1 + double(case.options["beta"]) * upstream_of(case))
     found = [x for arm in (0, 1) for x in _elements(case, arm, gradient[arm], exact.coefficient[arm], off[arm], by)]
     for check in ("gradient", "bias"):
         of_check = [finding for finding in found if finding.check == check]
@@ -425,7 +421,7 @@ def _bias(actual: Tensor, expected: Tensor, ulp: Tensor) -> Iterator[Finding]:
 
 def _metrics(case: Case, z: Tensor, errors: Errors, result: _Result, off: Tensor, by: _Arithmetic) -> Finding:
     """At the logits that came out, off from the exact ones by so much at most."""
-    half_beta = 0.5 * _double(case.options["beta"])
+    half_beta = 0.5 * double(case.options["beta"])
     of_excess, of_model = _excess_off(case, errors, by), by.relative * errors.model
     allowed = {
         "implicit_accuracy": (z.abs() <= off) & (off > 0),

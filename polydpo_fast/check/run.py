@@ -16,6 +16,7 @@ from ..backends import available_backends
 from . import clips, data, images, loading, losses
 from .cases import LARGE, SMALL, SPECIAL, Case, draw
 from .exact import errors_of
+from .planes import planes
 from .report import Finding, Report, must
 
 __all__ = ["check"]
@@ -238,7 +239,7 @@ def _no_inductor(device: str) -> str:
 
 def _planes(report: Report, backend: str, device: str, until: float) -> None:
     def job(number: int) -> Iterator[tuple[Finding, str]]:
-        return data.planes(report.seed, number, device, backend)
+        return planes(report.seed, number, device, backend)
 
     _numbered(report, f"planes, {backend}", device, _PLANES[report.thorough], job, until)
 
