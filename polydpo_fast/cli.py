@@ -165,10 +165,8 @@ def demo(
     from .demo import Settings, run
 
     settings = Settings(alpha=alpha, beta=beta, steps=steps, seed=seed, label_noise=label_noise, device=device)
-    try:
+    with _said(OSError):
         run(settings, out)
-    except OSError as error:
-        raise _failed(error) from error
 
 
 @app.command()
@@ -185,11 +183,9 @@ def inspect(
     """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
     from .data.inspect import report
 
-    try:
+    with _said():
         pairs = _open(source, ties=ties, root=root, category=category, weight=weight)
         fine = report(pairs, every=every, count=sample, ledger=ledger, console=Console())
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        raise _failed(error) from error
     raise typer.Exit(0 if fine else 1)
 
 
@@ -207,7 +203,7 @@ def pack(
     """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
     from .data import pack as packing
 
-    try:
+    with _said():
         for name in {"category", "weight"}.intersection(columns or ()):
             raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
         size = packing.bytes_of(shard_size)
@@ -222,8 +218,6 @@ def pack(
             done = packing.pack(
                 pairs, out, shard_size=size, progress=lambda number: progress.update(task, completed=number)
             )
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        raise _failed(error) from error
     left_out = f"; {done.unreadable} could not be read: {out / packing.UNREADABLE}" if done.unreadable else ""
     shards = "1 shard" if done.shards == 1 else f"{done.shards} shards"
     Console().print(f"{out}: {done.pairs} pairs in {shards}{left_out}", highlight=False, soft_wrap=True)
@@ -266,7 +260,7 @@ def check(
     if case is not None and seed is None:
         errors.print("--case needs the --seed that it was drawn from", style="red")
         raise typer.Exit(2)
-    try:
+    with _said(OSError, ValueError):
         if json is not None:
             json.open("a").close()  # before a minute is spent on what could not be put there
         with errors.status("checking") as status:
@@ -282,8 +276,6 @@ def check(
         report.print(console)
         if json is not None:
             json.write_text(report.as_json() + "\n")
-    except (OSError, ValueError) as error:
-        raise _failed(error) from error
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -303,7 +295,7 @@ def bench(
     from . import bench as benchmarks
     from .comparison import compare as compared
 
-    try:
+    with _said(OSError, RuntimeError, ValueError):
         if compare is None:
             path = benchmarks.run(suites or (), out, replace=replace, dirty=dirty)
             Console().print(f"results: {path}", highlight=False, soft_wrap=True)
@@ -311,8 +303,6 @@ def bench(
         if suites or out is not None or replace or dirty:
             raise ValueError("--compare measures nothing; expected no SUITES, --out, --replace or --dirty beside it")
         found = compared(*map(benchmarks.read_results, compare))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _failed(error) from error
     _print_comparison(found)
     raise typer.Exit(1 if found.worse else 0)
 
@@ -416,7 +406,8 @@ def geneval(
     """
     import torch
 
-    try:
+    less = "Less is taken by a smaller --batch-size, --dtype bfloat16"
+    with _said(), _said(torch.OutOfMemoryError, code=1, more=less):
         from .diffusion.geneval import render
 
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
@@ -438,10 +429,6 @@ def geneval(
                 revision=revision,
                 progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
             )
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        raise _failed(error) from error
-    except torch.OutOfMemoryError as error:
-        raise _failed(f"{error}\nLess is taken by a smaller --batch-size, --dtype bfloat16", 1) from error
 
 
 def _dtype(option: str, name: str | None) -> torch.dtype | None:
@@ -461,24 +448,34 @@ def _training(options: dict[str, Any]) -> Iterator[Settings]:
 
     from .data import LoaderError
 
-    try:
+    with (
+        _said(),
+        _said(ArithmeticError, LoaderError, code=1),
+        _said(torch.OutOfMemoryError, code=1, more=_LESS_MEMORY),
+    ):
         from .diffusion.config import read_assignments, read_settings
 
         yield read_settings(config, **{**given, **read_assignments(assign)})
-    except (OSError, TypeError, ValueError, ImportError, ArithmeticError, LoaderError) as error:
-        raise _failed(error, 1 if isinstance(error, (ArithmeticError, LoaderError)) else 2) from error
-    except torch.OutOfMemoryError as error:
-        raise _failed(f"{error}\n{_LESS_MEMORY}", 1) from error
 
 
-def _failed(error: Exception | str, code: int = 2) -> typer.Exit:
+@contextmanager
+def _said(*errors: type[Exception], code: int = 2, more: str = "") -> Iterator[None]:
+    """Of these errors, or those that a user's arguments and files may cause, it says in a line what went wrong."""
+    errors = errors or (OSError, TypeError, ValueError, ImportError)
+    try:
+        yield
+    except errors as error:
+        raise _failed(error, code, more) from error
+
+
+def _failed(error: Exception | str, code: int = 2, more: str = "") -> typer.Exit:
     """Says in a line what went wrong; the exit to be raised then."""
     from .data.inspect import safe
 
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:  # without a number
         text = f"{error.filename}: {error.strerror}"
-    Console(stderr=True).print(safe(" ".join(text.splitlines())), style="red", soft_wrap=True)
+    Console(stderr=True).print(safe(" ".join(f"{text}\n{more}".splitlines())), style="red", soft_wrap=True)
     return typer.Exit(code)
 
 
