@@ -125,18 +125,15 @@ def scans() -> tuple[list[bytes], Tensor]:
     return encoded, torch.from_numpy(bunch.target)
 
 
-def decode(win: list[bytes], lose: list[bytes]) -> Tensor:
-    """A batch of pairs as the model sees it: (2B, 1, SIZE, SIZE) in [-1, 1]; grey, so one channel is enough."""
-    return decode_pairs(win, lose, size=SIZE, dtype=torch.float32).pixels[:, :1]
+def decode(encoded: list[bytes]) -> Tensor:
+    """Scans as the model sees them: (N, 1, SIZE, SIZE) in [-1, 1]; grey, so one channel is enough."""
+    return decode_pairs(encoded, encoded, size=SIZE, dtype=torch.float32).pixels[: len(encoded), :1]
 
 
 def real_digits(device: str) -> tuple[Tensor, Tensor]:
-    """All digits, (1797, 1, SIZE, SIZE), and their classes. Pairs of the decoder are just two lists here."""
+    """All digits, (1797, 1, SIZE, SIZE), and their classes."""
     encoded, classes = scans()
-    half = len(encoded) // 2 + 1
-    images = decode(encoded[:half], encoded[-half:])  # an odd number: the one in the middle comes twice
-    images = torch.cat((images[:half], images[half + 2 * half - len(encoded) :]))
-    return images.to(device), classes.to(device)
+    return decode(encoded).to(device), classes.to(device)
 
 
 def write_pairs(path: Path, settings: Settings) -> None:
@@ -145,7 +142,7 @@ def write_pairs(path: Path, settings: Settings) -> None:
     import pyarrow.parquet as pq
 
     encoded, classes = scans()
-    weight = ink(decode(encoded, encoded)[: len(encoded)])
+    weight = ink(decode(encoded))
     random = torch.Generator().manual_seed(settings.seed)
     rows: list[dict[str, Any]] = []
     while len(rows) < PAIRS:
@@ -286,9 +283,9 @@ def judge(before: Tensor, after: Tensor, digits: tuple[Tensor, Tensor]) -> dict[
     }
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), 95% by default."""
-    share = successes / trials
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95%."""
+    share, z = successes / trials, 1.959964
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -347,8 +344,9 @@ def _print_figures(console: Console, figures: dict[str, Any], folder: Path) -> N
     console.print(f"{figures['seconds']} s; picture and figures: {folder / 'demo.png'}, {folder / 'demo.json'}")
 
 
-def _smooth(values: list[float], window: int = 20) -> list[float]:
-    return [_mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+def _smooth(values: list[float]) -> list[float]:
+    """The mean of the last 20 at each."""
+    return [_mean(values[max(0, i - 19) : i + 1]) for i in range(len(values))]
 
 
 def _mean(values: list[float]) -> float:

@@ -34,7 +34,7 @@ def test_label_noise_flips_its_share(tmp_path):
         path = tmp_path / f"{noise}.parquet"
         demo.write_pairs(path, demo.Settings(label_noise=noise))
         rows = pq.read_table(path).to_pylist()[:300]
-        first, second = demo.ink(demo.decode([r["jpg_0"] for r in rows], [r["jpg_1"] for r in rows])).chunk(2)
+        first, second = (demo.ink(demo.decode([row[arm] for row in rows])) for arm in ("jpg_0", "jpg_1"))
         right[noise] = ((first > second) == torch.tensor([r["label_0"] == 1 for r in rows])).float().mean().item()
     assert right[0.0] == 1
     assert 0.6 < right[0.3] < 0.8
