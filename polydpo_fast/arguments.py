@@ -120,8 +120,7 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
         elif isinstance(x, (tuple, list)) and len(x) == 1 and isinstance(x[0], Tensor):
             hint = f": {name}[0]"
         raise TypeError(f"{name} is {_show(x)}; expected a torch.Tensor{hint} or a tuple (win, lose) of two")
-    for index, tensor in enumerate(tensors):
-        place = name if len(tensors) == 1 else f"{name}[{index}]"
+    for place, tensor in _places(name, tensors):
         _dense(place, tensor)
         _floating(place, tensor)
     first, last = tensors[0], tensors[-1]
@@ -130,6 +129,11 @@ def _tensors(name: str, x: Arms) -> list[Tensor]:
     if last.device != first.device:
         raise ValueError(f"{name}[1] is on {last.device}; expected {first.device} like {name}[0]")
     return tensors
+
+
+def _places(name: str, tensors: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """The tensors as messages name them."""
+    return [(name, tensors[0])] if len(tensors) == 1 else [(f"{name}[{i}]", x) for i, x in enumerate(tensors)]
 
 
 def _dense(place: str, x: Tensor) -> None:
@@ -159,9 +163,8 @@ def _on_device(name: str, x: Tensor, device: torch.device) -> None:
 
 def _same_rows(name: str, tensors: list[Tensor], pairs: int, sample: torch.Size, *, or_shared: bool = False) -> None:
     rows = 2 * pairs if len(tensors) == 1 else pairs
-    for index, tensor in enumerate(tensors):
+    for place, tensor in _places(name, tensors):
         if tuple(tensor.shape) != (rows, *sample):
-            place = name if len(tensors) == 1 else f"{name}[{index}]"
             shared = f", or {(pairs, *sample)} when both arms share it" if or_shared and len(tensors) == 1 else ""
             raise ValueError(
                 f"{place} has shape {tuple(tensor.shape)}; expected {(rows, *sample)} like model_pred{shared}"
@@ -174,9 +177,8 @@ def _check_ref_error(ref_error: Arms, pairs: int, device: torch.device, layout: 
     if errors[0].dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
         _warn_rounded_reference(errors[0].dtype)
     rows = 2 * pairs if len(errors) == 1 else pairs
-    for index, error in enumerate(errors):
+    for place, error in _places("ref_error", errors):
         if tuple(error.shape) != (rows,):
-            place = "ref_error" if len(errors) == 1 else f"ref_error[{index}]"
             raise ValueError(f"{place} has shape {tuple(error.shape)}; expected {(rows,)}")
     if len(errors) == 2:
         return torch.stack(errors).detach()

@@ -24,13 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .layout import Arms
 from .metrics import pair_metrics
 from .objectives import MAX_ALPHAS, OBJECTIVES
 
 __all__ = ["PairErrors", "loss", "pair_errors"]
-
-Arms = Tensor | Sequence[Tensor]
-"""Both arms of a batch: a (2B, ...) tensor, or a tuple (win, lose) of (B, ...)."""
 
 
 class PairErrors(NamedTuple):

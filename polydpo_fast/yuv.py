@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -218,9 +216,13 @@ def _yuv420_to_rgb(
     # (v/255 - mean) / std = (v - 255 mean) * 1/(255 std): a difference and a product, which nothing fuses.
     means = [255 * m for m in mean]
     scales = [1 / (255 * s) for s in std]
-    run = _kernels().launch_rgb if backend == "triton" else _reference
-    run(planes, crop, flip, written, means, scales, colours, left)
-    if backend == "triton" and not out.is_inference():
+    if backend == "reference":
+        _reference(planes, crop, flip, written, means, scales, colours, left)
+        return
+    from .kernels.yuv import launch_rgb
+
+    launch_rgb(planes, crop, flip, written, means, scales, colours, left)
+    if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written behind PyTorch's back
 
 
@@ -230,11 +232,6 @@ _library.impl("yuv420_to_rgb", _yuv420_to_rgb, "CompositeExplicitAutograd")
 @torch.library.register_fake("polydpo_fast::yuv420_to_rgb", lib=_library)
 def _(*arguments: Any) -> None:
     """Nothing but `out` is written."""
-
-
-@cache
-def _kernels() -> Any:
-    return importlib.import_module("polydpo_fast.kernels.yuv")
 
 
 def _check_crop(crop: Tensor, most_top: int, most_left: int) -> None:
@@ -299,11 +296,9 @@ def _reference(
 def _fancy_upsampled(chroma: Tensor) -> Tensor:
     """libjpeg's h2v2: (..., H/2, W/2) to (..., H, W), each pixel 9/16, 3/16, 3/16, 1/16 of the four nearest samples.
 
-    Less 128. Rows first, without rounding. Edges are repeated outwards. Halves round up in even columns, else down.
+    Less 128. Rows first, without rounding. Halves round up in even columns, else down.
     """
-    above = torch.cat((chroma[..., :1, :], chroma[..., :-1, :]), dim=-2)
-    below = torch.cat((chroma[..., 1:, :], chroma[..., -1:, :]), dim=-2)
-    sums = torch.stack((3 * chroma + above, 3 * chroma + below), dim=-2).flatten(-3, -2)
+    sums = _with_all_rows(chroma)
     last = torch.cat((sums[..., :1], sums[..., :-1]), dim=-1)
     after = torch.cat((sums[..., 1:], sums[..., -1:]), dim=-1)
     return torch.stack((3 * sums + last + 8 >> 4, 3 * sums + after + 7 >> 4), dim=-1).flatten(-2) - 128
@@ -311,11 +306,16 @@ def _fancy_upsampled(chroma: Tensor) -> Tensor:
 
 def _linearly_upsampled(chroma: Tensor) -> Tensor:
     """(..., H/2, W/2) to (..., H, W), less 128, times 8: 3/4 and 1/4 of the rows, samples and means of the columns."""
-    above = torch.cat((chroma[..., :1, :], chroma[..., :-1, :]), dim=-2)
-    below = torch.cat((chroma[..., 1:, :], chroma[..., -1:, :]), dim=-2)
-    sums = torch.stack((3 * chroma + above, 3 * chroma + below), dim=-2).flatten(-3, -2) - 512
+    sums = _with_all_rows(chroma) - 512
     after = torch.cat((sums[..., 1:], sums[..., -1:]), dim=-1)
     return torch.stack((2 * sums, sums + after), dim=-1).flatten(-2)
+
+
+def _with_all_rows(chroma: Tensor) -> Tensor:
+    """(..., H/2, W/2) to (..., H, W/2), times 4: 3/4 and 1/4 of the two nearest rows. Edges are repeated outwards."""
+    above = torch.cat((chroma[..., :1, :], chroma[..., :-1, :]), dim=-2)
+    below = torch.cat((chroma[..., 1:, :], chroma[..., -1:, :]), dim=-2)
+    return torch.stack((3 * chroma + above, 3 * chroma + below), dim=-2).flatten(-3, -2)
 
 
 def _replicated(chroma: Tensor) -> Tensor:
