@@ -16,7 +16,7 @@ from ..data.fields import parse_json
 from ..data.ready import Ready, ReadyPair
 from ..data.source import fingerprint_of
 from .reference_store import Encode, random_options
-from .shards import Columns, Form, Progress, Shards, text_of_row
+from .shards import Columns, Form, Progress, Shards, parts_of, text_of_row
 
 __all__ = ["LatentPairs", "cache_latents"]
 
@@ -81,8 +81,7 @@ def cache_latents(
         len(loader.source),
         shard_pairs,
         {
-            "source": loader.source,
-            "transform": loader.transform,
+            **parts_of(loader),
             "dtype": dtype or "as encoded",
             **({"seed": loader.seed} if random else {}),
             **parts,
@@ -231,11 +230,7 @@ class LatentPairs(Source):
 
         source: of the images, or its loader, whose transform is compared too. parts: those that were given: vae=...
         """
-        if isinstance(source, PairLoader):
-            parts |= {"source": source.source, "transform": source.transform}
-        elif source is not None:
-            parts["source"] = source
-        self._store.check(**parts)
+        self._store.check(**parts, **parts_of(source))
 
 
 def _by_pair(rows: Tensor) -> Tensor:

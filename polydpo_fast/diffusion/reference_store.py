@@ -15,7 +15,7 @@ from ..splitmix import mix
 from ..values import is_int
 from .fingerprints import fingerprint
 from .objective import PairObjective
-from .shards import Form, Progress, Shards
+from .shards import Form, Progress, Shards, parts_of
 
 __all__ = ["ReferenceErrors", "precompute_reference_errors"]
 
@@ -95,8 +95,7 @@ def precompute_reference_errors(
             "model": _reference_fingerprint(objective, model),
             "scheduler": objective.scheduler,
             "timesteps": objective.timestep_options,
-            "source": loader.source,
-            "transform": loader.transform,
+            **parts_of(loader),
             "seed": seed,
             "draws": draws,
             **(parts or {}),
@@ -204,11 +203,7 @@ class ReferenceErrors:
         """
         if objective is not None:
             parts = {"scheduler": objective.scheduler, "timesteps": objective.timestep_options, **parts}
-        if isinstance(source, PairLoader):
-            parts |= {"source": source.source, "transform": source.transform}
-        elif source is not None:
-            parts["source"] = source
-        self._store.check(**parts)
+        self._store.check(**parts, **parts_of(source))
 
     def _draws_of(self, index: Tensor, draw: int | Tensor) -> list[int]:
         draws = torch.as_tensor(draw)

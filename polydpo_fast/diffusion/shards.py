@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import PairBatch, PairError, PairLoader, SourceError
+from ..data import PairBatch, PairError, PairLoader, Source, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
 from ..values import is_int
 from .extras import need
 from .fingerprints import EARLIER, alternatives, fingerprint
 
-__all__ = ["Columns", "Form", "Progress", "Shards", "is_complete", "is_store", "text_of_row"]
+__all__ = ["Columns", "Form", "Progress", "Shards", "is_complete", "is_store", "parts_of", "text_of_row"]
 
 Columns = Mapping[str, Tensor | list[bytes]]
 Progress = Callable[[int, int], None]
@@ -327,6 +327,13 @@ def is_store(folder: str | os.PathLike[str]) -> bool:
 def is_complete(folder: str | os.PathLike[str]) -> bool:
     """Whether it is a store, of either kind, that lacks no shard. Raises SourceError where its index is damaged."""
     return is_store(folder) and not Shards._read_index(Path(folder)).missing()
+
+
+def parts_of(pairs: PairLoader | Source | None) -> dict[str, Any]:
+    """What a store depends on where it is made of these pairs: their source and, of a loader, its transform too."""
+    if isinstance(pairs, PairLoader):
+        return {"source": pairs.source, "transform": pairs.transform}
+    return {} if pairs is None else {"source": pairs}
 
 
 def text_of_row(name: str, row: Mapping[str, Tensor]) -> bytes:
