@@ -66,7 +66,8 @@ void JpegHeader::on_progress(j_common_ptr info) {
     }
 }
 
-JpegHeader::JpegHeader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict) {
+JpegHeader::JpegHeader(const std::uint8_t* data, std::size_t size, const Limits& limits, bool strict)
+    : data_(data), size_(size) {
     info.err = jpeg_std_error(&error_);
     error_.error_exit = on_error;
     error_.emit_message = on_message;
@@ -74,7 +75,6 @@ JpegHeader::JpegHeader(const std::uint8_t* data, std::size_t size, const Limits&
     try {
         guarded([&] {
             jpeg_create_decompress(&info);
-            jpeg_save_markers(&info, JPEG_APP0 + 1, 0xffff);  // EXIF
             jpeg_mem_src(&info, data, static_cast<unsigned long>(size));
             jpeg_read_header(&info, TRUE);
         });
@@ -109,11 +109,26 @@ void JpegHeader::check(const Limits& limits) {
     }
 }
 
+// Not by jpeg_save_markers, which walks past all markers that are kept for each new one: half a megabyte of empty ones
+// would take a quarter of a minute.
 int JpegHeader::orientation() const {
     static constexpr char name[6] = {'E', 'x', 'i', 'f', 0, 0};
-    for (auto* marker = info.marker_list; marker != nullptr; marker = marker->next) {
-        if (marker->data_length > sizeof name && std::memcmp(marker->data, name, sizeof name) == 0) {
-            return exif_orientation(marker->data, marker->data_length);
+    const std::uint8_t *at = data_ + 2, *const end = data_ + size_;
+    while (end - at >= 4) {
+        const int marker = at[1];
+        if (at[0] != 0xff || marker == 0 || marker == 0xff) {  // fill bytes, or what libjpeg has warned of
+            ++at;
+        } else if (marker == 1 || (marker & 0xf8) == JPEG_RST0) {  // without a length
+            at += 2;
+        } else {
+            const std::ptrdiff_t length = std::max(at[2] << 8 | at[3], 2);
+            if (marker == 0xda || length > end - at - 2) return 1;  // a scan
+            const std::uint8_t* body = at + 4;
+            const auto size = static_cast<std::size_t>(length - 2);
+            if (marker == JPEG_APP0 + 1 && size > sizeof name && std::memcmp(body, name, sizeof name) == 0) {
+                return exif_orientation(body, size);
+            }
+            at += 2 + length;
         }
     }
     return 1;

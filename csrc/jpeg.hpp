@@ -56,6 +56,8 @@ private:
     static void on_message(j_common_ptr info, int level);
     static void on_progress(j_common_ptr info);
 
+    const std::uint8_t* data_;
+    std::size_t size_;
     ErrorManager error_{};
     Progress progress_{};
 };

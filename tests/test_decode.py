@@ -330,6 +330,28 @@ def raw_profile(data):
     return f"\nexif\n{len(data):8}\n" + "\n".join(lines) + "\n"
 
 
+def segment(marker, body):
+    return bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
+
+
+@pytest.mark.parametrize(
+    ("before", "strict"),
+    [
+        (b"\xff\xff\xff", True),  # fill bytes
+        (b"\xff\x01", True),  # a marker that has no body
+        (segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"), True),
+        (segment(0xE1, b"") + segment(0xE1, b"Exif\0\0"), True),
+        (segment(0xFE, segment(0xE1, exif(6))), True),  # EXIF in a comment is a comment
+        (segment(0xFE, b"") + b"\0\xff\0garbage", False),
+    ],
+)
+def test_exif_of_a_jpeg_is_its_first_segment_that_is_one(before, strict):
+    image = jpeg(picture(61, 83))
+    both = image[:2] + before + segment(0xE1, exif(8)) + segment(0xE1, exif(3)) + image[2:]
+    decoded = decode_pairs([both], [jpeg(picture(61, 83), exif=exif(8))], size=(40, 32), strict=strict)
+    assert torch.equal(decoded.pixels[0], decoded.pixels[1])
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_exif_in_a_text_of_a_png(compressed):
     image = picture(61, 83)
@@ -1034,6 +1056,15 @@ def test_texts_with_exif_cost_once():
     """4,000 of them in one file took 1.5 s when each was inflated."""
     text = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\n" * 160_000, 9))
     data = GOOD_PNG[:33] + text * 4000 + GOOD_PNG[33:]
+    began = time.process_time()
+    assert decode_pairs([data], [data], size=8).ok.all()
+    assert time.process_time() - began < 0.5
+
+
+def test_segments_of_a_jpeg_cost_once():
+    """A hundred thousand empty ones took 8 s when libjpeg kept them: it walks past all others for each."""
+    good = jpeg(picture(20, 20))
+    data = good[:2] + segment(0xE1, b"") * 100_000 + good[2:]
     began = time.process_time()
     assert decode_pairs([data], [data], size=8).ok.all()
     assert time.process_time() - began < 0.5
