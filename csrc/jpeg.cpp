@@ -159,9 +159,9 @@ Region JpegReader::start(const Region& wanted) {
     dropped_.resize(4 * static_cast<std::size_t>(info_.image_width));
     header_->guarded([&] {
         jpeg_start_decompress(&info_);
-        // The upsampling of chroma looks at its neighbours: a block more on each side gives it the ones it has in the
-        // whole image.
-        const int margin = info_.max_h_samp_factor * DCTSIZE;
+        // The upsampling of chroma looks at its neighbours, and the smoothing of a progressive image without its last
+        // bits at two blocks: three on each side give both the ones that they have in the whole image.
+        const int margin = 3 * info_.max_h_samp_factor * DCTSIZE;
         const int left = std::max(0, wanted.left - margin);
         const int right = std::min(given.width, wanted.left + wanted.width + margin);
         if (partly_ && right - left < given.width) {

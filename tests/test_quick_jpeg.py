@@ -410,6 +410,11 @@ def test_unfinished_images_are_smoothed_by_libjpeg(encode, scans, sampling):
     data = encode(picture("noise", 83, 101), SAMPLINGS[sampling], UNFINISHED[scans])
     check(data, left=True, size=(83, 101))
     check(data, left=True, size=(40, 33), crop="random", seeds=[5])
+    whole = decoded(data, LIBJPEG, size=(83, 101))[0]
+    for seed in range(12):  # smoothing looks beyond a crop
+        options = {"size": (20, 17), "resize": None, "crop": "random", "seeds": [seed]}
+        top, left = polydpo_fast.decode_pairs([data], [data], **options).crop_top_left[0].tolist()
+        assert torch.equal(decoded(data, LIBJPEG, **options)[0], whole[..., top : top + 20, left : left + 17])
 
 
 @pytest.mark.parametrize("sampling", {**SAMPLINGS, **ODD_SAMPLINGS})
