@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Timeline", "TooShortError", "plan"]
 
-_ROUNDED = Fraction(6, 10_000)  # seconds: times are rounded to milliseconds at the most
+_ROUNDED = Fraction(1, 1000)  # seconds: to milliseconds times are rounded at the most
 
 
 class Timeline(NamedTuple):
@@ -40,14 +40,16 @@ class Timeline(NamedTuple):
         if count == 1:
             return self.unit
         frames, ticks = np.arange(1, count), self.pts[1:] - self.pts[0]
-        shortest, longest = float(((ticks - 0.5) / frames).max()), float(((ticks + 0.5) / frames).min())
-        if 0 < shortest < longest:
-            return count / _simplest(1 / (Fraction(longest) * self.unit), 1 / (Fraction(shortest) * self.unit))
+        for out in (0.5, 1.0):  # ticks: where the first time was rounded as well, differences are out by up to one
+            shortest, longest = float(((ticks - out) / frames).max()), float(((ticks + out) / frames).min())
+            if 0 < shortest < longest:
+                return count / _simplest(1 / (Fraction(longest) * self.unit), 1 / (Fraction(shortest) * self.unit))
         return self.span() * self.unit * Fraction(count, count - 1)
 
     def slack(self, clock: Fraction = Fraction(0)) -> Fraction:
-        """How far a time may lie before the tick that it means, because it was rounded to a clock of such ticks."""
-        return min(max(self.unit, clock) / 2, _ROUNDED)
+        """How far a time may lie before the frame that it means, because both are rounded, to ticks of the two clocks:
+        as the first frame's are, too, each by almost a tick."""
+        return (min(self.unit, _ROUNDED) + min(clock, _ROUNDED)) * Fraction(99, 100)
 
     def begun(self, moment: Fraction) -> int:
         """How many frames begin before that moment, in seconds from the first frame."""
@@ -62,14 +64,16 @@ class Timeline(NamedTuple):
 
     def shown_at(self, times: Sequence[Fraction], short: str, clock: Fraction = Fraction(0)) -> list[int]:
         """The pts of the frame that is shown at each time. clock: of the clip that the times are taken from, if any."""
-        first, span, lap = int(self.pts[0]), self.span(), self.lap()
-        ticks = []
-        for time in times:
-            time += self.slack(clock)
-            tick = (time % lap if short == "loop" else time) // self.unit
-            ticks.append(first + min(tick, span))
-        places = np.searchsorted(self.pts, np.array(ticks, np.int64), side="right")
-        shown: list[int] = self.pts[np.maximum(places - 1, 0)].tolist()
+        first, lap, slack = int(self.pts[0]), self.lap(), self.slack(clock)
+        if short == "loop":
+            times = [(time + slack) % lap - slack for time in times]
+        ticks = np.array([first + max(0, min(time // self.unit, self.span())) for time in times], np.int64)
+        places = np.searchsorted(self.pts, ticks, side="right") - 1
+        here, after = self.pts[places].tolist(), self.pts[np.minimum(places + 1, len(self.pts) - 1)].tolist()
+        shown = []
+        for time, pts, following in zip(times, here, after, strict=True):
+            past, ahead = time - (pts - first) * self.unit, (following - first) * self.unit - time
+            shown.append(following if 0 < ahead < min(past, slack) else pts)
         return shown
 
 

@@ -475,8 +475,11 @@ def test_plans_hold_for_any_times(data):
             assert min(a.duration() for a in arms) <= Fraction(fps) ** -1 * (frames - 1) + Fraction(2, 90)
     for arm in arms:
         for t, pts in zip(times, arm.shown_at(times, "repeat"), strict=True):
-            shown = [p for p in arm.pts if (p - arm.pts[0]) * arm.unit <= t + Fraction(6, 10_000)]
-            assert pts == shown[-1]
+            begin = [(int(p) - int(arm.pts[0])) * arm.unit for p in arm.pts]
+            last = sum(b <= t for b in begin) - 1
+            if last + 1 < len(begin) and begin[last + 1] - t < min(t - begin[last], Fraction(99, 100_000)):
+                last += 1
+            assert pts == arm.pts[last]
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
@@ -523,6 +526,23 @@ def test_no_frame_is_taken_before_it_is_shown():
     assert [p // 512 for p in fine.shown_at(times, "error")] == [0, 1, 3, 4, 6, 7, 9, 10]
     rounded = [Fraction(round(1000 * k / 24), 1000) for k in range(24)]  # by another clip's clock
     assert fine.shown_at(rounded, "error", Fraction(1, 1000)) == fine.pts.tolist()
+
+
+@pytest.mark.parametrize("rate", [24, Fraction(24_000, 1001), Fraction(30_000, 1001), 60, 1000])
+@pytest.mark.parametrize("first", [1, 2, 3, 31])
+def test_the_first_time_may_be_rounded_too(rate, first):
+    """Matroska's milliseconds: of many files the first frame comes two frames after 0, or anywhere."""
+    number = np.arange(120)
+    clip = Timeline(np.array([round(Fraction(1000 * int(k + first)) / rate) for k in number]), Fraction(1, 1000))
+    exact = Timeline(number, 1 / Fraction(rate))
+    grid = exact.times(0, None)
+    assert clip.shown_at(grid, "error") == clip.pts.tolist()
+    if rate in (24, 60):  # which the clock tells exactly
+        assert clip.shown_at([t + 5 * len(number) / Fraction(rate) for t in grid], "loop") == clip.pts.tolist()
+    # The winner's times, on the same clip, on an arm whose own are exact, and on one that begins elsewhere.
+    other = Timeline(np.array([round(Fraction(1000 * int(k)) / rate) for k in number]), Fraction(1, 1000))
+    for arm in (clip, exact, other):
+        assert arm.shown_at(clip.times(0, None), "error", clip.unit) == arm.pts.tolist()
 
 
 def test_places_of_a_start_at_a_rate():
