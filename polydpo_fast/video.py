@@ -322,10 +322,12 @@ class Clip:
             while at < len(wanted):
                 key = bisect.bisect_right(self._keys, wanted[at]) - 1
                 if decoded is None or (shortcuts and self._is_far(last, key)):
-                    if shortcuts and (decoded is not None or key > 0):
+                    is_sought = shortcuts and (decoded is not None or key > 0)
+                    if is_sought:
                         self._shortcut = True
                         container.seek(self._keys[max(key, 0)], stream=stream, backward=True)
-                    decoded = self._decoded(container, stream, frozenset(wanted) if shortcuts else None, strict)
+                    needed = frozenset(wanted) if shortcuts else None
+                    decoded = self._decoded(container, stream, needed, strict, is_sought)
                 while True:
                     frame = None  # its memory is in the caches: the next may be decoded into it
                     frame = next(decoded, None)
@@ -361,7 +363,9 @@ class Clip:
                 if not strict:
                     before = frame
 
-    def _decoded(self, container: Any, stream: Any, wanted: frozenset[int] | None, strict: bool) -> Iterator[Any]:
+    def _decoded(
+        self, container: Any, stream: Any, wanted: frozenset[int] | None, strict: bool, is_sought: bool
+    ) -> Iterator[Any]:
         """The frames from here on. wanted: the pts of those that are needed; None for all."""
         import av
 
@@ -370,6 +374,10 @@ class Clip:
         spare = SpareFrames(name, context.extradata)
         for packet in _packets(container, stream, strict, []):
             self.check_timeout()
+            # FFmpeg seeks by the container's word, and by times of decoding, which are others.
+            if is_sought and packet.pts not in self._keys:
+                raise ValueError("seeking leads to what is no key")
+            is_sought = False
             if self._told_siting is None and packet.is_keyframe:
                 self._told_siting = siting_in(name, packet, context.extradata)
             if wanted is not None and context.name in _SKIPPING:

@@ -313,12 +313,13 @@ def test_a_timeline_of_any_integers():
     assert timeline.begun(timeline.duration() * 3) == 3
 
 
-def test_mpeg_4_is_not_decoded_from_what_only_calls_itself_a_key():
-    """FFmpeg would do so, without an error, and show something else."""
-    data = encode(40, codec="mpeg4", bf="0", g="100")
+@pytest.mark.parametrize(("between", "group"), [(0, 100), (2, 10)])
+def test_mpeg_4_is_not_decoded_from_what_only_calls_itself_a_key(between, group):
+    """FFmpeg would do so, without an error, and show something else: also from what comes a little after a real one."""
+    data = encode(40, codec="mpeg4", bf=f"{between}", g=f"{group}")
     untold = data.replace(b"stss", b"free")  # without this table all packets are keys
     assert untold != data
-    for start in (0.5, 0.9):
+    for start in (0.5, 0.9, 28 / 24):
         options = dict(frames=3, start=start, size=(48, 64), dtype=torch.uint8)
         got = decode_clips([untold], [data], **options)
         assert torch.equal(got.pixels[0], got.pixels[1])
