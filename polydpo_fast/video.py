@@ -36,7 +36,7 @@ _SKIPPING = ("h264", "mpeg4", "vp8")
 _MOST_ASPECT = 16
 _MIN_FRAMES_TO_SEEK = 3  # fewer are sooner decoded than a seek is done
 _MOST_REORDERED = 16  # frames, by H.264
-_FORMAT = 4  # of what is kept of a clip; another after each change
+_FORMAT = 5  # of what is kept of a clip; another after each change
 
 
 class Clip:
@@ -283,10 +283,11 @@ class Clip:
         if not pts or not unit:
             raise ValueError(troubles[0] if troubles else "it has no frames with a presentation time")
         self._depth = depth
-        shown = np.unique(np.array(pts, np.int64))
+        shown, times = np.unique(np.array(pts, np.int64), return_counts=True)
         return {
             "pts": shown if is_whole else shown[np.searchsorted(shown, self._first()) :],
-            "keys": np.unique(np.array(keys, np.int64)),
+            # Where several frames have the same time, seeking may lead to any of them.
+            "keys": np.setdiff1d(np.array(keys, np.int64), shown[times > 1]),
             "unit": np.array([unit.numerator, unit.denominator], np.int64),
             "depth": np.array([depth], np.int64),
             "damaged": np.array([bool(troubles)], np.int64),

@@ -172,6 +172,27 @@ def test_places_that_only_look_like_ones_to_seek_to(container, options):
     assert_frames(sparse.pixels[0], [whole[k][1] for k in (0, 19, 38)])
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_of_frames_with_the_same_time_the_first_is_taken(codec):
+    """All are keys: seeking leads to whichever of them it likes."""
+    data = encode(40, codec=codec, g="1", bf="0")
+    at = data.index(b"stts") - 4
+    assert data[at : at + 16] == struct.pack(">I4sII", 24, b"stts", 0, 1)
+    lasts = [0 if k % 7 == 0 else 512 for k in range(40)]
+    table = struct.pack(">I4sII", 16 + 320, b"stts", 0, 40) + b"".join(struct.pack(">II", 1, last) for last in lasts)
+    changed = bytearray(data[:at] + table + data[at + 24 :])
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        size = changed.index(name) - 4
+        changed[size : size + 4] = (int.from_bytes(changed[size : size + 4], "big") + 336 - 24).to_bytes(4, "big")
+    whole, times = full_decode(bytes(changed)), [sum(lasts[:k]) / 12288 for k in range(40)]
+    assert [t for t, _ in whole] == pytest.approx(times)
+    for k in range(1, 40):
+        if times[k] > times[k - 1]:
+            options = dict(frames=1, size=(48, 64), start=times[k], fps=24, dtype=torch.uint8)
+            one = decode_clips([bytes(changed)], [data], **options)
+            assert_frames(one.pixels[0], [whole[k][1]])
+
+
 @pytest.mark.parametrize(
     "matrix", [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
 )
