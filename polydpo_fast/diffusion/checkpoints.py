@@ -66,8 +66,8 @@ def save_checkpoint(accelerator: Any, output: Path, step: int, settings: Setting
     if accelerator.is_main_process:
         number = max(map(_number, _checkpoints(output)), default=0) + 1
         for stale in output.glob("partial-checkpoint-*"):  # of a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
+            _remove(stale)
+        _remove(folder)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
@@ -79,8 +79,15 @@ def save_checkpoint(accelerator: Any, output: Path, step: int, settings: Setting
                 os.fsync(opened.fileno())
         partial.rename(folder)
         for old in _checkpoints(output)[: -keep or None] if keep else ():
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Of a link the link alone. What cannot be removed now, as a file that is open on NFS, ends no training."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _checkpoints(output: Path) -> list[Path]:

@@ -985,14 +985,43 @@ def test_told_to_stop_in_the_last_step_it_leaves_the_result(here, tmp_path, monk
     assert (tmp_path / "out" / "unet").exists()
 
 
+class Saves:
+    is_main_process = True
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder):
+        Path(folder, "random").mkdir(parents=True)
+        Path(folder, "model.bin").write_bytes(b"12345")
+        Path(folder, "random", "states").write_bytes(b"123")
+
+
 def test_checkpoints_may_lie_elsewhere_and_alpha_may_be_said(here, tmp_path):
     """A link to a folder of more room; and a setting that is given as what it is without."""
     out, given = tmp_path / "out", dict(lora_rank=2, checkpoint_every=2, steps=2)
     train(settings(here, out, **given))
     (out / "checkpoint-2").rename(tmp_path / "moved")
     (out / "checkpoint-2").symlink_to(tmp_path / "moved")
-    train(settings(here, out, **{**given, "steps": 4}, lora_alpha=2.0, resume="latest"))
-    assert (out / "checkpoint-4").exists()
+    train(settings(here, out, **{**given, "steps": 4}, lora_alpha=2.0, resume="latest", keep=1))
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-4"]
+    assert (tmp_path / "moved" / "adapters.safetensors").exists()  # the link alone is removed
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch):
+    """As on NFS where a file of it is open."""
+
+    def busy(folder, **options):
+        raise OSError("Directory not empty")
+
+    given = Settings(model="m", data="d", checkpoint_every=1, keep=1)
+    save_checkpoint(Saves(), tmp_path, 1, given, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        save_checkpoint(Saves(), tmp_path, 2, given, {})
+    assert (tmp_path / "checkpoint-1").exists()
+    save_checkpoint(Saves(), tmp_path, 3, given, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_metrics_whose_last_line_is_cut_off(here, tmp_path):
@@ -1020,18 +1049,6 @@ def test_more_steps_bend_a_schedule_that_decays(here, tmp_path):
 
 def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, monkeypatch):
     """Or a machine that loses its power in between leaves a run with none."""
-
-    class Saves:
-        is_main_process = True
-
-        def wait_for_everyone(self):
-            pass
-
-        def save_state(self, folder):
-            Path(folder, "random").mkdir(parents=True)
-            Path(folder, "model.bin").write_bytes(b"12345")
-            Path(folder, "random", "states").write_bytes(b"123")
-
     done, fsync = [], os.fsync
 
     def settle(file):
