@@ -134,10 +134,17 @@ def resume(accelerator: Any, settings: Settings, checkpoint: Path | None, run: M
     """Loads the checkpoint, if there is one to be loaded, and returns the steps that it has behind it.
 
     Raises ValueError where it is of a run that was begun otherwise than `run` says, of a later step than the settings'
-    last one, or damaged.
+    last one, damaged, or not that of the other processes.
     """
+    from accelerate.utils import gather_object
     from safetensors import SafetensorError
 
+    steps = gather_object([0 if checkpoint is None else _step_of(checkpoint)])
+    if len(set(steps)) > 1:  # they would train apart, and sum their gradients
+        raise ValueError(
+            f"output is {settings.output!r}, where the processes find checkpoints of steps "
+            f"{', '.join(map(str, steps))} (0: none); expected a folder that all of them share"
+        )
     if checkpoint is None:
         return 0
     told = _told(checkpoint)

@@ -1024,6 +1024,16 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+@pytest.mark.parametrize("mine", [None, "checkpoint-4"])
+def test_processes_go_on_from_one_checkpoint(tmp_path, monkeypatch, mine):
+    """Where each machine has a folder of its own the first one alone has checkpoints: the others would begin anew."""
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [2, *mine])
+    run = Settings(model="m", data="d", output="out", steps=9)
+    message = f"output is 'out', .* of steps 2, {4 if mine else 0} .*; expected a folder that all of them share"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.resume(None, run, mine and tmp_path / mine, {})
+
+
 def test_metrics_whose_last_line_is_cut_off(here, tmp_path):
     out = tmp_path / "out"
     given = dict(lora_rank=2, checkpoint_every=2, resume="latest")
