@@ -1,5 +1,6 @@
 """PairObjective on Diffusers' own model classes, against training steps written out plainly."""
 
+import contextlib
 import copy
 import math
 import weakref
@@ -275,6 +276,33 @@ def test_averages_are_swapped_and_not_copied_away():
     assert 1 <= seen.most <= 2
 
 
+def test_what_autocast_keeps_of_the_weights_serves_one_forward():
+    """It keeps them converted until its end: those of the policy are not the reference's, and those of the reference,
+    which has no graph, would leave the policy without gradients."""
+
+    @contextlib.contextmanager
+    def halved(model):
+        with torch.no_grad():
+            model.weight.div_(2)
+        yield
+        with torch.no_grad():
+            model.weight.mul_(2)
+
+    def forward(model, noisy, *rest):
+        return model(noisy)
+
+    scheduler, latents = build("sd15")[3], torch.randn(4, 4, 8, 8)
+    policy = torch.nn.Conv2d(4, 4, 1)
+    reference = copy.deepcopy(policy)
+    reference.weight.data.div_(2)
+    wanted, ours = (PairObjective(scheduler, reference=one, forward=forward, beta=5.0) for one in (reference, halved))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [objective(policy, latents, seeds=SEEDS)[0] for objective in (wanted, ours, ours)]
+    assert losses[0].item() == losses[1].item() == losses[2].item() != torch.tensor(math.log(2)).item()
+    losses[2].backward()
+    assert policy.weight.grad.abs().sum() > 0
+
+
 def test_averages_may_be_of_adapters_alone():
     model, latents, cond, scheduler = build("sd15")
     model.requires_grad_(False)
@@ -372,6 +400,17 @@ def test_flux_takes_the_places_that_its_pipeline_gives(words):
     assert other.item() != want.item()
 
 
+class DeepSpeedEngine(torch.nn.Module):
+    """As DistributedDataParallel it has the model, and not what the model has."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *arguments, **given):
+        return self.module(*arguments, **given)
+
+
 def test_flux_without_a_guidance_embedding():
     """FLUX.1-schnell has none, and takes no guidance."""
     dev, latents, cond, _ = build("flux")
@@ -381,6 +420,7 @@ def test_flux_without_a_guidance_embedding():
     with torch.no_grad():
         found = predict(schnell, latents, times, cond)
         assert torch.equal(predict(schnell, latents, times, {**cond, "guidance": 2.0}), found)
+        assert torch.equal(predict(DeepSpeedEngine(schnell), latents, times, cond), found)
         assert found.shape == latents.shape
 
 
@@ -532,6 +572,18 @@ def test_named_weights_of_losses_and_logits(family, name):
         torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
 
+def test_weights_of_timesteps_are_not_rounded_to_the_models_precision():
+    scheduler, latents = build("sd15")[3], torch.randn(4, 4, 8, 8)
+    policy, reference = (torch.nn.Conv2d(4, 4, 1).bfloat16() for _ in range(2))
+    weights, numbers = timestep_weights(scheduler, "min_snr"), torch.tensor([100, 200])
+    assert not torch.equal(weights[numbers], weights[numbers].bfloat16().float())
+    options = dict(reference=reference, forward=lambda model, noisy, *rest: model(noisy.bfloat16()))
+    told = PairObjective(scheduler, beta=5.0, timestep_weight="min_snr", weight_applies_to="logit", **options)
+    plain = PairObjective(scheduler, beta=5.0 * weights[numbers], **options)
+    given = dict(noise=torch.randn(PAIRS, 4, 8, 8), timesteps=numbers)
+    assert told(policy, latents, **given)[0].item() == plain(policy, latents, **given)[0].item()
+
+
 def test_compiled_and_wrapped_models():
     model, latents, cond, scheduler = build("sd15")
     policy = perturbed(model)
@@ -678,5 +730,5 @@ def test_bad_arguments_are_named():
 
 
 def test_sdxl_time_ids():
-    ids = time_ids(torch.tensor([[512, 640], [1024, 1024]]), torch.tensor([[0, 64], [1, 2]]), (512, 512))
-    assert ids.tolist() == [[512, 640, 0, 64, 512, 512], [1024, 1024, 1, 2, 512, 512]]
+    ids = time_ids(torch.tensor([[512, 640], [1024, 1024]]), torch.tensor([[0, 64], [1, 2]]), (512, 768))
+    assert ids.tolist() == [[512, 640, 0, 64, 512, 768], [1024, 1024, 1, 2, 512, 768]]
