@@ -271,6 +271,18 @@ def test_what_stores_make_needless_is_not_in_memory(here, stores, tmp_path, monk
     assert (tmp_path / "pictures" / "validation" / "000001.png").exists()
 
 
+def test_draws_come_again_when_all_have_been(here, stores, tmp_path, monkeypatch):
+    asked, ask = [], ReferenceErrors.__call__
+
+    def watched(self, index, draw):
+        asked.append(set(draw.tolist()))
+        return ask(self, index, draw)
+
+    monkeypatch.setattr(ReferenceErrors, "__call__", watched)
+    train(settings(here, tmp_path, **from_stores(stores, batch_size=16, steps=6)))
+    assert asked == [{0}, {1}, {2}, {3}, {0}, {1}]
+
+
 def test_resuming_from_stores(here, stores, tmp_path):
     change = from_stores(stores, batch_size=3, steps=8, checkpoint_every=4)
     train(settings(here, tmp_path / "whole", **change))

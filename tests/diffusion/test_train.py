@@ -56,7 +56,7 @@ from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.checkpoints import save_checkpoint
 from polydpo_fast.diffusion.config import Settings, lasting, read_settings, write_settings
 from polydpo_fast.diffusion.families import FAMILIES
-from polydpo_fast.diffusion.optimizers import new_optimizer
+from polydpo_fast.diffusion.optimizers import learning_rate, new_optimizer
 from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
 from polydpo_fast.diffusion.precompute import reference
 from polydpo_fast.diffusion.shards import Shards
@@ -292,13 +292,14 @@ def test_averages_weights_of_pairs_and_gradients_that_are_not_clipped(here, tmp_
     monkeypatch.setattr(training.PairObjective, "__call__", asked)
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", clipped)
     monkeypatch.setattr(training, "render", render)
-    change = dict(steps=3, max_grad_norm=0.0, ema=0.1, checkpoint_every=1, validation_prompts=["ab"], seed=2)
-    change["data"] = str(tmp_path / "weighted.parquet")
+    change = dict(steps=3, max_grad_norm=0.0, ema=0.2, checkpoint_every=1, validation_prompts=["ab"], seed=2)
+    change |= dict(data=str(tmp_path / "weighted.parquet"), learning_rate=0.05)
     train(settings(here, tmp_path / "out", **change))
     assert not shown.pop("training")
     one, two, three = (load_file(tmp_path / "out" / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3))
     for name, average in weights(tmp_path / "out").items():
-        torch.testing.assert_close(average, 0.1 * (0.1 * one[name] + 0.9 * two[name]) + 0.9 * three[name])
+        early = (2 * one[name] + 9 * two[name]) / 11  # in the second step no more than 2 / 11
+        torch.testing.assert_close(average, 0.2 * early + 0.8 * three[name])
     assert equal(shown, weights(tmp_path / "out"))
     assert not equal(shown, three)
     batches = iter(PairLoader(tmp_path / "weighted.parquet", 2, size=16, seed=2))
@@ -701,6 +702,8 @@ def test_optimizers_are_those_of_the_scripts(here, tmp_path):
     group = new_optimizer(weights, usual, rate).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (rate, (0.9, 0.999), 1e-8, 0.01)
     assert usual.max_grad_norm == 1.0
+    of_a_step = settings(here, tmp_path, learning_rate=None, batch_size=2, accumulation=3)
+    assert learning_rate(of_a_step, processes=4) == pytest.approx(24e-8)
     own = settings(here, tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1)
     group = new_optimizer(weights, own, rate).param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.1)
@@ -752,7 +755,7 @@ def test_optimizers_of_eight_bits_where_they_are_installed(here, tmp_path, name)
 @pytest.mark.parametrize(
     ("change", "rate"),
     [
-        (dict(schedule="linear", warmup=2), lambda n: n / 2 if n < 2 else (6 - n) / 4),
+        (dict(schedule="linear", warmup=2, accumulation=2), lambda n: n / 2 if n < 2 else (6 - n) / 4),
         (dict(schedule="cosine"), lambda n: (1 + math.cos(math.pi * n / 6)) / 2),
         (
             dict(schedule="cosine_with_restarts", cycles=2),
@@ -775,6 +778,18 @@ def test_schedules_of_the_learning_rate(here, tmp_path, change, rate):
 def test_learning_rates_are_the_published_ones(here, tmp_path, change, rate):
     train(settings(here, tmp_path / "out", steps=1, **{"learning_rate": None, "seed": 2**62, **change}))
     assert lines(tmp_path / "out")[0]["learning_rate"] == pytest.approx(rate, rel=1e-12)
+
+
+def test_a_model_is_made_trainable_as_it_was_told(here, tmp_path):
+    """LoRA's first weights need not be there any more where there is a checkpoint."""
+    family, nowhere = FAMILIES["StableDiffusionPipeline"], str(tmp_path / "nowhere")
+    for checkpointing in (False, True):
+        model = UNet2DConditionModel.from_pretrained(here / "pipeline", subfolder="unet")
+        run = settings(here, tmp_path, gradient_checkpointing=checkpointing, lora_rank=2, lora_weights=nowhere)
+        training._make_trainable(model, family, run, has_checkpoint=True)
+        assert model.is_gradient_checkpointing == checkpointing
+    free = settings(here, tmp_path, loss={"reference_free": True})
+    assert training._reference(model, free, None) is None
 
 
 @pytest.mark.parametrize("change", [{}, dict(lora_rank=2)], ids=["full", "lora"])
@@ -858,8 +873,12 @@ def test_a_damaged_checkpoint_is_named(here, tmp_path, file, left):
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(here, tmp_path):
-    """It would be saved as the result of a run that is shorter than itself."""
+    """It would be saved as the result of a run that is shorter than itself. Of the last step it becomes the result."""
     train(settings(here, tmp_path / "out", steps=2, checkpoint_every=2))
+    result = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "unet")
+    train(settings(here, tmp_path / "out", steps=2, resume="latest"))
+    assert equal(weights(tmp_path / "out"), result)
     with pytest.raises(ValueError, match=r"steps is 1, and .*checkpoint-2 is of step 2; expected 2 steps or more"):
         train(settings(here, tmp_path / "out", steps=1, resume="latest"))
 
@@ -1015,13 +1034,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path, mon
         raise OSError("Directory not empty")
 
     given = Settings(model="m", data="d", checkpoint_every=1, keep=1)
+    (tmp_path / "checkpoint-1-of-mine").mkdir()  # none of the training's
     save_checkpoint(Saves(), tmp_path, 1, given, {})
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", busy)
         save_checkpoint(Saves(), tmp_path, 2, given, {})
     assert (tmp_path / "checkpoint-1").exists()
     save_checkpoint(Saves(), tmp_path, 3, given, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1-of-mine", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("mine", [None, "checkpoint-4"])
@@ -1424,6 +1444,16 @@ def test_the_first_step_of_any_process_that_is_not_finite_is_named(tmp_path, mon
     ours = journal.Journal(of_three(), tmp_path / "metrics.jsonl", 0)
     ours.add(5, ["a", "b"], torch.tensor([1.0, math.nan]), {"implicit_accuracy": torch.tensor(0.5)})
     with pytest.raises(NotFiniteError, match=message):
+        ours.write(0, 1e-3)
+
+
+def test_a_loss_of_another_process_that_is_not_finite_stops_this_one_too(tmp_path, monkeypatch):
+    """Else it would wait for the other one for ever."""
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda found: [*found, (5, "loss", ["c"], False)])
+    bad = torch.tensor([math.nan, 0.5, 1.0])  # loss, accuracy, and that there is something
+    ours = journal.Journal(of_three(gather=lambda row: torch.stack((row[0], bad))), tmp_path / "metrics.jsonl", 0)
+    ours.add(5, ["a", "b"], torch.tensor([1.0, 2.0]), {"implicit_accuracy": torch.tensor(0.5)})
+    with pytest.raises(NotFiniteError, match=r"the loss is not finite at step 5, of the pairs c$"):
         ours.write(0, 1e-3)
 
 
