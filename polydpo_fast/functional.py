@@ -365,6 +365,16 @@ def _fake_pair_gradient(pred: list[Tensor], target: list[Tensor], *_: Any) -> li
 # ----------------------------------------------------------------------------------------------- autograd
 
 
+def _refuse_graph(ctx: Any, *grads: Tensor) -> None:
+    """torch.export and make_fx keep the operator without the functions below: gradients would be missing, silently."""
+    raise RuntimeError(
+        "the operator of polydpo_fast has no gradient in a graph of torch.export or make_fx; "
+        "export the model, and call loss or pair_errors on what it returns"
+    )
+
+
+torch.library.register_autograd("polydpo_fast::pair_loss", _refuse_graph, lib=_library)
+
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor

@@ -484,6 +484,28 @@ def test_double_backward_refuses_clearly(backend, device):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_an_exported_graph_refuses_a_gradient(backend, device):
+    """It holds the operator alone: the parameters of a model that is exported with its loss would learn nothing."""
+
+    class Step(torch.nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.model, self.function = torch.nn.Linear(5, 5).to(device), function
+
+        def forward(self, x, ref, target):
+            return self.function(self.model(x), ref, target, backend=backend)
+
+    tensors = batch((4, 3, 5), torch.float32, device)
+    for function in (polydpo_fast.loss, lambda *x, **options: polydpo_fast.pair_errors(*x, **options).model_win.sum()):
+        step = Step(function)
+        exported = torch.export.export(step, tensors, strict=False).module()
+        value = exported(*tensors)
+        assert value == step(*tensors)
+        with pytest.raises(RuntimeError, match=r"no gradient in a graph of torch\.export"):
+            value.backward()
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_inference_mode(backend, device):
     with torch.inference_mode():
         loss = polydpo_fast.loss(*batch((4, 3), torch.float32, device), backend=backend)
