@@ -165,6 +165,30 @@ def test_every_mix_of_dtypes(backend, masked, dtypes, device):
         assert not x.grad[:, ~mask].any()
 
 
+@pytest.mark.skipif("EMULATED_GPU" in os.environ, reason="the emulator keeps a record of every byte")
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("masked", [False, True])
+def test_pairs_beyond_two_to_the_31_elements(backend, masked, device):
+    """Views whose rows are 2^30 elements apart; of the memory between them no page is touched."""
+    memory = torch.empty(2**31 + 2**10, dtype=torch.bfloat16, device=device)
+    flags = torch.empty(2**31 + 2**10 if masked else 1, dtype=torch.bool, device=device)
+    plain = [x.chunk(2) for x in batch((6, 60), torch.bfloat16, device)]
+    far = [
+        [memory.as_strided((3, 60), (2**30, 1), 64 * (2 * i + j)).copy_(arm) for j, arm in enumerate(both)]
+        for i, both in enumerate(plain)
+    ]
+    mask, far_mask = None, None
+    if masked:
+        mask = torch.arange(180, device=device).view(3, 60) % 7 != 3
+        far_mask = flags.as_strided((3, 60), (2**30, 1)).copy_(mask)
+    found = []
+    for tensors, kept in ((plain, mask), (far, far_mask)):
+        pred = [x.detach().requires_grad_() for x in tensors[0]]
+        loss = polydpo_fast.loss(pred, *tensors[1:], beta=50.0, mask=kept, reduction="none", backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), pred)))
+    assert all(map(torch.equal, *found))
+
+
 # ------------------------------------------------------------------------------------------------ edge cases
 
 

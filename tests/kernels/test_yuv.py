@@ -328,6 +328,18 @@ def test_out_is_written_and_nothing_around_it(backend, dtype, device):
         yuv420_to_rgb(planes, dtype=dtype, backend=backend)
 
 
+@pytest.mark.skipif("EMULATED_GPU" in os.environ, reason="the emulator keeps a record of every byte")
+def test_a_frame_beyond_two_to_the_31_bytes(device):
+    """One grey pixel of the last of seven frames; of the memory before it no page is touched."""
+    planes = torch.empty(1, 7, 24576, 16384, dtype=torch.uint8, device=device)
+    luma, chroma = planes[0, -1, :16384], planes[0, -1, 16384:].view(2, 8192, 8192)
+    luma[0, 0], chroma[:, :2, :2] = 77, 128
+    rgb = yuv420_to_rgb(planes[0, -1:], size=(1, 1), dtype=torch.uint8, backend="triton")
+    assert rgb.flatten().tolist() == [77] * 3
+    clip = yuv420_to_rgb(planes, size=(1, 1), dtype=torch.uint8, backend="triton")
+    assert clip[0, :, -1].flatten().tolist() == [77] * 3
+
+
 @pytest.mark.gpu
 def test_a_crop_outside_the_image_is_clamped_on_a_gpu():
     planes = random_planes(1, 10, 14, device="cuda")
