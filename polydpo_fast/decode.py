@@ -73,7 +73,8 @@ class DecodedPairs:
     flipped: (B,) bool, whether the pair is mirrored.
     damaged: images that were decoded though something is wrong with them (strict=False): at most one line for each, of
         what was noticed first. What their decoder did not have to look at, such as the rest of an image below a crop,
-        is not in it.
+        is not in it. There, libjpeg-turbo reads a row of blocks and a few bytes further than our own decoder of JPEGs,
+        so that a processor without AVX2 may notice more.
     """
 
     pixels: Tensor
