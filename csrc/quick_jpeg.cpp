@@ -20,7 +20,7 @@ public:
     // Of `count` columns, the first of which is at `left` (a multiple of eight).
     void begin(int rows, int left, int count, int columns) {
         rows_ = 2 * rows;
-        job_done_ = left;
+        left_ = left;
         columns_ = columns;
         stride_ = margin + (count + 2 * DCTSIZE + ycc_margin + margin - 1) / margin * margin;
         bytes_.resize(static_cast<std::size_t>(stride_) * rows_ + margin);
@@ -28,19 +28,19 @@ public:
     std::ptrdiff_t stride() const { return stride_; }
     // Of a row of the image: the sample of column x.
     std::uint8_t* at(int row, int x) {
-        return bytes_.data() + static_cast<std::ptrdiff_t>(row % rows_) * stride_ + margin + (x - job_done_);
+        return bytes_.data() + static_cast<std::ptrdiff_t>(row % rows_) * stride_ + margin + (x - left_);
     }
     // Beside the image lie its outermost samples again.
     void extend(int row, int count, int right) {
         for (int y = row; y < row + count; ++y) {
-            if (job_done_ == 0) *at(y, -1) = *at(y, 0);
+            if (left_ == 0) *at(y, -1) = *at(y, 0);
             if (right >= columns_) *at(y, columns_) = *at(y, columns_ - 1);
         }
     }
 
 private:
     static constexpr int margin = 64;
-    int rows_ = 0, job_done_ = 0, columns_ = 0;
+    int rows_ = 0, left_ = 0, columns_ = 0;
     std::ptrdiff_t stride_ = 0;
     std::vector<std::uint8_t> bytes_;
 };
