@@ -225,8 +225,8 @@ class Clip:
         is_range_told = states_range(context.codec.canonical_name, context.extradata)
         self.told = int(context.colorspace), 0 if is_range_told else int(context.color_range)
         # Where PyAV passes on what FFmpeg logs, FFmpeg's threads wait for Python's lock, and a context that is freed
-        # holds it while it waits for them.
-        if av.logging.get_level() is not None:
+        # holds it while it waits for them. Those of MPEG-4 do not wait for each other where it is interlaced.
+        if av.logging.get_level() is not None or name == "mpeg4":
             threads = 1
         context.thread_count = threads
         context.thread_type = "AUTO" if threads > 1 else "NONE"

@@ -67,6 +67,15 @@ def test_ffmpeg_has_no_threads_where_pyav_logs(level, threads):
         av.logging.set_level(None)
 
 
+def test_interlaced_mpeg_4_is_the_same_for_any_number_of_threads():
+    """FFmpeg's own would make a frame from others before they are whole."""
+    data = encode(23, codec="mpeg4", flags="+ilme+ildct", g="6", bf="4")
+    options = dict(frames=23, size=(48, 64), dtype=torch.uint8)
+    known = decode_clips([data], [data], threads=1, **options).pixels
+    for _ in range(5):
+        assert torch.equal(decode_clips([data], [data], threads=16, **options).pixels, known)
+
+
 def test_texts_in_another_encoding_do_not_matter():
     data = remuxed(CLIP, metadata={"title": "\u00e9" * 9}).replace("\u00e9".encode(), b"\xe9\xe9")
     assert decode_clips([data], [CLIP], frames=3, size=32).ok.all()
