@@ -1,6 +1,8 @@
 """Cached latents and text embeddings, against encoding the images of the same loader in each step."""
 
+import dataclasses
 import errno
+import io
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from data.pairs import Tiny
 from diffusion.encoding import TinyVae, encoder
 from diffusion.runs import stored
 from diffusion.tiny import build
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -136,9 +139,19 @@ def test_missing_shards_are_shared_out_equally(tmp_path, store, monkeypatch):
 
 def test_crops_and_mirrors_are_drawn_once(tmp_path):
     """By the pair's index, so that ranks and interruptions change nothing."""
-    drawn = dict(hflip=0.5, size=1, resize=None, crop="random", seed=3, bad={})
+
+    class LargeLosers(Tiny):
+        def __getitem__(self, index):
+            file = io.BytesIO()
+            Image.new("RGB", (9, 7)).save(file, "PNG")
+            return dataclasses.replace(super().__getitem__(index), lose=file.getvalue())
+
+    drawn = dict(hflip=0.5, size=1, resize=None, crop="random", seed=3, source=LargeLosers(20))
+    told = {}
 
     def encode(batch):
+        for row, index in enumerate(batch.index.tolist()):
+            told[index] = [sizes[row :: len(batch)] for sizes in (batch.original_size, batch.crop_top_left)]
         return {"latents": batch.pixels.float()}
 
     for name, world_size in (("one", 1), ("two", 2)):
@@ -151,6 +164,9 @@ def test_crops_and_mirrors_are_drawn_once(tmp_path):
         assert torch.equal(a.flipped, b.flipped)
         assert torch.equal(a.crop_top_left, b.crop_top_left)
     assert 4 < sum(int(batch.flipped.sum()) for batch in one) < 16
+    for index, pair in enumerate(map(LatentPairs(tmp_path / "one").__getitem__, range(20))):
+        assert all(map(torch.equal, (pair.original_size, pair.crop_top_left), told[index]))
+    assert any(not torch.equal(*crops) for _, crops in told.values())
     with pytest.raises(ValueError, match=r"another seed: in the store it is 3, here it is 4"):
         cache_latents(images(**{**drawn, "seed": 4}), encode, tmp_path / "one", parts={}, shard_pairs=6)
 
@@ -277,6 +293,11 @@ def test_damage_after_opening_costs_pairs(store, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PairError, match=r"00002-of-00004\.safetensors: Error while deserializing header"):
         latents[13]
+    kept, other = path.read_bytes(), (store / "00001-of-00004.safetensors").read_bytes()
+    path.write_bytes(other)
+    with pytest.raises(PairError, match=r"00002-of-00004\.safetensors: it belongs to another store, or to another"):
+        latents[13]
+    path.write_bytes(kept)
     ledger = tmp_path / "bad.jsonl"
     loader = PairLoader(latents, 4, shuffle=False, ledger=ledger, last="pad", **LOADER)
     seen = {index for batch in loader for index in batch.index.tolist()}
@@ -373,6 +394,12 @@ def test_what_encode_may_not_return(tmp_path):
         cache_latents(
             images(), lambda batch: {"latents": latents, "text": torch.zeros(4, next(lengths), 12)}, tmp_path, parts={}
         )
+    # Before hours are spent on shards that cannot be read together.
+    given = lambda dtype: lambda batch: {"latents": latents.to(dtype)}  # noqa: E731
+    cache_latents(images(), given(torch.float32), tmp_path / "two", parts={}, shard_pairs=8)
+    (tmp_path / "two" / "00001-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"latents is \('F16', .* for a pair; in the other shards it is \('F32'"):
+        cache_latents(images(), given(torch.float16), tmp_path / "two", parts={}, shard_pairs=8)
 
 
 def test_loaders_of_latents_take_no_decoding(store):

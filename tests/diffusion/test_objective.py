@@ -240,6 +240,7 @@ def test_ema_is_a_reference(dtype):
     """Of float32, also for a policy of another dtype: both are afterwards what they were, to the bit."""
     model, latents, cond, scheduler = build("sd15")
     policy = perturbed(model).to(dtype)
+    policy.conv_in.requires_grad_(False)  # has its averages nevertheless
     ema = EMAModel(model.parameters())
     averages = [average.clone() for average in ema.shadow_params]
     weights = [parameter.clone() for parameter in policy.parameters()]
@@ -301,6 +302,11 @@ def test_what_autocast_keeps_of_the_weights_serves_one_forward():
     assert losses[0].item() == losses[1].item() == losses[2].item() != torch.tensor(math.log(2)).item()
     losses[2].backward()
     assert policy.weight.grad.abs().sum() > 0
+    averages = SimpleNamespace(shadow_params=[one.detach().clone() for one in reference.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        policy(latents)
+        with ema_weights(policy, averages):
+            assert torch.equal(policy(latents), reference(latents))
 
 
 def test_averages_may_be_of_adapters_alone():
