@@ -195,6 +195,19 @@ def test_vaes_with_means_and_a_factor():
     assert pixels_.decode_latents(vae, latents).flatten().tolist() == [1 * 2 / 0.5 + 0.5, 3 * 4 / 0.5 - 1]
 
 
+def test_no_more_images_are_encoded_at_once_than_was_asked():
+    """The VAE's memory is the largest of all."""
+    seen = []
+
+    def encode(pixels):
+        seen.append(len(pixels))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: pixels))
+
+    vae, pixels = SimpleNamespace(dtype=torch.float32, config={}, encode=encode), torch.randn(5, 3, 2, 2)
+    assert torch.equal(pixels_.encode_pixels(vae, pixels, chunk=2), pixels)
+    assert seen == [2, 2, 1]
+
+
 NORMALISED = {
     "sd15": lambda z: z * 0.18215,
     "sdxl": lambda z: z * 0.13,
@@ -320,6 +333,9 @@ def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
     assert not any(p.requires_grad for part in (model, pipe.vae, pipe.text_encoder) for p in part.parameters())
     if name == "flux":
         return
+    if name == "wan":  # of which Diffusers keeps some layers as they are, also in half precision
+        pipe = files.load_pipeline(str(folder), policy=torch.bfloat16, frozen=torch.bfloat16)
+        assert {part.dtype for part in pipe.transformer.parameters()} == {torch.bfloat16, torch.float32}
     exact = DiffusionPipeline.from_pretrained(folder).vae.state_dict()  # not rounded on the way
     assert all(torch.equal(value, exact[key]) for key, value in pipe.vae.state_dict().items())
 

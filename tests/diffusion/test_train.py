@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType
 from accelerate.utils import DistributedType
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusion import pipelines
 from diffusion.runs import equal, lines, settings, two_processes, weights
 from PIL import Image
@@ -131,7 +131,7 @@ def images(pipe):
 def test_the_result_is_a_pipeline(here, tmp_path):
     """That of before, but for the trained weights and the scheduler, to the bit, whatever the precision of training."""
     out = tmp_path / "out"
-    zero_snr = dict(_class_name="DDIMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    zero_snr = dict(_class_name="EulerDiscreteScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     scheduler = {**zero_snr, "prediction_type": "v_prediction"}
     train(settings(here, out, steps=2, learning_rate=0.05, mixed_precision="bf16", scheduler=scheduler))
     ours, before = (DiffusionPipeline.from_pretrained(folder) for folder in (out, here / "pipeline"))
@@ -142,7 +142,8 @@ def test_the_result_is_a_pipeline(here, tmp_path):
     assert (images(ours) != images(before)).any()
     before.unet.load_state_dict(weights(out))
     assert (images(ours) != images(before)).any()
-    before.scheduler = DDIMScheduler.from_config(before.scheduler.config, **{**scheduler, "_class_name": None})
+    assert type(ours.scheduler) is EulerDiscreteScheduler
+    before.scheduler = EulerDiscreteScheduler.from_config(before.scheduler.config, **{**scheduler, "_class_name": None})
     assert (images(ours) == images(before)).all()
     assert ours.scheduler.alphas_cumprod[-1] < 1e-7
     # It can be trained and judged itself.
@@ -165,8 +166,9 @@ def test_another_scheduler_is_that_of_training_and_of_pictures(here, tmp_path, m
     scheduler = dict(prediction_type="v_prediction", beta_end=0.02)
     loss = dict(timestep_weight="min_snr", snr_gamma=1.0, weight_applies_to="logit")
     train(settings(here, tmp_path / "out", steps=1, lora_rank=lora, scheduler=scheduler, loss=loss))
-    pipe = load_pipeline(str(here / "pipeline"), policy=torch.float32, frozen=torch.float32)
+    pipe = load_pipeline(str(here / "pipeline"), policy=torch.bfloat16, frozen=torch.bfloat16)
     load_result(pipe, tmp_path / "out")
+    assert pipe.unet.dtype == torch.bfloat16  # in which it is to make pictures
     wanted = DDPMScheduler(beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear").alphas_cumprod
     for one in (seen["trained"], pipe.scheduler):
         assert one.config.prediction_type == "v_prediction"
@@ -249,8 +251,10 @@ def test_sizes_are_heights_and_widths_and_the_seed_is_set(here, tmp_path):
     begun = setup.set_up(settings(here, tmp_path, size=[16, 24], seed=2**40 + 7))
     assert begun.size == (16, 24)
     assert torch.initial_seed() == 7
-    batch = next(iter(inputs.Inputs(settings(here, tmp_path, size=[16, 24]), begun).loader))
+    given = settings(here, tmp_path, size=[16, 24], loader={"hflip": 1.0})
+    batch = next(iter(inputs.Inputs(given, begun).loader))
     assert batch.pixels.shape == (4, 3, 16, 24)
+    assert batch.flipped.all()
 
 
 @pytest.mark.parametrize("lora", [0, 2])
