@@ -283,6 +283,12 @@ def test_draws_come_again_when_all_have_been(here, stores, tmp_path, monkeypatch
     assert asked == [{0}, {1}, {2}, {3}, {0}, {1}]
 
 
+def test_the_loader_of_latents_is_told_what_is_not_of_pixels(here, stores, tmp_path):
+    run = settings(here, tmp_path, **from_stores(stores, loader={"shuffle": False, "threads": 2}))
+    batch = next(iter(batches.Inputs(run, setup.set_up(run)).loader))
+    assert batch.index.tolist() == [0, 1]
+
+
 def test_resuming_from_stores(here, stores, tmp_path):
     change = from_stores(stores, batch_size=3, steps=8, checkpoint_every=4)
     train(settings(here, tmp_path / "whole", **change))

@@ -565,7 +565,8 @@ def test_processes_wait_for_each_other_for_hours(here, monkeypatch, unused_tcp_p
 
 def test_mixed_precision_begins_at_the_reference(here, tmp_path):
     """Also where all weights are trained: the reference computes as the policy does."""
-    train(settings(here, tmp_path / "full", steps=1, mixed_precision="bf16"))
+    pictures = dict(validation_prompts=["ab"], validation_steps=1)  # of weights in float32 and text in bfloat16
+    train(settings(here, tmp_path / "full", steps=1, mixed_precision="bf16", **pictures))
     train(settings(here, tmp_path / "lora", steps=1, mixed_precision="bf16", lora_rank=2))
     for run in ("full", "lora"):
         assert lines(tmp_path / run)[0]["loss"] == torch.tensor(math.log(2)).item()
@@ -1882,6 +1883,11 @@ def test_geneval_renders_what_it_was_told(here, tmp_path, monkeypatch):
     assert [prompts for prompts, _ in asked] == [["a dog", "a dog", "a cat"], ["a cat"]]
     assert asked[0][1] == {**told, "seeds": [chained(9, 0, 0), chained(9, 0, 1), chained(9, 1, 0)]}
     assert asked[1][1] == {**told, "seeds": [chained(9, 1, 1)]}
+    # The second of two processes has the second prompt.
+    two = SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cpu"), wait_for_everyone=lambda: None)
+    monkeypatch.setattr(geneval, "new_accelerator", lambda: two)
+    geneval.render(str(here / "pipeline"), prompts, tmp_path / "two", samples=2, batch_size=3, seed=9, **told)
+    assert asked[2:] == [(["a cat"] * 2, {**told, "seeds": [chained(9, 1, 0), chained(9, 1, 1)]})]
     # What is not written is not compared: pictures of something else would be taken for these.
     of_model = {"weights", "vae", "scheduler", "text_encoder", "tokenizer"}
     of_pictures = {"seed", "steps", "guidance", "size", "dtype"}
@@ -1909,6 +1915,16 @@ def test_pictures_of_a_training_have_the_same_noise_each_time(here, tmp_path, mo
         assert prompts == [run.validation_prompts[number]]
         assert (options["seeds"], options["steps"], options["size"]) == ([chained(6, number)], 7, (2, 2))
     assert sheets == [[[50, 100], [150, 255]]] * 2
+
+
+def test_pictures_of_clips_are_of_the_whole_clip(here, tmp_path, monkeypatch):
+    """Four frames of each, the first and the last among them, in a row."""
+    clip = torch.arange(13, dtype=torch.uint8).view(1, 1, 13, 1, 1).expand(1, 3, 13, 2, 2)
+    monkeypatch.setattr(validation, "sample", lambda *arguments, **options: clip)
+    run, family = settings(here, tmp_path, validation_prompts=["a", "b"]), FAMILIES["WanPipeline"]
+    validation.render(Accelerator(cpu=True), None, family, run, (2, 2), tmp_path, 1)
+    with Image.open(tmp_path / "000001.png") as sheet:
+        assert np.asarray(sheet)[::2, ::2, 0].tolist() == [[0, 4, 8, 12]] * 2
 
 
 def test_the_scorer_does_not_see_a_picture_that_is_not_whole(here, tmp_path, monkeypatch):
