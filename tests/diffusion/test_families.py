@@ -187,6 +187,11 @@ def test_sdxl_is_told_heights_before_widths():
     assert told["added_cond_kwargs"]["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
 
 
+def test_models_that_were_made_for_another_height_than_width():
+    pipe = SimpleNamespace(unet=SimpleNamespace(config={"sample_size": (64, 96)}), vae_scale_factor=8)
+    assert families.native_size(pipe, FAMILIES["StableDiffusionPipeline"]) == (512, 768)
+
+
 def test_vaes_with_means_and_a_factor():
     """As Diffusers' pipeline of SDXL decodes: latents * latents_std / scaling_factor + latents_mean."""
     config = dict(latents_mean=[0.5, -1.0], latents_std=[2.0, 4.0], scaling_factor=0.5)

@@ -266,12 +266,13 @@ def test_what_is_trained_is_whole_and_the_rest_in_half_precision(here, tmp_path,
 
 
 def test_a_run_keeps_the_guidance_that_takes_effect(here, tmp_path):
-    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
+    accelerator = SimpleNamespace(num_processes=3, mixed_precision="no")
     begun = SimpleNamespace(accelerator=accelerator, family=FAMILIES["FluxPipeline"], size=(16, 16))
     for given, kept in ((None, 3.5), (3.5, 3.5), (1.0, 1.0)):
         run = settings(here, tmp_path, guidance=given)
         told = training._run_identity(run, begun, SimpleNamespace(parts={}), torch.nn.Linear(2, 2), None)
         assert told["guidance"] == kept
+        assert told["pairs per step (processes x batch_size x accumulation)"] == 3 * 2
 
 
 def test_averages_weights_of_pairs_and_gradients_that_are_not_clipped(here, tmp_path, monkeypatch):
@@ -1012,10 +1013,14 @@ def test_told_to_stop_in_the_last_step_it_leaves_the_result(here, tmp_path, monk
 class Saves:
     is_main_process = True
 
+    def __init__(self):
+        self.asked = []
+
     def wait_for_everyone(self):
-        pass
+        self.asked.append("wait")
 
     def save_state(self, folder):
+        self.asked.append("save")
         Path(folder, "random").mkdir(parents=True)
         Path(folder, "model.bin").write_bytes(b"12345")
         Path(folder, "random", "states").write_bytes(b"123")
@@ -1083,10 +1088,11 @@ def test_more_steps_bend_a_schedule_that_decays(here, tmp_path):
 
 
 def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, monkeypatch):
-    """Or a machine that loses its power in between leaves a run with none."""
+    """Or a machine that loses its power in between leaves a run with none. All processes have written their parts."""
     done, fsync = [], os.fsync
 
     def settle(file):
+        assert saves.asked == ["wait", "save", "wait"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "partial-checkpoint-2"]
         done.append(os.readlink(f"/proc/self/fd/{file}"))
         fsync(file)
@@ -1094,7 +1100,8 @@ def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, mon
     given = Settings(model="m", data="d", checkpoint_every=1, keep=1)
     save_checkpoint(Saves(), tmp_path, 1, given, {})
     monkeypatch.setattr(os, "fsync", settle)
-    save_checkpoint(Saves(), tmp_path, 2, given, {})
+    saves = Saves()
+    save_checkpoint(saves, tmp_path, 2, given, {})
     assert sorted(map(os.path.basename, done)) == ["model.bin", "run.json", "states"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
@@ -1467,8 +1474,8 @@ def test_weights_that_have_diverged_are_said_to_have(here, tmp_path):
         train(settings(here, tmp_path / "out", learning_rate=1e30))
 
 
-@pytest.mark.parametrize(("steps", "norm"), [(4, 1.0), (2, 0.0)])
-def test_a_gradient_that_is_not_finite_stops_too(here, tmp_path, monkeypatch, steps, norm):
+@pytest.mark.parametrize(("steps", "norm", "precision"), [(4, 1.0, "no"), (2, 0.0, "bf16")])
+def test_a_gradient_that_is_not_finite_stops_too(here, tmp_path, monkeypatch, steps, norm, precision):
     """Of finite losses, also in the last step, and without clipping: before anything of it is written."""
     order = [batch.keys for batch in PairLoader(here / "pairs.parquet", 2, size=16)]
     forwards, make = [], training.objective_of
@@ -1484,6 +1491,7 @@ def test_a_gradient_that_is_not_finite_stops_too(here, tmp_path, monkeypatch, st
     monkeypatch.setattr(training, "objective_of", lambda *given, **more: make(*given, **more, forward=spoiled))
     out = tmp_path / "out"
     run = dict(accumulation=2, steps=steps, log_every=100, max_grad_norm=norm, checkpoint_every=steps)
+    run["mixed_precision"] = precision
     with pytest.raises(
         NotFiniteError, match="the gradient is not finite at step 2, though the losses are, of the"
     ) as e:
