@@ -441,7 +441,7 @@ class _FusedErrors(torch.autograd.Function):
         mask, table, *tensors = ctx.saved_tensors
         grad = grads[0].to(torch.float64)
         # The reference's error is a constant: model and excess have the same gradient, 2/D (pred - target).
-        coefficients = ((grad[:2] + grad[2:]) * (2 / table[:, Column.ELEMENTS])).t().contiguous()
+        coefficients = ((grad[:2] + grad[2:]) * (2 / table[:, Column.ELEMENTS])).t()
         one = torch.ones((), dtype=grads[0].dtype, device=table.device)
         return _backward(ctx, mask, tensors, coefficients, one)
 
@@ -496,8 +496,6 @@ def _bound_loss(*signature: object) -> list[Any]:
 
 
 def _bind(bound: list[Any], inputs: Inputs, head: Head, objective: str, layout: str, reduction: str) -> None:
-    if not inputs.ref:
-        return
     tensors = (inputs.pred[0], inputs.ref[0], inputs.target[0])
     ordered = common_order(*([x] for x in tensors))
     if all(x is y for x, (y,) in zip(tensors, ordered, strict=True)):

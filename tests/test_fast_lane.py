@@ -134,6 +134,8 @@ def test_bad_input_is_named_however_often():
             polydpo_fast.loss(*good, label_smoothing=[0.1])
         with pytest.raises(TypeError, match="target is lazily negated"):  # of the shape and strides of a good one
             polydpo_fast.loss(*good[:2], torch._neg_view(good[2]))
+        with pytest.raises(ValueError, match="ref_pred is given, ref_error is given"):
+            polydpo_fast.loss(*good, ref_error=torch.ones(4))
         with pytest.raises(TypeError, match="strided"):
             polydpo_fast.loss(good[0].to_sparse(), *good[1:])
         policy = good[0].detach().requires_grad_()
@@ -205,6 +207,7 @@ def test_a_mask_may_come_back_as_numbers_and_the_table_of_pairs_with_other_strid
 def test_an_upstream_gradient_may_be_lazy(sign):
     tensors = three()
     upstream = torch.tensor(1j).conj().imag if sign else torch._efficientzerotensor(())
+    functional._bound_loss.cache_clear()
     for _ in range(2):
         x = tensors[0].detach().requires_grad_()
         loss = polydpo_fast.loss(x, *tensors[1:])
@@ -223,3 +226,14 @@ def test_a_default_device_is_not_where_results_go():
             loss.sum().backward()
         assert loss.device.type == x.grad.device.type == "cpu"
         torch.testing.assert_close(loss.detach().mean(), expected)
+
+
+def test_other_devices_and_backends_do_not_take_it(monkeypatch):
+    tensors = three()
+    for _ in range(2):
+        polydpo_fast.loss(*tensors, beta=2.0)
+    assert polydpo_fast.loss(*(x.to("meta") for x in tensors), beta=2.0).device.type == "meta"
+    if "triton" in functional.available_backends("cpu"):
+        monkeypatch.setattr(functional._module_of("cpp"), "BoundLoss", None)
+        for _ in range(2):
+            polydpo_fast.loss(*tensors, beta=2.0, backend="triton")

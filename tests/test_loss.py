@@ -378,6 +378,7 @@ def test_metrics(backend, device):
     pred[6] = ref[6]
     pred[3] = target[3] + 1.1 * (ref[3] - target[3])
     pred[7] = target[7] + 2.0 * (ref[7] - target[7])
+    pred.requires_grad_()
     _, metrics = polydpo_fast.loss(pred, ref, target, beta=40.0, return_metrics=True, backend=backend)
     e = oracle.poly_dpo(pred, ref, target, 40.0)
     z = np.where(np.abs(e.logit) < 1e-12, 0, e.logit)
@@ -503,8 +504,9 @@ def test_repeated_and_accumulated_backward(backend, device):
 def test_double_backward_refuses_clearly(backend, device):
     pred, ref, target = batch((4, 3), torch.float32, device)
     loss = polydpo_fast.loss(pred.requires_grad_(), ref, target, backend=backend)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, pred, create_graph=True)[0].sum().backward()
+    for value in (loss, polydpo_fast.pair_errors(pred, ref, target, backend=backend).model_win.sum()):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(value, pred, create_graph=True)[0].sum().backward()
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -554,6 +556,28 @@ def test_opcheck(backend, device):
             torch.ops.polydpo_fast.pair_gradient.default,
             ([x], [t], None, coefficients, torch.ones((), device=device), "halves", backend),
         )
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("double", [None, 0, 1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_operators_promise_what_they_return(reduction, double, backend, device):
+    """To torch.compile: shapes, dtypes and strides, here of a winner and a loser in different orders."""
+    drawn = [list(x.chunk(2)) for x in batch((4, 3, 5, 6), torch.bfloat16, device)]
+    drawn[0][0] = drawn[0][0].contiguous(memory_format=torch.channels_last)
+    if double is not None:
+        drawn[double] = [x.double() for x in drawn[double]]
+
+    def results(to):
+        pred, ref, target = ([x.to(to) for x in both] for both in drawn)
+        parameters = [2.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+        value, metrics, table = torch.ops.polydpo_fast.pair_loss(
+            pred, ref, target, *[None] * 5, parameters, "poly_dpo", "halves", reduction, backend
+        )
+        grads = torch.ops.polydpo_fast.pair_gradient(pred, target, None, table, value, "halves", backend)
+        return [(x.shape, x.dtype, x.stride()) for x in (value, metrics, table, *grads)]
+
+    assert results("meta") == results(device)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -708,18 +732,19 @@ def test_a_tensor_without_dimensions_is_named(argument, backend, device):
 @pytest.mark.parametrize("alpha", [-1.5, [-1.5], (-1.5,)])
 def test_alpha_below_minus_one_warns_once(alpha):
     arguments._warn_not_monotone.cache_clear()
-    with pytest.warns(UserWarning, match="not monotone"):
+    with pytest.warns(UserWarning, match="not monotone") as warned:
         polydpo_fast.loss(**GOOD, alpha=alpha)
+    assert [warning.filename for warning in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         polydpo_fast.loss(**GOOD, alpha=alpha)
-        polydpo_fast.loss(**GOOD, alpha=-1.0)
 
 
-def test_alphas_of_poly_n_and_of_pairs_do_not_warn():
+def test_alphas_of_poly_n_and_of_pairs_and_minus_one_do_not_warn():
     arguments._warn_not_monotone.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        polydpo_fast.loss(**GOOD, alpha=-1.0)
         polydpo_fast.loss(**GOOD, alpha=[-1.5, 3.0])
         polydpo_fast.loss(**GOOD, alpha=torch.full((2,), -1.5))
 

@@ -283,6 +283,20 @@ def test_a_large_masked_gradient(dtype, other, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["beta", "alpha", "pair_weight", "ref_error"])
+def test_numbers_of_pairs_in_float64_change_no_dtype(name, backend, device):
+    pred, ref, target = arms(2, (3, 4), torch.float32, 1, device)
+    options = {"beta": 2.0, name: torch.ones(2, dtype=torch.float64, device=device)}
+    if name == "ref_error":
+        ref, options[name] = None, (options[name],) * 2
+    for reduction in ("mean", "none"):
+        loss, metrics = polydpo_fast.loss(
+            tuple(pred), ref, tuple(target), **options, reduction=reduction, return_metrics=True, backend=backend
+        )
+        assert {loss.dtype, *(value.dtype for value in metrics.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pair_with_nothing_left_is_nan_and_alone(backend, device):
     pred, ref, target = arms(2, (3, 4), torch.float32, 1, device)
     mask = torch.tensor([[[True]], [[False]]]).to(device)
@@ -375,6 +389,7 @@ def test_pair_errors_keep_their_precision_next_to_the_reference(backend, device)
     pred, ref, target = arms(4, (4, 16, 16), torch.bfloat16, 4, device, closeness=0.01)
     errors = polydpo_fast.pair_errors(tuple(pred), tuple(ref), tuple(target), backend=backend)
     _, logits, _ = oracle.full(*pred, *target, ref=ref)
+    assert {error.dtype for error in errors} == {torch.float32}
     close(errors.logit(5000.0), logits, rtol=1e-5)
 
 
@@ -521,7 +536,29 @@ def test_functional_transforms_take_the_reference(device):
             r"mask has shape \(3, 3, 2\); expected one that",
         ),
         (dict(mask=torch.ones(5, dtype=torch.bool)), ValueError, r"mask has shape \(5,\)"),
+        (
+            dict(mask=torch.ones(1, 1, 1, 3, 2, dtype=torch.bool)),
+            ValueError,
+            r"mask has shape \(1, 1, 1, 3, 2\); expected",
+        ),
         (dict(mask=True), TypeError, "mask is True"),
+        (dict(mask=torch.ones(3, 2, dtype=torch.bool, device="meta")), ValueError, "mask is on meta; expected cpu"),
+        (
+            dict(target=torch.zeros(4, 3, 2, device="meta")),
+            ValueError,
+            "target is on meta; expected cpu like model_pred",
+        ),
+        (
+            dict(target=(torch.zeros(2, 3, 2), torch.zeros(2, 3, 1))),
+            ValueError,
+            r"target\[1\] has shape \(2, 3, 1\); expected \(2, 3, 2\)",
+        ),
+        (
+            dict(ref_pred=None, ref_error=torch.zeros(4, device="meta")),
+            ValueError,
+            "ref_error is on meta; expected cpu like model_pred",
+        ),
+        (dict(beta=torch.ones(2, device="meta")), ValueError, "beta is on meta; expected cpu like model_pred"),
         (
             dict(beta=torch.tensor(2.0)),
             ValueError,
@@ -539,10 +576,13 @@ def test_functional_transforms_take_the_reference(device):
         (dict(alpha=[1.0, "x"]), TypeError, r"alpha\[1\] is 'x'"),
         (dict(alpha=torch.zeros(2, dtype=torch.int64)), TypeError, "alpha has dtype torch.int64"),
         (dict(beta=torch.ones(2).requires_grad_()), ValueError, "beta requires a gradient; expected a constant"),
+        (dict(alpha=[0.0] * 5), ValueError, "alpha has 5 coefficients; expected 1 to 4"),
+        (dict(alpha=[0.0, 1.0], objective="ipo"), ValueError, "alpha is a list; expected 0 for objective 'ipo'"),
         (dict(alpha=1.0, objective="ipo"), ValueError, "expected 0 for objective 'ipo', which does not use it"),
         (dict(label_smoothing=0.5), ValueError, "label_smoothing is 0.5; expected a number from 0 to below 0.5"),
         (dict(sft_weight=-1), ValueError, "sft_weight is -1; expected a number >= 0"),
         (dict(margin=float("nan")), ValueError, "margin is nan; expected a finite number"),
+        (dict(margin=float("-inf")), ValueError, "margin is -inf; expected a finite number"),
         (
             dict(objective="ipo", alpha=torch.ones(2)),
             ValueError,
@@ -575,6 +615,7 @@ def test_bad_options_are_named(change, error, message):
         (6, (6, 6), (6, 6), False),  # (B, N) or (N, C)
         (1, (6, 6), (1, 6), False),
         (1, (6, 5), (1, 5), True),
+        (1, (1, 5), (1, 1), True),
         (3, (3,), (3,), False),
     ],
 )
@@ -593,8 +634,9 @@ def test_a_mask_that_could_be_of_pairs_or_of_samples_is_refused(pairs, sample, s
 def test_rounded_reference_errors_warn_once():
     arguments._warn_rounded_reference.cache_clear()
     pred, target = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning, match="ref_error is torch.bfloat16"):
+    with pytest.warns(UserWarning, match="ref_error is torch.bfloat16") as warned:
         polydpo_fast.loss(pred, None, target, ref_error=torch.ones(4).bfloat16())
+    assert [warning.filename for warning in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         polydpo_fast.loss(pred, None, target, ref_error=torch.ones(4).bfloat16())
@@ -731,7 +773,9 @@ def test_a_forgotten_reference_is_an_error():
             polydpo_fast.loss(pred, pred, target)
         with pytest.raises(ValueError, match="ref_pred is model_pred itself"):
             polydpo_fast.loss((pred[:2], lose := pred[2:]), (pred[:2].detach(), lose), target)
-        assert polydpo_fast.loss(pred, pred.detach(), target).item() == pytest.approx(np.log(2))
+        constant = pred.detach()
+        for policy in (pred, constant):  # the latter in an evaluation
+            assert polydpo_fast.loss(policy, constant, target).item() == pytest.approx(np.log(2))
 
 
 def test_a_models_whole_output_is_told_where_its_tensor_is():
