@@ -143,7 +143,8 @@ def test_bad_input_is_named_however_often():
             polydpo_fast.loss(policy, policy, good[2])
 
 
-def test_saved_tensors_may_come_back_in_another_order():
+@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+def test_saved_tensors_may_come_back_in_another_order(layout):
     """torch.autograd.graph.save_on_cpu and its like keep values, not strides."""
     tensors = [x.contiguous(memory_format=torch.channels_last) for x in three()]
     grads = []
@@ -151,7 +152,7 @@ def test_saved_tensors_may_come_back_in_another_order():
         x = tensors[0].detach().requires_grad_()
         unpack = torch.Tensor.contiguous if hooks else lambda t: t
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), unpack):
-            polydpo_fast.loss(x, *tensors[1:]).backward()
+            polydpo_fast.loss(x, *tensors[1:], layout=layout).backward()
         grads.append(x.grad)
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])
