@@ -530,6 +530,21 @@ def test_memory_layouts(backend, argument, device):
         assert_gradient_close(grad, expected.gradient, torch.float32, backend)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("argument", [0, 1, 2])
+@pytest.mark.parametrize("narrow", [(4, 3, 1), (4, 1, 5), (1, 3, 5), (1, 1, 1)])
+def test_expanded_tensors(narrow, argument, backend, device):
+    """One number in memory for many elements, of a sample or of all samples: the bits of a copy."""
+    tensors = list(batch((4, 3, 5), torch.float32, device))
+    expanded = torch.randn(narrow, generator=torch.Generator().manual_seed(3)).to(device).expand(4, 3, 5)
+    found = []
+    for tensors[argument] in (expanded, expanded.contiguous()):
+        pred = tensors[0].detach().requires_grad_()
+        loss = polydpo_fast.loss(pred, *tensors[1:], beta=2.0, reduction="none", backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), pred)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_policy_receives_a_gradient(backend, device):
     pred, ref, target = (x.requires_grad_() for x in batch((4, 3), torch.float32, device))

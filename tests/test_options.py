@@ -210,9 +210,9 @@ def test_many_small_pairs_are_each_as_if_alone(dtypes, elements, shared, device)
 
 
 @needs_cpp
-@pytest.mark.parametrize("elements", [8, 16, 31, 64])
+@pytest.mark.parametrize("elements", [8, 16, 31, 64, 1027])
 def test_the_gradient_of_very_many_small_pairs(elements):
-    """Of 6 MiB, which is written past the caches where samples are larger."""
+    """Of 6 MiB, which is written past the caches where samples are larger and begin at multiples of 16 bytes."""
     pairs = 6 * 2**20 // (2 * 4 * elements)
     pred, ref, target = (torch.randn(2 * pairs, elements, generator=torch.Generator().manual_seed(i)) for i in range(3))
     grads = []
