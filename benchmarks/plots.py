@@ -49,6 +49,22 @@ def roofline(results: dict) -> Figure:
     return figure
 
 
+def label_noise(results: dict) -> Figure:
+    """Right decisions against the share of flipped labels, a line for each alpha; the seeds as dots."""
+    rows = list(rows_of(results, "label_noise").values())
+    figure, axes = plt.subplots(figsize=(7, 3))
+    for way, colour, marker in zip(rows[0], COLOURS, MARKERS, strict=False):
+        points = [(100 * found[way]["noise"], [100 * one for one in found[way]["accuracies"]]) for found in rows]
+        at, means = [noise for noise, _ in points], [statistics.mean(right) for _, right in points]
+        axes.plot(at, means, f"{marker}-", label=way, color=colour, markersize=5)
+        for noise, right in points:
+            axes.plot([noise] * len(right), right, ".", color=colour, alpha=0.4, markersize=4)
+    axes.set(xlabel="% of the training's labels that are flipped", ylabel="% of other pairs decided right")
+    axes.set_title("Poly-DPO on the demo's digits", loc="left")
+    axes.legend(loc="lower left")
+    return figure
+
+
 def loss_ratios(results: dict) -> Figure:
     cases = {f"{ways['ours']['model']}, {ways['ours']['dtype']}": ways for ways in steps(results)}
     return _ratios(cases, "Forward and backward of the loss: time, in multiples of ours")
@@ -156,7 +172,8 @@ def scaling(results: dict) -> Figure:
 
 
 PLOTS: dict[str, Callable[[dict], Figure]] = {
-    function.__name__: function for function in (roofline, loss_ratios, decode_ratios, clips, training, scaling)
+    function.__name__: function
+    for function in (roofline, loss_ratios, label_noise, decode_ratios, clips, training, scaling)
 }
 
 

@@ -6,6 +6,7 @@ Every figure there comes from here: `make report` writes them, and a test compar
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 Row = dict
@@ -143,6 +144,26 @@ def precision(results: dict) -> str:
         for way, row in ways.items()
     ]
     return f"{table(head, body, left=3)}\n\n{repeat(results, 'precision')}"
+
+
+def label_noise(results: dict) -> str:
+    """A row for each share of flipped labels; the least and the greatest of the seeds in brackets."""
+    rows = rows_of(results, "label_noise")
+    ways = list(next(iter(rows.values())))
+    body = [
+        [f"{found[ways[0]]['noise']:.0%}", *(text for way in ways for text in _judged(found[way]))]
+        for found in rows.values()
+    ]
+    head = ["flipped", *(text for way in ways for text in (f"{way}: right", "gain"))]
+    return f"{table(head, body)}\n\n{repeat(results, 'label_noise')}"
+
+
+def _judged(row: Row) -> tuple[str, str]:
+    right, gains = row["accuracies"], row["gains"]
+    return (
+        f"{statistics.mean(right):.1%} ({min(right):.1%} to {max(right):.1%})",
+        f"{statistics.mean(gains):+.4f}",
+    )
 
 
 MIXED = "float32 and bfloat16"
@@ -427,7 +448,7 @@ def sd15_overhead(results: dict) -> str:
 BLOCKS: dict[str, Callable[[dict], str]] = {
     function.__name__: function
     for function in (
-        *(measured, precision, loss, loss_all, decode, decode_all),
+        *(measured, precision, label_noise, loss, loss_all, decode, decode_all),
         *(clips, loader, training, sd15_overhead, scaling),
     )
 }
