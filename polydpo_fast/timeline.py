@@ -125,7 +125,7 @@ def plan(
                 lap, place = divmod(first + len(times), count)
                 times.append(given.times(place, place + 1)[0] + lap * given.lap())
             else:
-                times.append(times[-1] + step if times else begin)
+                times.append(max(times[-1] + step, begin) if times else begin)
     else:
         interval = 1 / Fraction(fps).limit_denominator(1_000_000)
         slack = max(Fraction(0), min(ends) - interval * (frames - 1))

@@ -25,7 +25,7 @@ from splitmix import outputs
 
 import polydpo_fast
 from polydpo_fast import ClipLimits, DecodeError, clips, decode_clips
-from polydpo_fast.timeline import Timeline, plan
+from polydpo_fast.timeline import Timeline, TooShortError, plan
 from polydpo_fast.video import Clip
 
 CLIP = encode()
@@ -573,6 +573,21 @@ def test_the_first_time_may_be_rounded_too(rate, first):
     other = Timeline(np.array([round(Fraction(1000 * int(k)) / rate) for k in number]), Fraction(1, 1000))
     for arm in (clip, exact, other):
         assert arm.shown_at(clip.times(0, None), "error", clip.unit) == arm.pts.tolist()
+
+
+@pytest.mark.parametrize("start", [0.0, "center", "random"])
+def test_one_frame_more_than_the_winner_has_is_an_error(start):
+    """Also where the last frame is shown longer than the others, as by a clock of milliseconds."""
+    other = Timeline(np.arange(60), Fraction(1, 24))
+    for count in range(2, 40):
+        times = np.array([round(1000 * k / 24) for k in range(count)])
+        for last in (0, 500):
+            clip = Timeline(times + last * (np.arange(count) == count - 1), Fraction(1, 1000))
+            for arms in ((clip, clip), (clip, other)):
+                assert len(plan(arms, count, None, start, 0.999, "error")) == count
+                with pytest.raises(TooShortError, match=f"{count} frames") as told:
+                    plan(arms, count + 1, None, start, 0.999, "error")
+                assert told.value.arm == 0
 
 
 def test_places_of_a_start_at_a_rate():
