@@ -302,8 +302,11 @@ class Clip:
 
         refused: list[int] = []
         with self._open(self._strict, 1) as (container, stream):
+            name = stream.codec_context.codec.canonical_name
             for packet in _packets(container, stream, self._strict, []):
                 self.check_timeout()
+                if is_no_key(name, packet):
+                    continue
                 try:
                     found: list[int] = [frame.pts for frame in packet.decode() if frame.pts is not None]
                 except av.FFmpegError:

@@ -313,6 +313,27 @@ def test_clips_that_begin_with_what_cannot_be_decoded(strict):
         assert_frames(decoded.pixels[0], [frame for _, frame in shown[first : first + 3]])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("between", [0, 2])
+def test_mpeg_4_that_begins_without_a_key(between, strict):
+    """FFmpeg makes something of the frames whose key is gone, without an error: they are left out."""
+    source, file = encode(40, codec="mpeg4", bf=f"{between}", g="10"), io.BytesIO()
+    with av.open(io.BytesIO(source)) as whole, av.open(file, "w", format="matroska") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        packets = [packet for packet in whole.demux(video=0) if packet.dts is not None]
+        first = min(packet.pts for packet in packets[4:] if packet.is_keyframe)
+        for packet in packets[4:]:
+            packet.stream = stream
+            cut.mux(packet)
+    data, shown = file.getvalue(), [frame for _, frame in full_decode(source) if frame.pts >= first]
+    options = dict(size=(48, 64), start=0.0, dtype=torch.uint8, strict=strict)
+    decoded = decode_clips([data], [data], frames=len(shown), **options)
+    assert_frames(decoded.pixels[0], shown)
+    assert not decoded.concealed.any()
+    with pytest.raises(DecodeError, match=f"{len(shown)} frames"):
+        decode_clips([data], [data], frames=len(shown) + 1, **options)
+
+
 def test_waiting_for_other_clips_is_no_work():
     big = encode(60, 360, 640)
     alone = time.perf_counter()
