@@ -3,7 +3,7 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def sd15_and_pairs(tmp_path_factory):
+def here(tmp_path_factory):
     """A folder with a pipeline of SD1.5's kind, and 16 pairs."""
     from diffusion import pipelines
 

@@ -47,3 +47,8 @@ def two_processes(run, folder, port, command=("train",)):
         [*launch, "--config", str(folder / "two.yaml")], env=environment, capture_output=True, text=True, timeout=280
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def write_prompts(file, *prompts):
+    file.write_text("".join(json.dumps({"tag": "single_object", "include": [], "prompt": p}) + "\n" for p in prompts))
+    return str(file)

@@ -39,11 +39,6 @@ BETA = 100.0
 TOLERANCE = BETA * 1e-6
 
 
-@pytest.fixture
-def here(sd15_and_pairs):
-    return sd15_and_pairs
-
-
 def apart(one, other):
     """How far the losses of two trainings are from each other, and how far from their beginning they come."""
     losses, others = ([line["loss"] for line in lines(run)] for run in (one, other))
@@ -226,13 +221,13 @@ def test_errors_are_computed_in_the_precision_of_the_training(here, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stores(sd15_and_pairs, tmp_path_factory):
+def stores(here, tmp_path_factory):
     """Latents, and errors of them and of the images."""
     folder = tmp_path_factory.mktemp("stores")
     plain = dict(latents="mode", batch_size=4)
-    cache(settings(sd15_and_pairs, folder, **plain), folder / "latents")
-    reference(settings(sd15_and_pairs, folder, **plain), folder / "errors")
-    reference(settings(sd15_and_pairs, folder, **plain, data=str(folder / "latents")), folder / "latent-errors")
+    cache(settings(here, folder, **plain), folder / "latents")
+    reference(settings(here, folder, **plain), folder / "errors")
+    reference(settings(here, folder, **plain, data=str(folder / "latents")), folder / "latent-errors")
     return folder
 
 
