@@ -17,5 +17,5 @@ nm "$BUILD"/package/polydpo_fast/_C*.so | grep -q __asan_report \
     || { echo "sanitize: the extension was built without AddressSanitizer" >&2; exit 1; }
 # Python and PyTorch leave things to the end of the process: leaks are libFuzzer's business (scripts/fuzz.sh).
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-    PYTHONPATH="$BUILD/package" "$BIN/pytest" -p no:cacheprovider tests/test_decode.py tests/test_quick_jpeg.py tests/test_resample.py tests/test_clips.py tests/test_frame_store.py \
+    PYTHONPATH="$BUILD/package" "$BIN/pytest" -p no:cacheprovider tests/test_decode*.py tests/test_quick_jpeg.py tests/test_resample.py tests/test_clips.py tests/test_frame_store.py \
     tests/test_fast_lane.py tests/test_options.py --timeout=1200

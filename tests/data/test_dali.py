@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
+from image_oracle import jpeg, picture, png
 from PIL import Image
-from test_decode import jpeg, picture, png
 
 pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from polydpo_fast import _C, DecodeError, DecodeLimits, decode_clips, decode_pairs
