@@ -266,14 +266,15 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
     decoders = {"decode_arguments", "decode", "clips", "video"}
     files = {"clip_file", "timeline", "mp4", "matroska", "bitstream", "cache"}
     assert needs["video"] == {"decode_arguments", *files}
-    assert needs["reference"] == {"metrics", "objectives"}
-    assert not {"objectives", "layout", "colour", "buffers"} & set(needs)
+    assert needs["reference"] == {"layout", "metrics", "objectives"}
+    assert not {"objectives", "layout", "colour", "buffers", "splitmix", "values", "backends"} & set(needs)
     for module in loss:
-        assert needs.get(module, set()) <= loss | {"_C", "buffers"}, module
+        assert needs.get(module, set()) <= loss | {"_C", "backends", "buffers"}, module
+    assert needs["yuv"] == {"arguments", "backends", "colour", "kernels"}
     for module in [*decoders, *files, "data"]:
         assert not needs.get(module, set()) & {*loss, "diffusion", "check"}, module
-    for module in set(needs) - {"check", "demo", "bench", "cli", "__main__"}:
-        assert not needs[module] & {"check", "demo", "bench"}, module
+    for module in set(needs) - {"check", "demo", "bench", "comparison", "cli", "__main__"}:
+        assert not needs[module] & {"check", "demo", "bench", "comparison"}, module
 
 
 # ------------------------------------------------------------------------------------------------- the site
