@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clip_file import Source
 from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipLimits, Request, check_clips
-from .timeline import TooShortError, plan
-from .video import Clip, orientation, require_av, words_of
+from .video import Clip, Source, TooShortError, orientation, plan, require_av, words_of
 
 if TYPE_CHECKING:
     from . import _C

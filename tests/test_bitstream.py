@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from clip_oracle import av, encode, without_range
 
-from polydpo_fast.bitstream import (
+from polydpo_fast.video.bitstream import (
     SpareFrames,
     begins_anew,
     chroma_siting,

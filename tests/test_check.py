@@ -550,7 +550,8 @@ def test_arguments_of_the_decoder_that_are_not_heeded_are_caught(wrong, monkeypa
 @pytest.mark.parametrize("wrong", ["start", "pair", "loop", "mean"])
 def test_other_frames_of_clips_are_caught(wrong, monkeypatch):
     pytest.importorskip("av")
-    from polydpo_fast import decode_arguments, timeline
+    from polydpo_fast import decode_arguments
+    from polydpo_fast.video import timeline
 
     if wrong == "start":
         drawn = decode_arguments._drawn

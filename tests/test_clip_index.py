@@ -10,9 +10,9 @@ import pytest
 import torch
 from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder  # noqa: F401
 
-from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips, matroska
-from polydpo_fast.timeline import Timeline, plan
-from polydpo_fast.video import Clip
+from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips
+from polydpo_fast.video import Clip, matroska
+from polydpo_fast.video.timeline import Timeline, plan
 
 CLIP = encode()
 

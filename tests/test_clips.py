@@ -25,8 +25,8 @@ from splitmix import outputs
 
 import polydpo_fast
 from polydpo_fast import ClipLimits, DecodeError, clips, decode_clips
-from polydpo_fast.timeline import Timeline, TooShortError, plan
 from polydpo_fast.video import Clip
+from polydpo_fast.video.timeline import Timeline, TooShortError, plan
 
 CLIP = encode()
 

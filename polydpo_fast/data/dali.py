@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol
 import torch
 from typing_extensions import Buffer
 
-from ..clip_file import Source
 from ..clips import DecodedClips, decode_clips
 from ..decode import DecodedPairs, decode_pairs
 from ..decode_arguments import check_threads
 from ..values import check_choice, check_count, is_number
+from ..video import Source
 from . import dali_clips, dali_images
 from .dali_canary import CanaryError
 from .dali_engine import Engine

@@ -14,13 +14,21 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _C
-from ..bitstream import may_be_fields, may_change
-from ..clip_file import Source, open_regular
 from ..clips import DecodedClips, colours_of, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipLimits, Draw, Request, check_clips
-from ..timeline import plan
-from ..video import Clip, aspect_of, orientation, require_av, siting_of
+from ..video import (
+    Clip,
+    Source,
+    aspect_of,
+    may_be_fields,
+    may_change,
+    open_regular,
+    orientation,
+    plan,
+    require_av,
+    siting_of,
+)
 from .dali_canary import compare, to_709
 from .dali_engine import Engine, for_cpp, reason
 from .dali_picture import Finish, Plan

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from . import cache
+from .. import cache
+from ..decode_arguments import ClipLimits
 from .bitstream import SpareFrames, begins_anew, chroma_siting, is_hidden, is_no_key, siting_in, states_range
-from .clip_file import Source, TimedFile, container_of, open_clip, open_regular
-from .decode_arguments import ClipLimits
+from .file import Source, TimedFile, container_of, open_clip, open_regular
 from .matroska import damage_of
 from .mp4 import check_counts
 from .timeline import Timeline
