@@ -16,8 +16,7 @@ import torch
 from clip_oracle import ALL, av, encode, index_folder, joined, remuxed  # noqa: F401
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
-from polydpo_fast.video import Clip, mp4
-from polydpo_fast.video import clip as clip_module
+from polydpo_fast.video import Clip, mp4, opening
 from polydpo_fast.video.mp4 import check_counts
 
 CLIP = encode(30)
@@ -323,7 +322,7 @@ def test_no_other_file_is_ever_opened(tmp_path, monkeypatch, kind):
         pytest.skip("this file system keeps no times of access")
     assert is_read(by_ffmpeg_if_allowed) == (kind == b"alis")  # it knows no other reference
     assert not is_read(by_us)
-    monkeypatch.setitem(clip_module._OPTIONS, "mp4", {"enable_drefs": "1", "use_absolute_path": "1"})
+    monkeypatch.setitem(opening._OPTIONS, "mp4", {"enable_drefs": "1", "use_absolute_path": "1"})
     assert not is_read(by_us)
 
 

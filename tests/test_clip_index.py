@@ -11,7 +11,7 @@ import torch
 from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder  # noqa: F401
 
 from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips
-from polydpo_fast.video import Clip, matroska
+from polydpo_fast.video import Clip, index, matroska
 from polydpo_fast.video.timeline import Timeline, plan
 
 CLIP = encode()
@@ -28,8 +28,8 @@ def path(tmp_path):
 def builds(monkeypatch):
     """How often a clip was indexed."""
     count = []
-    build = Clip._indexed
-    monkeypatch.setattr(Clip, "_indexed", lambda self: count.append(1) or build(self))
+    build = index._built
+    monkeypatch.setattr(index, "_built", lambda *arguments: count.append(1) or build(*arguments))
     return count
 
 

@@ -11,7 +11,8 @@ from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folde
 from test_clip_index import SPARSE
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips
-from polydpo_fast.video import Clip
+from polydpo_fast.video import Clip, index
+from polydpo_fast.video.opening import Opener
 
 FORMS = {
     **SPARSE,
@@ -113,8 +114,8 @@ def test_h264_that_does_not_tell_its_order(container, kind, monkeypatch):
         opened.streams.video[0].codec_context.options = {"has_b_frames": "0"}
         assert len(list(opened.decode(video=0))) < 50
     opens = []
-    plain = Clip._open
-    monkeypatch.setattr(Clip, "_open", lambda self, *arguments: opens.append(1) or plain(self, *arguments))
+    plain = Opener.open
+    monkeypatch.setattr(Opener, "open", lambda *arguments, **named: opens.append(1) or plain(*arguments, **named))
     expected = [frame for _, frame in full_decode(told)]
     whole = decode_clips([data], [data], frames=50, size=(48, 64), dtype=torch.uint8)
     assert_frames(whole.pixels[0], expected)
@@ -152,8 +153,8 @@ def test_opening_decodes_nothing():
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
 def test_only_unclear_beginnings_are_decoded_twice(codec, begins_anew, container, monkeypatch):
     firsts = []
-    plain = Clip._first
-    monkeypatch.setattr(Clip, "_first", lambda self: firsts.append(1) or plain(self))
+    plain = index._first
+    monkeypatch.setattr(index, "_first", lambda *arguments: firsts.append(1) or plain(*arguments))
     data = encode(9, codec=codec, container=container)
     decode_clips([data], [data], frames=9, size=8)
     assert len(firsts) == (0 if begins_anew else 2)

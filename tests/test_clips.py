@@ -26,6 +26,7 @@ from splitmix import outputs
 import polydpo_fast
 from polydpo_fast import ClipLimits, DecodeError, clips, decode_clips
 from polydpo_fast.video import Clip
+from polydpo_fast.video.opening import Opener
 from polydpo_fast.video.timeline import Timeline, TooShortError, plan
 
 CLIP = encode()
@@ -685,15 +686,15 @@ def test_layouts_dtypes_threads_and_out_agree():
 @pytest.mark.parametrize(("threads", "each"), [(1, 1), (3, 1), (4, 1), (8, 2), (19, 4)])
 def test_threads_are_shared_among_the_clips(monkeypatch, threads, each):
     """One each where clips outnumber processors; what is left over is FFmpeg's."""
-    given, plain = [], Clip._open
+    given, plain = [], Opener.open
 
     @contextmanager
-    def opened(self, *arguments):
-        with plain(self, *arguments) as (container, stream):
+    def opened(*arguments, **named):
+        with plain(*arguments, **named) as (container, stream):
             given.append((stream.codec_context.thread_count, str(stream.codec_context.thread_type)))
             yield container, stream
 
-    monkeypatch.setattr(Clip, "_open", opened)
+    monkeypatch.setattr(Opener, "open", opened)
     at_once, most, decoded = [], [], Clip._decoded
 
     def counting(self, *arguments):

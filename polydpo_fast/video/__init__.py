@@ -1,13 +1,17 @@
 """One clip through PyAV, for `decode_clips` and for DALI: when its frames are shown, and those that are asked of it.
 
-`clip` opens a clip, indexes it and decodes; `file` has its bytes as files; `mp4` and `matroska` look through the
-container before FFmpeg does; `bitstream` tells what the bits do and PyAV does not, codec by codec: `h26x` (H.264 and
-HEVC), `av1` and `mpeg4`, which read them by `bits`; `timeline` says when frames are shown, and chooses those of a pair.
+`clip` decodes the frames that are wanted. It knows where they are from `index`, which is made of the packets, or was
+kept. Both open the clip by `opening`: within the limits, its bytes as a file of `file`, once `mp4` or `matroska` has
+looked through the container. `bitstream` tells what the bits do and PyAV does not, codec by codec: `h26x` (H.264 and
+HEVC), `av1` and `mpeg4`, which read them by `bits`; `form` tells of what shape frames are, and how they are turned.
+`timeline` says when frames are shown, and chooses those of a pair.
 """
 
 from .bitstream import may_be_fields, may_change
-from .clip import Clip, aspect_of, orientation, require_av, siting_of, words_of
+from .clip import Clip
 from .file import Source, open_regular
+from .form import aspect_of, orientation, siting_of
+from .opening import require_av, words_of
 from .timeline import TooShortError, plan
 
 __all__ = [
