@@ -612,6 +612,26 @@ def test_one_frame_more_than_the_winner_has_is_an_error(start):
                 assert told.value.arm == 0
 
 
+@pytest.mark.parametrize("start", [0.0, "center", "random"])
+@pytest.mark.parametrize("rate", [Fraction(24), Fraction(24_000, 1001), Fraction(30_000, 1001), Fraction(60)])
+def test_one_frame_more_than_a_clip_has_is_an_error(rate, start):
+    """By a clock of milliseconds, too, whose times may lie further apart than the frames, or come before them."""
+    drawn = 1 - 2**-32
+    longer = [
+        Timeline(np.array([round(k / rate / unit) for k in range(60)]), unit)
+        for unit in (Fraction(1, 1000), Fraction(1, 90_000), 1 / (1000 * rate))
+    ]
+    # Eight at least: where their first time is rounded, too, fewer may be of another rate.
+    for count, first in itertools.product(range(8, 50, 3), (0, 2)):
+        times = np.array([round(1000 * (k + first) / rate) for k in range(count)])
+        clip = Timeline(times, Fraction(1, 1000))
+        for arms, fps in (((clip, clip), rate), *(((other, clip), None) for other in longer)):
+            for fitting in (count, count - 1, count // 2):
+                assert len(plan(arms, fitting, fps, start, drawn, "error")) == fitting
+            with pytest.raises(TooShortError, match=f"{count} frames"):
+                plan(arms, count + 1, fps, start, drawn, "error")
+
+
 def test_places_of_a_start_at_a_rate():
     """Of 1.25 s that are shown, five frames an eighth of a second apart leave 0.75 s to begin in."""
     clip = Timeline(np.arange(30), Fraction(1, 24))

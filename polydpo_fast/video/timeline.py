@@ -31,25 +31,44 @@ class Timeline(NamedTuple):
         return self.span() + last
 
     def duration(self) -> Fraction:
-        return self.ticks() * self.unit
+        """Seconds to the end. Times that are rounded may lie further apart than the frames, and tell too much of it."""
+        told, rate = self.ticks() * self.unit, self._rate()
+        exact = told if rate is None else len(self.pts) / rate
+        return exact if self.span() * self.unit < exact < told else told
 
     def lap(self) -> Fraction:
-        """Seconds that one round of a looped clip takes. If the rate is constant but for the clock's rounding, that of
-        as many frames at the simplest rate that fits; else the last frame is shown as long as the others on average."""
-        count = len(self.pts)
-        if count == 1:
-            return self.unit
-        frames, ticks = np.arange(1, count), self.pts[1:] - self.pts[0]
+        """Seconds that one round of a looped clip takes. If the rate is constant, that of as many frames; else the last
+        frame is shown as long as the others on average."""
+        count, rate = len(self.pts), self._rate()
+        if rate is not None:
+            return count / rate
+        return self.unit if count == 1 else self.span() * self.unit * Fraction(count, count - 1)
+
+    def _rate(self) -> Fraction | None:
+        """Frames a second, if that is constant but for the clock's rounding: the simplest rate that fits."""
+        frames, ticks = np.arange(1, len(self.pts)), self.pts[1:] - self.pts[0]
+        if not len(frames):
+            return None
         for out in (0.5, 1.0):  # ticks: where the first time was rounded as well, differences are out by up to one
             shortest, longest = float(((ticks - out) / frames).max()), float(((ticks + out) / frames).min())
             if 0 < shortest < longest:
-                return count / _simplest(1 / (Fraction(longest) * self.unit), 1 / (Fraction(shortest) * self.unit))
-        return self.span() * self.unit * Fraction(count, count - 1)
+                low, high = 1 / (Fraction(longest) * self.unit), 1 / (Fraction(shortest) * self.unit)
+                for slower in (Fraction(1), Fraction(1000, 1001)):  # NTSC's rates are no simple fractions
+                    if (whole := math.ceil(low / slower)) <= high / slower:
+                        return whole * slower
+                return _simplest(low, high)
+        return None
 
     def slack(self, clock: Fraction = Fraction(0)) -> Fraction:
         """How far a time may lie before the frame that it means, because both are rounded, to ticks of the two clocks:
         as the first frame's are, too, each by almost a tick."""
         return (min(self.unit, _ROUNDED) + min(clock, _ROUNDED)) * Fraction(99, 100)
+
+    def over(self, clock: Fraction = Fraction(0)) -> Fraction:
+        """From when on one frame more would be shown, at the earliest, as times are rounded; in seconds. clock: of the
+        clip that such a moment is taken from, if any."""
+        end = self.duration()
+        return end - min(self.slack(clock), end / (2 * len(self.pts)))
 
     def begun(self, moment: Fraction) -> int:
         """How many frames begin before that moment, in seconds from the first frame."""
@@ -107,11 +126,13 @@ def plan(
     The arguments are those of `decode_clips`; `drawn`, from 0 to 1, is where a random start falls.
     """
     ends = [arm.duration() for arm in arms]
+    # The first arm's own times mean its frames exactly.
+    over = [ends[0], arms[1].over(arms[0].unit)] if fps is None else [arm.over() for arm in arms]
     # Beyond the end, the places to start from are those of a clip that fits exactly.
     if fps is None:
         given, count = arms[0], len(arms[0].pts)
         begin = ends[0]  # where there are no frames any more
-        places = max(0, given.begun(ends[1]) - frames)
+        places = max(0, given.begun(over[1]) - frames)
         if isinstance(start, str):
             first = places // 2 if start == "center" else int(drawn * (places + 1))
         else:
@@ -130,15 +151,17 @@ def plan(
         interval = 1 / Fraction(fps).limit_denominator(1_000_000)
         slack = max(Fraction(0), min(ends) - interval * (frames - 1))
         if isinstance(start, str):
-            # Strictly before the end of what is left, so that the last frame is still shown.
+            # Strictly before the end of what is left, so that the last frame is still shown, by either clock.
             begin = slack / 2 if start == "center" else slack * Fraction(drawn).limit_denominator(1 << 32)
-            begin = max(Fraction(0), min(begin, slack - min(arm.unit for arm in arms)))
+            room = min(end - min(arm.unit, _ROUNDED) for arm, end in zip(arms, ends, strict=True))
+            begin = min(begin, slack - min(arm.unit for arm in arms), room - interval * (frames - 1))
+            begin = max(Fraction(0), begin)
         else:
             begin = Fraction(start).limit_denominator(1_000_000)
         times = [begin + k * interval for k in range(frames)]
     if short == "error":
         for arm, end in enumerate(ends):
-            if times[-1] >= end:
+            if times[-1] >= over[arm]:
                 raise TooShortError(
                     arm,
                     f"it ends after {float(end):.3f} s ({len(arms[arm].pts)} frames); "
