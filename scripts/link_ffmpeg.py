@@ -13,7 +13,7 @@ import av
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for link in folder.iterdir():
+    for link in filter(Path.is_symlink, folder.iterdir()):
         link.unlink()
     for library in (Path(av.__file__).parent.parent / "av.libs").iterdir():
         (folder / library.name).symlink_to(library)  # they need each other by the names of the wheel
