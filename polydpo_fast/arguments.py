@@ -286,11 +286,18 @@ def check_head(
     )
 
 
+_ALSO = {
+    "beta": ", or a torch.Tensor of one per pair",
+    "alpha": ", a list of up to 4 numbers, or a torch.Tensor of one per pair",
+}
+
+
 def check_number(name: str, value: float, wanted: str = "a finite number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} is {_show(value)}; expected a number")
+        raise TypeError(f"{name} is {_show(value)}; expected a number{_ALSO.get(name, '')}")
+    number = value if isinstance(value, int) else float(value)  # NumPy's float32 would be compared as one: a warning
     # Not math.isfinite: torch.compile makes the number symbolic when it changes from call to call.
-    if not -_LARGEST <= value <= _LARGEST:
+    if not -_LARGEST <= number <= _LARGEST:
         raise ValueError(f"{name} is {value}; expected {wanted}")
     return float(value)
 
