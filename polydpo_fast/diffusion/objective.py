@@ -72,6 +72,11 @@ class PairObjective:
     ) -> None:
         check_loss(loss)
         _check_scheduler(scheduler)
+        if not (reference is None or callable(reference)) or isinstance(reference, AbstractContextManager):
+            raise TypeError(
+                f"reference is a {type(reference).__name__}; expected a frozen model, or a function of the policy that "
+                "returns a context manager, such as adapters_off (which is not called here)"
+            )
         if weight_applies_to not in ("loss", "logit"):
             raise ValueError(f"weight_applies_to is {weight_applies_to!r}; expected 'loss' or 'logit'")
         self.scheduler, self.reference = scheduler, reference
@@ -174,6 +179,8 @@ class PairObjective:
         timesteps: Tensor | None = None,
     ) -> NoisedPairs:
         """The latents with noise, as a call with these arguments has them."""
+        if not isinstance(latents, Tensor):
+            raise TypeError(f"latents is a {type(latents).__name__}; expected a torch.Tensor (2B, ...), winners first")
         pairs = len(latents) // 2
         if seeds is None and (noise is None or timesteps is None):
             seeds = torch.randint(2**63 - 1, (pairs,), device="cpu")

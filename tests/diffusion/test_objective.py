@@ -713,6 +713,12 @@ def test_bad_arguments_are_named():
             PairObjective(scheduler, reference=reference)(policy, latents, cond)
     with pytest.raises(TypeError, match=r"conditioning is a Tensor; expected a dict .* such as \{\"encoder_hidden_s"):
         PairObjective(scheduler, reference=frozen_copy(model))(model, latents, cond["encoder_hidden_states"])
+    for given in ((latents[:2], latents[2:]), None):
+        with pytest.raises(TypeError, match=r"latents is a \w+; expected a torch.Tensor \(2B, \.\.\.\), winners first"):
+            PairObjective(scheduler, reference=frozen_copy(model))(model, given, cond)
+    for given in ("unet", adapters_off(adapted)):
+        with pytest.raises(TypeError, match=r"reference is a \w+; expected a frozen model, .*such as adapters_off"):
+            PairObjective(scheduler, reference=given)
     with pytest.raises(TypeError, match="timestep_weight is 5; expected a name, a function, or None"):
         PairObjective(scheduler, timestep_weight=5)
     with pytest.raises(ValueError, match="mask is given with ref_error, whose errors are of whole samples"):
