@@ -20,6 +20,7 @@ from .moving import moved
 
 __all__ = [
     "FAMILIES",
+    "LORA_FILE",
     "Family",
     "check_geometry",
     "conditioning",
@@ -27,6 +28,8 @@ __all__ = [
     "family_of",
     "native_size",
 ]
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _JOINT_ATTENTION = (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -104,6 +107,11 @@ def family_of(model: str, revision: str | None = None) -> Family:
                 f"model is {model!r}, a file; expected a folder with a model_index.json, as Diffusers makes of it: "
                 "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), or its other pipelines"
             ) from error
+        if (Path(model) / LORA_FILE).is_file():
+            raise ValueError(
+                f"model is {model!r}, which holds LoRA weights alone; expected the pipeline that they were trained on, "
+                "with the folder as `train`'s setting lora_weights, or as `geneval`'s --result"
+            ) from error
         raise ValueError(f"model is {model!r}, which is no pipeline with a model_index.json: {error}") from error
     if (config.get("transformer_2") or [None])[0] is not None:
         raise ValueError(
@@ -136,7 +144,10 @@ def check_geometry(pipe: Any, family: Family, size: tuple[int, int], frames: int
     if family.video:
         stride = pipe.vae_scale_factor_temporal
         if frames is None or frames % stride != 1 % stride:
-            raise ValueError(f"loader has frames={frames}; expected a multiple of {stride}, and one more, for the VAE")
+            raise ValueError(
+                f"loader has frames={frames}; expected a multiple of {stride}, and one more, for the VAE, such as "
+                f"loader: {{frames: {20 * stride + 1}, fps: 16}}"
+            )
 
 
 @torch.no_grad()

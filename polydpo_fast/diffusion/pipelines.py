@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, LORA_FILE, Family, family_of
 from .noising import is_flow_matching
 
 __all__ = [
@@ -28,8 +28,6 @@ __all__ = [
     "save_scheduler",
     "training_scheduler",
 ]
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def load_pipeline(

@@ -285,7 +285,7 @@ def test_geometry(loaded):
     with pytest.raises(ValueError, match="loader has frames=6"):
         families.check_geometry(pipe, family, (unit, unit), 6)
     if family.video:
-        with pytest.raises(ValueError, match="loader has frames=None; expected a multiple of 4, and one more"):
+        with pytest.raises(ValueError, match=r"frames=None; .* such as loader: \{frames: 81, fps: 16\}"):
             families.check_geometry(pipe, family, (unit, unit), None)
     assert families.native_size(pipe, family) == {"wan": (480, 832), "flux": (256, 256)}.get(name, (16, 16))
 
@@ -392,6 +392,12 @@ def test_a_checkpoint_in_one_file_is_told_from_a_pipeline(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(64))
     with pytest.raises(ValueError, match=r"a file; expected a folder .*from_single_file\(FILE\)\.save_pretrained"):
         families.family_of(str(tmp_path / "model.safetensors"))
+
+
+def test_a_folder_of_lora_weights_is_told_from_a_pipeline(tmp_path):
+    (tmp_path / families.LORA_FILE).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds LoRA weights alone; expected the pipeline .*lora_weights.*--result"):
+        families.family_of(str(tmp_path))
 
 
 def test_wan_with_a_time_for_each_token(tmp_path):
