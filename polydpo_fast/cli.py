@@ -51,7 +51,10 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
     "accumulation": (int, "Forward passes per optimizer step (default 1)."),
     "steps": (int, "Optimizer steps (default 2000)."),
     "alpha": (float, "Poly-DPO's alpha, above 0 for noisy labels; 0 is Diffusion-DPO (default 0)."),
-    "beta": (float, "Pull to the reference, with the factor 1/2 of Diffusion-DPO (default 5000)."),
+    "beta": (
+        float,
+        "Pull to the reference, with Diffusion-DPO's 1/2; for flow matching try 100 to 2000 (default 5000).",
+    ),
     "objective": (str, "poly_dpo, robust, ipo, hinge or linear (default poly_dpo)."),
     "lora_rank": (int, "Train LoRA adapters of this rank; 0 trains all weights (default 0)."),
     "optimizer": (str, "adamw, adamw8bit, paged_adamw8bit or adafactor (default adamw)."),
@@ -348,7 +351,9 @@ def cache(
     out: Annotated[Path, typer.Argument(help="Folder for the latents; an interrupted run is continued.")],
     *,
     shard_pairs: _ShardPairs = 128,
-    store: Annotated[str | None, typer.Option(help="Dtype of the stored latents: float32, bfloat16, float16.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Stored dtype: float32, bfloat16 or float16 (default: as encoded).")
+    ] = None,
     **settings: Any,
 ) -> None:
     """Encode images and prompts once, for `train --data OUT`. Runs under `accelerate launch` too."""
