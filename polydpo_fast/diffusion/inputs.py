@@ -85,8 +85,8 @@ class Inputs:
             random = f"{random}, latents='sample'" if random else "latents='sample'"
         if random:
             raise ValueError(
-                f"reference errors are of fixed latents; got {random}; expected none of it, or as data a folder that "
-                "`polydpo-fast cache` made"
+                f"reference errors are of fixed latents; got {random}; expected latents='mode' and nothing random in "
+                "loader, or as data a folder that `polydpo-fast cache` made"
             )
 
     def encode(self, batch: PairBatch, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:

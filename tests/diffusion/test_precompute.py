@@ -399,7 +399,7 @@ def test_what_is_random_in_each_epoch_has_no_errors(here, tmp_path):
     ):
         one = settings(here, tmp_path, reference_errors=str(tmp_path / "errors"), **change)
         for command in (lambda one=one: reference(one, tmp_path / "errors"), lambda one=one: train(one)):
-            with pytest.raises(ValueError, match=f"reference errors are of fixed latents; {said}; expected none of it"):
+            with pytest.raises(ValueError, match=f"of fixed latents; {said}; expected latents='mode' and nothing"):
                 command()
 
 
