@@ -33,7 +33,7 @@ SECTIONS = [
     ("Clips", "clips", ("clips",), ("clips",)),
     ("The loader", "loader", ("loader",), ()),
     ("A step of training", "training", ("training",), ("training",)),
-    ("The wrapper in a step of full size", "sd15_overhead", ("sd15_overhead",), ()),
+    ("`PairObjective` in a step of full size", "sd15_overhead", ("sd15_overhead",), ()),
     ("How costs grow", "scaling", ("scaling",), ("scaling",)),
 ]
 

@@ -40,6 +40,9 @@ NAMES = {
     "only_writing": "writing the bfloat16 frames, nothing decoded",
     "pyav_and_torch": "PyAV to RGB, to bfloat16 through torch",
     "decord2": "decord2, to bfloat16 through torch",
+    "cpp_and_a_copy": "ours in bfloat16, copied to a GPU",
+    "planes_and_a_kernel": "ours as stored planes, converted on a GPU",
+    "nvdec_through_dali": "our geometry through DALI, NVDEC",
     "decoding_alone": "`decode_pairs` alone, on bytes in memory",
     "ours_parquet": "`PairLoader`, Parquet",
     "ours_tar": "`PairLoader`, WebDataset shards",
@@ -356,7 +359,7 @@ def training(results: dict) -> str:
         ]
         for way, row in rows["PairObjective beside models and loss"].items()
     ]
-    head = ["the wrapper's own time, latents", "noise drawn", "noise given", "of a whole step"]
+    head = ["`PairObjective`'s own time, latents", "noise drawn", "noise given", "of a whole step"]
     return "\n\n".join(
         (
             table(["a step of 142 M parameters", "CPU time", "of the first", "peak memory"], body),
@@ -439,8 +442,8 @@ def _loss_point(row: Row) -> str:
 def sd15_overhead(results: dict) -> str:
     row = rows_of(results, "sd15_overhead")["PairObjective in a step of SD1.5's UNet"]["own time"]
     text = (
-        f"In a step of SD1.5's own UNet (860 M parameters, one pair of 128 x 128 pixels, {row['step s']:.1f} s) the "
-        f"wrapper takes {1e6 * row['median']:.0f} us, {row['share of the step']:.3%}."
+        f"In a step of SD1.5's own UNet (860 M parameters, one pair of 128 x 128 pixels, {row['step s']:.1f} s) "
+        f"`PairObjective` takes {1e6 * row['median']:.0f} us, {row['share of the step']:.3%}."
     )
     return f"{text}\n\n{repeat(results, 'sd15_overhead')}"
 
