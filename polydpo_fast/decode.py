@@ -253,8 +253,10 @@ def _pillow_pixels(
             "or strict=False"
         )
     _check_size(*_webp_size(data), limits)  # Pillow makes a canvas of it at once
+    Image.init()
+    formats = [name for name in _PILLOW_FORMATS if name in Image.OPEN]  # before version 11.3 Pillow has no AVIF
     try:
-        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
         raise ValueError(f"it is no image of a known format: {begins}") from None
     except Image.DecompressionBombError as error:  # the limit is the whole process's: not for us to change

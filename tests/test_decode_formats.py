@@ -109,6 +109,18 @@ def test_other_formats_are_pillows_pixels(format):
     assert np.array_equal(decoded.pixels[0].numpy(), expected)
 
 
+def test_a_pillow_without_avif(monkeypatch):
+    """As before version 11.3: its other formats are decoded, and what is no image is named as such."""
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    image = picture(33, 45)
+    data = file(image, "BMP")
+    decoded = decode_pairs([data], [data], size=(33, 45), resize=None, dtype=torch.uint8)
+    assert np.array_equal(decoded.pixels[0].numpy(), np.asarray(image).transpose(2, 0, 1))
+    with pytest.raises(DecodeError, match="no image of a known format"):
+        decode_pairs([b"<html>"], [data], size=8)
+
+
 def test_sixteen_bit_pixels_that_pillow_would_clip_are_refused():
     data = file(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "TIFF")
     with pytest.raises(DecodeError, match=r"mode I;16.*; expected 8 bits per channel"):
