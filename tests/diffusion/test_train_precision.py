@@ -31,6 +31,7 @@ def test_what_is_trained_is_whole_and_the_rest_in_half_precision(here, tmp_path,
 
 @pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.heavy), 2])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own look at it
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # PyTorch's too
 def test_regions_that_are_compiled(tmp_path, monkeypatch, lora):
     """Names within the model have no trace of it: not in the result, and not in a checkpoint of adapters."""
     model, data = pipelines.save("sd3", tmp_path), pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
