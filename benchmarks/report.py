@@ -85,7 +85,7 @@ def page(machines: list[dict]) -> str:
         parts.append(f"## {machine.get('gpu') or machine['cpu']}\n\n{described(results)}")
         parts += [f"### What ran\n\n{ran(results)}\n"] if "parts" in results else []
         for title, suite, blocks, drawings in SECTIONS:
-            needed = {"demo", "decode"} if suite == "demo" else {suite}
+            needed = {"demo", "label_noise", "decode"} if suite == "demo" else {suite}
             if not needed <= results["suites"].keys() or (suite == "loss" and not tables.steps(results)):
                 continue
             parts.append(f"### {title}\n")
