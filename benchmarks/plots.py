@@ -1,6 +1,6 @@
 """Plots of a file of results: each a function of the results that gives a figure, or KeyError without its suite.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; ours is always the first.
+Colours are Okabe and Ito's and one of Tol's, told apart by the colour-blind; ours is always the first.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from tables import named, rows_of, steps, unit
 
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442", "#000000"]
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442", "#000000", "#882255"]
 MARKERS = "osD^v<>PX*"  # for those who see no colours
 SHORT = EngFormatter(sep="")  # 10k, 1M
 STYLE = {
