@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd
 from typing_extensions import Unpack
 
 from . import reference
@@ -373,7 +374,7 @@ def _refuse_graph(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd("polydpo_fast::pair_loss", _refuse_graph, lib=_library)
+register_autograd("polydpo_fast::pair_loss", _refuse_graph, lib=_library)
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor

@@ -18,7 +18,9 @@ def test_the_usual_names_load_what_pyav_has(tmp_path):
     folder = tmp_path / "ffmpeg"
     main(folder)
     main(folder)  # again, as each run of the benchmarks does
-    version = av.library_versions["libavformat"]
+    from av import library_versions
+
+    version = library_versions["libavformat"]
     code = f"""
 import ctypes
 found = ctypes.CDLL("libavformat.so.{version[0]}").avformat_version()
