@@ -112,6 +112,14 @@ def assert_same_pictures(folder, steps):
         assert one.std() > 1
 
 
+def assert_same_weights(folder, lora):
+    name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
+    alone, together = (load_file(folder / run / name) for run in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for key in alone:
+        assert (together[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-7, key
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(("family", "blocks"), [("sd15", "ResnetBlock2D"), ("flux", "FluxTransformerBlock")])
 def test_sharded_in_half_precision_the_reference_computes_as_the_policy(tmp_path, unused_tcp_port, family, blocks):
@@ -202,11 +210,7 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     assert_same_pictures(tmp_path, (2, 4))
-    name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
-    alone, together = (load_file(tmp_path / run / name) for run in ("one", "two"))
-    assert alone.keys() == together.keys()
-    for key in alone:
-        assert (together[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-7, key
+    assert_same_weights(tmp_path, lora)
 
 
 @pytest.mark.heavy
@@ -236,11 +240,7 @@ def test_deepspeed_equals_one_process_with_twice_the_batch(here, tmp_path, unuse
         for name in ("loss", "grad_norm", "learning_rate"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
     assert_same_pictures(tmp_path, (2, 4))
-    name = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
-    alone, together = (load_file(tmp_path / run / name) for run in ("one", "two"))
-    assert alone.keys() == together.keys()
-    for key in alone:
-        assert (together[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-7, key
+    assert_same_weights(tmp_path, lora)
 
 
 def test_what_fsdp_and_deepspeed_are_told(here, tmp_path):
