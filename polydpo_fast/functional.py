@@ -8,8 +8,7 @@ from functools import cache, lru_cache
 from typing import Any, Literal, TypedDict, overload
 
 import torch
-from torch import Tensor
-from torch.library import register_autograd
+from torch import Tensor, library
 from typing_extensions import Unpack
 
 from . import reference
@@ -374,7 +373,7 @@ def _refuse_graph(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-register_autograd("polydpo_fast::pair_loss", _refuse_graph, lib=_library)
+library.register_autograd("polydpo_fast::pair_loss", _refuse_graph, lib=_library)
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor

@@ -26,8 +26,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from .. import functional
 from .cases import Arms, Case, arranged
@@ -192,10 +191,10 @@ def examine_operators(case: Case, backend: str, device: str) -> Finding:
     parameters = [10.0, 1.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.0, 0.5]  # beta, four alphas, keep, flip, margin, sft_weight
     given = [pred], [] if ref is None else [ref], [target], *[None] * 5, parameters
     name = case.options["objective"]
-    opcheck(ours.pair_loss.default, (*given, name, "halves", "none", backend))
+    library.opcheck(ours.pair_loss.default, (*given, name, "halves", "none", backend))
     coefficients = torch.ones(case.pairs, 2, dtype=torch.float64, device=device)
     one = torch.ones((), device=device)
-    opcheck(ours.pair_gradient.default, ([pred], [target], None, coefficients, one, "halves", backend))
+    library.opcheck(ours.pair_gradient.default, ([pred], [target], None, coefficients, one, "halves", backend))
     return must("opcheck", True)
 
 
