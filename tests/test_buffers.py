@@ -113,6 +113,14 @@ def test_batches_of_several_shapes_take_turns_in_the_memory_of_the_largest():
     assert storages == {0}  # what is saved or sent to a worker is no larger than the tensor
 
 
+def test_memory_that_is_a_little_too_small_is_not_taken():
+    smaller, larger = batch(0, (2, ELEMENTS - 8)), batch(1)
+    address = gradient_of(*smaller).data_ptr()
+    grad = gradient_of(*larger)
+    assert grad.data_ptr() != address
+    assert_right(grad, larger)
+
+
 def test_threads_never_share_a_block():
     wrong = []
 
