@@ -197,7 +197,7 @@ def test_options_of_diffusers_scripts_are_those_that_the_command_answers_with():
 
 def test_the_answers_with_code_compute_what_they_say(tmp_path):
     """Your own DataLoader, with workers; and a loss of KTO's form, whose gradient is that of the formula in float64."""
-    collate, kto = (code for code in blocks("questions", "python") if "for batch in loader" not in code)
+    _, collate, kto, _ = blocks("questions", "python")
     file = tmp_path / "a.jpg"
     PIL.Image.new("RGB", (40, 30), (200, 30, 30)).save(file)
     data = [{"win": file.read_bytes(), "lose": file.read_bytes(), "prompt": str(i), "index": i} for i in range(16)]
@@ -217,6 +217,45 @@ def test_the_answers_with_code_compute_what_they_say(tmp_path):
     loss = torch.sigmoid(baseline - reward[:3]).mean() + torch.sigmoid(reward[3:] - baseline).mean()
     torch.testing.assert_close(scope["loss"], loss)
     torch.testing.assert_close(*(torch.autograd.grad(one, pred)[0] for one in (scope["loss"], loss)))
+
+
+def test_batches_of_several_shapes_take_turns_and_go_on(tmp_path, monkeypatch):
+    """The lines of the page: each epoch has every pair once, each batch is of one shape, also from the middle."""
+    from polydpo_fast.data import PairLoader
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in blocks("data", "python") if "def batches" in block)
+    large, small = "[(1024, 1024), (832, 1216), (1216, 832)]", [(16, 16), (8, 24), (24, 8)]
+    assert code.count(large) == code.count(", 8, size") == 1
+    PIL.Image.new("RGB", (24, 24)).save("a.png")
+    prompts = {size: [f"{size} {i}" for i in range(4 + 2 * k)] for k, size in enumerate(small)}
+    for (height, width), those in prompts.items():
+        lines = (json.dumps({"win": "a.png", "lose": "a.png", "prompt": prompt}) for prompt in those)
+        Path(f"pairs-{height}x{width}.jsonl").write_text("\n".join(lines))
+
+    def scope():
+        found = {"PairLoader": PairLoader}
+        exec(compile(code.replace(large, str(small)).replace(", 8, size", ", 2, size"), "data.md", "exec"), found)
+        return found
+
+    def seen(batches):
+        found = [(tuple(batch.pixels.shape[2:]), batch.prompts) for batch in batches]
+        assert all(f"{size} " in prompt for size, those in found for prompt in those)
+        return found
+
+    whole = scope()
+    epochs = [seen(whole["batches"](epoch)) for epoch in (0, 1)]
+    every = sorted(prompt for those in prompts.values() for prompt in those)
+    for epoch in epochs:
+        assert sorted(prompt for _, those in epoch for prompt in those) == every
+    assert [size for size, _ in epochs[0]] != [size for size, _ in epochs[1]]
+    stopped = scope()
+    running = stopped["batches"](1)
+    begun = seen(next(running) for _ in range(4))
+    resumed = scope()
+    for old, new in zip(stopped["loaders"], resumed["loaders"], strict=True):
+        new.load_state_dict(old.state_dict())
+    assert begun + seen(resumed["batches"](1, done=4)) == epochs[1]
 
 
 def test_the_bytes_of_a_training_add_up():
