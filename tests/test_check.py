@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import polydpo_fast
-from polydpo_fast import cpu, functional, metrics, objectives
+from polydpo_fast import cpu, fast_lane, functional, metrics, objectives, operators
 from polydpo_fast.check import (
     cases,
     check,
@@ -142,7 +142,7 @@ def test_a_coefficient_of_the_cpp_backend_is_caught(few, monkeypatch):
 
 def _forget_programs():
     cpu._head.cache_clear()
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -160,7 +160,7 @@ def test_a_changed_line_of_a_triton_kernel_is_caught_and_named(line, changed, ch
     pytest.importorskip("triton")
     package = tmp_path / "polydpo_fast"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(Path(functional._module_of("triton").__file__).parent, package / "kernels", dirs_exist_ok=True)
+    shutil.copytree(Path(operators.module_of("triton").__file__).parent, package / "kernels", dirs_exist_ok=True)
     kernels = package / "kernels" / "pair_loss.py"
     source = kernels.read_text()
     assert source.count(line) == 1, f"the kernel has {line!r} {source.count(line)} times"
@@ -196,7 +196,7 @@ def test_an_exception_is_a_finding(few, monkeypatch):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(cpu, "launch_errors", broken)
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     result = runner.invoke(app, ["check", "--seed", "0", "--backend", "cpp", "--case", "0"])
     assert result.exit_code == 1
     assert "cpp on cpu: runs, case 0" in result.output

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polydpo_fast
-from polydpo_fast import functional
+from polydpo_fast import fast_lane, functional
 
 pytestmark = pytest.mark.skipif(
     "cpp" not in polydpo_fast.available_backends("cpu"), reason="the C++ extension is not built"
@@ -214,12 +214,12 @@ def test_a_step_of_the_loss_takes_few_instructions_per_element(monkeypatch):
             self._bound.gradient(*addresses)
 
     monkeypatch.setattr(cpu._C, "BoundLoss", Recorder)
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     batch = tensors()
     step(batch)
     passes.clear()
     step(batch)
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
 
     def per_element(passes):
         many, once = (instructions(LOSS, _C.__file__, n, *map(repr, given), " ".join(passes)) for n in (6, 1))

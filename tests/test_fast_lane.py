@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import polydpo_fast
-from polydpo_fast import functional
+from polydpo_fast import fast_lane, operators
 from polydpo_fast.layout import PAIR_COLUMNS
 
 pytestmark = pytest.mark.skipif(
@@ -42,12 +42,12 @@ def test_a_later_call_gives_the_bits_of_the_first(reduction, layout, dtype, form
             return [*tensors[:2], tensors[2][:2]]
         return tensors
 
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     first = formed(three(dtype=dtype))
     expected = run(first)
     run(formed(three(dtype=dtype, seed=1)))
     again = run(first)
-    assert functional._bound_loss.cache_info().hits == 2
+    assert fast_lane._signature.cache_info().hits == 2
     for a, b in zip(again, expected, strict=True):
         assert torch.equal(a, b)
         assert a.stride() == b.stride()
@@ -86,7 +86,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("change", OTHERWISE)
 def test_a_call_that_differs_in_one_thing_is_another(change):
     """What was worked out for one signature must not be taken for the next."""
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     tensors, (form, options) = three(), OTHERWISE[change]
     for _ in range(2):
         polydpo_fast.loss(*tensors, beta=7.0)
@@ -161,7 +161,7 @@ def test_saved_tensors_may_come_back_in_another_order(layout):
 def test_checkpointing_may_record_the_first_call_and_replay_a_later_one():
     from torch.utils.checkpoint import checkpoint
 
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     tensors = three()
     x = tensors[0].requires_grad_()
     checkpoint(lambda p: polydpo_fast.loss(p * 1.0, *tensors[1:], beta=3.0), x, use_reentrant=False).backward()
@@ -208,7 +208,7 @@ def test_a_mask_may_come_back_as_numbers_and_the_table_of_pairs_with_other_strid
 def test_an_upstream_gradient_may_be_lazy(sign):
     tensors = three()
     upstream = torch.tensor(1j).conj().imag if sign else torch._efficientzerotensor(())
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     for _ in range(2):
         x = tensors[0].detach().requires_grad_()
         loss = polydpo_fast.loss(x, *tensors[1:])
@@ -235,6 +235,6 @@ def test_other_devices_and_backends_do_not_take_it(monkeypatch):
         polydpo_fast.loss(*tensors, beta=2.0)
     assert polydpo_fast.loss(*(x.to("meta") for x in tensors), beta=2.0).device.type == "meta"
     if "triton" in polydpo_fast.available_backends("cpu"):
-        monkeypatch.setattr(functional._module_of("cpp"), "BoundLoss", None)
+        monkeypatch.setattr(operators.module_of("cpp"), "BoundLoss", None)
         for _ in range(2):
             polydpo_fast.loss(*tensors, beta=2.0, backend="triton")

@@ -17,7 +17,7 @@ from test_loss import BACKENDS, FUSED
 from torch.utils._pytree import tree_map
 
 import polydpo_fast
-from polydpo_fast import arguments, functional
+from polydpo_fast import arguments, autograd, fast_lane, functional, operators
 from polydpo_fast.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
@@ -350,7 +350,7 @@ def test_arms_apart_compile_to_one_graph(kind, backend, device):
 
 def test_what_is_compiled_avoids_what_pytorch_2_6_cannot_compile():
     """It cannot catch the error of an import, and takes every zip for strict. Later ones do not show either."""
-    for module in (functional, arguments):
+    for module in (functional, arguments, autograd, fast_lane, operators):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             assert not isinstance(node, ast.Try)
             assert not (isinstance(node, ast.keyword) and node.arg == "strict" and ast.unparse(node.value) == "False")
@@ -444,7 +444,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("called_before", [False, True])
 def test_functional_transforms_refuse(transform, called_before, backend, device):
     """In the same words, whether or not the fast lane has seen such a call."""
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     pred, ref, target = (torch.cat(x) for x in arms(2, (3,), torch.float32, 0, device))
     for function in losses_of(backend, ref, target):
         if called_before:
@@ -456,7 +456,7 @@ def test_functional_transforms_refuse(transform, called_before, backend, device)
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("called_before", [False, True])
 def test_batched_gradients_refuse(called_before, backend, device):
-    functional._bound_loss.cache_clear()
+    fast_lane._signature.cache_clear()
     pred, ref, target = (torch.cat(x) for x in arms(2, (3,), torch.float32, 0, device))
     pred.requires_grad_()
     for _ in range(1 + called_before):
