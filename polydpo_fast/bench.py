@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from .atomic import write_atomically
 from .info import collect, versions
 
 __all__ = ["benchmarks_folder", "machine", "merge", "read_results", "run", "suite", "suites", "write"]
@@ -160,10 +161,7 @@ def merge(path: Path, measured: dict[str, dict[str, Any]]) -> None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """JSON, into a file beside it that then takes its place: nobody ever finds half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    write_atomically(path, f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def read_results(path: Path) -> dict[str, Any]:

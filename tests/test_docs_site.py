@@ -307,7 +307,7 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
     decoders = {"decode_arguments", "decode", "clips", "video", "cache"}
     assert needs["video"] == {"decode_arguments", "cache", "video"}
     assert needs["reference"] == {"layout", "metrics", "objectives"}
-    assert not {"objectives", "layout", "colour", "buffers", "splitmix", "values", "backends"} & set(needs)
+    assert not {"objectives", "layout", "colour", "buffers", "splitmix", "values", "backends", "atomic"} & set(needs)
     for module in loss:
         assert needs.get(module, set()) <= loss | {"_C", "backends", "buffers"}, module
     assert needs["yuv"] == {"arguments", "backends", "colour", "kernels"}

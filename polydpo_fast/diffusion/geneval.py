@@ -6,6 +6,7 @@ own, which goes through folders 00000, 00001 ... of a metadata.jsonl, the prompt
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..atomic import write_atomically
 from ..data.fields import parse_json
 from ..splitmix import mix
 from .extras import need
@@ -112,7 +114,6 @@ def render(
     parts["weights"] = getattr(pipe, family.model)  # a training may have written other ones since
     _claim_all(
         out,
-        accelerator.process_index,
         {
             "seed": seed,
             "steps": steps,
@@ -138,10 +139,9 @@ def render(
             seeds=[mix(seed, number, one) for number, one in batch],
         )
         for (number, one), image in zip(batch, pixels, strict=True):
-            file = _file(out, number, one)
-            partial = file.with_name(f"partial-{file.name}")  # the scorer takes whatever begins as 00000.png does
-            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(partial, "PNG")
-            partial.rename(file)
+            png = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(png, "PNG")
+            write_atomically(_file(out, number, one), png.getvalue())
         progress(total - len(missing) + begin + len(batch), total)
     accelerator.wait_for_everyone()
 
@@ -150,7 +150,7 @@ def _file(out: Path, number: int, one: int) -> Path:
     return out / f"{number:05d}" / "samples" / f"{one:05d}.png"
 
 
-def _claim_all(out: Path, process: int, settings: dict[str, Any], told: dict[str, Any]) -> None:
+def _claim_all(out: Path, settings: dict[str, Any], told: dict[str, Any]) -> None:
     """Writes with what the images are made, or sees that those which are there were made so.
 
     told: what is written and not compared: where models are.
@@ -158,9 +158,7 @@ def _claim_all(out: Path, process: int, settings: dict[str, Any], told: dict[str
     file = out / _SETTINGS
     out.mkdir(parents=True, exist_ok=True)
     if not file.exists():  # each process may write it, as all write the same
-        partial = out / f"partial-{process}-{_SETTINGS}"
-        partial.write_text(json.dumps({**told, **settings}) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_atomically(file, f"{json.dumps({**told, **settings})}\n".encode())
     old = parse_json(file.read_bytes())
     for name, value in settings.items():
         if old.get(name) != value:
@@ -172,6 +170,6 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
     metadata = folder / "metadata.jsonl"
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if not metadata.exists():
-        metadata.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_atomically(metadata, f"{json.dumps(record)}\n".encode())
     elif (old := parse_json(metadata.read_bytes())) != record:
         raise ValueError(f"{metadata} is of {old.get('prompt')!r}; expected {record['prompt']!r}, or another folder")

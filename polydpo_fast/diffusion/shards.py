@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import part_of, write_atomically
 from ..data import PairBatch, PairError, PairLoader, Source, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
 from ..values import is_int
@@ -77,7 +77,7 @@ class Shards:
         own.folder.mkdir(parents=True, exist_ok=True)
         index = own.folder / _INDEX
         if not index.exists():
-            _put(index, json.dumps(own._index(), indent=1).encode())
+            write_atomically(index, json.dumps(own._index(), indent=1).encode())
         # Read back: another rank may have been first, and with other arguments.
         there = cls._read_index(own.folder, kind)
         there.check(**made_with)
@@ -284,9 +284,9 @@ class Shards:
         }
         here = dict(sorted(here.items()))
         _compare(here, form or here)
-        for stale in self.folder.glob(f"{self.name(number)}.*.part"):  # of a process that was killed
+        for stale in self.folder.glob(part_of(self.path(number), "*").name):  # of a process that was killed
             stale.unlink(missing_ok=True)
-        _put(self.path(number), save(tensors, {_STAMP: self._stamp(number)}))
+        write_atomically(self.path(number), save(tensors, {_STAMP: self._stamp(number)}))
         return here
 
 
@@ -351,17 +351,3 @@ def _packed(texts: list[bytes]) -> Tensor:
     for row, text in zip(result, texts, strict=True):
         row[: len(text)] = np.frombuffer(text, dtype=np.uint8)
     return torch.from_numpy(result)
-
-
-def _put(path: Path, data: bytes) -> None:
-    # Ranks in containers often have the same number of process.
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

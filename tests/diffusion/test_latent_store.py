@@ -1,10 +1,8 @@
 """Cached latents and text embeddings, against encoding the images of the same loader in each step."""
 
 import dataclasses
-import errno
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,7 +27,7 @@ from polydpo_fast.diffusion import (
     fingerprint,
     precompute_reference_errors,
 )
-from polydpo_fast.diffusion.shards import _put, is_complete
+from polydpo_fast.diffusion.shards import is_complete
 
 PIXELS = dict(size=2, dtype=torch.uint8)
 LOADER = dict(max_bad_rate=1.0, readers=2)
@@ -210,7 +208,7 @@ def test_killed_and_begun_again(tmp_path, store, request):
     assert process.wait() == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.safetensors")}
     assert 1 <= len(kept) < 4
-    (folder / "00003-of-00004.safetensors.1.part").write_bytes(b"cut off")
+    (folder / ".00003-of-00004.safetensors.1.part").write_bytes(b"cut off")
     with pytest.raises(
         SourceError, match=r"killed is incomplete: \d of 4 shards are missing \(.*00003-of-00004.safetens"
     ):
@@ -416,40 +414,3 @@ def test_loaders_of_latents_take_no_decoding(store):
     assert batch.pixels.is_meta
     assert batch.extra["encoder_hidden_states"].is_meta
     assert next(iter(PairLoader(latents, 2, **LOADER))).to("meta").extra["encoder_hidden_states"].is_meta
-
-
-def test_ranks_with_the_same_number_of_process_write_under_different_names(tmp_path, monkeypatch):
-    """In containers of two nodes all are often number 1."""
-    replace, renamed = os.replace, []
-
-    def noted(part, path):
-        if len(renamed) < 2:
-            renamed.append(part)
-        if len(renamed) == 1:
-            _put(tmp_path / "store.json", b"second")  # the other rank, before this one's file has its name
-        replace(part, path)
-
-    monkeypatch.setattr(os, "replace", noted)
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    _put(tmp_path / "store.json", b"first")
-    assert len(set(renamed)) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """So that after a crash of the machine it is whole or absent; and where there is no room nothing is left."""
-    done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size) or fsync(file))
-    monkeypatch.setattr(os, "replace", lambda part, path: done.append("named") or replace(part, path))
-    _put(tmp_path / "shard", b"12345")
-    assert done == [5, "named"]
-
-    def full(file):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    for name in ("shard", "other"):
-        with pytest.raises(OSError, match="No space left"):
-            _put(tmp_path / name, b"6")
-    assert [path.name for path in tmp_path.iterdir()] == ["shard"]
-    assert (tmp_path / "shard").read_bytes() == b"12345"
