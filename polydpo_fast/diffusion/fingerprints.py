@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import Source
-from .reference import switched_off, unwrapped
+from .reference import base_model, switched_off, unwrapped
 
 __all__ = ["EARLIER", "alternatives", "fingerprint"]
 
@@ -64,9 +64,7 @@ def alternatives(part: Any) -> Iterator[str]:
 
 
 def _of_weights(model: torch.nn.Module) -> str:
-    inner = unwrapped(model)
-    if type(inner).__name__.startswith("Peft") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner = base_model(model)
     off = [
         f"{name}." if name else ""
         for name, module in inner.named_modules()

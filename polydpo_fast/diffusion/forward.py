@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .moving import moved
-from .reference import unwrapped
+from .reference import base_model, unwrapped
 
 __all__ = ["FLUX_GUIDANCE", "both_arms", "predict", "time_ids"]
 
@@ -37,9 +37,7 @@ def predict(model: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[
 
 
 def forward_of(model: Any) -> Forward:
-    inner = unwrapped(model)
-    if type(inner).__name__.startswith("Peft") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner = base_model(model)
     # A class that is derived from one of them, as FSDP2 makes it, is one.
     name = next((base.__name__ for base in type(inner).__mro__ if base.__name__ in _FORWARDS), None)
     if name is None:

@@ -16,7 +16,7 @@ from ..functional import loss as preference_loss
 from .forward import Forward, both_arms, forward_of
 from .moving import moved
 from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, is_flow_matching, noise_pairs
-from .reference import unwrapped
+from .reference import base_model, unwrapped
 from .weights import timestep_weights
 
 __all__ = ["PairObjective", "check_loss"]
@@ -132,7 +132,7 @@ class PairObjective:
         if ref_error is None and not self._loss.get("reference_free", False):
             if self.reference is None:
                 raise ValueError("there is neither reference nor ref_error; expected one, or reference_free=True")
-            if isinstance(self.reference, torch.nn.Module) and _base(self.reference) is _base(model):
+            if isinstance(self.reference, torch.nn.Module) and base_model(self.reference) is base_model(model):
                 raise ValueError(
                     "reference is the policy itself, so that nothing would be learned; expected frozen_copy(model), "
                     "adapters_off, or ref_error"
@@ -264,12 +264,6 @@ def check_loss(options: Mapping[str, Any]) -> None:
     given = {**_DEFAULTS, **{name: value for name, value in options.items() if not isinstance(value, Tensor)}}
     names = ("beta", "alpha", "objective", "label_smoothing", "margin", "sft_weight", "reduction")
     check_head(**{name: given[name] for name in names}, pair_weight=None, inputs=cast(Inputs, None))
-
-
-def _base(model: torch.nn.Module) -> Any:
-    """The model within all wrappers; adapters are in it, also where PEFT has wrapped it."""
-    inner = unwrapped(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _check_same_precision(model: torch.nn.Module, reference: torch.nn.Module, device: torch.device) -> None:

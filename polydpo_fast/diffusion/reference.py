@@ -11,7 +11,7 @@ import torch
 
 from .extras import need
 
-__all__ = ["adapters_off", "ema_weights", "frozen_copy", "switched_off", "unwrapped"]
+__all__ = ["adapters_off", "base_model", "ema_weights", "frozen_copy", "switched_off", "unwrapped"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -28,6 +28,13 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def base_model(model: Any) -> Any:
+    """The model within all wrappers, PEFT's too; its adapters are in it."""
+    inner = unwrapped(model)
+    is_peft = type(inner).__name__.startswith("Peft") and hasattr(inner, "get_base_model")
+    return inner.get_base_model() if is_peft else inner
 
 
 def frozen_copy(model: M) -> M:
