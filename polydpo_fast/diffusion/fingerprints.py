@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Source
+from ..data import PairLoader, Source
 from .reference import base_model, switched_off, unwrapped
 
-__all__ = ["EARLIER", "alternatives", "fingerprint"]
+__all__ = ["EARLIER", "alternatives", "fingerprint", "parts_of", "random_options"]
 
 EARLIER = {"size_conditioning": "own"}
 """What had no name when there was no choice: stores and checkpoints that do not say it were made so."""
@@ -61,6 +61,23 @@ def alternatives(part: Any) -> Iterator[str]:
     if isinstance(part, torch.nn.Module) and any(hasattr(module, "base_layer") for module in unwrapped(part).modules()):
         with switched_off(part):
             yield fingerprint(part)
+
+
+def parts_of(pairs: PairLoader | Source | None) -> dict[str, Any]:
+    """What a store depends on where it is made of these pairs: their source and, of a loader, its transform too."""
+    if isinstance(pairs, PairLoader):
+        return {"source": pairs.source, "transform": pairs.transform}
+    return {} if pairs is None else {"source": pairs}
+
+
+def random_options(loader: PairLoader) -> str:
+    """Those of its decoding that are drawn for each pair; empty where there are none."""
+    options = loader.transform
+    return ", ".join(
+        f"{name}={options[name]!r}"
+        for name, drawn in (("crop", "random"), ("start", "random"), ("hflip", None))
+        if (options.get(name) == drawn if drawn else options.get(name, 0) > 0)
+    )
 
 
 def _of_weights(model: torch.nn.Module) -> str:

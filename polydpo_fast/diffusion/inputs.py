@@ -13,12 +13,11 @@ from ..data import PairBatch, PairLoader
 from ..splitmix import mix
 from .config import Settings
 from .families import conditioning, encode_prompts
-from .fingerprints import fingerprint
+from .fingerprints import fingerprint, random_options
 from .forward import FLUX_GUIDANCE
 from .latent_store import LatentPairs
 from .moving import moved
 from .pixels import encode_pixels
-from .reference_store import random_options
 from .setup import Setup
 
 __all__ = ["Inputs"]

@@ -15,8 +15,8 @@ from ..data import Pair, PairBatch, PairError, PairLoader, Source, SourceError
 from ..data.fields import parse_json
 from ..data.ready import Ready, ReadyPair
 from ..data.source import fingerprint_of
-from .reference_store import Encode, random_options
-from .shards import Columns, Form, Progress, Shards, parts_of, text_of_row
+from .fingerprints import parts_of, random_options
+from .shards import Columns, Encode, Form, OnProgress, Shards, text_of_row
 
 __all__ = ["LatentPairs", "cache_latents"]
 
@@ -42,7 +42,7 @@ def cache_latents(
     parts: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     shard_pairs: int = 128,
-    progress: Progress = lambda done, total: None,
+    progress: OnProgress = lambda done, total: None,
 ) -> None:
     """Encodes the images and prompts of all pairs once, into safetensors shards that `LatentPairs` reads.
 

@@ -20,8 +20,7 @@ from .inputs import Inputs
 from .latent_store import LatentPairs, cache_latents
 from .reference_store import ReferenceErrors, precompute_reference_errors
 from .setup import check_writable, objective_of, set_up
-from .shards import Progress as Told
-from .shards import is_complete
+from .shards import OnProgress, is_complete
 
 __all__ = ["cache", "reference"]
 
@@ -115,7 +114,7 @@ def _tell(accelerator: Any, store: LatentPairs | ReferenceErrors, folder: Path) 
 
 
 @contextmanager
-def _progress(accelerator: Any, what: str) -> Iterator[Told]:
+def _progress(accelerator: Any, what: str) -> Iterator[OnProgress]:
     """Of the main process's share."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:

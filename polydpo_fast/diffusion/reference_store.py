@@ -13,13 +13,12 @@ from torch import Tensor
 from ..data import PairBatch, PairLoader, Source, SourceError
 from ..splitmix import mix
 from ..values import is_int
-from .fingerprints import fingerprint
+from .fingerprints import fingerprint, parts_of, random_options
 from .objective import PairObjective
-from .shards import Form, Progress, Shards, parts_of
+from .shards import Encode, Form, OnProgress, Shards
 
 __all__ = ["ReferenceErrors", "precompute_reference_errors"]
 
-Encode = Callable[[PairBatch], Mapping[str, Any]]
 Vary = Callable[[PairBatch, Mapping[str, Any], list[int]], Mapping[str, Any]]
 
 _KIND = "reference errors 1"  # to be raised when noise is drawn in another way
@@ -37,7 +36,7 @@ def precompute_reference_errors(
     parts: Mapping[str, Any] | None = None,
     shard_pairs: int = 1024,
     vary: Vary | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: OnProgress = lambda done, total: None,
 ) -> None:
     """Computes the reference's errors of all pairs at `draws` noises and timesteps each, and stores them.
 
@@ -226,16 +225,6 @@ class ReferenceErrors:
                     result[begin:end] = file.get_slice("errors")[:, draw].numpy()
             self._loaded[draw] = result
         return self._loaded[draw]
-
-
-def random_options(loader: PairLoader) -> str:
-    """Those of its decoding that are drawn for each pair; empty where there are none."""
-    options = loader.transform
-    return ", ".join(
-        f"{name}={options[name]!r}"
-        for name, drawn in (("crop", "random"), ("start", "random"), ("hflip", None))
-        if (options.get(name) == drawn if drawn else options.get(name, 0) > 0)
-    )
 
 
 def _reference_fingerprint(objective: PairObjective, model: torch.nn.Module | None) -> str:

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from ..atomic import part_of, write_atomically
-from ..data import PairBatch, PairError, PairLoader, Source, SourceError
+from ..data import PairBatch, PairError, PairLoader, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
 from ..values import is_int
 from .extras import need
 from .fingerprints import EARLIER, alternatives, fingerprint
 
-__all__ = ["Columns", "Form", "Progress", "Shards", "is_complete", "is_store", "parts_of", "text_of_row"]
+__all__ = ["Columns", "Encode", "Form", "OnProgress", "Shards", "is_complete", "is_store", "text_of_row"]
 
+Encode = Callable[[PairBatch], Mapping[str, Any]]
 Columns = Mapping[str, Tensor | list[bytes]]
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the pairs that this rank has done, and that it has to do."""
 
 Form = dict[str, tuple[str, tuple[int, ...]]]
@@ -149,7 +150,7 @@ class Shards:
                     f"here it is {mine[0]}"
                 )
 
-    def fill(self, loader: PairLoader, columns: Callable[[PairBatch, int], Columns], progress: Progress) -> None:
+    def fill(self, loader: PairLoader, columns: Callable[[PairBatch, int], Columns], progress: OnProgress) -> None:
         """Makes the shards that are missing, of this rank's share.
 
         columns: a function of a batch and the number of its first pair, that returns tensors and texts, B rows each.
@@ -327,13 +328,6 @@ def is_store(folder: str | os.PathLike[str]) -> bool:
 def is_complete(folder: str | os.PathLike[str]) -> bool:
     """Whether it is a store, of either kind, that lacks no shard. Raises SourceError where its index is damaged."""
     return is_store(folder) and not Shards._read_index(Path(folder)).missing()
-
-
-def parts_of(pairs: PairLoader | Source | None) -> dict[str, Any]:
-    """What a store depends on where it is made of these pairs: their source and, of a loader, its transform too."""
-    if isinstance(pairs, PairLoader):
-        return {"source": pairs.source, "transform": pairs.transform}
-    return {} if pairs is None else {"source": pairs}
 
 
 def text_of_row(name: str, row: Mapping[str, Tensor]) -> bytes:

@@ -25,7 +25,7 @@ from polydpo_fast.diffusion import (
     fingerprint,
     precompute_reference_errors,
 )
-from polydpo_fast.diffusion.reference_store import random_options
+from polydpo_fast.diffusion.fingerprints import random_options
 
 PIXELS = dict(size=2, dtype=torch.uint8, max_bad_rate=1.0)
 BETA = 500.0
