@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +23,7 @@ from .pipelines import change_scheduler, load_pipeline, load_scheduler, training
 from .sharding import check_sharding, set_sharding
 from .shards import is_store
 
-__all__ = [
-    "Setup",
-    "check_writable",
-    "new_accelerator",
-    "objective_of",
-    "set_up",
-]
+__all__ = ["Setup", "check_writable", "inductor_as_before", "new_accelerator", "objective_of", "set_up"]
 
 # Processes wait for each other where one downloads a model, or has more to encode or to render than another, and NCCL's
 # own patience is ten minutes.
@@ -81,6 +78,18 @@ def set_up(settings: Settings) -> Setup:
     height, width = size or native_size(pipe, family)
     check_geometry(pipe, family, (height, width), settings.loader.get("frames"))
     return Setup(accelerator, source, pipe, family, (height, width), half)
+
+
+@contextlib.contextmanager
+def inductor_as_before() -> Iterator[None]:
+    """What `set_up` changes of torch.compile's configuration is for this training alone."""
+    name = "emulate_precision_casts"
+    before = getattr(sys.modules.get("torch._inductor.config"), name, False)
+    try:
+        yield
+    finally:
+        if inductor := sys.modules.get("torch._inductor.config"):
+            setattr(inductor, name, before)
 
 
 def new_accelerator(**options: Any) -> Any:

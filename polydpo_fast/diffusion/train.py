@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,18 +37,16 @@ from .checkpoints import (
     save_result,
 )
 from .config import Settings, lasting, write_settings
-from .families import Family
 from .fingerprints import fingerprint
 from .forward import FLUX_GUIDANCE
 from .inputs import Inputs
 from .journal import Journal, NotFiniteError
 from .objective import PairObjective
 from .optimizers import check_optimizer, learning_rate, new_optimizer, new_schedule
-from .pipelines import load_lora
-from .reference import adapters_off, ema_weights, frozen_copy
+from .policy import averages_of, make_trainable, reference_of, trained
+from .reference import ema_weights
 from .reference_store import ReferenceErrors
-from .setup import Setup, objective_of, set_up
-from .sharding import sharded_and_compiled
+from .setup import Setup, inductor_as_before, objective_of, set_up
 from .validation import render
 
 __all__ = ["NotFiniteError", "train"]
@@ -57,19 +54,7 @@ __all__ = ["NotFiniteError", "train"]
 _MOST_AT_START = 0.05  # of implicit rewards, before anything was learned
 
 
-@contextlib.contextmanager
-def _inductor_as_before() -> Iterator[None]:
-    """What `set_up` changes of torch.compile's configuration is for this training alone."""
-    name = "emulate_precision_casts"
-    before = getattr(sys.modules.get("torch._inductor.config"), name, False)
-    try:
-        yield
-    finally:
-        if inductor := sys.modules.get("torch._inductor.config"):
-            setattr(inductor, name, before)
-
-
-@_inductor_as_before()
+@inductor_as_before()
 def train(settings: Settings) -> None:
     """Trains, and writes the result to the output folder: a pipeline that Diffusers loads, or LoRA weights.
 
@@ -97,17 +82,17 @@ def train(settings: Settings) -> None:
         model.to(accelerator.device)
 
     # The reference is the model as it is now; then it becomes the policy, and another object when it is prepared.
-    reference = None if errors is not None else _reference(model, settings, accelerator)
+    reference = None if errors is not None else reference_of(model, settings, accelerator)
     objective = objective_of(settings, pipe, reference=reference)
     if errors is not None:
         errors.check(objective=objective)
-    _make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
-    optimizer = new_optimizer(_trained(model), settings, learning_rate(settings, accelerator.num_processes))
+    make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
+    optimizer = new_optimizer(trained(model), settings, learning_rate(settings, accelerator.num_processes))
     model, optimizer = accelerator.prepare(model, optimizer)
     if fsdp2:  # of all its modules only the prepared one calls what torch.compile made
         setattr(pipe, family.model, model)
     schedule = new_schedule(optimizer, settings)  # of the prepared optimizer, which may be DeepSpeed's own
-    ema = _ema(model, settings)
+    ema = averages_of(model, settings)
 
     accelerator.register_for_checkpointing(inputs.loader, schedule, *([] if ema is None else [WholeAverages(ema)]))
     if settings.lora_rank:
@@ -125,7 +110,19 @@ def train(settings: Settings) -> None:
     accelerator.init_trackers(settings.project, _flat(settings))
 
     journal = Journal(accelerator, output / "metrics.jsonl", done)
-    loop = _Loop(settings, setup, inputs, errors, objective, model, optimizer, schedule, ema, journal, run)
+    loop = _Loop(
+        settings=settings,
+        setup=setup,
+        inputs=inputs,
+        errors=errors,
+        objective=objective,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        journal=journal,
+        run=run,
+    )
     batches = _forever(inputs.loader)
     model.train()
     with _told_to_stop(settings) as told, _progress(accelerator, settings.steps, done) as advance:
@@ -143,7 +140,7 @@ def train(settings: Settings) -> None:
     _say(accelerator, f"the result is in {output}: {loads} takes it")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Loop:
     settings: Settings
     setup: Setup
@@ -179,7 +176,7 @@ class _Loop:
         if not accelerator.optimizer_step_was_skipped:  # for an overflow of float16
             self.schedule.step()
             if self.ema is not None:
-                self.ema.step(_trained(self.model))
+                self.ema.step(trained(self.model))
 
     def pair_losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         ref_error = None
@@ -281,57 +278,6 @@ def _run_identity(
         "model": fingerprint(model),
         **{name: text for name, text in inputs.parts.items() if name.startswith(("vae", "text_encoder", "tokenizer"))},
     }
-
-
-def _reference(model: Any, settings: Settings, accelerator: Any) -> Any:
-    """Of the policy's own dtype, and computed as it is: other rounding would be a preference before the first step."""
-    if settings.loss.get("reference_free"):
-        return None
-    if settings.lora_rank:
-        return adapters_off
-    return sharded_and_compiled(frozen_copy(model), accelerator)
-
-
-def _make_trainable(model: Any, family: Family, settings: Settings, has_checkpoint: bool) -> None:
-    """All of the model, or adapters. has_checkpoint: which has the adapters, so that they need no beginning."""
-    if settings.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    # As TRL does: the reference has none, and its noise would be taken for a preference.
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if settings.lora_rank == 0:
-        model.requires_grad_(True)
-        return
-    from peft import LoraConfig
-
-    alpha = settings.lora_alpha or settings.lora_rank
-    targets = settings.lora_targets or list(family.lora_targets)
-    for target in targets:  # PEFT takes it if one of them is there
-        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
-            raise ValueError(
-                f"lora_targets has {target!r}, and no layer of the {type(model).__name__} has a name that ends so; "
-                f"expected names such as {', '.join(family.lora_targets)}"
-            )
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-    model.add_adapter(config)
-    for parameter in _trained(model):
-        parameter.data = parameter.data.float()
-    if settings.lora_weights is not None and not has_checkpoint:  # after that: they are in float32
-        load_lora(family, model, Path(settings.lora_weights), scale=alpha / settings.lora_rank)
-
-
-def _trained(model: Any) -> list[Tensor]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _ema(model: Any, settings: Settings) -> Any:
-    """Where the weights are; under FSDP2 each process has the averages of its part."""
-    if not settings.ema:
-        return None
-    from diffusers.training_utils import EMAModel
-
-    return EMAModel(_trained(model), decay=settings.ema, foreach=True)
 
 
 def _say(accelerator: Any, text: str) -> None:

@@ -20,7 +20,7 @@ from splitmix import chained
 from typer.testing import CliRunner
 
 from polydpo_fast.cli import app
-from polydpo_fast.diffusion import LatentPairs, ReferenceErrors, setup
+from polydpo_fast.diffusion import LatentPairs, ReferenceErrors, policy, setup
 from polydpo_fast.diffusion import inputs as batches
 from polydpo_fast.diffusion import objective as objectives
 from polydpo_fast.diffusion import train as training
@@ -255,7 +255,7 @@ def test_what_stores_make_needless_is_not_in_memory(here, stores, tmp_path, monk
 
     monkeypatch.setattr(setup, "load_pipeline", watched)
     monkeypatch.setattr(training.Journal, "add", look)
-    monkeypatch.setattr(training, "frozen_copy", None)
+    monkeypatch.setattr(policy, "frozen_copy", None)
     monkeypatch.setattr(batches, "encode_pixels", None)
     train(settings(here, tmp_path / "out", **from_stores(stores, prompt_dropout=0.0, steps=2)))
     assert seen == [{"unet"}] * 2

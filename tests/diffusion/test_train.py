@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
-from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, setup
+from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, policy, setup
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.config import read_settings
 from polydpo_fast.diffusion.families import FAMILIES
@@ -398,7 +398,7 @@ def test_a_policy_that_is_not_its_reference_is_said(here, tmp_path, monkeypatch)
             result.conv_out.bias += 0.1
         return result
 
-    monkeypatch.setattr(training, "frozen_copy", other)
+    monkeypatch.setattr(policy, "frozen_copy", other)
     with pytest.warns(UserWarning, match="before the first step the implicit rewards are .*; expected 0"):
         train(settings(here, tmp_path / "out", steps=1))
 
@@ -469,10 +469,10 @@ def test_a_model_is_made_trainable_as_it_was_told(here, tmp_path):
     for checkpointing in (False, True):
         model = UNet2DConditionModel.from_pretrained(here / "pipeline", subfolder="unet")
         run = settings(here, tmp_path, gradient_checkpointing=checkpointing, lora_rank=2, lora_weights=nowhere)
-        training._make_trainable(model, family, run, has_checkpoint=True)
+        policy.make_trainable(model, family, run, has_checkpoint=True)
         assert model.is_gradient_checkpointing == checkpointing
     free = settings(here, tmp_path, loss={"reference_free": True})
-    assert training._reference(model, free, None) is None
+    assert policy.reference_of(model, free, None) is None
 
 
 @pytest.mark.parametrize("change", [{}, dict(lora_rank=2)], ids=["full", "lora"])
