@@ -88,7 +88,7 @@ class _TakesSettings(TyperCommand):
             option = word.partition("=")[0]
             if not option.startswith("--") or option == "--" or option in known:
                 continue
-            from .diffusion.config import meant_by
+            from .diffusion.settings_file import meant_by
 
             name, _, value = (meant_by(option[2:]) or "").partition(": ")
             own = f"--{name.replace('_', '-')}"
@@ -458,7 +458,7 @@ def _training(options: dict[str, Any]) -> Iterator[Settings]:
         _said(ArithmeticError, LoaderError, code=1),
         _said(torch.OutOfMemoryError, code=1, more=_LESS_MEMORY),
     ):
-        from .diffusion.config import read_assignments, read_settings
+        from .diffusion.settings_file import read_assignments, read_settings
 
         yield read_settings(config, **{**given, **read_assignments(assign)})
 

@@ -1,22 +1,15 @@
-"""What `polydpo-fast train` can be told: one dataclass, read from YAML and from the command line."""
+"""What `polydpo-fast train` can be told: one dataclass."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import os
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from .extras import need
 from .objective import PairObjective, check_loss
 
-__all__ = ["Settings", "lasting", "meant_by", "read_assignments", "read_settings", "write_settings"]
+__all__ = ["TAKEN", "Settings", "lasting"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +120,7 @@ class Settings:
         for name in ("lora_rank", "warmup", "checkpoint_every", "keep", "validation_every"):
             _check_range(name, getattr(self, name), 0, 2**31 - 1)
         _check_range("seed", self.seed, 0, 2**63 - 1)
-        for name in (
-            "learning_rate",
-            "weight_decay",
-            "max_grad_norm",
-            "adam_epsilon",
-            "power",
-            "guidance",
-        ):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "power", "guidance"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, math.inf)
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
@@ -149,87 +135,11 @@ class Settings:
             raise ValueError(f"size is {self.size!r}; expected a side, or [height, width]")
         for side in sides or ():
             _check_range("size", side, 1, 16384)
-        for name, taken in _TAKEN.items():
+        for name, taken in TAKEN.items():
             if both := sorted(taken & set(getattr(self, name))):
                 raise ValueError(f"{name} has {', '.join(both)}; expected as settings of their own, or not at all")
         _check_loss(self)
         _check_unused(self)
-
-
-def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings:
-    """The settings of a YAML file, if there is one, with those that are given in their place.
-
-    Raises ValueError for names that are none, and values that are of another type or out of range.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        need("yaml")
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"--config is {str(file)!r}: there is no such file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not YAML: {_place_and_reason(error)}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} is a {type(values).__name__}; expected names and values")
-    values = {**values, **given}
-    known = {one.name for one in fields(Settings)}
-    if unknown := sorted(str(name) for name in set(values) - known):
-        close = (meant_by(name) or "".join(get_close_matches(name.replace("-", "_"), known, n=1)) for name in unknown)
-        meant = sorted({*close} - {""})
-        raise ValueError(f"{', '.join(unknown)}: no setting; expected {', '.join(meant or sorted(known))}")
-    if missing := [name for name in ("model", "data") if values.get(name) is None]:
-        options, keys = (" and ".join(map(mark.format, missing)) for mark in ("--{}", "{}:"))
-        raise ValueError(f"{' and '.join(missing)} not given; expected {options}, or {keys} in the file of --config")
-    hints = typing.get_type_hints(Settings)
-    return Settings(**{name: _of_type(name, value, hints[name]) for name, value in values.items()})
-
-
-def meant_by(name: str) -> str | None:
-    """The setting, or its line in YAML, that is meant by a name of Diffusers' scripts, or of an argument of the loader.
-
-    None where none is known."""
-    from ..clips import decode_clips
-    from ..data import PairLoader
-    from ..decode import decode_pairs
-
-    name = name.replace("-", "_").removeprefix("loader.")
-    if name in _OF_SCRIPTS or name in {one.name for one in fields(Settings)}:
-        return _OF_SCRIPTS.get(name, name)
-    parts = {one for takes in (PairLoader, decode_pairs, decode_clips) for one in inspect.signature(takes).parameters}
-    return f"loader: {{{name}: ...}}" if name in parts - _TAKEN["loader"] else None
-
-
-def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Of NAME=VALUE in YAML. Raises ValueError for what is neither."""
-    need("yaml")
-    import yaml
-
-    values = {}
-    for assignment in assignments:
-        name, sign, value = assignment.partition("=")
-        if not sign:
-            raise ValueError(f"--set is {assignment!r}; expected NAME=VALUE")
-        try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set is {assignment!r}, whose value is not YAML: {_place_and_reason(error)}") from error
-    return values
-
-
-def _place_and_reason(error: Exception) -> str:
-    """In a line, where YAML's own text has six."""
-    mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
-
-
-def write_settings(settings: Settings, file: Path) -> None:
-    """As YAML that `read_settings` takes."""
-    import yaml
-
-    file.write_text(yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def lasting(settings: Settings) -> dict[str, Any]:
@@ -242,54 +152,12 @@ def lasting(settings: Settings) -> dict[str, Any]:
 _DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
 # Where things are, how long and how often, and what changes no number. Of the data the loader's own state tells.
 _MAY_CHANGE = {
-    "model",
-    "variant",
-    "revision",
-    "data",
-    "reference_errors",
-    "lora_weights",
-    "output",
-    "resume",
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "keep",
+    *("model", "variant", "revision", "data", "reference_errors", "lora_weights", "output", "resume"),
+    *("steps", "log_every", "checkpoint_every", "keep", "trackers", "project"),
+    *("validation_prompts", "validation_every", "validation_steps", "gradient_checkpointing", "vae_batch"),
 }
-_MAY_CHANGE |= {"validation_prompts", "validation_every", "validation_steps", "trackers", "project"}
-_MAY_CHANGE |= {"gradient_checkpointing", "vae_batch"}
-_MAY_CHANGE_OF_LOADER = {"cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads"}
-_MAY_CHANGE_OF_LOADER |= {"timeout_s"}
-# What Diffusers' DPO scripts call otherwise. Their validation_steps is our validation_every: ours has that name, too.
-_OF_SCRIPTS = {
-    "adam_weight_decay": "weight_decay",
-    "beta_dpo": "beta",
-    "checkpointing_steps": "checkpoint_every",
-    "checkpoints_total_limit": "keep",
-    "dataset_name": "data",
-    "gradient_accumulation_steps": "accumulation",
-    "loss_type": "objective",
-    "lr": "learning_rate",
-    "lr_num_cycles": "cycles",
-    "lr_power": "power",
-    "lr_scheduler": "schedule",
-    "lr_warmup_steps": "warmup",
-    "max_train_steps": "steps",
-    "no_hflip": "loader: {hflip: 0}",
-    "num_train_epochs": "steps",
-    "output_dir": "output",
-    "pretrained_model_name_or_path": "model",
-    "proportion_empty_prompts": "prompt_dropout",
-    "random_crop": "loader: {crop: random}",
-    "rank": "lora_rank",
-    "report_to": "trackers",
-    "resolution": "size",
-    "resume_from_checkpoint": "resume",
-    "run_validation": "validation_prompts",
-    "tracker_name": "project",
-    "train_batch_size": "batch_size",
-    "train_data_dir": "data",
-    "use_8bit_adam": "optimizer: adamw8bit",
-    "vae_encode_batch_size": "vae_batch",
+_MAY_CHANGE_OF_LOADER = {
+    *("cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads", "timeout_s"),
 }
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor"),
@@ -299,7 +167,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "size_conditioning": ("fixed", "own"),
 }
 # What the training itself gives, or asks for under its own name.
-_TAKEN = {
+TAKEN = {
     "loader": {"source", "batch_size", "seed", "rank", "world_size", "prompt_dropout", "device", "size", "dtype"}
     | {"last", "layout", "mean", "std"},
     "loss": {"scheduler", "reference", "forward", "alpha", "beta", "objective", "reduction"},
@@ -344,26 +212,3 @@ def _check_range(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most or value == math.inf:
         limits = f"{least} or more" if most >= 2**31 - 1 else f"{least} to {most}"
         raise ValueError(f"{name} is {value!r}; expected {limits}")
-
-
-def _of_type(name: str, value: Any, hint: Any) -> Any:
-    """The value as the hint has it. YAML reads 1e-8 as text, and 8 as a whole number."""
-    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
-        origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-        if origin is types.NoneType and value is None:
-            return value
-        if origin is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if origin is list and isinstance(value, Sequence) and not isinstance(value, str):
-            return [_of_type(name, item, arguments[0]) for item in value]
-        if origin is dict and isinstance(value, Mapping):
-            return dict(value)
-        if origin in (str, bool, int) and type(value) is origin:
-            return value
-    shown = hint.__name__ if isinstance(hint, type) else str(hint)
-    if shown.startswith("dict"):
-        shown = "names and values, such as {name: value}"
-    raise ValueError(f"{name} is {value!r}; expected {shown}")

@@ -36,7 +36,7 @@ from .checkpoints import (
     save_checkpoint,
     save_result,
 )
-from .config import Settings, lasting, write_settings
+from .config import Settings, lasting
 from .fingerprints import fingerprint
 from .forward import FLUX_GUIDANCE
 from .inputs import Inputs
@@ -46,6 +46,7 @@ from .optimizers import check_optimizer, learning_rate, new_optimizer, new_sched
 from .policy import averages_of, make_trainable, reference_of, trained
 from .reference import ema_weights
 from .reference_store import ReferenceErrors
+from .settings_file import write_settings
 from .setup import Setup, inductor_as_before, objective_of, set_up
 from .validation import render
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from polydpo_fast.diffusion.config import read_settings, write_settings
+from polydpo_fast.diffusion.settings_file import read_settings, write_settings
 
 
 def settings(here, out, **change):

@@ -15,7 +15,7 @@ from polydpo_fast.cli import app
 from polydpo_fast.data import LoaderError
 from polydpo_fast.diffusion import setup
 from polydpo_fast.diffusion import train as training
-from polydpo_fast.diffusion.config import write_settings
+from polydpo_fast.diffusion.settings_file import write_settings
 from polydpo_fast.diffusion.shards import Shards
 from polydpo_fast.diffusion.train import train
 

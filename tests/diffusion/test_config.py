@@ -8,7 +8,8 @@ import pytest
 from diffusion.runs import settings
 
 from polydpo_fast.diffusion import setup
-from polydpo_fast.diffusion.config import Settings, read_settings, write_settings
+from polydpo_fast.diffusion.config import Settings
+from polydpo_fast.diffusion.settings_file import read_settings, write_settings
 from polydpo_fast.diffusion.train import train
 
 pytestmark = [

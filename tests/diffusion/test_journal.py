@@ -19,7 +19,7 @@ from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
 from polydpo_fast.diffusion import inputs, journal, predict
 from polydpo_fast.diffusion import train as training
-from polydpo_fast.diffusion.config import write_settings
+from polydpo_fast.diffusion.settings_file import write_settings
 from polydpo_fast.diffusion.train import NotFiniteError, train
 
 pytestmark = [

@@ -24,8 +24,8 @@ from polydpo_fast.diffusion import LatentPairs, ReferenceErrors, policy, setup
 from polydpo_fast.diffusion import inputs as batches
 from polydpo_fast.diffusion import objective as objectives
 from polydpo_fast.diffusion import train as training
-from polydpo_fast.diffusion.config import write_settings
 from polydpo_fast.diffusion.precompute import cache, reference
+from polydpo_fast.diffusion.settings_file import write_settings
 from polydpo_fast.diffusion.shards import Shards
 from polydpo_fast.diffusion.train import train
 

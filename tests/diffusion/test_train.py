@@ -23,10 +23,10 @@ from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
 from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, policy, setup
 from polydpo_fast.diffusion import train as training
-from polydpo_fast.diffusion.config import read_settings
 from polydpo_fast.diffusion.families import FAMILIES
 from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
 from polydpo_fast.diffusion.precompute import reference
+from polydpo_fast.diffusion.settings_file import read_settings
 from polydpo_fast.diffusion.train import train
 from polydpo_fast.splitmix import mix
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from polydpo_fast import demo
 from polydpo_fast.diffusion import setup, sharding
-from polydpo_fast.diffusion.config import write_settings
+from polydpo_fast.diffusion.settings_file import write_settings
 from polydpo_fast.diffusion.train import train
 
 pytestmark = [
