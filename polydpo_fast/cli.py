@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
-from typer.core import TyperCommand
 
-if TYPE_CHECKING:
-    import torch
-
-    from .comparison import Comparison
-    from .data import Source
-    from .diffusion.config import Settings
+from .cli_errors import said
+from .cli_settings import SETTINGS, TakesSettings, takes_settings, training
+from .comparison import Comparison
+from .data import Source, open_source
 
 app = typer.Typer(
     name="polydpo-fast",
@@ -31,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Source = Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")]
+_Pairs = Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")]
 _Ties = Annotated[str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")]
 _Root = Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")]
 _Category = Annotated[
@@ -41,87 +36,6 @@ _Weight = Annotated[
     str | None, typer.Option(help="Parquet column of the weight (default: weight, if there is one; '' for none).")
 ]
 _ShardPairs = Annotated[int, typer.Option(min=1, help="Pairs per output file, the unit of work of a process.")]
-_SETTINGS: dict[str, tuple[Any, str]] = {
-    "model": (str, "Folder or hub id of a Diffusers pipeline."),
-    "data": (list[str], "Pairs: file, glob, folder or URL; or a folder made by `cache`."),
-    "reference_errors": (str, "Folder made by `reference`; then no reference model is run."),
-    "output": (str, "Folder of the result, checkpoints and metrics (default train-output)."),
-    "size": (int, "Side in pixels (default: the model's own)."),
-    "batch_size": (int, "Pairs per process and forward pass (default 1)."),
-    "accumulation": (int, "Forward passes per optimizer step (default 1)."),
-    "steps": (int, "Optimizer steps (default 2000)."),
-    "alpha": (float, "Poly-DPO's alpha, above 0 for noisy labels; 0 is Diffusion-DPO (default 0)."),
-    "beta": (
-        float,
-        "Pull to the reference, with Diffusion-DPO's 1/2; for flow matching try 100 to 2000 (default 5000).",
-    ),
-    "objective": (str, "poly_dpo, robust, ipo, hinge or linear (default poly_dpo)."),
-    "lora_rank": (int, "Train LoRA adapters of this rank; 0 trains all weights (default 0)."),
-    "optimizer": (str, "adamw, adamw8bit, paged_adamw8bit or adafactor (default adamw)."),
-    "learning_rate": (float, "After warmup (default: 1e-5 for LoRA, else 1e-8 per pair of a step)."),
-    "warmup": (int, "Steps of linear warmup (default 0)."),
-    "mixed_precision": (str, "no, fp16 or bf16 (default: what `accelerate` is configured for)."),
-    "gradient_checkpointing": (bool, "Recompute activations in backward: less memory, more time (default off)."),
-    "ema": (float, "Decay of the averaged weights; 0 for none (default 0)."),
-    "checkpoint_every": (int, "Steps between checkpoints; 0 for none (default 0)."),
-    "keep": (int, "Number of checkpoints to keep; 0 for all (default 0)."),
-    "resume": (str, "Resume from 'latest', or from the folder of a checkpoint."),
-    "validation_prompts": (list[str], "Prompt to render into a grid of images; may be repeated."),
-    "validation_every": (int, "Steps between two grids; 0 for none but the last (default 0)."),
-    "trackers": (list[str], "tensorboard, wandb; may be repeated."),
-    "seed": (int, "Random seed (default 0)."),
-}
-"""Settings that are options too: type and help. Without a default, so that a file of settings can say otherwise."""
-
-_LESS_MEMORY = (
-    "Less is taken by --gradient-checkpointing, a smaller --batch-size with more --accumulation, latents made ahead "
-    "(`polydpo-fast cache`), --optimizer adamw8bit, --lora-rank"
-)
-
-
-class _TakesSettings(TyperCommand):
-    """A command that says which option, or setting, is meant by one that it does not have."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {name for one in self.params for name in (*one.opts, *one.secondary_opts)} | {"--help"}
-        for word in args:
-            option = word.partition("=")[0]
-            if not option.startswith("--") or option == "--" or option in known:
-                continue
-            from .diffusion.settings_file import meant_by
-
-            name, _, value = (meant_by(option[2:]) or "").partition(": ")
-            own = f"--{name.replace('_', '-')}"
-            if name:
-                expected = f"{own} {value}".rstrip() if own in known else f"--set '{name}={value or '...'}'"
-                raise _failed(f"{option}: no option; expected {expected}")
-        return super().parse_args(ctx, args)
-
-
-def _takes_settings(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command these of the settings as options, and --config and --set; they arrive by keyword.
-
-    helps: of settings that mean something of their own to this command.
-    """
-
-    def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        own = [one for one in signature(command, eval_str=True).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        taken = {name: one for name, one in _SETTINGS.items() if name in {*names, *helps}}
-        options = {
-            "config": (Path, typer.Option(help="YAML file of settings; options on the command line win.")),
-            **{name: (kind, typer.Option(help=helps.get(name, text))) for name, (kind, text) in taken.items()},
-            "assign": (list[str], typer.Option("--set", help="NAME=VALUE of any setting, in YAML; may be repeated.")),
-        }
-        given = [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
-            for name, (kind, option) in options.items()
-        ]
-        # The help shows them in this order: what every call needs, and then the command's own options.
-        arguments, own_options = ([one for one in own if (one.kind is one.KEYWORD_ONLY) == so] for so in (False, True))
-        command.__signature__ = Signature([*arguments, *given, *own_options])  # type: ignore[attr-defined]
-        return command
-
-    return decorated
 
 
 def _print_version(wanted: bool) -> None:
@@ -168,13 +82,13 @@ def demo(
     from .demo import Settings, run
 
     settings = Settings(alpha=alpha, beta=beta, steps=steps, seed=seed, label_noise=label_noise, device=device)
-    with _said(OSError):
+    with said(OSError):
         run(settings, out)
 
 
 @app.command()
 def inspect(
-    source: _Source,
+    source: _Pairs,
     every: Annotated[bool, typer.Option("--all", help="Decode every pair and list those that fail.")] = False,
     sample: Annotated[int, typer.Option(min=0, help="Pairs to decode and time.")] = 64,
     ties: _Ties = None,
@@ -186,7 +100,7 @@ def inspect(
     """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
     from .data.inspect import report
 
-    with _said():
+    with said():
         pairs = _open(source, ties=ties, root=root, category=category, weight=weight)
         fine = report(pairs, every=every, count=sample, ledger=ledger, console=Console())
     raise typer.Exit(0 if fine else 1)
@@ -194,7 +108,7 @@ def inspect(
 
 @app.command()
 def pack(
-    source: _Source,
+    source: _Pairs,
     out: Annotated[Path, typer.Argument(help="Folder for the shards; an interrupted run is continued.")],
     shard_size: Annotated[str, typer.Option(help="Largest size of a shard: 500MB, 1GB, 2GiB.")] = "1GB",
     ties: _Ties = None,
@@ -206,7 +120,7 @@ def pack(
     """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
     from .data import pack as packing
 
-    with _said():
+    with said():
         for name in {"category", "weight"}.intersection(columns or ()):
             raise ValueError(f"--columns has {name}, which shards have of every pair; expected --{name} {name}")
         size = packing.bytes_of(shard_size)
@@ -229,8 +143,6 @@ def pack(
 
 def _open(source: list[str], **options: Any) -> Source:
     """None: not given. "" for a column: none."""
-    from .data import open_source
-
     given = {name: value for name, value in options.items() if value is not None}
     given |= {name: None for name in ("category", "weight") if options[name] == ""}
     return open_source(source[0] if len(source) == 1 else source, **given)
@@ -263,7 +175,7 @@ def check(
     if case is not None and seed is None:
         errors.print("--case needs the --seed that it was drawn from", style="red")
         raise typer.Exit(2)
-    with _said(OSError, ValueError):
+    with said(OSError, ValueError):
         if json is not None:
             json.open("a").close()  # before a minute is spent on what could not be put there
         with errors.status("checking") as status:
@@ -298,7 +210,7 @@ def bench(
     from . import bench as benchmarks
     from .comparison import compare as compared
 
-    with _said(OSError, RuntimeError, ValueError):
+    with said(OSError, RuntimeError, ValueError):
         if compare is None:
             path = benchmarks.run(suites or (), out, replace=replace, dirty=dirty)
             Console().print(f"results: {path}", highlight=False, soft_wrap=True)
@@ -332,20 +244,20 @@ def _print_comparison(found: Comparison) -> None:
     console.print(f"{worse} worse, {better} better {of}", highlight=False)
 
 
-@app.command(cls=_TakesSettings)
-@_takes_settings(*_SETTINGS)
+@app.command(cls=TakesSettings)
+@takes_settings(*SETTINGS)
 def train(**settings: Any) -> None:
     """Align a Diffusers pipeline with preference pairs. Runs under `accelerate launch` too."""
-    with _training(settings) as given:
+    with training(settings) as given:
         from .diffusion.train import train as run
 
         run(given)
 
 
-@app.command(cls=_TakesSettings)
-@_takes_settings(
+@app.command(cls=TakesSettings)
+@takes_settings(
     *("model", "size", "batch_size", "mixed_precision", "seed"),
-    data="Pairs: file, glob, folder or URL.",
+    data="Pairs: file, glob, folder or URL",
 )
 def cache(
     out: Annotated[Path, typer.Argument(help="Folder for the latents; an interrupted run is continued.")],
@@ -357,16 +269,16 @@ def cache(
     **settings: Any,
 ) -> None:
     """Encode images and prompts once, for `train --data OUT`. Runs under `accelerate launch` too."""
-    with _training(settings) as given:
+    with training(settings) as given:
         from .diffusion.precompute import cache as run
 
         run(given, out, dtype=_dtype("--store", store), shard_pairs=shard_pairs)
 
 
-@app.command(cls=_TakesSettings)
-@_takes_settings(
+@app.command(cls=TakesSettings)
+@takes_settings(
     *("model", "data", "size", "batch_size", "mixed_precision", "seed"),
-    lora_rank="The --lora-rank that the training will have (default 0).",
+    lora_rank="The --lora-rank that the training will have",
 )
 def reference(
     out: Annotated[Path, typer.Argument(help="Folder for the errors; an interrupted run is continued.")],
@@ -381,7 +293,7 @@ def reference(
 
     Runs under `accelerate launch` too.
     """
-    with _training(settings) as given:
+    with training(settings) as given:
         from .diffusion.precompute import reference as run
 
         run(given, out, draws=draws, shard_pairs=shard_pairs)
@@ -409,10 +321,8 @@ def geneval(
 
     Runs under `accelerate launch` too.
     """
-    import torch
-
     less = "Less is taken by a smaller --batch-size, --dtype bfloat16"
-    with _said(), _said(torch.OutOfMemoryError, code=1, more=less):
+    with said(), said(torch.OutOfMemoryError, code=1, more=less):
         from .diffusion.geneval import render
 
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
@@ -437,51 +347,9 @@ def geneval(
 
 
 def _dtype(option: str, name: str | None) -> torch.dtype | None:
-    import torch
-
     if name not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"{option} is {name!r}; expected float32, bfloat16 or float16")
     return None if name is None else getattr(torch, name)
-
-
-@contextmanager
-def _training(options: dict[str, Any]) -> Iterator[Settings]:
-    """The settings that a command was given. What goes wrong is said in a line."""
-    given = {name: value for name, value in options.items() if value is not None and value not in ([], ())}
-    config, assign = given.pop("config", None), given.pop("assign", ())
-    import torch
-
-    from .data import LoaderError
-
-    with (
-        _said(),
-        _said(ArithmeticError, LoaderError, code=1),
-        _said(torch.OutOfMemoryError, code=1, more=_LESS_MEMORY),
-    ):
-        from .diffusion.settings_file import read_assignments, read_settings
-
-        yield read_settings(config, **{**given, **read_assignments(assign)})
-
-
-@contextmanager
-def _said(*errors: type[Exception], code: int = 2, more: str = "") -> Iterator[None]:
-    """Of these errors, or those that a user's arguments and files may cause, it says in a line what went wrong."""
-    errors = errors or (OSError, TypeError, ValueError, ImportError)
-    try:
-        yield
-    except errors as error:
-        raise _failed(error, code, more) from error
-
-
-def _failed(error: Exception | str, code: int = 2, more: str = "") -> typer.Exit:
-    """Says in a line what went wrong; the exit to be raised then."""
-    from .data.inspect import safe
-
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:  # without a number
-        text = f"{error.filename}: {error.strerror}"
-    Console(stderr=True).print(safe(" ".join(f"{text}\n{more}".splitlines())), style="red", soft_wrap=True)
-    return typer.Exit(code)
 
 
 if __name__ == "__main__":

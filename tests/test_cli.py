@@ -9,7 +9,6 @@ import typer
 from typer.testing import CliRunner
 
 import polydpo_fast
-from polydpo_fast import cli
 from polydpo_fast.cli import app
 from polydpo_fast.diffusion.config import Settings
 
@@ -36,10 +35,12 @@ def test_no_arguments_show_the_commands(monkeypatch):
         assert re.search(rf"(?m)^  {name} +[A-Z].*[^.]\.$", told), name
 
 
-def test_the_module_is_the_command(monkeypatch):
+@pytest.mark.filterwarnings("ignore:'polydpo_fast.cli' found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", ["polydpo_fast", "polydpo_fast.cli"])
+def test_the_module_is_the_command(module, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cli", "check", "--bogus"])
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(cli.__file__, run_name="__main__")
+        runpy.run_module(module, run_name="__main__")
 
 
 @pytest.mark.parametrize("option", [["--beta", "-1"], ["--label-noise", "0.9"], ["--steps", "0"]])
