@@ -14,7 +14,7 @@ from . import _C
 from .buffers import LARGE, Buffers
 from .layout import PAIR_COLUMNS, dense_strides, pairs_in
 from .metrics import METRICS
-from .objectives import program
+from .programs import program
 
 __all__ = ["BoundLoss", "launch_errors", "launch_gradient"]
 

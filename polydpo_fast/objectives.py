@@ -2,7 +2,7 @@
 
 This table is the single source for every backend. A head is straight-line arithmetic (+, -, *, /, <, >), so the same
 function body runs on PyTorch tensors, is compiled by Triton into the error kernel, and is recorded as a short program
-for the C++ backend (`program`). It is given quantities that are already stable in floating point,
+for the C++ backend (`programs.py`). It is given quantities that are already stable in floating point,
 
     z                       the logit, less the margin
     p = sigmoid(z)          q = sigmoid(-z) = 1 - p, not computed by subtraction
@@ -21,10 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-__all__ = ["MAX_ALPHAS", "OBJECTIVES", "Objective", "program"]
+__all__ = ["MAX_ALPHAS", "OBJECTIVES", "Objective"]
 
 MAX_ALPHAS = 4
 """How many coefficients Poly-N may have."""
@@ -125,69 +124,3 @@ OBJECTIVES: dict[str, Objective] = {
     ),
 }
 """By the names that `polydpo_fast.loss` takes as `objective`."""
-
-
-# ------------------------------------------------------------------------------- heads as programs for C++
-
-INPUTS = ("z", "p", "q", "nlp", "nlq", "beta", "a1", "a2", "a3", "a4")
-OPERATIONS = ("constant", "+", "-", "*", "/", "<")  # their numbers are csrc/head.hpp's
-
-Instruction = tuple[int, int, int, float]
-"""Operation, its two registers, its constant. Result i of a program goes to register len(INPUTS) + i."""
-
-
-@cache
-def program(objective: str) -> tuple[tuple[Instruction, ...], int, int]:
-    """An objective's head as instructions, and the registers of its loss and slope."""
-    instructions: list[Instruction] = []
-
-    class Register:
-        def __init__(self, index: int) -> None:
-            self.index = index
-
-        def __add__(self, other: Register | float) -> Register:
-            return record("+", self, other)
-
-        def __radd__(self, other: float) -> Register:
-            return record("+", other, self)
-
-        def __sub__(self, other: Register | float) -> Register:
-            return record("-", self, other)
-
-        def __rsub__(self, other: float) -> Register:
-            return record("-", other, self)
-
-        def __mul__(self, other: Register | float) -> Register:
-            return record("*", self, other)
-
-        def __rmul__(self, other: float) -> Register:
-            return record("*", other, self)
-
-        def __truediv__(self, other: Register | float) -> Register:
-            return record("/", self, other)
-
-        def __rtruediv__(self, other: float) -> Register:
-            return record("/", other, self)
-
-        def __lt__(self, other: Register | float) -> Register:
-            return record("<", self, other)
-
-        def __gt__(self, other: Register | float) -> Register:
-            return record("<", other, self)
-
-        def __neg__(self) -> Register:
-            return record("-", 0.0, self)
-
-    def place(value: Register | float) -> int:
-        return value.index if isinstance(value, Register) else append(("constant", 0, 0, float(value)))
-
-    def append(instruction: tuple[str, int, int, float]) -> int:
-        operation, *rest = instruction
-        instructions.append((OPERATIONS.index(operation), *rest))  # type: ignore[arg-type]
-        return len(INPUTS) + len(instructions) - 1
-
-    def record(operation: str, left: Register | float, right: Register | float) -> Register:
-        return Register(append((operation, place(left), place(right), 0.0)))
-
-    loss, slope = OBJECTIVES[objective].head(*(Register(i) for i in range(len(INPUTS))))
-    return tuple(instructions), place(loss), place(slope)

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import polydpo_fast
-from polydpo_fast import cpu, fast_lane, functional, metrics, objectives, operators
+from polydpo_fast import cpu, fast_lane, functional, metrics, objectives, operators, programs
 from polydpo_fast.check import (
     cases,
     check,
@@ -122,9 +122,9 @@ def test_a_coefficient_of_the_cpp_backend_is_caught(few, monkeypatch):
     """One constant of the program that C++ runs: the 0 of the slope's 0 - q."""
 
     def program(objective):
-        instructions, loss, slope = objectives.program(objective)
+        instructions, loss, slope = programs.program(objective)
         if objective == "poly_dpo":
-            constant = objectives.OPERATIONS.index("constant")
+            constant = programs.OPERATIONS.index("constant")
             instructions = tuple((*i[:3], 1e-3) if (i[0], i[3]) == (constant, 0.0) else i for i in instructions)
         return instructions, loss, slope
 
@@ -332,8 +332,8 @@ def test_another_default_of_beta_is_caught(monkeypatch):
 @needs_cpp
 def test_a_factor_of_the_fourth_alpha_is_caught(monkeypatch):
     def program(objective):
-        instructions, loss, slope = objectives.program(objective)
-        constant = objectives.OPERATIONS.index("constant")
+        instructions, loss, slope = programs.program(objective)
+        constant = programs.OPERATIONS.index("constant")
         return tuple((*i[:3], 5.0) if (i[0], i[3]) == (constant, 4.0) else i for i in instructions), loss, slope
 
     monkeypatch.setattr(cpu, "program", program)

@@ -195,7 +195,7 @@ def instructions(script, *arguments):
 def test_a_step_of_the_loss_takes_few_instructions_per_element(monkeypatch):
     """Forward and backward of SD1.5's size in bfloat16, as often as a step runs each of the two passes over them."""
     from polydpo_fast import _C, cpu
-    from polydpo_fast.objectives import program
+    from polydpo_fast.programs import program
 
     given, passes = [], []
     bound = _C.BoundLoss

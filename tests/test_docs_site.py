@@ -302,7 +302,7 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
                 base = module[: -node.level]
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 needs.setdefault(module[1], set()).update([*base, *name.split(".")][1] for name in names)
-    loss = {"objectives", "metrics", "layout", "reference", "arguments", "cpu"}
+    loss = {"objectives", "metrics", "layout", "reference", "arguments", "programs", "cpu"}
     loss |= {"operators", "autograd", "fast_lane", "functional"}
     decoders = {"decode_arguments", "decode", "clips", "video", "cache"}
     assert needs["video"] == {"decode_arguments", "cache", "video"}
