@@ -488,7 +488,7 @@ def test_the_triton_counters_reset_themselves(device, monkeypatch):
     from polydpo_fast.kernels import pair_loss
 
     counters = torch.zeros(8, dtype=torch.int32, device=device)
-    monkeypatch.setattr(pair_loss, "_counters", lambda pairs, device: counters)
+    monkeypatch.setattr(pair_loss, "counters_of", lambda pairs, device: counters)
     tensors = batch((6, 3, 700), torch.float32, device)
     results = [
         polydpo_fast.loss(*tensors, return_metrics=True, backend="triton")[1]["logit_mean"].item() for _ in range(3)
