@@ -10,10 +10,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
-from .arguments import Head, Inputs, check_head, check_inputs
+from .arguments import check_inputs
 from .autograd import FusedErrors, FusedLoss, refuse_transforms
 from .backends import choose_backend
 from .fast_lane import FastLoss, bind, signature_of
+from .head_arguments import Head, check_head
 from .layout import Arms, pairs_in
 from .metrics import unpacked
 from .reference import PairErrors
@@ -147,8 +148,11 @@ def loss(
     inputs = check_inputs(
         model_pred, ref_pred, target, reference_free=reference_free, ref_error=ref_error, mask=mask, layout=layout
     )
-    head = check_head(beta, alpha, objective, label_smoothing, margin, sft_weight, pair_weight, reduction, inputs)
-    backend = choose_backend(backend, inputs.pred[0].device)
+    pairs, device = pairs_in(inputs.pred), inputs.pred[0].device
+    head = check_head(
+        beta, alpha, objective, label_smoothing, margin, sft_weight, pair_weight, reduction, pairs=pairs, device=device
+    )
+    backend = choose_backend(backend, device)
     if backend == "reference":
         return reference.loss(
             model_pred,
@@ -169,7 +173,7 @@ def loss(
             return_metrics=return_metrics,
         )
     if torch.compiler.is_compiling():
-        head = _without_symbols(head, inputs)
+        head = _without_symbols(head, pairs, device)
     if signature is not None and backend == "cpp":
         bind(signature, inputs, head, objective, layout, reduction)
     pred, *others = (*inputs, *head, objective, layout, reduction, backend)
@@ -224,7 +228,7 @@ def pair_errors(
     return PairErrors(*errors.unbind())
 
 
-def _without_symbols(head: Head, inputs: Inputs) -> Head:
+def _without_symbols(head: Head, pairs: int, device: torch.device) -> Head:
     """A beta or alpha that torch.compile has made symbolic, because it changes from call to call, as a tensor of its
     value: as a number in the operator's arguments it would compile a graph for each value."""
     import torch.fx.experimental.symbolic_shapes as symbolic_shapes
@@ -234,7 +238,7 @@ def _without_symbols(head: Head, inputs: Inputs) -> Head:
         return head
     beta, alpha = head.beta, head.alpha
     parameters = list(head.parameters)
-    ones = torch.ones(pairs_in(inputs.pred), dtype=torch.float64, device=inputs.pred[0].device)
+    ones = torch.ones(pairs, dtype=torch.float64, device=device)
     if beta is None and not symbolic_shapes.has_static_value(parameters[0]):
         beta, parameters[0] = ones * parameters[0], 0.0
     if alpha is None and not symbolic_shapes.has_static_value(parameters[1]):

@@ -350,8 +350,8 @@ def test_a_factor_of_the_fourth_alpha_is_caught(monkeypatch):
 def test_an_alpha_that_a_graph_takes_from_elsewhere_is_caught(monkeypatch):
     whole = functional._without_symbols
 
-    def swapped(head, inputs):
-        found = whole(head, inputs)
+    def swapped(*given):
+        found = whole(*given)
         return found if found.alpha is None else found._replace(alpha=found.beta + 0.0)
 
     case = next(c for c in (cases.draw(0, number) for number in range(99)) if type(c.options.get("alpha")) is float)

@@ -302,15 +302,16 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
                 base = module[: -node.level]
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 needs.setdefault(module[1], set()).update([*base, *name.split(".")][1] for name in names)
-    loss = {"objectives", "metrics", "layout", "reference", "arguments", "programs", "cpu"}
+    loss = {"objectives", "metrics", "layout", "reference", "arguments", "head_arguments", "programs", "cpu"}
     loss |= {"operators", "autograd", "fast_lane", "functional"}
     decoders = {"decode_arguments", "decode", "clips", "video", "cache"}
     assert needs["video"] == {"decode_arguments", "cache", "video"}
     assert needs["reference"] == {"layout", "metrics", "objectives"}
-    assert not {"objectives", "layout", "colour", "buffers", "splitmix", "values", "backends", "atomic"} & set(needs)
+    alone = {"objectives", "layout", "colour", "buffers", "splitmix", "values", "tensor_checks", "backends", "atomic"}
+    assert not alone & set(needs)
     for module in loss:
-        assert needs.get(module, set()) <= loss | {"_C", "backends", "buffers"}, module
-    assert needs["yuv"] == {"arguments", "backends", "colour", "kernels"}
+        assert needs.get(module, set()) <= loss | {"_C", "backends", "buffers", "tensor_checks", "values"}, module
+    assert needs["yuv"] == {"head_arguments", "backends", "colour", "kernels"}
     for module in [*decoders, "data"]:
         assert not needs.get(module, set()) & {*loss, "diffusion", "check"}, module
     for module in set(needs) - {"check", "demo", "bench", "comparison", "cli", "__main__"}:

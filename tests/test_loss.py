@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import polydpo_fast
-from polydpo_fast import arguments
+from polydpo_fast import head_arguments
 from polydpo_fast.layout import ERRORS, Column
 from polydpo_fast.metrics import METRICS
 
@@ -797,7 +797,7 @@ def test_a_tensor_without_dimensions_is_named(argument, backend, device):
 
 @pytest.mark.parametrize("alpha", [-1.5, [-1.5], (-1.5,)])
 def test_alpha_below_minus_one_warns_once(alpha):
-    arguments._warn_not_monotone.cache_clear()
+    head_arguments._warn_not_monotone.cache_clear()
     with pytest.warns(UserWarning, match="not monotone") as warned:
         polydpo_fast.loss(**GOOD, alpha=alpha)
     assert [warning.filename for warning in warned] == [__file__]
@@ -807,7 +807,7 @@ def test_alpha_below_minus_one_warns_once(alpha):
 
 
 def test_alphas_of_poly_n_and_of_pairs_and_minus_one_do_not_warn():
-    arguments._warn_not_monotone.cache_clear()
+    head_arguments._warn_not_monotone.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         polydpo_fast.loss(**GOOD, alpha=-1.0)

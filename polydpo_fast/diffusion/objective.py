@@ -6,13 +6,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..arguments import Inputs, check_head
 from ..functional import loss as preference_loss
+from ..head_arguments import check_head
 from .forward import Forward, both_arms, forward_of
 from .moving import moved
 from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, is_flow_matching, noise_pairs
@@ -263,7 +263,7 @@ def check_loss(options: Mapping[str, Any]) -> None:
     # Tensors are of a batch's pairs, which are not here yet.
     given = {**_DEFAULTS, **{name: value for name, value in options.items() if not isinstance(value, Tensor)}}
     names = ("beta", "alpha", "objective", "label_smoothing", "margin", "sft_weight", "reduction")
-    check_head(**{name: given[name] for name in names}, pair_weight=None, inputs=cast(Inputs, None))
+    check_head(**{name: given[name] for name in names}, pair_weight=None, pairs=0, device=torch.device("cpu"))
 
 
 def _check_same_precision(model: torch.nn.Module, reference: torch.nn.Module, device: torch.device) -> None:
