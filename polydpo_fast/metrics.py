@@ -19,13 +19,8 @@ A pair with a NaN error makes the means NaN and counts as neither right nor satu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .reference import PairErrors
 
 __all__ = ["METRICS", "pair_metrics", "unpacked"]
 
@@ -51,8 +46,10 @@ def unpacked(metrics: Tensor) -> dict[str, Tensor]:
     return dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
-def pair_metrics(errors: PairErrors, logit: Tensor, beta: float | Tensor) -> dict[str, Tensor]:
-    """The metrics of a batch of B pairs as 0-dim tensors, from its errors, logits (B,) and beta."""
+def pair_metrics(
+    errors: tuple[Tensor, Tensor, Tensor, Tensor], logit: Tensor, beta: float | Tensor
+) -> dict[str, Tensor]:
+    """The metrics of a batch of B pairs as 0-dim tensors, from its `PairErrors`, logits (B,) and beta."""
     model_win, model_lose, excess_win, excess_lose = (x.detach() for x in errors)
     logit = logit.detach()
     reward_win, reward_lose = -0.5 * beta * excess_win, -0.5 * beta * excess_lose
