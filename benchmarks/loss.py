@@ -29,7 +29,7 @@ from timing import Measured, Times, cpu_and_wall, interleaved, row
 from torch import Tensor
 
 import polydpo_fast
-from polydpo_fast.bench import write
+from polydpo_fast.results_file import write
 
 SHAPES = {
     "SD1.5": (8, 4, 64, 64),

@@ -6,7 +6,7 @@ from pathlib import Path
 import plots
 import tables
 
-from polydpo_fast.bench import read_results
+from polydpo_fast.results_file import read_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

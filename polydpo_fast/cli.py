@@ -209,6 +209,7 @@ def bench(
     """Run the benchmarks, or compare two files of results. Comparing exits with 1 if something got worse."""
     from . import bench as benchmarks
     from .comparison import compare as compared
+    from .results_file import read_results
 
     with said(OSError, RuntimeError, ValueError):
         if compare is None:
@@ -217,7 +218,7 @@ def bench(
             return
         if suites or out is not None or replace or dirty:
             raise ValueError("--compare measures nothing; expected no SUITES, --out, --replace or --dirty beside it")
-        found = compared(*map(benchmarks.read_results, compare))
+        found = compared(*map(read_results, compare))
     _print_comparison(found)
     raise typer.Exit(1 if found.worse else 0)
 

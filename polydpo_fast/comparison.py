@@ -1,4 +1,4 @@
-"""Comparing two files of results: `polydpo-fast bench --compare`. What is in a row says `bench`."""
+"""Comparing two files of results: `polydpo-fast bench --compare`. What is in a row says `results_file`."""
 
 from __future__ import annotations
 

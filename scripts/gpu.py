@@ -68,7 +68,7 @@ if not report.passed:
 """
 RESULTS = """
 import json, sys
-from polydpo_fast.bench import machine, suite
+from polydpo_fast.results_file import machine, suite
 found = json.load(open(sys.argv[1]))
 print(json.dumps({"machine": machine(), "suites": {"loss": suite(found["rows"], "make gpu", found["skipped"])}}))
 """

@@ -19,7 +19,7 @@ from finishing import as_the_scripts, finish
 from timing import Measured, cpu_and_wall, interleaved, row
 from typer.testing import CliRunner
 
-from polydpo_fast import bench
+from polydpo_fast import bench, results_file
 from polydpo_fast.cli import app
 from polydpo_fast.comparison import compare
 
@@ -214,10 +214,10 @@ def folder(monkeypatch, tmp_path):
 
 def test_a_suite_is_run_and_kept_beside_the_others(folder, tmp_path):
     path = tmp_path / "results.json"
-    bench.merge(path, {"other": bench.suite([], "a command")})
+    results_file.merge(path, {"other": results_file.suite([], "a command")})
     with pytest.raises(RuntimeError, match="broken"):
         bench.run(out=path)
-    found = bench.read_results(path)
+    found = results_file.read_results(path)
     assert list(found["suites"]) == ["other", "small"]
     kept = found["suites"]["small"]
     # The quartiles of 2, 3, 4 are 2 and 4; all per two things.
@@ -227,7 +227,7 @@ def test_a_suite_is_run_and_kept_beside_the_others(folder, tmp_path):
     assert "- peer, `test_small[peer]`: it does not load" in tables.skipped(found, "small")
     assert kept["command"] == "polydpo-fast bench small"
     assert kept["versions"]["torch"]
-    assert set(bench.PEERS) <= set(kept["versions"])
+    assert set(results_file.PEERS) <= set(kept["versions"])
 
 
 def test_a_run_without_a_peer_does_not_drop_its_figures(folder, monkeypatch, tmp_path):
@@ -236,32 +236,33 @@ def test_a_run_without_a_peer_does_not_drop_its_figures(folder, monkeypatch, tmp
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{tmp_path / 'build' / 'peers'}")
     bench.run(["small"], path)
     full = path.read_text()
-    assert bench.read_results(path)["suites"]["small"]["command"] == "make bench-peers SUITES=small"
+    assert results_file.read_results(path)["suites"]["small"]["command"] == "make bench-peers SUITES=small"
     monkeypatch.delenv("PEER")
     with pytest.raises(RuntimeError, match=r"peer \(1 of its cases\)"):
         bench.run(["small"], path)
     assert path.read_text() == full
-    aside = bench.read_results(tmp_path / "results.json.refused")
+    aside = results_file.read_results(tmp_path / "results.json.refused")
     assert [row["way"] for row in aside["suites"]["small"]["rows"]] == ["mine"]
     bench.run(["small"], path, replace=True)
-    assert bench.read_results(path)["suites"] == aside["suites"]
+    assert results_file.read_results(path)["suites"] == aside["suites"]
 
 
 def test_the_kept_results_are_of_a_commit(folder, monkeypatch):
-    monkeypatch.setattr(bench, "commit", lambda: "0123-dirty")
+    for module in (bench, results_file):
+        monkeypatch.setattr(module, "commit", lambda: "0123-dirty")
     result = CliRunner().invoke(app, ["bench", "small"])
     assert result.exit_code == 2
     assert "the source differs from its commit" in result.output
     assert not (folder / "results").exists()
     assert CliRunner().invoke(app, ["bench", "small", "--dirty"]).exit_code == 0
     (path,) = (folder / "results").glob("*.json")
-    assert bench.read_results(path)["suites"]["small"]["commit"] == "0123-dirty"
+    assert results_file.read_results(path)["suites"]["small"]["commit"] == "0123-dirty"
 
 
 def test_a_machine_without_git_has_no_commit_and_keeps_its_results(monkeypatch):
     """As one that was lent for its GPU may be."""
     monkeypatch.setenv("PATH", "")
-    found = bench.suite([], "make gpu")
+    found = results_file.suite([], "make gpu")
     assert found["commit"] is None
     assert found["versions"]["torch"] == torch.__version__
 
@@ -277,11 +278,11 @@ def test_pages_and_results_do_not_make_a_source_another(monkeypatch, tmp_path):
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "c")
-    monkeypatch.setattr(bench, "__file__", str(files[-1]))
+    monkeypatch.setattr(results_file, "__file__", str(files[-1]))
     for file in files:
-        assert not bench.commit().endswith("-dirty")
+        assert not results_file.commit().endswith("-dirty")
         file.write_text("2")
-    assert bench.commit().endswith("-dirty")
+    assert results_file.commit().endswith("-dirty")
 
 
 def test_what_peers_are_finished_by_is_the_same_normalisation():
@@ -302,7 +303,7 @@ def test_peers_are_pinned_and_their_versions_kept():
     ]
     assert all("==" in word for word in packages), packages
     pinned = {word.partition("==")[0] for word in packages}
-    assert set(bench.PEERS) - {"torchcodec"} <= pinned  # that one is timed where somebody has it
+    assert set(results_file.PEERS) - {"torchcodec"} <= pinned  # that one is timed where somebody has it
 
 
 def test_ways_take_turns_and_first_calls_do_not_count():
@@ -399,7 +400,7 @@ def test_shares_of_a_copy_above_all_of_it_are_explained():
 
 @pytest.fixture(scope="module")
 def shown():
-    return bench.read_results(report.RESULTS / f"{report.SHOWN}.json")
+    return results_file.read_results(report.RESULTS / f"{report.SHOWN}.json")
 
 
 @pytest.mark.parametrize(
