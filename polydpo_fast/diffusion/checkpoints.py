@@ -1,4 +1,4 @@
-"""What a training leaves in its folder: checkpoints to go on from, and the result."""
+"""Checkpoints of a training, and going on from them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,12 @@ from torch import Tensor
 
 from ..data.fields import parse_json
 from .config import Settings
-from .families import Family
+from .families import LORA_FILE
 from .fingerprints import EARLIER
-from .pipelines import LORA_FILE, save_lora, save_rest, save_scheduler
 from .reference import unwrapped
 from .setup import check_writable
 
-__all__ = [
-    "WholeAverages",
-    "check_output",
-    "checkpoint_adapters_only",
-    "result_of",
-    "resume",
-    "save_checkpoint",
-    "save_result",
-]
+__all__ = ["WholeAverages", "check_output", "checkpoint_adapters_only", "resume", "save_checkpoint"]
 
 _ADAPTERS = "adapters.safetensors"
 _RUN = "run.json"
@@ -230,34 +221,3 @@ class WholeAverages:
                 if hasattr(average, "full_tensor"):
                     whole = distribute_tensor(whole, average.device_mesh, average.placements)
                 average.copy_(whole)
-
-
-def result_of(accelerator: Any, model: Any, settings: Settings) -> tuple[dict[str, Tensor], Any]:
-    """The model's state under its own names, in the main process; and, of all weights, a model that has them.
-
-    All processes call it. A training does so before its first step too: what cannot be saved is said then.
-    """
-    whole = accelerator.get_state_dict(model) or {}  # DeepSpeed gives the main process alone something
-    state = {name.replace("_orig_mod.", ""): value for name, value in whole.items()}  # as if nothing were compiled
-    if settings.lora_rank or not accelerator.is_main_process:
-        return state, None
-    inner = unwrapped(model)
-    with torch.device("meta"):  # what is wrapped, patched or sharded for training is not what is saved
-        plain = type(inner).from_config(inner.config)
-    plain.load_state_dict(state, assign=True)
-    return state, plain
-
-
-def save_result(accelerator: Any, pipe: Any, family: Family, model: Any, settings: Settings, output: Path) -> None:
-    """A pipeline that Diffusers loads, or LoRA weights that its `load_lora_weights` does."""
-    state, plain = result_of(accelerator, model, settings)
-    if accelerator.is_main_process:
-        if settings.lora_rank:
-            scale = (settings.lora_alpha or settings.lora_rank) / settings.lora_rank
-            save_lora(pipe, family, unwrapped(model), state, output, scale=scale)
-            if settings.scheduler:
-                save_scheduler(pipe, output)
-        else:
-            plain.save_pretrained(output / family.model)
-            save_rest(pipe, family, settings.model, output, variant=settings.variant, revision=settings.revision)
-    accelerator.wait_for_everyone()

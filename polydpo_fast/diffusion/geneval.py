@@ -22,8 +22,9 @@ from ..splitmix import mix
 from .extras import need
 from .families import check_geometry, family_of, native_size
 from .fingerprints import fingerprint
-from .pipelines import load_pipeline, load_result
+from .pipelines import load_pipeline
 from .pixels import sample
+from .result import load_result
 from .setup import new_accelerator
 
 __all__ = ["read_prompts", "render"]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .config import Settings
 from .families import Family
-from .pipelines import load_lora
 from .reference import adapters_off, frozen_copy
+from .result import load_lora
 from .sharding import sharded_and_compiled
 
 __all__ = ["averages_of", "make_trainable", "reference_of", "trained"]

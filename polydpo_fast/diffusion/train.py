@@ -31,10 +31,8 @@ from .checkpoints import (
     WholeAverages,
     check_output,
     checkpoint_adapters_only,
-    result_of,
     resume,
     save_checkpoint,
-    save_result,
 )
 from .config import Settings, lasting
 from .fingerprints import fingerprint
@@ -46,6 +44,7 @@ from .optimizers import check_optimizer, learning_rate, new_optimizer, new_sched
 from .policy import averages_of, make_trainable, reference_of, trained
 from .reference import ema_weights
 from .reference_store import ReferenceErrors
+from .result import result_of, save_result
 from .settings_file import write_settings
 from .setup import Setup, inductor_as_before, objective_of, set_up
 from .validation import render

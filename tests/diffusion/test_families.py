@@ -22,8 +22,9 @@ from peft import LoraConfig
 
 from polydpo_fast.data import PairBatch
 from polydpo_fast.diffusion import families, noise_pairs, predict
-from polydpo_fast.diffusion import pipelines as files
+from polydpo_fast.diffusion import pipelines as loading
 from polydpo_fast.diffusion import pixels as pixels_
+from polydpo_fast.diffusion import result as files
 from polydpo_fast.diffusion.families import FAMILIES
 from polydpo_fast.diffusion.forward import both_arms
 
@@ -37,7 +38,7 @@ PROMPTS = ["ab c", "", "d" * 20]
 @pytest.fixture(scope="module", params=pipelines.PIPELINES)
 def loaded(request, tmp_path_factory):
     folder = pipelines.save(request.param, tmp_path_factory.mktemp(request.param))
-    pipe = files.load_pipeline(str(folder), policy=torch.float32, frozen=torch.float32)
+    pipe = loading.load_pipeline(str(folder), policy=torch.float32, frozen=torch.float32)
     return request.param, pipe, FAMILIES[type(pipe).__name__]
 
 
@@ -245,7 +246,7 @@ def test_latents_are_normalised_as_the_scripts_do(loaded):
 
 def test_the_scheduler_of_training(loaded):
     name, pipe, _ = loaded
-    scheduler = files.training_scheduler(pipe)
+    scheduler = loading.training_scheduler(pipe)
     if name in ("sd15", "sdxl"):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         expected = (1 - betas).cumprod(0).float()
@@ -261,18 +262,18 @@ def test_the_scheduler_of_training(loaded):
 
 def test_other_samplers_of_the_same_schedules():
     heun = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    scheduler = files.training_scheduler(SimpleNamespace(scheduler=heun))
+    scheduler = loading.training_scheduler(SimpleNamespace(scheduler=heun))
     assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
     assert torch.equal(scheduler.sigmas, FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas)
     solver = DPMSolverMultistepScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    scheduler = files.training_scheduler(SimpleNamespace(scheduler=solver))
+    scheduler = loading.training_scheduler(SimpleNamespace(scheduler=solver))
     assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
     # A sampler that does not sample by sigmas of flow matching cannot be of a model that was trained so.
-    scheduler = files.training_scheduler(SimpleNamespace(scheduler=DDIMScheduler(prediction_type="flow_prediction")))
+    scheduler = loading.training_scheduler(SimpleNamespace(scheduler=DDIMScheduler(prediction_type="flow_prediction")))
     with pytest.raises(ValueError, match="DDPMScheduler that predicts 'flow_prediction'; expected 'epsilon', "):
         noise_pairs(scheduler, torch.zeros(2, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(TypeError, match="scheduler is a EDMEulerScheduler; expected one with alphas_cumprod"):
-        files.training_scheduler(SimpleNamespace(scheduler=EDMEulerScheduler()))
+        loading.training_scheduler(SimpleNamespace(scheduler=EDMEulerScheduler()))
 
 
 def test_geometry(loaded):
@@ -329,7 +330,7 @@ def test_lora_is_saved_so_that_diffusers_loads_all_of_it(loaded, tmp_path, wider
 def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
     """The VAEs as in Diffusers' scripts: of these FLUX's alone in half precision."""
     folder = pipelines.save(name, tmp_path)
-    pipe = files.load_pipeline(str(folder), policy=torch.float32, frozen=torch.bfloat16)
+    pipe = loading.load_pipeline(str(folder), policy=torch.float32, frozen=torch.bfloat16)
     model = getattr(pipe, FAMILIES[type(pipe).__name__].model)
     assert model.dtype == torch.float32
     assert pipe.vae.dtype == (torch.bfloat16 if name == "flux" else torch.float32)
@@ -339,7 +340,7 @@ def test_parts_are_frozen_and_of_their_dtypes(tmp_path, name):
     if name == "flux":
         return
     if name == "wan":  # of which Diffusers keeps some layers as they are, also in half precision
-        pipe = files.load_pipeline(str(folder), policy=torch.bfloat16, frozen=torch.bfloat16)
+        pipe = loading.load_pipeline(str(folder), policy=torch.bfloat16, frozen=torch.bfloat16)
         assert {part.dtype for part in pipe.transformer.parameters()} == {torch.bfloat16, torch.float32}
     exact = DiffusionPipeline.from_pretrained(folder).vae.state_dict()  # not rounded on the way
     assert all(torch.equal(value, exact[key]) for key, value in pipe.vae.state_dict().items())
@@ -351,7 +352,7 @@ def test_the_rest_of_a_pipeline_from_the_hub(tmp_path, monkeypatch):
     index = json.loads((hub / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (hub / "model_index.json").write_text(json.dumps(index))
-    pipe = files.load_pipeline(str(hub), policy=torch.float32, frozen=torch.bfloat16)
+    pipe = loading.load_pipeline(str(hub), policy=torch.float32, frozen=torch.bfloat16)
     asked = []
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: asked.append((name, options)) or hub)
     out = tmp_path / "out"

@@ -22,7 +22,9 @@ from polydpo_fast.diffusion import checkpoints
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.checkpoints import save_checkpoint
 from polydpo_fast.diffusion.config import Settings, lasting
-from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
+from polydpo_fast.diffusion.families import LORA_FILE
+from polydpo_fast.diffusion.pipelines import load_pipeline
+from polydpo_fast.diffusion.result import load_result
 from polydpo_fast.diffusion.settings_file import write_settings
 from polydpo_fast.diffusion.train import train
 

@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 
 from polydpo_fast.cli import app
 from polydpo_fast.data import PairLoader
-from polydpo_fast.diffusion import checkpoints, draw_noise, draw_timesteps, frozen_copy, inputs, policy, setup
+from polydpo_fast.diffusion import draw_noise, draw_timesteps, frozen_copy, inputs, policy, result, setup
 from polydpo_fast.diffusion import train as training
-from polydpo_fast.diffusion.families import FAMILIES
-from polydpo_fast.diffusion.pipelines import LORA_FILE, load_pipeline, load_result
+from polydpo_fast.diffusion.families import FAMILIES, LORA_FILE
+from polydpo_fast.diffusion.pipelines import load_pipeline
 from polydpo_fast.diffusion.precompute import reference
+from polydpo_fast.diffusion.result import load_result
 from polydpo_fast.diffusion.settings_file import read_settings
 from polydpo_fast.diffusion.train import train
 from polydpo_fast.splitmix import mix
@@ -335,8 +336,8 @@ def test_lora_weights_load_into_the_pipeline(here, tmp_path, monkeypatch):
             kept["pred"] = model(noisy, step, text).sample
         save(pipe, family, model, *rest, **more)
 
-    save = checkpoints.save_lora
-    monkeypatch.setattr(checkpoints, "save_lora", keep)
+    save = result.save_lora
+    monkeypatch.setattr(result, "save_lora", keep)
     out = tmp_path / "out"
     train(settings(here, out, lora_rank=3, checkpoint_every=4, optimizer="adafactor", learning_rate=1e-2))
     assert not (out / "unet").exists()

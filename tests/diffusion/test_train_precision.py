@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from polydpo_fast.diffusion import predict, setup
 from polydpo_fast.diffusion import train as training
-from polydpo_fast.diffusion.pipelines import LORA_FILE
+from polydpo_fast.diffusion.families import LORA_FILE
 from polydpo_fast.diffusion.train import NotFiniteError, train
 
 pytestmark = [
