@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .argument_checks import check_dense, check_device, check_floating, show
 from .layout import Arms
-from .tensor_checks import check_dense, check_device, check_floating, show
 from .values import check_choice
 
 __all__ = ["Inputs", "check_inputs"]

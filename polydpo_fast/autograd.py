@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .argument_checks import is_lazy
 from .layout import ERRORS, Column
 from .operators import cheapest, pair_gradient, pair_loss
-from .tensor_checks import is_lazy
 
 __all__ = ["FusedErrors", "FusedLoss", "checked", "refuse_transforms", "transforms_active"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -12,14 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .argument_checks import check_dense, check_device, check_floating, check_number, show
 from .objectives import MAX_ALPHAS, OBJECTIVES
-from .tensor_checks import check_dense, check_device, check_floating, show
 from .values import check_choice
 
-__all__ = ["Head", "check_head", "check_number"]
+__all__ = ["Head", "check_head"]
 
 _REDUCTIONS = ("mean", "sum", "none")
-_LARGEST = sys.float_info.max
+_PER_PAIR = ", or a torch.Tensor of one per pair"
+_SEVERAL = f", a list of up to {MAX_ALPHAS} numbers{_PER_PAIR}"
 
 
 class Head(NamedTuple):
@@ -52,7 +51,7 @@ def check_head(
     if isinstance(beta, Tensor):
         beta_tensor = _per_pair("beta", beta, pairs, device)
     else:
-        beta_value = check_number("beta", beta, "a finite number > 0")
+        beta_value = check_number("beta", beta, "a finite number > 0", also=_PER_PAIR)
         if beta_value <= 0:
             raise ValueError(f"beta is {beta}; expected a finite number > 0")
     alphas = [0.0]
@@ -63,7 +62,7 @@ def check_head(
             raise ValueError(f"alpha has {len(alpha)} coefficients; expected 1 to {MAX_ALPHAS}")
         alphas = [check_number(f"alpha[{i}]", a) for i, a in enumerate(alpha)]
     else:
-        alphas = [check_number("alpha", alpha)]  # type: ignore[arg-type]  # checked there
+        alphas = [check_number("alpha", alpha, also=_SEVERAL)]  # type: ignore[arg-type]  # checked there
     # Not of several coefficients, which decide together, nor of a tensor, which would have to be read.
     if alphas[0] < -1 and len(alphas) == 1 and not torch.compiler.is_compiling():
         _warn_not_monotone()
@@ -87,22 +86,6 @@ def check_head(
         weight_tensor,
         [beta_value, *alphas, keep, flip, check_number("margin", margin), sft],
     )
-
-
-_ALSO = {
-    "beta": ", or a torch.Tensor of one per pair",
-    "alpha": ", a list of up to 4 numbers, or a torch.Tensor of one per pair",
-}
-
-
-def check_number(name: str, value: float, wanted: str = "a finite number") -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} is {show(value)}; expected a number{_ALSO.get(name, '')}")
-    number = value if isinstance(value, int) else float(value)  # NumPy's float32 would be compared as one: a warning
-    # Not math.isfinite: torch.compile makes the number symbolic when it changes from call to call.
-    if not -_LARGEST <= number <= _LARGEST:
-        raise ValueError(f"{name} is {value}; expected {wanted}")
-    return float(value)
 
 
 def _per_pair(name: str, value: Tensor, pairs: int, device: torch.device) -> Tensor:

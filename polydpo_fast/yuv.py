@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .argument_checks import check_number
 from .backends import choose_backend
 from .colour import MATRICES, fixed_point
-from .head_arguments import check_number
 
 __all__ = ["yuv420_to_rgb"]
 

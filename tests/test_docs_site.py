@@ -307,11 +307,11 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
     decoders = {"decode_arguments", "decode", "clips", "video", "cache"}
     assert needs["video"] == {"decode_arguments", "cache", "video"}
     assert needs["reference"] == {"layout", "metrics", "objectives"}
-    alone = {"objectives", "metrics", "layout", "colour", "buffers", "splitmix", "values", "tensor_checks", "backends"}
-    assert not {*alone, "atomic"} & set(needs)
+    alone = {"objectives", "metrics", "layout", "colour", "buffers", "splitmix", "values", "backends", "atomic"}
+    assert not {*alone, "argument_checks"} & set(needs)
     for module in loss:
-        assert needs.get(module, set()) <= loss | {"_C", "backends", "buffers", "tensor_checks", "values"}, module
-    assert needs["yuv"] == {"head_arguments", "backends", "colour", "kernels"}
+        assert needs.get(module, set()) <= loss | {"_C", "backends", "buffers", "argument_checks", "values"}, module
+    assert needs["yuv"] == {"argument_checks", "backends", "colour", "kernels"}
     for module in [*decoders, "data"]:
         assert not needs.get(module, set()) & {*loss, "diffusion", "check"}, module
     for module in set(needs) - {"check", "demo", "bench", "comparison", "cli", "__main__"}:

@@ -17,7 +17,7 @@ from test_loss import BACKENDS, FUSED
 from torch.utils._pytree import tree_map
 
 import polydpo_fast
-from polydpo_fast import arguments, autograd, fast_lane, functional, head_arguments, operators, tensor_checks
+from polydpo_fast import argument_checks, arguments, autograd, fast_lane, functional, head_arguments, operators
 from polydpo_fast.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
@@ -350,7 +350,7 @@ def test_arms_apart_compile_to_one_graph(kind, backend, device):
 
 def test_what_is_compiled_avoids_what_pytorch_2_6_cannot_compile():
     """It cannot catch the error of an import, and takes every zip for strict. Later ones do not show either."""
-    for module in (functional, arguments, head_arguments, tensor_checks, autograd, fast_lane, operators):
+    for module in (functional, arguments, head_arguments, argument_checks, autograd, fast_lane, operators):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             assert not isinstance(node, ast.Try)
             assert not (isinstance(node, ast.keyword) and node.arg == "strict" and ast.unparse(node.value) == "False")

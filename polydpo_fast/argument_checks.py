@@ -1,13 +1,17 @@
-"""What each of the losses' tensors must be, whatever it is for."""
+"""What a tensor or a number among the arguments must be, whatever it is for."""
 
 from __future__ import annotations
+
+import numbers
+import sys
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense", "check_device", "check_floating", "is_lazy", "show"]
+__all__ = ["check_dense", "check_device", "check_floating", "check_number", "is_lazy", "show"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LARGEST = sys.float_info.max
 
 
 def check_dense(place: str, x: Tensor) -> None:
@@ -33,6 +37,17 @@ def is_lazy(x: Tensor) -> bool:
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}; expected {device} like model_pred")
+
+
+def check_number(name: str, value: float, wanted: str = "a finite number", *, also: str = "") -> float:
+    """also: what else than a number it may be, in words."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name} is {show(value)}; expected a number{also}")
+    number = value if isinstance(value, int) else float(value)  # NumPy's float32 would be compared as one: a warning
+    # Not math.isfinite: torch.compile makes the number symbolic when it changes from call to call.
+    if not -_LARGEST <= number <= _LARGEST:
+        raise ValueError(f"{name} is {value}; expected {wanted}")
+    return float(value)
 
 
 def show(value: object) -> str:
