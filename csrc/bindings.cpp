@@ -135,13 +135,13 @@ polydpo::Size height_and_width(const py::handle& given) {
     return {height, width};
 }
 
-// decode_arguments.DecodeLimits.
+// limits.DecodeLimits.
 polydpo::Limits limits_of(const py::handle& given) {
     const auto count = [&](const char* name) { return given.attr(name).cast<std::int64_t>(); };
     return {count("pixels"), count("bytes"), count("decoded"), given.attr("scans").cast<int>(), count("chunk")};
 }
 
-// decode_arguments.Draw.
+// draws.Draw.
 polydpo::Draw draw_of(const py::handle& given) {
     return {given.attr("centre").cast<bool>(), given.attr("top").cast<std::uint32_t>(),
             given.attr("left").cast<std::uint32_t>(), given.attr("flipped").cast<bool>()};

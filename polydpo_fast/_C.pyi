@@ -5,7 +5,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decode import RawImage
-from .decode_arguments import DecodeLimits, Draw, Output
+from .decode_arguments import Output
+from .draws import Draw
+from .limits import DecodeLimits
 
 def decode_pairs(
     win: Sequence[Any],

@@ -7,9 +7,10 @@ from pathlib import Path as _Path
 from . import reference
 from ._version import __version__
 from .backends import available_backends
-from .clips import ClipLimits, DecodedClips, decode_clips
-from .decode import DecodedPairs, DecodeError, DecodeFailure, DecodeLimits, decode_pairs
+from .clips import DecodedClips, decode_clips
+from .decode import DecodedPairs, DecodeError, DecodeFailure, decode_pairs
 from .functional import PairErrors, loss, pair_errors
+from .limits import ClipLimits, DecodeLimits
 from .yuv import yuv420_to_rgb
 
 # In a checkout polydpo_fast.kernels lies beside the package.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .decode import DecodeError, DecodeFailure
-from .decode_arguments import ClipLimits, Request, check_clips
+from .decode_arguments import Request, check_clips
+from .limits import ClipLimits
 from .video import Clip, Source, TooShortError, orientation, plan, require_av, words_of
 
 if TYPE_CHECKING:

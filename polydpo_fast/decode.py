@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer  # of collections.abc from Python 3.12 on; PyTorch brings it
 
-from .decode_arguments import DecodeLimits, check_images
+from .decode_arguments import check_images
+from .limits import DecodeLimits
 
 __all__ = ["DecodeError", "DecodeFailure", "DecodeLimits", "DecodedPairs", "decode_pairs"]
 

@@ -1,4 +1,4 @@
-"""The arguments of the decoders of images and clips: every check, in one place; and what is drawn for each pair."""
+"""The arguments of the decoders of images and clips: every check, in one place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import operator
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,19 +13,11 @@ import torch
 from torch import Tensor
 
 from .buffers import LARGE, Buffers
-from .splitmix import GOLDEN, splitmix64
+from .draws import Draw, draw_of, start_of
+from .limits import ClipLimits, DecodeLimits
 from .values import check_choice, check_count, is_number, is_whole, plain
 
-__all__ = [
-    "ClipLimits",
-    "DecodeLimits",
-    "Draw",
-    "Output",
-    "Request",
-    "check_clips",
-    "check_images",
-    "check_threads",
-]
+__all__ = ["Output", "Request", "check_clips", "check_images", "check_threads"]
 
 _DTYPES = ("yuv420", torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _MAX_SIDE = 16384
@@ -34,15 +25,6 @@ _CPU = torch.device("cpu")
 _results = Buffers(2, reclaimable=True)
 
 T = TypeVar("T")
-
-
-class Draw(NamedTuple):
-    """What is drawn for a pair. centre: whether that is its crop; else top and left, uniform in 32 bits, choose one."""
-
-    centre: bool
-    top: int
-    left: int
-    flipped: bool
 
 
 class Output(NamedTuple):
@@ -60,56 +42,6 @@ class Output(NamedTuple):
     def planes(self) -> bool:
         """Whether they are left as they are stored."""
         return self.dtype == "yuv420"
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """What an image may cost; more is refused before memory is allocated for it.
-
-    pixels: height times width. Of what Pillow decodes, no more than twice PIL.Image.MAX_IMAGE_PIXELS either, which is
-        Pillow's own limit (179 million); it warns from half of that on.
-    bytes: of the compressed image.
-    scans: of a progressive JPEG; each is a pass over all coefficients, so a small file can cost minutes.
-    decoded: bytes of memory that a decoder may take for one image besides its rows: the coefficients of a progressive
-        JPEG, the inflated data of a PNG.
-    chunk: bytes of one of a PNG's chunks that holds no pixels, such as a colour profile or a text.
-    """
-
-    pixels: int = 1 << 27
-    bytes: int = 1 << 28
-    scans: int = 100
-    decoded: int = 1 << 30
-    chunk: int = 1 << 23
-
-    def __post_init__(self) -> None:
-        for name in ("pixels", "bytes", "scans", "decoded", "chunk"):
-            count = check_count(f"limits.{name}", getattr(self, name), 2**30 if name == "scans" else 2**62)
-            object.__setattr__(self, name, count)
-
-
-@dataclass(frozen=True)
-class ClipLimits:
-    """What a clip may cost; more is refused before memory is allocated for it.
-
-    pixels: height times width of a frame.
-    bytes: of the compressed clip.
-    frames: in the stream, also of those that are not used.
-    timeout_s: seconds of work that one clip may take; looked at between two frames.
-    streams: in the file: of video, sound, text and whatever else.
-    """
-
-    pixels: int = 1 << 24
-    bytes: int = 1 << 32
-    frames: int = 1 << 20
-    timeout_s: float = 120.0
-    streams: int = 100
-
-    def __post_init__(self) -> None:
-        for name, most in (("pixels", 2**62), ("bytes", 2**62), ("frames", 2**62), ("streams", 2**30)):
-            object.__setattr__(self, name, check_count(f"limits.{name}", getattr(self, name), most))
-        if not is_number(self.timeout_s) or not 0 <= self.timeout_s < math.inf:
-            raise ValueError(f"limits.timeout_s is {self.timeout_s!r}; expected seconds >= 0")
-        object.__setattr__(self, "timeout_s", plain(self.timeout_s))
 
 
 class Request(NamedTuple):
@@ -232,7 +164,8 @@ def _check(
     if not is_number(hflip) or not 0 <= hflip <= 1:
         raise ValueError(f"hflip is {hflip!r}; expected a number from 0 to 1")
     drawn = _check_seeds(seeds, pairs, is_drawn or crop == "random" or hflip not in (0, 1))
-    draws, starts = _drawn(drawn, pairs, crop, hflip)
+    of_pairs: Sequence[int | None] = drawn or [None] * pairs
+    draws, starts = [draw_of(seed, crop, hflip) for seed in of_pairs], [start_of(seed) for seed in of_pairs]
     return Request(*arms, output, out, drawn, draws, starts, limits, threads)
 
 
@@ -342,9 +275,6 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
         )
 
 
-# -------------------------------------------------------------------------------------------- what is drawn
-
-
 def _check_seeds(seeds: Sequence[int] | Tensor | None, pairs: int, is_drawn: bool) -> list[int] | None:
     if seeds is None:
         return torch.randint(2**63 - 1, (pairs,), device="cpu").tolist() if is_drawn else None
@@ -355,15 +285,3 @@ def _check_seeds(seeds: Sequence[int] | Tensor | None, pairs: int, is_drawn: boo
     if len(found) != pairs:
         raise ValueError(f"seeds has {len(found)} numbers; expected {pairs}, one per pair")
     return found
-
-
-def _drawn(seeds: list[int] | None, pairs: int, crop: str, hflip: float) -> tuple[list[Draw], list[float]]:
-    """For each pair its crop and mirror, and where its start falls."""
-    if seeds is None:
-        return [Draw(True, 0, 0, bool(hflip == 1))] * pairs, [0.0] * pairs
-    draws, starts = [], []
-    for seed in seeds:
-        top, left, flip, start = (splitmix64(seed + step * GOLDEN) for step in (1, 2, 3, 4))
-        draws.append(Draw(crop == "center", top >> 32, left >> 32, (flip >> 11) * 2.0**-53 < hflip))
-        starts.append((start >> 11) * 2.0**-53)
-    return draws, starts

@@ -238,8 +238,8 @@ def test_seeds_that_are_not_heeded_are_caught(monkeypatch):
     pytest.importorskip("PIL")
     from polydpo_fast import decode_arguments
 
-    drawn = decode_arguments._drawn
-    monkeypatch.setattr(decode_arguments, "_drawn", lambda seeds, *rest: drawn(seeds and [7] * len(seeds), *rest))
+    draw_of = decode_arguments.draw_of
+    monkeypatch.setattr(decode_arguments, "draw_of", lambda seed, *how: draw_of(None if seed is None else 7, *how))
     assert caught("crops", (found for number in range(4) for found in images.image(0, number)))
 
 
@@ -373,13 +373,13 @@ def test_normalised_pixels_are_told_in_units_of_the_last_place():
 def test_crops_and_mirrors_of_other_numbers_are_caught(wrong, monkeypatch):
     from polydpo_fast import decode_arguments
 
-    drawn = decode_arguments._drawn
+    draw_of = decode_arguments.draw_of
 
-    def changed(seeds, pairs, crop, hflip):
-        draws, starts = drawn(seeds, pairs, crop, 0.5 if wrong == "even" else hflip)
-        return [draw._replace(left=draw.top) if wrong == "diagonal" else draw for draw in draws], starts
+    def changed(seed, crop, hflip):
+        draw = draw_of(seed, crop, 0.5 if wrong == "even" else hflip)
+        return draw._replace(left=draw.top) if wrong == "diagonal" else draw
 
-    monkeypatch.setattr(decode_arguments, "_drawn", changed)
+    monkeypatch.setattr(decode_arguments, "draw_of", changed)
     pytest.importorskip("PIL")
     assert caught("crops", (found for number in range(8) for found in images.image(0, number)))
 
@@ -554,8 +554,7 @@ def test_other_frames_of_clips_are_caught(wrong, monkeypatch):
     from polydpo_fast.video import timeline
 
     if wrong == "start":
-        drawn = decode_arguments._drawn
-        monkeypatch.setattr(decode_arguments, "_drawn", lambda *a: (drawn(*a)[0], [0.0] * a[1]))
+        monkeypatch.setattr(decode_arguments, "start_of", lambda _: 0.0)
     elif wrong == "pair":
         from polydpo_fast import _C
 

@@ -661,11 +661,11 @@ def test_where_a_random_start_falls_stays_what_it_was():
 
 def test_a_random_start_is_never_the_end():
     """Of the largest number that a seed can give."""
-    from polydpo_fast import decode_arguments
+    from polydpo_fast import draws
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_arguments, "splitmix64", lambda _: 2**64 - 1)
-        assert decode_arguments._drawn([0], 1, "center", 0.0)[1][0] < 1
+        patch.setattr(draws, "splitmix64", lambda _: 2**64 - 1)
+        assert draws.start_of(0) < 1
         exact = decode_clips([CLIP], [CLIP], frames=30, start="random", seeds=[0], size=16)
     assert exact.times[0, 0] == 0
 

@@ -16,7 +16,9 @@ from typing_extensions import Buffer
 from .. import _C
 from ..clips import DecodedClips, colours_of, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
-from ..decode_arguments import ClipLimits, Draw, Request, check_clips
+from ..decode_arguments import Request, check_clips
+from ..draws import Draw
+from ..limits import ClipLimits
 from ..video import (
     Clip,
     Source,

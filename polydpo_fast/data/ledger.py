@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..decode_arguments import ClipLimits, DecodeLimits
+from ..limits import ClipLimits, DecodeLimits
 
 __all__ = ["Ledger", "options_as_json", "options_of_json", "read_ledger"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..decode_arguments import ClipLimits
+from ..limits import ClipLimits
 from .bitstream import SpareFrames, siting_in
 from .file import Source
 from .form import aspect_of, orientation, siting_of

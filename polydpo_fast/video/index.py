@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import cache
-from ..decode_arguments import ClipLimits
+from ..limits import ClipLimits
 from .bitstream import begins_anew, is_hidden, is_no_key
 from .file import open_regular
 from .opening import Opener, packets_of

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..decode_arguments import ClipLimits
+from ..limits import ClipLimits
 from .bitstream import states_range
 from .file import Source, TimedFile, container_of, open_clip
 from .matroska import damage_of

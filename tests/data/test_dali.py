@@ -18,7 +18,8 @@ from polydpo_fast import _C, DecodeError, DecodeLimits, decode_clips, decode_pai
 from polydpo_fast.data import dali, dali_clips, dali_images
 from polydpo_fast.data.dali import CanaryError, CppDecoder, DaliDecoder, choose_decoder
 from polydpo_fast.data.dali_engine import Engine
-from polydpo_fast.decode_arguments import Draw, Output, _drawn
+from polydpo_fast.decode_arguments import Output
+from polydpo_fast.draws import Draw, draw_of
 
 LEVELS = dict(dtype=torch.float32, mean=0.0, std=1 / 255)  # pixels are levels of 255, not rounded
 LIMITS = DecodeLimits()
@@ -157,7 +158,7 @@ def test_the_plan_is_the_one_that_cpp_follows():
     images, seeds = [oriented(o) for o in range(1, 9)], range(8)
     options = dict(size=(32, 48), crop="random", hflip=0.5, seeds=seeds)
     known = decode_pairs(images, images, **options)
-    found = plans(*images, draws=_drawn([*seeds], 8, "random", 0.5)[0], size=(32, 48))
+    found = plans(*images, draws=[draw_of(seed, "random", 0.5) for seed in seeds], size=(32, 48))
     assert [[plan["top"], plan["left"]] for plan in found] == known.crop_top_left[:8].tolist()
     assert [plan["transposed"] for plan in found] == [orientation >= 5 for orientation in range(1, 9)]
 
@@ -296,8 +297,8 @@ def test_pixels_that_are_not_resized_are_the_same_bits(decoder, in_cpp, dtype, r
 @pytest.mark.parametrize("column", [0, 7])
 def test_crops_of_one_column(decoder, column, monkeypatch):
     image = jpeg(picture(61, 83), subsampling=2)
-    draws = [Draw(False, 0, (column << 32) // 83, False)], (0.5,)
-    monkeypatch.setattr("polydpo_fast.decode_arguments._drawn", lambda *_: draws)
+    draw = Draw(False, 0, (column << 32) // 83, False)
+    monkeypatch.setattr("polydpo_fast.decode_arguments.draw_of", lambda *_: draw)
     options = dict(size=(50, 1), resize=None, crop="random")
     a, b = decode_pairs([image], [image], **options), decoder.decode_pairs([image], [image], **options)
     assert abs(int(a.crop_top_left[0, 1]) - column) <= 1
