@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .decode import DecodeError, DecodeFailure
-from .decode_arguments import Request, check_clips
+from .decode_arguments import ClipRequest, Output, check_clips
 from .limits import ClipLimits
 from .video import Clip, Source, TooShortError, orientation, plan, require_av, words_of
 
@@ -162,31 +162,31 @@ def decode_timed(
     """
     require_av()
     asked = check_clips(win, lose, **options)
-    rows = _rows_of(asked, options)
+    rows = _rows_of(asked)
     try:
-        times = _decode_rows(rows, asked, options["short"], clock)
+        times = _decode_rows(rows, asked, clock)
     finally:
         if not asked.out.is_inference():
             torch.autograd.graph.increment_version(asked.out)  # written behind PyTorch's back
-    return _result(rows, asked, times, options["on_error"])
+    return _result(rows, asked, times)
 
 
-def _rows_of(asked: Request, options: Mapping[str, Any]) -> list[_Row]:
+def _rows_of(asked: ClipRequest) -> list[_Row]:
     from . import _C
 
-    pairs, planes = len(asked.win), asked.output.planes
+    pairs = len(asked.win)
     stores = [_C.FrameStore(draw=draw, output=asked.output, memory=1 << 30) for draw in asked.draws]
     # FFmpeg's own threads only where there are more processors than clips.
     threads = min(max(1, asked.threads // (2 * pairs)), _MOST_THREADS)
-    frames = asked.out if planes or options["layout"] == "TCHW" else asked.out.transpose(1, 2)
+    frames = asked.out if asked.output.planes or asked.layout == "TCHW" else asked.out.transpose(1, 2)
     rows = []
     for row, source in enumerate([*asked.win, *asked.lose]):
-        clip = Clip(source, asked.limits, options["strict"], threads, options["cache"])
-        rows.append(_Row(clip, stores[row % pairs], frames[row], options["resize"], planes))
+        clip = Clip(source, asked.limits, asked.strict, threads, asked.cache)
+        rows.append(_Row(clip, stores[row % pairs], frames[row], asked.output))
     return rows
 
 
-def _decode_rows(rows: list[_Row], asked: Request, short: str, clock: Fraction | None) -> Tensor:
+def _decode_rows(rows: list[_Row], asked: ClipRequest, clock: Fraction | None) -> Tensor:
     """Side by side. Returns the frames' times, (B, T). clock: as of `decode_timed`."""
     pairs = len(rows) // 2
     times = torch.zeros((pairs, asked.frames), dtype=torch.float64, device="cpu")
@@ -195,14 +195,14 @@ def _decode_rows(rows: list[_Row], asked: Request, short: str, clock: Fraction |
             _side_by_side(pool, [row.index for row in rows])
             work = []
             for pair, (win, lose) in enumerate(zip(rows[:pairs], rows[pairs:], strict=True)):
-                moments = _plan_of(win, lose, asked, asked.starts[pair], short)
+                moments = _plan_of(win, lose, asked, asked.starts[pair])
                 if not moments:
                     continue
                 times[pair] = torch.tensor([float(moment) for moment in moments], dtype=torch.float64, device="cpu")
                 # The resolution of the winner's times: what is not on a grid of its own is on that.
                 own = win.clip.timeline.unit if asked.fps is None else Fraction(0)
                 unit = own if clock is None else clock
-                work += [partial(row.decode, moments, short, unit) for row in (win, lose)]
+                work += [partial(row.decode, moments, asked.short, unit) for row in (win, lose)]
             _side_by_side(pool, work)
         except BaseException:  # an interrupt: clips that are under way are not decoded to their end
             for row in rows:
@@ -230,14 +230,14 @@ def _side_by_side(pool: ThreadPoolExecutor, work: Iterable[Callable[[], None]]) 
             future.cancel()
 
 
-def _result(rows: list[_Row], asked: Request, times: Tensor, on_error: str) -> DecodedClips:
+def _result(rows: list[_Row], asked: ClipRequest, times: Tensor) -> DecodedClips:
     pairs = len(rows) // 2
     errors = tuple(
         DecodeFailure("win" if index < pairs else "lose", index % pairs, row.reason)
         for index, row in enumerate(rows)
         if row.reason
     )
-    if errors and on_error == "raise":
+    if errors and asked.on_error == "raise":
         raise DecodeError(errors)
     ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
     for pair in {failure.index for failure in errors}:
@@ -254,12 +254,12 @@ def _result(rows: list[_Row], asked: Request, times: Tensor, on_error: str) -> D
     )
 
 
-def _plan_of(win: _Row, lose: _Row, asked: Request, drawn: float, short: str) -> list[Fraction]:
+def _plan_of(win: _Row, lose: _Row, asked: ClipRequest, drawn: float) -> list[Fraction]:
     """The times of a pair's frames, in seconds; none if an arm has failed, or is too short."""
     if win.reason or lose.reason:
         return []
     try:
-        return plan((win.clip.timeline, lose.clip.timeline), asked.frames, asked.fps, asked.start, drawn, short)
+        return plan((win.clip.timeline, lose.clip.timeline), asked.frames, asked.fps, asked.start, drawn, asked.short)
     except TooShortError as error:
         (win, lose)[error.arm].reason = str(error)
         return []
@@ -272,8 +272,8 @@ class _Row:
     reason: why it failed, or "". geometry: original height, width, crop top, left. colours: matrix and full range.
     """
 
-    def __init__(self, clip: Clip, store: _C.FrameStore, frames: Tensor, resize: str | None, planes: bool) -> None:
-        self.clip, self._store, self._frames, self._resize, self._planes = clip, store, frames, resize, planes
+    def __init__(self, clip: Clip, store: _C.FrameStore, frames: Tensor, output: Output) -> None:
+        self.clip, self._store, self._frames, self._output = clip, store, frames, output
         self.reason = ""
         self._forget()
 
@@ -308,9 +308,9 @@ class _Row:
             first_place.setdefault(pts, place)
         stored = False
         for pts, frame in self.clip.frames(sorted(first_place)):
-            _check_frame(frame, self.clip, self._resize, self._planes)
+            _check_frame(frame, self.clip, self._output)
             colours, self.geometry = _store(self._store, frame, self.clip, self._frames[first_place[pts]])
-            if self._planes and stored and colours != self.colours:
+            if self._output.planes and stored and colours != self.colours:
                 raise ValueError(f"what its YCbCr means changes from {self.colours} to {colours} (matrix, full range)")
             self.colours, stored = colours, True
             del frame
@@ -320,12 +320,12 @@ class _Row:
                     self._frames[place] = self._frames[first_place[pts]]
 
 
-def _check_frame(frame: Any, clip: Clip, resize: str | None, planes: bool) -> None:
+def _check_frame(frame: Any, clip: Clip, output: Output) -> None:
     name = frame.format.name
-    if planes and (name not in _STORED or clip.siting):
+    if output.planes and (name not in _STORED or clip.siting):
         chroma = f", its chroma of type {clip.siting} of H.264's figure E-1" if clip.siting else ""
         raise ValueError(f"its pixels are {name}{chroma}; expected 8-bit 4:2:0 of type 0 for dtype='yuv420'")
-    if resize is None and clip.aspect != 1:
+    if output.resize is None and clip.aspect != 1:
         raise ValueError(f"its pixels are {float(clip.aspect):.4g} times as wide as high, and resize is None")
 
 

@@ -164,8 +164,10 @@ def decode_pairs(
         dtype=dtype, mean=mean, std=std, background=background, out=out, exif=exif, strict=strict, limits=limits,
         on_error=on_error, threads=threads,
     )  # fmt: skip
-    pairs, out, limits = len(asked.win), asked.out, asked.limits
-    images, raw, refused = _through_pillow([*asked.win, *asked.lose], background, limits, strict)
+    pairs, out = len(asked.win), asked.out
+    images, raw, refused = _through_pillow(
+        [*asked.win, *asked.lose], asked.output.background, asked.limits, asked.strict
+    )
     try:
         geometry, failed, tolerated = _C.decode_pairs(
             images[:pairs],
@@ -174,9 +176,9 @@ def decode_pairs(
             draws=asked.draws,
             out=out.data_ptr(),
             output=asked.output,
-            apply_orientation=exif == "apply",
-            strict=strict,
-            limits=limits,
+            apply_orientation=asked.exif == "apply",
+            strict=asked.strict,
+            limits=asked.limits,
             threads=asked.threads,
         )
     finally:
@@ -186,7 +188,7 @@ def decode_pairs(
         tuple(DecodeFailure("win" if row < pairs else "lose", row % pairs, reason) for row, reason in rows)
         for rows in ([(row, refused.get(row, reason)) for row, reason in failed], tolerated)
     )
-    if errors and on_error == "raise":
+    if errors and asked.on_error == "raise":
         raise DecodeError(errors)
     bad = {error.index for error in errors}
     ok = torch.tensor([pair not in bad for pair in range(pairs)], device="cpu")

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +18,7 @@ from .draws import Draw, draw_of, start_of
 from .limits import ClipLimits, DecodeLimits
 from .values import check_choice, check_count, is_number, is_whole, plain
 
-__all__ = ["Output", "Request", "check_clips", "check_images", "check_threads"]
+__all__ = ["ClipRequest", "ImageRequest", "Output", "Request", "check_clips", "check_images", "check_threads"]
 
 _DTYPES = ("yuv420", torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _MAX_SIDE = 16384
@@ -44,34 +45,52 @@ class Output(NamedTuple):
         return self.dtype == "yuv420"
 
 
-class Request(NamedTuple):
-    """What a decoder is asked for, checked."""
+@dataclass(frozen=True)
+class Request:
+    """What a decoder of pairs is asked for, checked."""
 
     win: list[Any]
     lose: list[Any]
     output: Output
     out: Tensor
-    seeds: list[int] | None  # of the pairs; None where nothing is drawn
+    seeds: Sequence[int | None]  # of the pairs; None where nothing is drawn
     draws: list[Draw]
-    starts: list[float]  # for each pair, from 0 to less than 1: where a random start falls
-    limits: Any
+    strict: bool
+    on_error: str
     threads: int
-    # Of clips.
-    frames: int = 0
-    fps: float | Fraction | None = None
-    start: str | float | Fraction = "center"
+
+
+@dataclass(frozen=True)
+class ImageRequest(Request):
+    exif: str
+    limits: DecodeLimits
+
+
+@dataclass(frozen=True)
+class ClipRequest(Request):
+    """starts: for each pair, from 0 to less than 1: where a random start falls."""
+
+    frames: int
+    fps: float | Fraction | None
+    start: str | float | Fraction
+    starts: list[float]
+    short: str
+    layout: str
+    limits: ClipLimits
+    cache: str | os.PathLike[str] | None
 
 
 def check_images(
     win: Sequence[Any], lose: Sequence[Any], *, exif: str, limits: DecodeLimits | None, **common: Any
-) -> Request:
+) -> ImageRequest:
     """The arguments of `decode_pairs`; and `device`, where `out` is to be."""
     check_choice("exif", exif, ("apply", "ignore"))
     arms = _check_arms(win, lose, "images", "bytes-like objects")
     for name, arm in zip(("win", "lose"), arms, strict=True):
         for index, image in enumerate(arm):
             _check_image(f"{name}[{index}]", image)
-    return _check(arms, (), limits=_check_limits(limits, DecodeLimits), **common)
+    limits = _check_limits(limits, DecodeLimits)
+    return ImageRequest(**vars(_check(arms, **common)), exif=exif, limits=limits)
 
 
 def check_clips(
@@ -86,7 +105,7 @@ def check_clips(
     limits: ClipLimits | None,
     cache: str | os.PathLike[str] | None,
     **common: Any,
-) -> Request:
+) -> ClipRequest:
     """The arguments of `decode_clips`; and `device`, where `out` is to be."""
     arms = _check_arms(win, lose, "clips", "bytes-like objects or paths")
     for name, arm in zip(("win", "lose"), arms, strict=True):
@@ -102,18 +121,23 @@ def check_clips(
         raise ValueError(f"start is {start!r}; expected 'center', 'random', or seconds >= 0")
     if not isinstance(cache, (str, os.PathLike, type(None))):
         raise TypeError(f"cache is a {type(cache).__name__}; expected the path of a folder, or None")
-    common |= dict(limits=_check_limits(limits, ClipLimits), is_drawn=start == "random")
-    asked = _check(arms, (frames,), frames_first=layout == "TCHW", **common)
-    return asked._replace(
+    limits = _check_limits(limits, ClipLimits)
+    asked = _check(arms, frames=frames, layout=layout, is_start_drawn=start == "random", **common)
+    return ClipRequest(
+        **vars(asked),
         frames=frames,
         fps=None if fps is None else plain(fps),
         start=start if isinstance(start, str) else plain(start),
+        starts=[start_of(seed) for seed in asked.seeds],
+        short=short,
+        layout=layout,
+        limits=limits,
+        cache=cache,
     )
 
 
 def _check(
     arms: tuple[list[Any], list[Any]],
-    frames: tuple[int, ...],
     *,
     size: int | tuple[int, int],
     resize: str | None,
@@ -127,14 +151,14 @@ def _check(
     background: tuple[int, int, int],
     out: Tensor | None,
     strict: bool,
-    limits: object,
     on_error: str,
     threads: int | None,
-    frames_first: bool = False,
-    is_drawn: bool = False,
+    frames: int | None = None,
+    layout: str = "CTHW",
+    is_start_drawn: bool = False,
     device: torch.device = _CPU,
 ) -> Request:
-    """The arguments that both have in common. is_drawn: whether more than crop and mirror is."""
+    """The arguments that both have in common. frames, layout: of clips."""
     pairs = len(arms[0])
     height, width = _check_size(size)
     check_choice("resize", resize, (None, "cover", "contain", "stretch"))
@@ -143,8 +167,7 @@ def _check(
     check_choice("on_error", on_error, ("raise", "mask"))
     if not isinstance(dtype, (torch.dtype, str)) or dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8, or 'yuv420'")
-    planes = dtype == "yuv420"
-    if planes and (height % 2 or width % 2):
+    if dtype == "yuv420" and (height % 2 or width % 2):
         raise ValueError(f"size is {size!r}; expected even sides for dtype='yuv420'")
     if not isinstance(strict, bool):
         raise TypeError(f"strict is {strict!r}; expected True or False")
@@ -152,21 +175,21 @@ def _check(
     offset, scale = _normalisation(mean, std)
     name = f"{dtype}".removeprefix("torch.")
     output = Output((height, width), resize, interpolation, name, offset, scale, _check_colour(background))
-    shape = (2 * pairs, *frames, 3, height, width) if frames_first else (2 * pairs, 3, *frames, height, width)
-    if planes:
-        shape = (2 * pairs, *frames, height * 3 // 2, width)
     element = dtype if isinstance(dtype, torch.dtype) else torch.uint8
-    if out is None:
-        is_large = device.type == "cpu" and math.prod(shape) * element.itemsize >= LARGE
-        out = _results.empty(shape, element) if is_large else torch.empty(shape, dtype=element, device=device)
-    else:
-        _check_out(out, shape, element, device)
+    out = _check_out(out, (2 * pairs, *_shape(output, frames, layout)), element, device)
     if not is_number(hflip) or not 0 <= hflip <= 1:
         raise ValueError(f"hflip is {hflip!r}; expected a number from 0 to 1")
-    drawn = _check_seeds(seeds, pairs, is_drawn or crop == "random" or hflip not in (0, 1))
-    of_pairs: Sequence[int | None] = drawn or [None] * pairs
-    draws, starts = [draw_of(seed, crop, hflip) for seed in of_pairs], [start_of(seed) for seed in of_pairs]
-    return Request(*arms, output, out, drawn, draws, starts, limits, threads)
+    of_pairs = _check_seeds(seeds, pairs, is_start_drawn or crop == "random" or hflip not in (0, 1))
+    draws = [draw_of(seed, crop, hflip) for seed in of_pairs]
+    return Request(*arms, output, out, of_pairs, draws, strict, on_error, threads)
+
+
+def _shape(output: Output, frames: int | None, layout: str) -> tuple[int, ...]:
+    """Of one image or clip in the output."""
+    (height, width), count = output.size, () if frames is None else (frames,)
+    if output.planes:
+        return *count, height * 3 // 2, width
+    return (*count, 3, height, width) if layout == "TCHW" else (3, *count, height, width)
 
 
 # ------------------------------------------------------------------------------------------------ one by one
@@ -259,7 +282,11 @@ def _check_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`out`, or a new one."""
+    if out is None:
+        is_large = device.type == "cpu" and math.prod(shape) * dtype.itemsize >= LARGE
+        return _results.empty(shape, dtype) if is_large else torch.empty(shape, dtype=dtype, device=device)
     if not isinstance(out, Tensor):
         raise TypeError(f"out is a {type(out).__name__}; expected a torch.Tensor")
     if tuple(out.shape) != shape:
@@ -273,11 +300,12 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
             f"out is on {out.device}, of layout {out.layout}, requires_grad: {out.requires_grad}; "
             f"expected a contiguous {'CPU' if device.type == 'cpu' else device} tensor without gradient"
         )
+    return out
 
 
-def _check_seeds(seeds: Sequence[int] | Tensor | None, pairs: int, is_drawn: bool) -> list[int] | None:
+def _check_seeds(seeds: Sequence[int] | Tensor | None, pairs: int, is_drawn: bool) -> Sequence[int | None]:
     if seeds is None:
-        return torch.randint(2**63 - 1, (pairs,), device="cpu").tolist() if is_drawn else None
+        return torch.randint(2**63 - 1, (pairs,), device="cpu").tolist() if is_drawn else [None] * pairs
     try:
         found = [operator.index(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
     except TypeError:

@@ -16,9 +16,8 @@ from typing_extensions import Buffer
 from .. import _C
 from ..clips import DecodedClips, colours_of, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
-from ..decode_arguments import Request, check_clips
+from ..decode_arguments import ClipRequest, check_clips
 from ..draws import Draw
-from ..limits import ClipLimits
 from ..video import (
     Clip,
     Source,
@@ -58,7 +57,7 @@ def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], option
 class _Batch:
     """Pairs on their way into the output."""
 
-    def __init__(self, engine: Engine, asked: Request, options: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine, asked: ClipRequest, options: dict[str, Any]) -> None:
         self.asked, self._engine, self._options = asked, engine, options
         self._finish = Finish(asked.output, engine.device)
         self._facts = _Facts(len(asked.win), asked.frames)
@@ -69,7 +68,7 @@ class _Batch:
         asked = self.asked
         sides = None
         if not asked.output.planes:
-            sides = _opened(self._engine, (asked.win[pair], asked.lose[pair]), self._options, asked.limits)
+            sides = _opened(self._engine, asked, pair)
         if sides is None:
             self._others[pair] = None
             return
@@ -85,7 +84,7 @@ class _Batch:
 
     def _decode(self, pair: int, sides: tuple[_Side, _Side]) -> tuple[list[Fraction], Fraction]:
         """Returns the frames' times, and the clock that they are from, as of `decode_timed`."""
-        asked, short = self.asked, self._options["short"]
+        asked, short = self.asked, self.asked.short
         timelines = sides[0].clip.timeline, sides[1].clip.timeline
         times = plan(timelines, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
         clock = timelines[0].unit if asked.fps is None else Fraction(0)
@@ -100,7 +99,7 @@ class _Batch:
 
     def _look_again(self, pair: int, sides: tuple[_Side, _Side], times: list[Fraction], clock: Fraction) -> None:
         """The canary, at the first frame and the last: a decoder that loses count is wrong at the end."""
-        asked, short = self.asked, self._options["short"]
+        asked, short = self.asked, self.asked.short
         rows = [pair, pair + len(asked.win)]
         for k in (0, asked.frames - 1):
             one = dict(frames=1, fps=1, start=times[k], short="repeat" if short == "error" else short)
@@ -127,13 +126,13 @@ class _Batch:
                 break
 
     def result(self) -> DecodedClips:
-        if self._facts.failures and self._options["on_error"] == "raise":
+        if self._facts.failures and self.asked.on_error == "raise":
             raise DecodeError(self._facts.failures)
         return self._facts.result(self.asked.out, self.asked.draws)
 
     def _frames_of(self, pixels: Tensor) -> Tensor:
         """(2B, T, 3, H, W), whatever the layout."""
-        return pixels if self._options["layout"] == "TCHW" else pixels.transpose(1, 2)
+        return pixels if self.asked.layout == "TCHW" else pixels.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- inside DALI
@@ -187,16 +186,14 @@ class _Side(NamedTuple):
     is_plain: bool  # DALI would show the same frames
 
 
-def _opened(
-    engine: Engine, sources: Sequence[Source], options: dict[str, Any], limits: ClipLimits
-) -> tuple[_Side, _Side] | None:
+def _opened(engine: Engine, asked: ClipRequest, pair: int) -> tuple[_Side, _Side] | None:
     """Both clips of a pair, if DALI can take them."""
     from av import FFmpegError
 
     sides = []
-    for source in sources:
+    for source in (asked.win[pair], asked.lose[pair]):
         try:
-            clip = Clip(source, limits, options["strict"], 1, options["cache"])
+            clip = Clip(source, asked.limits, asked.strict, 1, asked.cache)
             side = _open_clip(source, clip, engine.is_gpu)
         except (OSError, ValueError, TypeError, FFmpegError):  # C++ says what is wrong
             return None

@@ -117,6 +117,6 @@ def for_cpp(
     asked: Request, options: dict[str, Any], chosen: Sequence[int]
 ) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """The arguments with which C++ decodes some of the pairs as they were asked for."""
-    seeds = None if asked.seeds is None else [asked.seeds[i] for i in chosen]
+    seeds = None if asked.seeds[0] is None else [asked.seeds[i] for i in chosen]
     arms = [asked.win[i] for i in chosen], [asked.lose[i] for i in chosen]
     return *arms, options | dict(seeds=seeds, out=None, on_error="mask")

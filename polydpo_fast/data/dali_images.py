@@ -31,7 +31,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     pairs, out, limits, draws = len(asked.win), asked.out, asked.limits, asked.draws
     images = [memoryview(image).cast("B") for image in (*asked.win, *asked.lose)]
     found = _C.foreign_plans(
-        images, draws=draws, output=asked.output, apply_orientation=options["exif"] == "apply", limits=limits
+        images, draws=draws, output=asked.output, apply_orientation=asked.exif == "apply", limits=limits
     )
     plans = {row: Plan(**plan) for row, plan in enumerate(found) if plan is not None}
     chosen = [i for i in range(pairs) if {i, i + pairs} <= plans.keys() and not asked.output.planes]
@@ -69,7 +69,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
                 if known.ok.all():
                     compare(i, out[[i, i + pairs]], known.pixels, asked.output)
     failures.sort(key=lambda failure: (failure.arm == "lose", failure.index))
-    if failures and options["on_error"] == "raise":
+    if failures and asked.on_error == "raise":
         raise DecodeError(failures)
     flipped = torch.tensor([draw.flipped for draw in draws], device="cpu")
     return DecodedPairs(out, ok, tuple(failures), original, corner, flipped, tuple(damaged))
