@@ -172,7 +172,7 @@ polydpo::Options options_of(const py::handle& given) {
     return options;
 }
 
-// An image that is pixels already: decode.RawImage.
+// An image that is pixels already: pillow.RawImage.
 void set_raw(std::vector<polydpo::Image>& images, const py::handle& given) {
     polydpo::Image& image = images.at(given.attr("row").cast<std::size_t>());
     image.raw = height_and_width(given.attr("size"));
