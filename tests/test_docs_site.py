@@ -304,7 +304,7 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
                 needs.setdefault(module[1], set()).update([*base, *name.split(".")][1] for name in names)
     loss = {"objectives", "metrics", "layout", "reference", "arguments", "head_arguments", "programs", "cpu"}
     loss |= {"operators", "autograd", "fast_lane", "functional"}
-    decoders = {"limits", "draws", "decode_arguments", "pillow", "decode", "clips", "video", "cache"}
+    decoders = {"limits", "draws", "decode_arguments", "pillow", "decode", "frames", "clips", "video", "cache"}
     assert needs["video"] == {"limits", "cache", "video"}
     assert needs["reference"] == {"layout", "metrics", "objectives"}
     alone = {"objectives", "metrics", "layout", "colour", "buffers", "splitmix", "values", "backends", "atomic"}

@@ -14,10 +14,11 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _C
-from ..clips import DecodedClips, colours_of, decode_clips, decode_timed
+from ..clips import DecodedClips, decode_clips, decode_timed
 from ..decode import DecodeError, DecodeFailure
 from ..decode_arguments import ClipRequest, check_clips
 from ..draws import Draw
+from ..frames import colours_of
 from ..video import (
     Clip,
     Source,
