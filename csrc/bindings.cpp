@@ -231,7 +231,7 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
     return py::make_tuple(geometry, failures, damages);
 }
 
-// What a foreign decoder is told of an image: the arguments of dali_picture.Plan.
+// What a foreign decoder is told of an image: the arguments of dali_picture.Placement.
 py::dict plan_of(const polydpo::Size& source, const polydpo::Geometry& way) {
     using namespace py::literals;
     return py::dict("height"_a = source.height, "width"_a = source.width, "resized_height"_a = way.stored.height,

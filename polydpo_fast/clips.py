@@ -18,7 +18,7 @@ from .decode import DecodeError, DecodeFailure
 from .decode_arguments import ClipRequest, Output, check_clips
 from .frames import check_frame, store_frame
 from .limits import ClipLimits
-from .video import Clip, Source, TooShortError, plan, require_av, words_of
+from .video import Clip, ClipSource, TooShortError, choose_times, require_av, words_of
 
 if TYPE_CHECKING:
     from . import _C
@@ -59,8 +59,8 @@ class DecodedClips:
 
 
 def decode_clips(
-    win: Sequence[Source],
-    lose: Sequence[Source],
+    win: Sequence[ClipSource],
+    lose: Sequence[ClipSource],
     *,
     frames: int = 81,
     size: int | tuple[int, int] = (720, 1280),
@@ -141,7 +141,7 @@ def decode_clips(
 
 
 def decode_timed(
-    win: Sequence[Source], lose: Sequence[Source], *, clock: Fraction | None = None, **options: Any
+    win: Sequence[ClipSource], lose: Sequence[ClipSource], *, clock: Fraction | None = None, **options: Any
 ) -> DecodedClips:
     """`decode_clips`, all of whose options are given.
 
@@ -182,7 +182,7 @@ def _decode_rows(rows: list[_Row], asked: ClipRequest, clock: Fraction | None) -
             _side_by_side(pool, [row.index for row in rows])
             work = []
             for pair, (win, lose) in enumerate(zip(rows[:pairs], rows[pairs:], strict=True)):
-                moments = _plan_of(win, lose, asked, asked.starts[pair])
+                moments = _times_of(win, lose, asked, asked.starts[pair])
                 if not moments:
                     continue
                 times[pair] = torch.tensor([float(moment) for moment in moments], dtype=torch.float64, device="cpu")
@@ -241,12 +241,14 @@ def _result(rows: list[_Row], asked: ClipRequest, times: Tensor) -> DecodedClips
     )
 
 
-def _plan_of(win: _Row, lose: _Row, asked: ClipRequest, drawn: float) -> list[Fraction]:
+def _times_of(win: _Row, lose: _Row, asked: ClipRequest, drawn: float) -> list[Fraction]:
     """The times of a pair's frames, in seconds; none if an arm has failed, or is too short."""
     if win.reason or lose.reason:
         return []
     try:
-        return plan((win.clip.timeline, lose.clip.timeline), asked.frames, asked.fps, asked.start, drawn, asked.short)
+        return choose_times(
+            (win.clip.timeline, lose.clip.timeline), asked.frames, asked.fps, asked.start, drawn, asked.short
+        )
     except TooShortError as error:
         (win, lose)[error.arm].reason = str(error)
         return []

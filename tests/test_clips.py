@@ -27,7 +27,7 @@ import polydpo_fast
 from polydpo_fast import ClipLimits, DecodeError, clips, decode_clips
 from polydpo_fast.video import Clip
 from polydpo_fast.video.opening import Opener
-from polydpo_fast.video.timeline import Timeline, TooShortError, plan
+from polydpo_fast.video.timeline import Timeline, TooShortError, choose_times
 
 CLIP = encode()
 
@@ -513,12 +513,12 @@ def test_plans_hold_for_any_times(data):
     frames, fps = draw(st.integers(1, 10)), draw(st.sampled_from([None, 1, 12.5, 60]))
     start = draw(st.sampled_from(["center", "random"]))
     drawn = draw(st.floats(0, 1, exclude_max=True))
-    times = plan(tuple(arms), frames, fps, start, drawn, "repeat")
+    times = choose_times(tuple(arms), frames, fps, start, drawn, "repeat")
     assert len(times) == frames
     assert all(b > a for a, b in itertools.pairwise(times))
     assert times[0] >= 0
     try:
-        assert plan(tuple(arms), frames, fps, start, drawn, "error") == times
+        assert choose_times(tuple(arms), frames, fps, start, drawn, "error") == times
     except ValueError:
         # Only where no start would have done.
         if fps is None:
@@ -573,7 +573,7 @@ def test_no_frame_is_taken_before_it_is_shown():
     """A clock of one tick per frame is no reason to round up to the next one."""
     coarse = Timeline(np.arange(24), Fraction(1, 24))
     fine = Timeline(512 * np.arange(24), Fraction(1, 12288))
-    times = plan((coarse, coarse), 8, 16, 0.0, 0.0, "error")
+    times = choose_times((coarse, coarse), 8, 16, 0.0, 0.0, "error")
     assert coarse.shown_at(times, "error") == [0, 1, 3, 4, 6, 7, 9, 10]
     assert [p // 512 for p in fine.shown_at(times, "error")] == [0, 1, 3, 4, 6, 7, 9, 10]
     rounded = [Fraction(round(1000 * k / 24), 1000) for k in range(24)]  # by another clip's clock
@@ -606,9 +606,9 @@ def test_one_frame_more_than_the_winner_has_is_an_error(start):
         for last in (0, 500):
             clip = Timeline(times + last * (np.arange(count) == count - 1), Fraction(1, 1000))
             for arms in ((clip, clip), (clip, other)):
-                assert len(plan(arms, count, None, start, 0.999, "error")) == count
+                assert len(choose_times(arms, count, None, start, 0.999, "error")) == count
                 with pytest.raises(TooShortError, match=f"{count} frames") as told:
-                    plan(arms, count + 1, None, start, 0.999, "error")
+                    choose_times(arms, count + 1, None, start, 0.999, "error")
                 assert told.value.arm == 0
 
 
@@ -627,9 +627,9 @@ def test_one_frame_more_than_a_clip_has_is_an_error(rate, start):
         clip = Timeline(times, Fraction(1, 1000))
         for arms, fps in (((clip, clip), rate), *(((other, clip), None) for other in longer)):
             for fitting in (count, count - 1, count // 2):
-                assert len(plan(arms, fitting, fps, start, drawn, "error")) == fitting
+                assert len(choose_times(arms, fitting, fps, start, drawn, "error")) == fitting
             with pytest.raises(TooShortError, match=f"{count} frames"):
-                plan(arms, count + 1, fps, start, drawn, "error")
+                choose_times(arms, count + 1, fps, start, drawn, "error")
 
 
 def test_places_of_a_start_at_a_rate():
@@ -641,10 +641,10 @@ def test_places_of_a_start_at_a_rate():
         ("random", 0.5, Fraction(3, 8)),
         ("random", 1 - 2**-32, Fraction(3, 4) - Fraction(1, 24)),  # a frame before what is left ends
     ):
-        times = plan((clip, clip), 5, 8, start, drawn, "error")
+        times = choose_times((clip, clip), 5, 8, start, drawn, "error")
         assert times == [begin + Fraction(k, 8) for k in range(5)]
     for start, drawn, first in (("center", 0.0, 12), ("random", 0.0, 0), ("random", 1 - 2**-32, 25)):
-        assert plan((clip, clip), 5, None, start, drawn, "error") == [Fraction(first + k, 24) for k in range(5)]
+        assert choose_times((clip, clip), 5, None, start, drawn, "error") == [Fraction(first + k, 24) for k in range(5)]
 
 
 def test_where_a_random_start_falls_stays_what_it_was():

@@ -13,7 +13,7 @@ from ..clips import DecodedClips, decode_clips
 from ..decode import DecodedPairs, decode_pairs
 from ..decode_arguments import check_threads
 from ..values import check_choice, check_count, is_number
-from ..video import Source
+from ..video import ClipSource
 from . import dali_clips, dali_images
 from .dali_canary import CanaryError
 from .dali_engine import Engine
@@ -130,7 +130,7 @@ class DaliDecoder:
         """
         return dali_images.decode(self._engine, win, lose, options)
 
-    def decode_clips(self, win: Sequence[Source], lose: Sequence[Source], **options: Any) -> DecodedClips:
+    def decode_clips(self, win: Sequence[ClipSource], lose: Sequence[ClipSource], **options: Any) -> DecodedClips:
         """As `polydpo_fast.decode_clips`, which has the same options, through NVDEC; `pixels` are on this decoder's
         device, where `out` must be.
 

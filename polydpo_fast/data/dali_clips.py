@@ -21,19 +21,19 @@ from ..draws import Draw
 from ..frames import colours_of
 from ..video import (
     Clip,
-    Source,
+    ClipSource,
     aspect_of,
+    choose_times,
     may_be_fields,
     may_change,
     open_regular,
     orientation,
-    plan,
     require_av,
     siting_of,
 )
 from .dali_canary import compare, to_709
 from .dali_engine import Engine, for_cpp, reason
-from .dali_picture import Finish, Plan
+from .dali_picture import Finish, Placement
 
 __all__ = ["decode"]
 
@@ -43,7 +43,9 @@ _MOST_BYTES = 1 << 32  # of a clip's decoded frames, which DALI holds at once
 _TILE = 32  # pixels: on a GPU chroma may lie half a pixel off, which must even out
 
 
-def decode(engine: Engine, win: Sequence[Source], lose: Sequence[Source], options: dict[str, Any]) -> DecodedClips:
+def decode(
+    engine: Engine, win: Sequence[ClipSource], lose: Sequence[ClipSource], options: dict[str, Any]
+) -> DecodedClips:
     """`decode_clips`, by DALI where it may have the clips."""
     require_av()
     options = engine.with_defaults(_DEFAULTS, options)
@@ -87,9 +89,9 @@ class _Batch:
         """Returns the frames' times, and the clock that they are from, as of `decode_timed`."""
         asked, short = self.asked, self.asked.short
         timelines = sides[0].clip.timeline, sides[1].clip.timeline
-        times = plan(timelines, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
+        times = choose_times(timelines, asked.frames, asked.fps, asked.start, asked.starts[pair], short)
         clock = timelines[0].unit if asked.fps is None else Fraction(0)
-        ways = [Plan(**_C.plan(side.size, draw=asked.draws[pair], output=asked.output)) for side in sides]
+        ways = [Placement(**_C.plan(side.size, draw=asked.draws[pair], output=asked.output)) for side in sides]
         for row, side, way in zip((pair, pair + len(asked.win)), sides, ways, strict=True):
             timeline, target = side.clip.timeline, self._frames_of(asked.out)[row]
             shown = np.searchsorted(timeline.pts, timeline.shown_at(times, short, clock))
@@ -209,7 +211,7 @@ def _opened(engine: Engine, asked: ClipRequest, pair: int) -> tuple[_Side, _Side
     return sides[0], sides[1]
 
 
-def _open_clip(source: Source, clip: Clip, is_gpu: bool) -> _Side:
+def _open_clip(source: ClipSource, clip: Clip, is_gpu: bool) -> _Side:
     clip.index()
     data: Buffer = source  # type: ignore[assignment]  # if it is no path
     if isinstance(source, (str, os.PathLike)):
@@ -280,7 +282,7 @@ class _Facts:
         self._matrix, self._full_range = ["bt709"] * (2 * pairs), [False] * (2 * pairs)
         self.failures: list[DecodeFailure] = []
 
-    def set(self, pair: int, times: Sequence[Fraction], plans: Sequence[Plan], sides: Sequence[_Side]) -> None:
+    def set(self, pair: int, times: Sequence[Fraction], plans: Sequence[Placement], sides: Sequence[_Side]) -> None:
         self._times[pair] = torch.tensor([float(t) for t in times], dtype=torch.float64, device="cpu")
         for row, way, side in zip((pair, pair + self._pairs), plans, sides, strict=True):
             self._original[row] = torch.tensor(way.original(), device="cpu")

@@ -16,7 +16,7 @@ from ..decode import DecodedPairs, DecodeError, DecodeFailure, decode_pairs
 from ..decode_arguments import check_images
 from .dali_canary import compare
 from .dali_engine import Engine, for_cpp, reason
-from .dali_picture import Finish, Plan
+from .dali_picture import Finish, Placement
 
 __all__ = ["decode"]
 
@@ -33,7 +33,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     found = _C.foreign_plans(
         images, draws=draws, output=asked.output, apply_orientation=asked.exif == "apply", limits=limits
     )
-    plans = {row: Plan(**plan) for row, plan in enumerate(found) if plan is not None}
+    plans = {row: Placement(**plan) for row, plan in enumerate(found) if plan is not None}
     chosen = [i for i in range(pairs) if {i, i + pairs} <= plans.keys() and not asked.output.planes]
     finish = Finish(asked.output, engine.device)
     with engine.writing(out):
@@ -76,7 +76,7 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
 
 
 def _decoded(
-    engine: Engine, rows: list[int], images: list[memoryview], plans: dict[int, Plan], finish: Finish, out: Tensor
+    engine: Engine, rows: list[int], images: list[memoryview], plans: dict[int, Placement], finish: Finish, out: Tensor
 ) -> tuple[set[int], RuntimeError | None]:
     """Decodes those rows, and returns which of them DALI could, and the last of its errors."""
     done: set[int] = set()
@@ -99,7 +99,7 @@ def _decoded(
     return done, trouble
 
 
-def _runs(rows: list[int], plans: dict[int, Plan]) -> list[list[int]]:
+def _runs(rows: list[int], plans: dict[int, Placement]) -> list[list[int]]:
     """As many images at a time as there may be pixels, one at least."""
     runs: list[list[int]] = []
     room = 0

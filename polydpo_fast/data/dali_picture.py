@@ -11,10 +11,10 @@ from torch import Tensor
 from .. import _C
 from ..decode_arguments import Output
 
-__all__ = ["Finish", "Plan"]
+__all__ = ["Finish", "Placement"]
 
 
-class Plan(NamedTuple):
+class Placement(NamedTuple):
     """One image's way into the output, from csrc/bindings.cpp: all as stored."""
 
     height: int
@@ -53,7 +53,7 @@ class Finish:
         self._offset, self._scale, self._background = numbers.view(3, 3, 1, 1).unbind()
         self._filters: dict[tuple[int, ...], _Filter] = {}
 
-    def store(self, levels: Tensor, where: Plan, out: Tensor) -> None:
+    def store(self, levels: Tensor, where: Placement, out: Tensor) -> None:
         """levels: (h, w, 3), the whole image as stored. out: (3, H, W)."""
         if levels.shape != (where.height, where.width, 3):
             raise RuntimeError(f"DALI gave {tuple(levels.shape)}; expected {(where.height, where.width, 3)}")
@@ -73,7 +73,7 @@ class Finish:
             out.copy_(self._element(self._background))
         out[:, where.to_top : where.to_top + h, where.to_left : where.to_left + w] = self._element(pixels)
 
-    def _resized(self, levels: Tensor, where: Plan) -> Tensor:
+    def _resized(self, levels: Tensor, where: Placement) -> Tensor:
         """The crop of the resized image, (h, w, 3) float32."""
         across = self._filter(where.width, where.resized_width, where.crop_left, where.crop_width)
         down = self._filter(where.height, where.resized_height, where.crop_top, where.crop_height)

@@ -9,21 +9,21 @@ HEVC), `av1` and `mpeg4`, which read them by `bits`; `form` tells of what shape 
 
 from .bitstream import may_be_fields, may_change
 from .clip import Clip
-from .file import Source, open_regular
+from .file import ClipSource, open_regular
 from .form import aspect_of, orientation, siting_of
 from .opening import require_av, words_of
-from .timeline import TooShortError, plan
+from .timeline import TooShortError, choose_times
 
 __all__ = [
     "Clip",
-    "Source",
+    "ClipSource",
     "TooShortError",
     "aspect_of",
+    "choose_times",
     "may_be_fields",
     "may_change",
     "open_regular",
     "orientation",
-    "plan",
     "require_av",
     "siting_of",
     "words_of",

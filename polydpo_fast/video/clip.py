@@ -13,7 +13,7 @@ import numpy as np
 
 from ..limits import ClipLimits
 from .bitstream import SpareFrames, siting_in
-from .file import Source
+from .file import ClipSource
 from .form import aspect_of, orientation, siting_of
 from .index import UNKNOWN, index_of
 from .opening import Opener, packets_of
@@ -38,7 +38,7 @@ class Clip:
     siting: int
 
     def __init__(
-        self, source: Source, limits: ClipLimits, strict: bool, threads: int, folder: str | os.PathLike[str] | None
+        self, source: ClipSource, limits: ClipLimits, strict: bool, threads: int, folder: str | os.PathLike[str] | None
     ) -> None:
         self.concealed = 0
         self._opener, self._strict, self._threads, self._folder = Opener(source, limits), strict, threads, folder

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from typing_extensions import Buffer
 
-__all__ = ["Source", "TimedFile", "container_of", "open_clip", "open_regular"]
+__all__ = ["ClipSource", "TimedFile", "container_of", "open_clip", "open_regular"]
 
-Source = Buffer | str | os.PathLike[str]
+ClipSource = Buffer | str | os.PathLike[str]
 
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 
@@ -62,7 +62,7 @@ class TimedFile(io.RawIOBase):
         return self._file.tell()
 
 
-def open_clip(source: Source) -> io.FileIO | io.BytesIO | _Memory:
+def open_clip(source: ClipSource) -> io.FileIO | io.BytesIO | _Memory:
     """A seekable binary file. Raises OSError; ValueError for a path to anything but a regular file."""
     if isinstance(source, (str, os.PathLike)):
         return open_regular(os.fspath(source))

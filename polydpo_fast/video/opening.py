@@ -12,7 +12,7 @@ from typing import Any
 
 from ..limits import ClipLimits
 from .bitstream import states_range
-from .file import Source, TimedFile, container_of, open_clip
+from .file import ClipSource, TimedFile, container_of, open_clip
 from .matroska import damage_of
 from .mp4 import check_counts
 
@@ -55,7 +55,7 @@ class Opener:
 
     told: tuple[int, int]
 
-    def __init__(self, source: Source, limits: ClipLimits) -> None:
+    def __init__(self, source: ClipSource, limits: ClipLimits) -> None:
         self.source, self.limits, self.timer = source, limits, Timer(limits.timeout_s)
         self.trouble: str | None = ""
 

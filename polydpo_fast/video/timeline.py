@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Timeline", "TooShortError", "plan"]
+__all__ = ["Timeline", "TooShortError", "choose_times"]
 
 _ROUNDED = Fraction(1, 1000)  # seconds: to milliseconds times are rounded at the most
 
@@ -113,7 +113,7 @@ class TooShortError(ValueError):
         self.arm = arm
 
 
-def plan(
+def choose_times(
     arms: tuple[Timeline, Timeline],
     frames: int,
     fps: float | Fraction | None,
@@ -125,46 +125,57 @@ def plan(
 
     The arguments are those of `decode_clips`; `drawn`, from 0 to 1, is where a random start falls.
     """
-    ends = [arm.duration() for arm in arms]
-    # The first arm's own times mean its frames exactly.
-    over = [ends[0], arms[1].over(arms[0].unit)] if fps is None else [arm.over() for arm in arms]
-    # Beyond the end, the places to start from are those of a clip that fits exactly.
-    if fps is None:
-        given, count = arms[0], len(arms[0].pts)
-        begin = ends[0]  # where there are no frames any more
-        places = max(0, given.begun(over[1]) - frames)
-        if isinstance(start, str):
-            first = places // 2 if start == "center" else int(drawn * (places + 1))
-        else:
-            begin = max(begin, Fraction(start).limit_denominator(1_000_000))
-            laps, rest = divmod(Fraction(start), given.lap()) if short == "loop" else (0, Fraction(start))
-            first = laps * count + given.begun(rest - given.slack())  # floats are not exact
-        step = ends[0] / count
-        times = given.times(first, first + frames)
-        while len(times) < frames:
-            if short == "loop":
-                lap, place = divmod(first + len(times), count)
-                times.append(given.times(place, place + 1)[0] + lap * given.lap())
-            else:
-                times.append(max(times[-1] + step, begin) if times else begin)
+    if fps is None:  # the first arm's own times mean its frames exactly
+        over = [arms[0].duration(), arms[1].over(arms[0].unit)]
+        times = _times_of_frames(arms[0], frames, start, drawn, short, over[1])
     else:
-        interval = 1 / Fraction(fps).limit_denominator(1_000_000)
-        slack = max(Fraction(0), min(ends) - interval * (frames - 1))
-        if isinstance(start, str):
-            # Strictly before the end of what is left, so that the last frame is still shown, by either clock.
-            begin = slack / 2 if start == "center" else slack * Fraction(drawn).limit_denominator(1 << 32)
-            room = min(end - min(arm.unit, _ROUNDED) for arm, end in zip(arms, ends, strict=True))
-            begin = min(begin, slack - min(arm.unit for arm in arms), room - interval * (frames - 1))
-            begin = max(Fraction(0), begin)
-        else:
-            begin = Fraction(start).limit_denominator(1_000_000)
-        times = [begin + k * interval for k in range(frames)]
+        over = [arm.over() for arm in arms]
+        times = _times_at_rate(arms, frames, Fraction(fps).limit_denominator(1_000_000), start, drawn)
     if short == "error":
-        for arm, end in enumerate(ends):
+        for arm, timeline in enumerate(arms):
             if times[-1] >= over[arm]:
                 raise TooShortError(
                     arm,
-                    f"it ends after {float(end):.3f} s ({len(arms[arm].pts)} frames); "
+                    f"it ends after {float(timeline.duration()):.3f} s ({len(timeline.pts)} frames); "
                     f"expected a frame at {float(times[-1]):.3f} s, or short='repeat' or 'loop'",
                 )
     return times
+
+
+def _times_of_frames(
+    clip: Timeline, frames: int, start: str | float | Fraction, drawn: float, short: str, until: Fraction
+) -> list[Fraction]:
+    """Of successive frames of the clip, and beyond its end. until: when the other arm ends."""
+    count, end = len(clip.pts), clip.duration()
+    begin = end  # where there are no frames any more
+    if isinstance(start, str):
+        # Beyond the end, the places to start from are those of a clip that fits exactly.
+        places = max(0, clip.begun(until) - frames)
+        first = places // 2 if start == "center" else int(drawn * (places + 1))
+    else:
+        begin = max(begin, Fraction(start).limit_denominator(1_000_000))
+        laps, rest = divmod(Fraction(start), clip.lap()) if short == "loop" else (0, Fraction(start))
+        first = laps * count + clip.begun(rest - clip.slack())  # floats are not exact
+    times = clip.times(first, first + frames)
+    while len(times) < frames:
+        if short == "loop":
+            lap, place = divmod(first + len(times), count)
+            times.append(clip.times(place, place + 1)[0] + lap * clip.lap())
+        else:
+            times.append(max(times[-1] + end / count, begin) if times else begin)
+    return times
+
+
+def _times_at_rate(
+    arms: tuple[Timeline, Timeline], frames: int, fps: Fraction, start: str | float | Fraction, drawn: float
+) -> list[Fraction]:
+    if isinstance(start, str):
+        ends, length = [arm.duration() for arm in arms], (frames - 1) / fps
+        slack = max(Fraction(0), min(ends) - length)
+        # Strictly before the end of what is left, so that the last frame is still shown, by either clock.
+        begin = slack / 2 if start == "center" else slack * Fraction(drawn).limit_denominator(1 << 32)
+        room = min(end - min(arm.unit, _ROUNDED) for arm, end in zip(arms, ends, strict=True))
+        begin = max(Fraction(0), min(begin, slack - min(arm.unit for arm in arms), room - length))
+    else:
+        begin = Fraction(start).limit_denominator(1_000_000)
+    return [begin + k / fps for k in range(frames)]

@@ -12,7 +12,7 @@ from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folde
 
 from polydpo_fast import ClipLimits, DecodeError, cache, decode_clips
 from polydpo_fast.video import Clip, index, matroska
-from polydpo_fast.video.timeline import Timeline, plan
+from polydpo_fast.video.timeline import Timeline, choose_times
 
 CLIP = encode()
 
@@ -295,7 +295,7 @@ def test_a_million_frames_are_planned_in_no_time():
     arms = Timeline(pts, Fraction(1, 12288)), Timeline(pts, Fraction(1, 15360))
     begin = time.process_time()
     for options in ((None, "center", 0.0), (None, "random", 0.7), (None, 3000.0, 0.0), (16, "random", 0.3)):
-        times = plan(arms, 81, *options, "error")
+        times = choose_times(arms, 81, *options, "error")
         for arm in arms:
             assert len(arm.shown_at(times, "error")) == 81
     assert time.process_time() - begin < 0.25
