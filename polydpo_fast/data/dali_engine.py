@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decode_arguments import Request
-
-__all__ = ["Engine", "for_cpp", "reason"]
+__all__ = ["Engine", "reason"]
 
 
 class Engine:
@@ -111,12 +109,3 @@ def reason(error: RuntimeError | None) -> str:
     """What DALI says, without the pages around it."""
     words = " ".join(str(error).rsplit("encountered:", 1)[-1].split())
     return words if len(words) < 300 else f"{words[:300]} ..."
-
-
-def for_cpp(
-    asked: Request, options: dict[str, Any], chosen: Sequence[int]
-) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """The arguments with which C++ decodes some of the pairs as they were asked for."""
-    seeds = None if asked.seeds[0] is None else [asked.seeds[i] for i in chosen]
-    arms = [asked.win[i] for i in chosen], [asked.lose[i] for i in chosen]
-    return *arms, options | dict(seeds=seeds, out=None, on_error="mask")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _C
-from ..decode import DecodedPairs, DecodeError, DecodeFailure, decode_pairs
-from ..decode_arguments import check_images
+from ..decode import DecodedPairs, DecodeFailure, decode_pairs
+from ..decode_arguments import ImageRequest, check_images
+from .dali_batch import Batch
 from .dali_canary import compare
-from .dali_engine import Engine, for_cpp, reason
-from .dali_picture import Finish, Placement
+from .dali_engine import Engine
+from .dali_picture import Placement
 
 __all__ = ["decode"]
 
@@ -28,75 +27,77 @@ def decode(engine: Engine, win: Sequence[Buffer], lose: Sequence[Buffer], option
     """`decode_pairs`, by DALI where it may have the images."""
     options = engine.with_defaults(_DEFAULTS, options)
     asked = check_images(win, lose, device=engine.device, **options)
-    pairs, out, limits, draws = len(asked.win), asked.out, asked.limits, asked.draws
-    images = [memoryview(image).cast("B") for image in (*asked.win, *asked.lose)]
-    found = _C.foreign_plans(
-        images, draws=draws, output=asked.output, apply_orientation=asked.exif == "apply", limits=limits
-    )
-    plans = {row: Placement(**plan) for row, plan in enumerate(found) if plan is not None}
-    chosen = [i for i in range(pairs) if {i, i + pairs} <= plans.keys() and not asked.output.planes]
-    finish = Finish(asked.output, engine.device)
-    with engine.writing(out):
-        rows = [row for first in (0, pairs) for row in (first + i for i in chosen)]
-        done, trouble = _decoded(engine, rows, images, plans, finish, out)
-        taken = [i for i in chosen if done.issuperset((i, i + pairs))]
-
-        original = torch.zeros((2 * pairs, 2), dtype=torch.int64, device="cpu")
-        corner = torch.zeros_like(original)
-        for row in (*taken, *(i + pairs for i in taken)):
-            original[row] = torch.tensor(plans[row].original(), device="cpu")
-            corner[row] = torch.tensor(plans[row].corner(), device="cpu")
-        ok = torch.ones(pairs, dtype=torch.bool, device="cpu")
-        failures: list[DecodeFailure] = []
-        damaged: list[DecodeFailure] = []
-        others = sorted({*range(pairs)}.difference(taken))
-        if others:
-            *arms, given = for_cpp(asked, options, others)
-            rest = decode_pairs(*arms, **given)
-            ok[others] = rest.ok
-            failures = [DecodeFailure(e.arm, others[e.index], e.reason) for e in rest.errors]
-            damaged = [DecodeFailure(e.arm, others[e.index], e.reason) for e in rest.damaged]
-            for k, row in enumerate((*others, *(i + pairs for i in others))):
-                out[row].copy_(rest.pixels[k])
-                original[row], corner[row] = rest.original_size[k], rest.crop_top_left[k]
-            if chosen and not taken and rest.ok[[others.index(i) for i in chosen]].any():
-                text = "DALI decoded none of the images of a batch that C++ could decode"
-                warnings.warn(f"{text}: {reason(trouble)}", stacklevel=3)
-        for i in taken:
-            if engine.is_canary():
-                *arms, given = for_cpp(asked, options, [i])
-                known = decode_pairs(*arms, **given)
-                if known.ok.all():
-                    compare(i, out[[i, i + pairs]], known.pixels, asked.output)
-    failures.sort(key=lambda failure: (failure.arm == "lose", failure.index))
-    if failures and asked.on_error == "raise":
-        raise DecodeError(failures)
-    flipped = torch.tensor([draw.flipped for draw in draws], device="cpu")
-    return DecodedPairs(out, ok, tuple(failures), original, corner, flipped, tuple(damaged))
+    batch = _Images(engine, asked, options)
+    with engine.writing(asked.out):
+        batch.decode()
+    batch.raise_errors()
+    facts = batch.original_size, batch.crop_top_left, batch.flipped()
+    return DecodedPairs(asked.out, batch.ok, batch.errors, *facts, batch.damaged)
 
 
-def _decoded(
-    engine: Engine, rows: list[int], images: list[memoryview], plans: dict[int, Placement], finish: Finish, out: Tensor
-) -> tuple[set[int], RuntimeError | None]:
-    """Decodes those rows, and returns which of them DALI could, and the last of its errors."""
-    done: set[int] = set()
-    trouble = None
-    waiting = _runs(rows, plans)
-    while waiting:
-        part = waiting.pop()
-        try:
-            levels = _run(engine, part, images)
-            for row, pixels in zip(part, levels, strict=True):
-                finish.store(pixels, plans[row], out[row])
-        except RuntimeError as error:  # one is too much for it: which?
-            trouble = error
-            if len(part) > 1:
-                waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
-        else:
-            done.update(part)
-        levels = []
-        engine.wait()
-    return done, trouble
+class _Images(Batch):
+    """damaged: as of `DecodedPairs`."""
+
+    asked: ImageRequest
+
+    def __init__(self, engine: Engine, asked: ImageRequest, options: dict[str, Any]) -> None:
+        super().__init__(engine, asked, options)
+        self.damaged: tuple[DecodeFailure, ...] = ()
+        self._images = [memoryview(image).cast("B") for image in (*asked.win, *asked.lose)]
+        found = _C.foreign_plans(
+            self._images,
+            draws=asked.draws,
+            output=asked.output,
+            apply_orientation=asked.exif == "apply",
+            limits=asked.limits,
+        )
+        self._placements = {row: Placement(**told) for row, told in enumerate(found) if told is not None}
+        self._trouble: RuntimeError | None = None  # the last of DALI's errors
+
+    def decode(self) -> None:
+        """By DALI those that it may have, and the others by C++."""
+        may = [pair for pair in range(self.pairs) if self._is_for_dali(pair)]
+        done = self._decoded(self.rows(may))
+        taken = [pair for pair in may if done.issuperset(self.rows([pair]))]
+        for row in self.rows(taken):
+            self.place(row, self._placements[row])
+        if others := sorted({*range(self.pairs)}.difference(taken)):
+            rest = self.by_cpp(decode_pairs, others)
+            self.take(others, rest)
+            self.damaged = self.renumbered(others, rest.damaged)
+            if not taken and self.ok[may].any():
+                self.warn("DALI decoded none of the images of a batch that C++ could decode", self._trouble)
+        for pair in taken:
+            if self.engine.is_canary():
+                self._look_again(pair)
+
+    def _is_for_dali(self, pair: int) -> bool:
+        return not self.asked.output.planes and self._placements.keys() >= {*self.rows([pair])}
+
+    def _decoded(self, rows: list[int]) -> set[int]:
+        """Decodes those rows, and returns which of them DALI could."""
+        done: set[int] = set()
+        waiting = _runs(rows, self._placements)
+        while waiting:
+            part = waiting.pop()
+            try:
+                levels = _run(self.engine, part, self._images)
+                for row, pixels in zip(part, levels, strict=True):
+                    self.finish.store(pixels, self._placements[row], self.asked.out[row])
+            except RuntimeError as error:  # one is too much for it: which?
+                self._trouble = error
+                if len(part) > 1:
+                    waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+            else:
+                done.update(part)
+            levels = []
+            self.engine.wait()
+        return done
+
+    def _look_again(self, pair: int) -> None:
+        known = self.by_cpp(decode_pairs, [pair])
+        if known.ok.all():
+            compare(pair, self.asked.out[self.rows([pair])], known.pixels, self.asked.output)
 
 
 def _runs(rows: list[int], plans: dict[int, Placement]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from polydpo_fast import _C, DecodeError, DecodeLimits, decode_clips, decode_pairs
-from polydpo_fast.data import dali, dali_clips, dali_images
+from polydpo_fast.data import dali, dali_clips, dali_images, dali_sides
 from polydpo_fast.data.dali import CanaryError, CppDecoder, DaliDecoder, choose_decoder
 from polydpo_fast.data.dali_engine import Engine
 from polydpo_fast.decode_arguments import Output
@@ -697,7 +697,7 @@ def side_of(clip, is_gpu, strict=True):
     from polydpo_fast import ClipLimits
     from polydpo_fast.video import Clip
 
-    return dali_clips._open_clip(clip, Clip(clip, ClipLimits(), strict, 1, None), is_gpu)
+    return dali_sides._open_clip(clip, Clip(clip, ClipLimits(), strict, 1, None), is_gpu)
 
 
 def test_frames_that_dali_does_not_find_are_not_black(decoder, clips, monkeypatch):
@@ -758,7 +758,7 @@ def test_nvdec_is_given_no_size_for_which_dali_has_the_decoder_of_another(monkey
     pytest.importorskip("av", reason="PyAV is not installed")
     from clip_oracle import encode
 
-    monkeypatch.setattr(dali_clips, "_whole", set())
+    monkeypatch.setattr(dali_sides, "_whole", set())
     whole, less, other = (encode(4, height=height, codec=codec) for height in (48, 42, 58))
     assert [side_of(clip, True).is_plain for clip in (less, whole, less, whole, other)] == [
         True,

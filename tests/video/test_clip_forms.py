@@ -10,7 +10,7 @@ import torch
 from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, rgb, without_range  # noqa: F401
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips, yuv420_to_rgb
-from polydpo_fast.data import dali_clips
+from polydpo_fast.data import dali_sides
 from polydpo_fast.video import Clip
 
 CLIP = encode(12, 48, 64)
@@ -145,7 +145,7 @@ def test_colours_are_the_containers_where_the_stream_tells_none(codec, entry, ra
     assert_frames(batch.pixels[0], frames)
     planes = decode_clips([data], [data], frames=4, size=(48, 64), dtype="yuv420")
     assert (planes.matrix, planes.full_range) == (batch.matrix, batch.full_range)
-    side = dali_clips._open_clip(data, Clip(data, ClipLimits(), True, 1, None), codec == "libx265")
+    side = dali_sides._open_clip(data, Clip(data, ClipLimits(), True, 1, None), codec == "libx265")
     assert side.bt709 == (matrix == 1)
     assert not (side.is_plain and (ranged or matrix == 9))
 
