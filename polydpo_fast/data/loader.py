@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 import weakref
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,15 +14,16 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from ..buffers import Buffers
 from ..values import is_int
 from .batch import PairBatch
-from .dali import Decoder, choose_decoder
+from .dali import choose_decoder
+from .equipment import Equipment
 from .ledger import Ledger, options_as_json
 from .loader_arguments import batch_form, check_arguments, check_device, decode_function, ranks_of
 from .order import Order, Shuffled, order_of
 from .pipeline import Pipeline
 from .plan import Plan, Step
+from .progress import Progress
 from .reading import LoaderError
 from .source import Source
 from .sources import open_source
@@ -32,10 +31,8 @@ from .stats import LoaderStats
 
 __all__ = ["LoaderError", "LoaderStats", "PairLoader"]
 
-_CPU = torch.device("cpu")
 _STATE_VERSION = 2  # to be raised when the order, or what is drawn for a pair, is another
 _NOT_PART_OF_TRANSFORM = frozenset(("win", "lose", "seeds", "out", "on_error", "limits", "threads", "cache"))
-_MOST_FREE = 16  # buffers; more are let go: somebody kept an epoch of batches, and dropped it
 _DEFAULT_WINDOW = 8  # row groups, where single pairs cannot be read
 
 
@@ -122,12 +119,7 @@ class PairLoader(IterableDataset[PairBatch]):
             raise ValueError(f"the source has no pairs: {dict(self.source.counts)}")
         self.batch_size = batch_size
         self._shuffle, self.seed, self._last = shuffle, seed, last
-        if not shuffle:
-            self._window: int | None = 0
-        elif window is None:
-            self._window = None if self.source.random_access else _DEFAULT_WINDOW
-        else:
-            self._window = window or None
+        self._window = _window_of(self.source, shuffle, window)
         if self._window and categories is None:
             self.source.expect_window(self._window)
         if categories is not None and (not shuffle or window):
@@ -143,7 +135,6 @@ class PairLoader(IterableDataset[PairBatch]):
                 "(last='pad' or 'wrap' would yield them)"
             )
         self.prompt_dropout = prompt_dropout
-        self._decoder = decoder
         self._prefetch, self._readers, self._timeout_s = prefetch, readers, timeout_s
         self._ledger, self._max_bad_rate, self._max_bad_run = Ledger(ledger), max_bad_rate, max_bad_run
         self._options = decode
@@ -155,45 +146,39 @@ class PairLoader(IterableDataset[PairBatch]):
                 f"prompt_dropout is {prompt_dropout}; expected 0, because the source has {names} of whole prompts: "
                 'put those of "" in their place in the loop'
             )
-        self.epoch = 0
         self.stats = LoaderStats()
-        self._position = 0  # of the epoch, after what was yielded last
-        self._begin = 0  # where the workers of a DataLoader began to take turns
-        self._resumed = False
-        self._begins_anew = False  # because somebody said so
-        self._warned = False
-        self._pass = 0  # the number of the iteration whose progress is the loader's
+        self._progress = Progress(len(self.source))
         self._ordered: tuple[int, Order] | None = None
         self._order()  # an error in `categories` shows now
-        self._buffers: Buffers | None = None
-        self._forked: Buffers | None = None
-        self._chosen: tuple[object, Decoder] | None = None  # the decoder, and what it was chosen for
+        self._equipment = Equipment(decoder if ready is None else "cpp", self._device, decode)
 
     def __len__(self) -> int:
         """Batches in an epoch, of this rank."""
         whole, rest = divmod(len(self.source), self.batch_size * self._world_size)
         return whole + (rest > 0 and self._last != "drop")
 
+    @property
+    def epoch(self) -> int:
+        """Of the next iteration, or of the one that is under way."""
+        return self._progress.epoch
+
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration yields, from its start; nothing changes if it is that one already."""
         if not is_int(epoch) or epoch < 0:
             raise ValueError(f"epoch is {epoch!r}; expected an int >= 0")
-        self._begins_anew = True
-        if epoch != self.epoch:
-            self.epoch, self._position, self._begin, self._resumed = epoch, 0, 0, False
-            self._pass += 1
+        self._progress.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """What was yielded so far, to be stored as JSON or anything else. The same on all ranks after the same step."""
         state = {
             "version": _STATE_VERSION,
             "epoch": self.epoch,
-            "position": self._position,
+            "position": self._progress.position,
             "fingerprint": self.source.fingerprint,
             **self._identity(),
         }
         worker = get_worker_info()
-        return state if worker is None else {**state, "turns": self._turns(worker.num_workers, self._begin)}
+        return state if worker is None else {**state, "turns": self._turns(worker.num_workers, self._progress.begin)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, changed_source: bool = False) -> None:
         """The next iteration continues after what the state says was yielded.
@@ -220,8 +205,7 @@ class PairLoader(IterableDataset[PairBatch]):
         here = self._turns(worker.num_workers if worker else 0, begin) if is_int(begin) else None
         if not is_int(begin) or turns not in (None, here):
             raise ValueError(f"the state was taken by a DataLoader's worker with {turns!r}; here it is {here}")
-        self.epoch, self._position, self._begin, self._resumed = epoch, position, begin, True
-        self._pass += 1
+        self._progress.resume(epoch, position, begin)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -252,7 +236,7 @@ class PairLoader(IterableDataset[PairBatch]):
         positions = np.concatenate((positions, np.full(rest, len(self.source)))).reshape(-1, self.batch_size)
         order = Shuffled(np.array([len(self.source)]), 0, window=0)
         plan = replace(self._plan(None), order=order, epoch=0, prompt_dropout=0.0, replace_bad=False)
-        pipeline = Pipeline(plan, (Step(row, 0) for row in positions), self._buffers, LoaderStats())
+        pipeline = Pipeline(plan, (Step(row, 0) for row in positions), self._equipment.buffers, LoaderStats())
         close = weakref.finalize(plan, pipeline.close)  # also at the end of the process, where no generator is closed
         try:
             for _ in positions:
@@ -262,55 +246,29 @@ class PairLoader(IterableDataset[PairBatch]):
 
     def __iter__(self) -> Iterator[PairBatch]:
         worker = get_worker_info()
-        if not self._resumed:
-            if self._position and not self._begins_anew and worker is None:
-                self._warn_of_the_beginning()
-            self._position = self._begin = 0
-        self._resumed = self._begins_anew = False
-        self._pass += 1
+        number = self._progress.begin_pass(is_worker=worker is not None)
         share, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        plan = self._plan(worker)
-        return _Iteration(
-            self, Pipeline(plan, self._steps(self._position, self._begin, share, of), self._buffers, self.stats)
-        )
-
-    def _warn_of_the_beginning(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"epoch {self.epoch} was left at position {self._position} of {len(self.source)}, and begins again "
-                "with the same batches; loader.load_state_dict(loader.state_dict()) goes on where it was left, "
-                f"loader.set_epoch({self.epoch + 1}) with the next epoch, and set_epoch({self.epoch}) says that it is "
-                "meant so",
-                UserWarning,
-                stacklevel=3,
-            )
+        plan, steps = self._plan(worker), self._steps(self._progress.position, self._progress.begin, share, of)
+        return _Iteration(self, number, Pipeline(plan, steps, self._equipment.buffers, self.stats))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Memory and threads stay in their process.
-        return {**self.__dict__, "_buffers": None, "_forked": None, "_ordered": None, "_chosen": None}
+        return {**self.__dict__, "_ordered": None}  # large, and soon made again
 
     # ------------------------------------------------------------------------------------------------ inside
 
     def _plan(self, worker: Any) -> Plan:
-        """The plan of the next iteration, in a DataLoader's worker or None. Provides the memory for its batches."""
-        options = dict(self._options)
-        if worker is not None and "threads" not in options:
-            options["threads"] = max(1, len(os.sched_getaffinity(0)) // worker.num_workers)
-        # No process but its first may use CUDA after a fork.
-        device = None if worker is not None else _with_number(self._device)
-        decoder = self._chosen_decoder(device, options.get("threads"), worker is not None)
-        on_device = getattr(decoder, "device", _CPU).type != "cpu"
-        plan = Plan(
+        """The plan of the next iteration, in a DataLoader's worker or None."""
+        decode, device = self._equipment.set_up(worker)
+        return Plan(
             source=self.source,
             order=self._order(),
             seed=self.seed,
             epoch=self.epoch,
             rank=self._rank,
-            clips="frames" in options,
+            clips="frames" in self._options,
             replace_bad=True,
             options=options_as_json(self._options),
-            decode=partial(decoder.decode_clips if "frames" in options else decoder.decode_pairs, **options),
+            decode=decode,
             batch_shape=self._shape,
             dtype=self._dtype,
             prompt_dropout=self.prompt_dropout,
@@ -322,23 +280,6 @@ class PairLoader(IterableDataset[PairBatch]):
             max_bad_run=self._max_bad_run,
             ledger=self._ledger,
         )
-        pinned = plan.device is not None and plan.device.type == "cuda"
-        # A worker may have been forked after batches of the first process, whose page-locked memory is not its own.
-        if not on_device and (self._buffers is None or self._buffers.pinned != pinned):
-            self._forked = self._buffers  # not to be freed: to free page-locked memory asks CUDA, and a fork has none
-            self._buffers = Buffers(_MOST_FREE, pinned=pinned)
-        return plan
-
-    def _chosen_decoder(self, device: torch.device | None, threads: int | None, is_worker: bool) -> Decoder:
-        """The same for all iterations: DALI's is slow to build. A worker has one of its own."""
-        kind = self._decoder if self.source.ready is None else "cpp"
-        if is_worker:
-            # DALI on a CPU does not decode all that NVDEC would.
-            on_cuda = self._device is not None and self._device.type == "cuda"
-            return choose_decoder("cpp" if on_cuda and "frames" in self._options else kind, "cpu", threads)
-        if self._chosen is None or self._chosen[0] != device:
-            self._chosen = device, choose_decoder(kind, device or "cpu", threads)
-        return self._chosen[1]
 
     def _identity(self) -> dict[str, Any]:
         """What makes the order, beside the source."""
@@ -374,8 +315,8 @@ class PairLoader(IterableDataset[PairBatch]):
 class _Iteration(Iterator[PairBatch]):
     """One pass. When it is dropped, by `break` or an exception, its threads end."""
 
-    def __init__(self, loader: PairLoader, pipeline: Pipeline) -> None:
-        self._loader, self._pipeline, self._pass = loader, pipeline, loader._pass
+    def __init__(self, loader: PairLoader, number: int, pipeline: Pipeline) -> None:
+        self._loader, self._number, self._pipeline = loader, number, pipeline
         self._close = weakref.finalize(self, pipeline.close)
 
     def __next__(self) -> PairBatch:
@@ -384,13 +325,12 @@ class _Iteration(Iterator[PairBatch]):
         try:
             batch, end = self._pipeline.next()
             self._loader.stats.pairs += int(batch.ok.sum())
-            if self._pass == self._loader._pass:
-                self._loader._position = end
+            self._loader._progress.advance(self._number, end)
             return batch
         except StopIteration:
             self._close()
-            if self._pipeline.is_complete and self._pass == self._loader._pass:
-                self._loader.set_epoch(self._loader.epoch + 1)
+            if self._pipeline.is_complete:
+                self._loader._progress.end_pass(self._number)
             raise
         except BaseException:
             self._close()
@@ -401,13 +341,17 @@ class _Iteration(Iterator[PairBatch]):
         return self._loader.state_dict()
 
 
+def _window_of(source: Source, shuffle: bool, window: int | None) -> int | None:
+    """As `Shuffled` has it."""
+    if not shuffle:
+        return 0
+    if window is None:
+        return None if source.random_access else _DEFAULT_WINDOW
+    return window or None
+
+
 def _refuse_to_collate(batch: Any, **_: Any) -> Any:
     raise TypeError("a PairLoader yields batches already; expected DataLoader(loader, batch_size=None)")
 
 
 default_collate_fn_map[PairBatch] = _refuse_to_collate
-
-
-def _with_number(device: torch.device | None) -> torch.device | None:
-    """With "cuda" as the current device of this thread; the loader's own thread has another one."""
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

@@ -12,8 +12,7 @@ from data.pairs import Tiny
 from data.test_loader import TINY, expected, threads, yielded
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import PairLoader, dali, transfer
-from polydpo_fast.data import loader as loader_module
+from polydpo_fast.data import PairLoader, dali, equipment, transfer
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ class OnTheDevice:
 @pytest.fixture(params=["copied", "decoded there"])
 def decoder(request, monkeypatch):
     if request.param == "decoded there":
-        monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: OnTheDevice)
+        monkeypatch.setattr(equipment, "choose_decoder", lambda *_: OnTheDevice)
     return request.param
 
 
@@ -143,7 +142,7 @@ def test_tensors_of_the_source_go_along(machine, decoder):
 
 def test_the_decoder_is_kept_between_epochs(machine, monkeypatch):
     made = []
-    monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: made.append(OnTheDevice) or OnTheDevice)
+    monkeypatch.setattr(equipment, "choose_decoder", lambda *_: made.append(OnTheDevice) or OnTheDevice)
     loader = PairLoader(Tiny(8), 4, device="cuda", **TINY)
     made.clear()
     for _ in range(3):

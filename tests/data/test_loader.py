@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 from splitmix import chained, outputs
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import LoaderError, LoaderStats, PairError, PairLoader, SourceError, open_source, read_ledger
+from polydpo_fast.data import (
+    LoaderError,
+    LoaderStats,
+    PairError,
+    PairLoader,
+    SourceError,
+    equipment,
+    open_source,
+    read_ledger,
+)
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import sources as sources_module
 from polydpo_fast.data.bad_pairs import BadPairs
@@ -579,7 +588,7 @@ def test_statistics_tell_what_is_slow(monkeypatch):
     assert loader.stats.bottleneck == "model"
     assert loader.stats.waiting_for_consumer_s > 0.1
     slow = SimpleNamespace(decode_pairs=lambda *arms, **options: time.sleep(0.02) or decode_pairs(*arms, **options))
-    monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: slow)
+    monkeypatch.setattr(equipment, "choose_decoder", lambda *_: slow)
     loader = PairLoader(Tiny(40), 4, **TINY)
     list(loader)
     assert loader.stats.bottleneck == "decoding"
@@ -700,7 +709,8 @@ def test_the_decoder_is_the_chosen_one(monkeypatch):
         asked.append((decoder, str(device), threads))
         return Counting
 
-    monkeypatch.setattr(loader_module, "choose_decoder", choose)
+    for module in (loader_module, equipment):
+        monkeypatch.setattr(module, "choose_decoder", choose)
     got = [i for batch in PairLoader(Tiny(8), 4, decoder="dali", threads=1, **TINY) for i in yielded(batch)]
     assert got == expected(8, 0, 0)
     assert asked[-1] == ("dali", "cpu", 1)

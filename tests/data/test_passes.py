@@ -24,11 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
+from polydpo_fast.data import LoaderError, PairLoader, equipment, open_source, read_ledger
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import reading as reading_module
 from polydpo_fast.data.assembly import Assembler
 from polydpo_fast.data.dali import CppDecoder
+from polydpo_fast.data.equipment import Equipment
 from polydpo_fast.data.reading import Readers, was_given_up
 
 
@@ -485,18 +486,17 @@ def test_threads_that_cannot_be_started_are_told(monkeypatch):
 
 def test_workers_have_memory_of_their_own():
     """That of the first process may be page-locked, and be made by CUDA, which has no part in a fork."""
-    loader = PairLoader(Tiny(20), 4, **TINY)
-    loader._device = torch.device("cuda", 0)
-    loader._plan(None)
-    assert loader._buffers.pinned
-    inherited = weakref.ref(loader._buffers)
-    loader._plan(SimpleNamespace(id=0, num_workers=2))
-    assert not loader._buffers.pinned
+    equipment = Equipment("cpp", torch.device("cuda", 0), TINY)
+    equipment.set_up(None)
+    assert equipment.buffers.pinned
+    inherited = weakref.ref(equipment.buffers)
+    equipment.set_up(SimpleNamespace(id=0, num_workers=2))
+    assert not equipment.buffers.pinned
     assert inherited() is not None, "freeing what a device has read from asks CUDA, which ends a forked process"
-    assert pickle.loads(pickle.dumps(loader))._forked is None
-    first = loader._buffers
-    loader._plan(SimpleNamespace(id=0, num_workers=2))
-    assert loader._buffers is first
+    assert pickle.loads(pickle.dumps(equipment))._forked is None
+    first = equipment.buffers
+    equipment.set_up(SimpleNamespace(id=0, num_workers=2))
+    assert equipment.buffers is first
 
 
 def test_workers_share_the_processors(monkeypatch):
@@ -510,21 +510,21 @@ def test_workers_decode_clips_for_a_gpu_in_cpp(monkeypatch):
     """What they have of DALI, its CPU operators, would refuse what NVDEC decodes in the first process."""
     chosen = []
     kinds = lambda kind, device, threads=None: chosen.append((kind, device)) or CppDecoder()  # noqa: E731
-    monkeypatch.setattr("polydpo_fast.data.loader.choose_decoder", kinds)
+    monkeypatch.setattr("polydpo_fast.data.equipment.choose_decoder", kinds)
+    device = torch.device("cuda", 0)
     for options in (TINY, dict(size=16, frames=2)):
-        loader = PairLoader(Tiny(20), 4, decoder="dali", **options)
-        loader._device = torch.device("cuda", 0)
         del chosen[:]
-        loader._chosen_decoder(loader._device, None, False)
-        loader._chosen_decoder(None, None, True)
-        assert chosen == [("dali", loader._device), ("cpp" if "frames" in options else "dali", "cpu")]
+        equipment = Equipment("dali", device, options)
+        equipment.set_up(None)
+        equipment.set_up(SimpleNamespace(id=0, num_workers=2))
+        assert chosen == [("dali", device), ("cpp" if "frames" in options else "dali", "cpu")]
 
 
 def test_an_epoch_of_batches_that_was_kept_is_given_back():
     loader = PairLoader(Tiny(400), 4, **TINY)
     kept = list(loader)
     del kept
-    assert len(loader._buffers._free) == 16
+    assert len(loader._equipment.buffers._free) == 16
 
 
 # ---------------------------------------------------------------------------------------- sources with surprises
@@ -616,7 +616,7 @@ def test_pairs_are_read_while_others_are_decoded(monkeypatch):
         assert further.wait(10)
         return decode_pairs(*arms, **options)
 
-    monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: SimpleNamespace(decode_pairs=decode))
+    monkeypatch.setattr(equipment, "choose_decoder", lambda *_: SimpleNamespace(decode_pairs=decode))
     assert len(list(PairLoader(Watched(8), 4, shuffle=False, prefetch=1, **TINY))) == 2
 
 
