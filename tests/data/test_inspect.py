@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from polydpo_fast import ClipLimits, DecodeLimits
 from polydpo_fast.cli import app
 from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
-from polydpo_fast.data.inspect import check, replay, sample, sampled_indices
 from polydpo_fast.data.ledger import options_as_json, options_of_json
 from polydpo_fast.data.pack import pack
 from polydpo_fast.data.records import RecordPairs
+from polydpo_fast.data.replay import replay
+from polydpo_fast.data.trial import check, sample, sampled_indices
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
