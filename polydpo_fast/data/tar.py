@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
-from .fields import MAX_RECORD_BYTES, Fields, parse_json, text_of
+from .columns import TIE_WEIGHT
+from .fields import Fields, text_of
 from .files import File, Location
 from .indexed import COMMON, IndexedSource, Notes, key_hash
-from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
-from .source import Pair, PairError, SourceError, warn
+from .source import Pair, SourceError, warn
 from .splits import find_one_split
-from .tar_members import BLOCK, Member, is_header, read_member
+from .tar_members import BLOCK, is_header
+from .tar_samples import CUT_OFF, FIRST_WINS, Order, Sample, only_sample, samples
 
 __all__ = ["KEY_FIELD", "PACK_STATE", "TarPairs"]
 
@@ -29,14 +28,8 @@ KEY_FIELD = "pair_key"
 PACK_STATE = "pack.json"
 """Beside shards that `pack` made: how far it came."""
 
-_MAX_PADDING = 1 << 20  # after the end mark; tar fills its last record, of 10 KB as a rule
 _MAX_SAMPLE = 1 << 32
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
-_ARMS = (("win", "lose"), ("0", "1"))
-_TEXTS = ("json", "txt")
-_CUT_OFF = "files cut off"
-_LINKED = "arms passed over for being links (tar --hard-dereference --dereference stores their files)"
-_DOTTED = "arms passed over for a further dot in their names (a key ends at the first one)"
 
 
 class TarPairs(IndexedSource):
@@ -80,7 +73,7 @@ class TarPairs(IndexedSource):
         _check_complete(files)
         super().__init__(files, ties=ties, columns=columns, cache=cache)
         self._long_keys = self._repeated() is not None
-        cut_off = [file.path for file, notes in zip(files, self._notes, strict=True) if notes.counts[_CUT_OFF]]
+        cut_off = [file.path for file, notes in zip(files, self._notes, strict=True) if notes.counts[CUT_OFF]]
         if cut_off:
             others = f" and {len(cut_off) - 1} others" if len(cut_off) > 1 else ""
             warn(f"cut off, so that at least the last sample is missing: {cut_off[0]}{others}")
@@ -100,12 +93,12 @@ class TarPairs(IndexedSource):
                     )
             seen: set[int] = set()
             digest = hashlib.blake2b(digest_size=16)
-            for sample in _samples(opened, file.size, notes):
+            for sample in samples(opened, file.size, notes):
                 hashed = key_hash(sample.key)
                 if hashed in seen:
                     raise ValueError(f"sample {sample.key!r} comes twice, not in one piece, at byte {sample.start}")
                 seen.add(hashed)
-                content = _content(sample)
+                content = sample.content()
                 digest.update(content)
                 if (row := _row_of(sample, notes)) is not None:
                     yield *row, zlib.crc32(content)
@@ -121,13 +114,13 @@ class TarPairs(IndexedSource):
             raise ValueError("the shard has been changed since it was opened")
         data = file.read(int(row["start"]), int(row["blocks"]) * BLOCK)
         try:
-            sample = _only_sample(data)
+            sample = only_sample(data)
         except (EOFError, ValueError) as error:
             raise ValueError(f"the shard has changed or is damaged: {error}") from error
         order = None
-        if zlib.crc32(_content(sample)) == row["crc"]:
-            record = _record(sample)
-            fields, order = Fields.of(record, self._columns, KEY_FIELD), _order(sample, record)
+        if zlib.crc32(sample.content()) == row["crc"]:
+            record = sample.record()
+            fields, order = Fields.of(record, self._columns, KEY_FIELD), sample.order(record)
         if order is None:
             raise ValueError(f"the shard has changed: another sample, {sample.key!r}, is where this one was")
         key = fields.key or sample.key
@@ -138,7 +131,7 @@ class TarPairs(IndexedSource):
             key,
             win,
             lose,
-            prompt=_prompt(sample) if fields.prompt is None else fields.prompt,
+            prompt=sample.prompt() if fields.prompt is None else fields.prompt,
             weight=fields.weight * (TIE_WEIGHT if order.tie else 1.0),
             category=fields.category,
             extra=fields.extra,
@@ -159,177 +152,27 @@ def _check_complete(files: Sequence[File]) -> None:
             raise SourceError(f"{folder} is not packed to its end; pack it again, which goes on where it stopped")
 
 
-# ------------------------------------------------------------------------------------------------ samples
-
-
-class _Order(NamedTuple):
-    arms: tuple[str, str]
-    tie: bool
-
-
-class _Sample:
-    """Members of one key. texts: the contents of its json and txt."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.arms: dict[str, Member] = {}
-        self.texts: dict[str, bytes] = {}
-        self.start = self.end = -1
-
-    def add(self, role: str, member: Member, file: BinaryIO) -> None:
-        if role in self.arms or role in self.texts:
-            raise ValueError(f"sample {self.key!r} has two members {role!r}, the second at byte {member.start}")
-        if role in _TEXTS:
-            if member.size > MAX_RECORD_BYTES:
-                raise ValueError(f"{member.name!r} has {member.size} bytes; expected at most {MAX_RECORD_BYTES}")
-            file.seek(member.data)
-            content = file.read(member.size)
-            if len(content) < member.size:
-                raise EOFError("it ends within a member")
-            self.texts[role] = content
-        else:
-            self.arms[role] = member
-        self.start, self.end = member.start if self.start < 0 else self.start, member.end
-
-
-def _samples(file: BinaryIO, size: int, notes: Notes) -> Iterator[_Sample]:
-    """All samples with at least one arm. Raises ValueError if it is no tar file."""
-    at, sample = 0, None
-    try:
-        while (member := read_member(file, at, size)) is not None:
-            at = member.end
-            named = _key_and_role(member.name)
-            if named is None:
-                continue
-            key, role = named
-            if not member.is_file:
-                if role and role not in _TEXTS:
-                    notes.counts[_LINKED] += 1
-                continue
-            if sample is not None and sample.key != key:
-                if sample.arms:
-                    yield sample
-                sample = None
-            if role:
-                sample = sample or _Sample(key)
-                sample.add(role, member, file)
-            elif _is_arm(*member.name.lower().split(".")[-2:]):
-                notes.counts[_DOTTED] += 1
-    except EOFError:
-        if at == 0:
-            raise ValueError("it ends before its first member does") from None
-        # The last sample may have had more members: its prompt, its label.
-        notes.counts[_CUT_OFF] += 1
-        return
-    if sample is not None and sample.arms:
-        yield sample
-    file.seek(at)
-    rest = file.read(_MAX_PADDING + 1)
-    if len(rest) > _MAX_PADDING or rest.strip(b"\0"):
-        raise ValueError(f"it goes on after its end, at byte {at}: tar files put together, or a download not finished")
-
-
-def _only_sample(data: bytes) -> _Sample:
-    """Raises ValueError or EOFError if the data is not exactly one whole sample."""
-    file, at, sample = io.BytesIO(data), 0, None
-    while at < len(data):
-        member = read_member(file, at, len(data))
-        if member is None:
-            raise ValueError("the archive ends where it should not")
-        at = member.end
-        key, role = (member.is_file and _key_and_role(member.name)) or ("", "")
-        if role:
-            sample = sample or _Sample(key)
-            if sample.key != key:
-                raise ValueError(f"members of {sample.key!r} and {key!r} where those of one should be")
-            sample.add(role, member, file)
-    if sample is None:
-        raise ValueError("no members of a sample")
-    return sample
-
-
-def _key_and_role(name: str) -> tuple[str, str] | None:
-    """The role is an arm, "json", "txt", or "" for any other member; None for names without a key."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    if not stem or not dot:
-        return None
-    key, suffix = f"{folder}{slash}{stem}", suffix.lower()
-    if suffix in _TEXTS:
-        return key, suffix
-    arm, _, form = suffix.rpartition(".")
-    return key, arm if _is_arm(arm, form) else ""
-
-
-def _is_arm(arm: str, form: str) -> bool:
-    return any(arm in arms for arms in _ARMS) and (form in IMAGE_SUFFIXES or form in CLIP_SUFFIXES)
-
-
-def _content(sample: _Sample) -> bytes:
-    """What tells whether a sample has changed: its texts, and the names and sizes of its arms."""
-    members = sorted((arm, member.name, member.size) for arm, member in sample.arms.items())
-    return b"%r %r %r %r" % (sample.key, members, sample.texts.get("json"), sample.texts.get("txt"))
-
-
-def _record(sample: _Sample) -> dict[str, Any]:
-    """The object in its json. Raises ValueError."""
-    return parse_json(sample.texts["json"]) if "json" in sample.texts else {}
-
-
-def _row_of(sample: _Sample, notes: Notes) -> tuple[Any, ...] | None:
+def _row_of(sample: Sample, notes: Notes) -> tuple[Any, ...] | None:
     notes.counts["samples"] += 1
-    if not any(set(arms) <= set(sample.arms) for arms in _ARMS):
+    if not sample.is_complete:
         notes.counts["incomplete"] += 1
         return None
     if sample.end - sample.start > _MAX_SAMPLE:
         raise ValueError(f"sample {sample.key!r} has {sample.end - sample.start} bytes; expected at most {_MAX_SAMPLE}")
     record, key, category = {}, sample.key, 0
-    order: _Order | None = _Order(_ARMS[0], False)
+    order: Order | None = FIRST_WINS
     try:
-        record = _record(sample)
+        record = sample.record()
         key, category = text_of(record, KEY_FIELD) or key, notes.category(text_of(record, "category") or "")
     except ValueError:
         # It stays a pair, which fails when it is read. In the first category: one of its own would get a share under
         # categories="balanced".
         notes.counts["of bad JSON"] += 1
     else:
-        order = _order(sample, record)
+        order = sample.order(record)
     notes.see(record)
     if order is None:
         notes.counts["without label"] += 1
         return None
     blocks = (sample.end - sample.start) // BLOCK
     return key_hash(key), category, order.tie, sample.start, blocks
-
-
-def _order(sample: _Sample, record: dict[str, Any]) -> _Order | None:
-    """None without a label. Raises ValueError for a label that means nothing."""
-    if set(_ARMS[0]) <= set(sample.arms):
-        return _Order(_ARMS[0], False)
-    if not is_labelled(record.get(HAS_LABEL)):
-        return None
-    labels = [_label(record, f"label_{arm}", sample.key) for arm in "01"]
-    if labels != [None, None]:
-        first = 1 - labels[1] if labels[0] is None else labels[0]
-        second = 1 - first if labels[1] is None else labels[1]
-        return _Order(("1", "0") if second > first else ("0", "1"), first == second)
-    for name in ("label", "preferred"):
-        if (number := _label(record, name, sample.key)) is not None:
-            if number not in (0, 0.5, 1):
-                raise ValueError(f"sample {sample.key!r}: {name} is {number}; expected 0, 1, or 0.5 for a tie")
-            return _Order(("1", "0") if number == 1 else ("0", "1"), number == 0.5)
-    return None
-
-
-def _label(record: dict[str, Any], name: str, key: str) -> Any:
-    value = record.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
-        raise ValueError(f"sample {key!r}: {name} is {value!r}; expected a number from 0 to 1")
-    return value
-
-
-def _prompt(sample: _Sample) -> str:
-    try:
-        return sample.texts.get("txt", b"").decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise PairError(f"sample {sample.key!r}: its txt is not UTF-8") from error
