@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.loading import TINY, expected
 from data.pairs import Tiny, which
-from data.test_loader import TINY, expected
 
 from polydpo_fast.data import PairLoader, read_ledger
 

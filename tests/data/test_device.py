@@ -8,8 +8,8 @@ import pytest
 import torch
 from data import late_cuda
 from data.late_cuda import Late, OnDevice, on_device, read
+from data.loading import TINY, expected, threads, yielded
 from data.pairs import Tiny
-from data.test_loader import TINY, expected, threads, yielded
 
 from polydpo_fast import decode_pairs
 from polydpo_fast.data import PairLoader, dali, equipment, transfer

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data.loading import TINY, expected, threads, yielded
 from data.pairs import Tiny, png
-from data.test_loader import TINY, expected, threads, yielded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -451,7 +451,7 @@ names = lambda: [thread.name for thread in threading.enumerate() if thread.name 
 atexit.register(lambda: print(names()))
 import numpy as np
 from data.pairs import Tiny
-from data.test_loader import TINY
+from data.loading import TINY
 from polydpo_fast.data import PairLoader
 loader = PairLoader(Tiny(4000), 4, **TINY)
 batches = {how}
