@@ -1,4 +1,4 @@
-"""`polydpo-fast check`: green on what is right, red on one changed line, and the same again from its seed."""
+"""`polydpo-fast check` finds what is wrong: changed lines of the library are caught and named."""
 
 import json
 import os
@@ -7,114 +7,21 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from oracle import full
-from rich.console import Console
-from typer.testing import CliRunner
+from check.checking import PLAIN, needs_cpp, runner
 
 import polydpo_fast
 from polydpo_fast import cpu, fast_lane, functional, metrics, objectives, operators, programs
-from polydpo_fast.check import (
-    cases,
-    check,
-    clips,
-    data,
-    encoding,
-    exact,
-    images,
-    loading,
-    losses,
-    planes,
-    run,
-    transform,
-)
-from polydpo_fast.check.report import Finding, Report, must
+from polydpo_fast.check import cases, check, clips, encoding, exact, images, loading, losses, planes, run
+from polydpo_fast.check.report import Report
 from polydpo_fast.cli import app
 
-runner = CliRunner()
 PACKAGE = Path(polydpo_fast.__file__).parent
-needs_cpp = pytest.mark.skipif("cpp" not in polydpo_fast.available_backends("cpu"), reason="the extension is not built")
 heavy = pytest.mark.heavy
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """A few cases of each kind, one of them large."""
-    monkeypatch.setattr(run, "_CASES", (21, 21))
-    monkeypatch.setattr(run, "_LEAST", 20)
-    monkeypatch.setattr(run, "_INTERPRETED", (3, 3))
-    monkeypatch.setattr(run, "_LEAST_SLOW", 2)
-    monkeypatch.setattr(run, "_COMPILED", (2, 2))
-    monkeypatch.setattr(run, "_IMAGES", (4, 4))
-    monkeypatch.setattr(run, "_CLIPS", (1, 1))
-
-
-# --------------------------------------------------------------------------------------------------- green
-
-
-def test_everything_is_within_its_gate(few, tmp_path):
-    file = tmp_path / "check.json"
-    result = runner.invoke(app, ["check", "--seed", "3", "--device", "cpu", "--seconds", "280", "--json", str(file)])
-    assert result.exit_code == 0, result.output
-    assert "all within tolerance" in result.output
-    found = json.loads(file.read_text())
-    assert found["passed"] is True
-    assert found["seed"] == 3
-    assert found["broken"] == []
-    groups = {(group["subject"], group["check"]): group for group in found["groups"]}
-    expected = [
-        (backend, quantity)
-        for backend in polydpo_fast.available_backends("cpu")
-        for quantity in ("logit", "value", "gradient", "metrics", "pair_errors")
-    ]
-    assert set(expected) <= set(groups)
-    for backend in set(polydpo_fast.available_backends("cpu")) - {"reference"}:
-        assert {(backend, "determinism"), (backend, "torch.compile")} <= set(groups)
-        # Never exactly right: something was compared.
-        assert groups[backend, "gradient"]["worst"]["ulps"] > 0.4
-        assert 0 < groups[backend, "logit"]["worst"]["share_of_gate"] <= 1
-
-
-def test_thorough_tries_the_operators_too(few):
-    report = check(
-        seed=0,
-        thorough=True,
-        backend="triton" if "triton" in polydpo_fast.available_backends("cpu") else None,
-        seconds=200.0,
-    )
-    assert report.passed, report.as_json()
-    assert '"check": "opcheck"' in report.as_json()
-
-
-@heavy
-@pytest.mark.parametrize("tens", range(12))
-def test_what_is_right_is_green_for_any_seed(tens, monkeypatch):
-    monkeypatch.setattr(run, "_BACKENDS", ("cpp", "reference"))
-    monkeypatch.setattr(run, "_CASES", (40, 40))
-    monkeypatch.setattr(run, "_COMPILED", (0, 0))
-    monkeypatch.setattr(run, "_IMAGES", (6, 6))
-    monkeypatch.setattr(run, "_CLIPS", (1, 1))
-    for seed in range(10 * tens, 10 * tens + 10):
-        report = check(seed=seed, device="cpu", seconds=1000.0)
-        assert report.passed, report.as_json()
-
-
-def test_only_what_is_wrong_has_a_note():
-    report = Report(seed=0, thorough=False)
-    report.add("decode_pairs", "cpu", must("geometry", True, "3 levels off"), "that of the docs")
-    assert report.passed
-    assert "levels" not in report.as_json()
-    report.add("decode_pairs", "cpu", must("geometry", False, "3 levels off"), "that of the docs")
-    assert not report.passed
-    assert json.loads(report.as_json())["groups"][0]["note"] == "3 levels off"
-
-
-# ----------------------------------------------------------------------------------------------------- red
 
 
 @needs_cpp
@@ -152,7 +59,12 @@ def _forget_programs():
         ("    gl = scale_l * (pred_l - target_l)\n", "    gl = scale_l * (pred_l - target_w)\n", "gradient"),
         pytest.param("            excess_w += ew\n", "            excess_w += 1.001 * ew\n", "logit", marks=heavy),
         pytest.param("tl.where(tl.abs(logit) > 10.0, 1.0, 0.0)", "0.37", "metrics", marks=heavy),
-        pytest.param("mask + row * mask_stride + first + at", "mask + row * mask_stride + at", "gradient", marks=heavy),
+        pytest.param(
+            "mask + row * mask_stride + first + at",
+            "mask + row * mask_stride + at",
+            "gradient",
+            marks=heavy,
+        ),
     ],
     ids=["gradient", "logit", "metrics", "mask"],
 )
@@ -177,13 +89,6 @@ def test_a_changed_line_of_a_triton_kernel_is_caught_and_named(line, changed, ch
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"triton on cpu: {check}, case {case}" in done.stdout
-
-
-PLAIN = next(
-    c.number
-    for c in (cases.draw(0, number) for number in range(1000))
-    if (c.edge, c.dtypes, c.kind, c.options["objective"]) == ("", "fp32", "own", "poly_dpo") and c.ref and c.pairs > 1
-)
 
 
 def test_the_case_of_the_changed_kernels_is_green_without_the_change():
@@ -361,14 +266,6 @@ def test_an_alpha_that_a_graph_takes_from_elsewhere_is_caught(monkeypatch):
 
 
 @needs_cpp
-def test_normalised_pixels_are_told_in_units_of_the_last_place():
-    pytest.importorskip("PIL")
-    found = [f for number in range(3) for f, _ in images.image(0, number) if f.check == "normalised"]
-    assert 0.3 < max(finding.ulps for finding in found) < 1
-    assert max(finding.relative for finding in found) > 0
-
-
-@needs_cpp
 @pytest.mark.parametrize("wrong", ["diagonal", "even"])
 def test_crops_and_mirrors_of_other_numbers_are_caught(wrong, monkeypatch):
     from polydpo_fast import decode_arguments
@@ -432,23 +329,6 @@ def test_other_colours_and_mirrors_of_planes_are_caught(wrong, monkeypatch):
         monkeypatch.setattr(yuv, "_reference", lambda planes, crop, flip, *rest: whole(planes, crop, None, *rest))
     found = [found for number in range(5) for found in planes.planes(0, number, "cpu", "reference")]
     assert broken(found) == {"colours"}
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("depth", [8, 16])
-def test_the_pngs_of_every_filter_are_those_of_pillow(channels, depth):
-    from io import BytesIO
-
-    image = pytest.importorskip("PIL.Image")
-    numbers = np.random.default_rng(channels).integers(0, 2**depth, (23, 9, channels))
-    filters = np.arange(23) % 5
-    for interlaced in (False, True):
-        file = encoding.png(numbers, {1: 0, 2: 4, 3: 2, 4: 6}[channels], depth, interlaced, [], filters)
-        found = np.asarray(image.open(BytesIO(file))).reshape(23, 9, -1)
-        # Of 16 bits Pillow keeps the upper ones, but for grey; which with alpha it takes for RGBA then.
-        shown = numbers >> (8 if depth == 16 and channels > 1 else 0)
-        np.testing.assert_array_equal(found[..., -1], shown[..., -1])
-        np.testing.assert_array_equal(found[..., : channels - 1], shown[..., : channels - 1])
 
 
 @needs_cpp
@@ -623,233 +503,3 @@ def test_arms_of_files_that_are_taken_the_other_way_are_caught(kind, monkeypatch
     assert not broken(loading.stored(0, kind))
     monkeypatch.setattr(assembly.Assembler, "_decoded", swapped)
     assert broken(loading.stored(0, kind)) == {"each pair once"}
-
-
-def test_nothing_is_checked_twice():
-    jobs = run._jobs(Report(0, False), [("cpp", "cpu"), ("reference", "cpu")], None, ["cpu"], None)
-    names = [job.name for job in jobs]
-    assert len(set(names)) == len(names)
-
-
-# -------------------------------------------------------------------------------------------- command line
-
-
-def test_what_is_not_there_is_said_and_no_failure(few, monkeypatch):
-    monkeypatch.setattr(data, "missing", lambda *packages: "Pillow is not installed" if "PIL" in packages else "")
-    monkeypatch.setattr(clips, "clip", lambda *arguments: iter(()))
-    monkeypatch.setattr(run, "_BACKENDS", ("reference",))
-    monkeypatch.setattr(run, "_CASES", (3, 3))
-    result = runner.invoke(app, ["check", "--seed", "0", "--seconds", "280"])
-    assert result.exit_code == 0, result.output
-    assert "not run: decode_pairs: Pillow is not installed" in result.output
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--device", "tpu"], "device is 'tpu'; expected 'cpu', or 'cuda'"),
-        (["--device", "cuda:99"], "device is 'cuda:99'; there are"),
-        (["--device", "cpu:"], "device is 'cpu:'; expected 'cpu', or 'cuda'"),
-        (["--backend", "numpy"], "backend is 'numpy'; expected one of 'cpp', 'triton', 'reference'"),
-        (["--case", "3"], "--case needs the --seed"),
-        (["--seed", "-1"], "--seed"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    result = runner.invoke(app, ["check", *options])
-    assert result.exit_code == 2
-    assert message in result.output
-
-
-def test_without_time_no_cases_are_begun_and_that_is_said(few):
-    result = runner.invoke(app, ["check", "--seed", "0", "--backend", "reference", "--seconds", "0"])
-    assert result.exit_code == 1
-    assert "not run: reference on cpu from case 0 on: no time was left" in result.output
-    assert "reference on cpu: 0 cases, of 20 at least: no time was left" in result.output
-    assert "parts not finished (time limit)" in result.output
-    assert " broken" not in result.output
-
-
-def test_it_ends_within_a_minute_unless_it_is_to_be_thorough(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(run, "_CASES", (14, 14))
-    monkeypatch.setattr(run, "_gather", lambda *_: clock.append(clock[-1] + 5.0))
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[-1])
-    assert check(seed=0, backend="reference", device="cpu").seconds < 60
-    assert check(seed=0, backend="reference", device="cpu", thorough=True).seconds > 60
-
-
-def test_no_backend_is_left_without_cases(few, monkeypatch):
-    """One that takes all the time it is given leaves theirs to the others."""
-    clock = [0.0]
-
-    def slow(report, subject, device, *_):
-        clock[0] += 40.0 if subject == "triton" else 0.1
-        report.add(subject, device, Finding("value", 0.0), "1e-6")
-
-    monkeypatch.setattr(run, "_gather", slow)
-    monkeypatch.setattr(run, "_CASES", (20, 20))
-    monkeypatch.setattr(run, "available_backends", lambda device: ("cpp", "triton", "reference"))
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
-    report = check(seed=0, device="cpu", seconds=100.0)
-    groups = {(group["subject"], group["check"]): group for group in json.loads(report.as_json())["groups"]}
-    for backend in ("cpp", "reference"):
-        assert groups[backend, "value"]["cases"] >= 20
-
-
-def test_a_file_that_cannot_be_written_is_told_at_once(monkeypatch, tmp_path):
-    from polydpo_fast import check as package
-
-    monkeypatch.setattr(package, "check", lambda **_: pytest.fail("it ran"))
-    result = runner.invoke(app, ["check", "--json", str(tmp_path / "no" / "such" / "folder.json")])
-    assert result.exit_code == 2
-    assert "No such file" in result.output
-
-
-@pytest.mark.parametrize("width", [40, 120])
-def test_narrow_terminals_get_lines(width):
-    report, console = Report(0, False), Console(width=width, file=StringIO())
-    report.add("cpp", "cpu", Finding("value", 0.5, 2.0), "1e-6", case=3)
-    report.print(console)
-    line = "\ncpp on cpu: value (1e-6): cases 1, ulp 2.00, relative 0, of tolerance 50%, worst case 3\n"
-    assert (line in console.file.getvalue()) == (width == 40)
-
-
-def test_a_seed_is_drawn_and_printed(few, monkeypatch):
-    monkeypatch.setattr(run, "_CASES", (1, 1))
-    seeds = {runner.invoke(app, ["check", "--backend", "reference"]).output.split("seed ")[-1] for _ in range(2)}
-    assert len(seeds) == 2
-
-
-# ------------------------------------------------------------------------------------- cases and comparisons
-
-
-def test_a_case_is_that_of_its_seed_and_number():
-    one, again, other = cases.draw(7, 12), cases.draw(7, 12), cases.draw(8, 12)
-    assert str(one) == str(again) != str(other)
-    assert torch.equal(one.pred[0].nan_to_num(), again.pred[0].nan_to_num())
-
-
-def test_the_default_run_meets_every_objective_dtype_layout_and_edge():
-    drawn = [cases.draw(11, number) for number in range(run._CASES[0])]
-    assert {c.options["objective"] for c in drawn} == set(objectives.OBJECTIVES)
-    assert {c.dtypes for c in drawn} > set(cases._DTYPES) - {"any"}
-    mixed = [c for c in drawn if len(set(c.dtypes.split("/"))) > 1]
-    assert any(c.double for c in mixed)
-    assert len({c.dtypes for c in mixed}) > 10
-    assert {c.layout for c in drawn} == set(cases._LAYOUTS)
-    assert {c.edge for c in drawn} == {"", *cases._EDGES}
-    assert {c.memory[0] for c in drawn} == set(cases._MEMORY)
-    assert {c.kind for c in drawn} == {"own", "shared", "expanded"}
-    assert {c.options["reduction"] for c in drawn} == {"mean", "sum", "none"}
-    options = {name for c in drawn for name in c.options}
-    assert {"mask", "label_smoothing", "margin", "sft_weight", "pair_weight", "reference_free", "alpha"} <= options
-    for name in ("alpha", "beta"):
-        assert {type(c.options.get(name)) for c in drawn} >= {float, torch.Tensor}
-    assert any(isinstance(c.options.get("alpha"), tuple) for c in drawn)
-    special = {name: [c for c in drawn if c.number in numbers] for name, numbers in cases.SPECIAL.items()}
-    for found in special.values():
-        assert {c.dtypes for c in found} == {"bf16", "fp16", "fp32", "fp32/bf16/bf16"}
-    assert all(c.elements >= 2 * 1_200_000 for c in special["large"])
-    assert ["mask" in c.options for c in special["large"]] == [True, False, False, False]
-    assert all(c.pairs >= 2 and c.elements > 2 * c.pairs * 32768 for c in special["long"])
-    assert ["mask" in c.options for c in special["long"]] == [False, True, False, True]
-    assert all(c.pairs >= 65 for c in special["many"])
-    assert all("mask" in c.options and 2 * 1024 * c.pairs < c.elements <= run._SMALL for c in special["masked"])
-    lengths = [len(c.options["alpha"]) for c in drawn if isinstance(c.options.get("alpha"), tuple)]
-    assert lengths[0] == 4
-    assert set(lengths) == {1, 2, 3, 4}
-
-
-@pytest.mark.parametrize("memory", cases._MEMORY)
-@pytest.mark.parametrize("layout", cases._LAYOUTS)
-def test_memory_holds_the_same_numbers(memory, layout):
-    arms = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
-    plain, given = cases.arranged(arms, layout, "contiguous"), cases.arranged(arms, layout, memory)
-    tensors = [(plain, given)] if layout != "tuple" else list(zip(plain, given, strict=True))
-    for expected, x in tensors:
-        assert torch.equal(x, expected)
-        assert memory in ("contiguous", "batch slice") or not x.is_contiguous()
-
-
-def test_the_truth_is_that_of_the_oracle():
-    """Which shares no code with it either, and subtracts means in extended precision."""
-    seen = set()
-    for case in (cases.draw(5, number) for number in range(120)):
-        if case.edge or case.elements > 2**16:
-            continue
-        options = {name: x.double().numpy() if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
-        alpha = options.get("alpha", 0.0)
-        value, logit, gradient = full(
-            *case.pred,
-            *case.target,
-            ref=case.ref,
-            ref_error=case.ref_error,
-            beta=options["beta"],
-            alpha=alpha if isinstance(alpha, tuple) else (alpha,),
-            objective=options["objective"],
-            smoothing=options.get("label_smoothing", 0.0),
-            margin=options.get("margin", 0.0),
-            sft_weight=options.get("sft_weight", 0.0),
-            weight=options.get("pair_weight", 1.0),
-            mask=None if case.options.get("mask") is None else case.options["mask"].numpy(),
-        )
-        found = exact.exact_of(case, exact.errors_of(case))
-        np.testing.assert_allclose(found.logit.numpy(), logit.astype(float), rtol=1e-9)
-        np.testing.assert_allclose(found.value.numpy(), value.astype(float), rtol=1e-8, atol=1e-300)
-        upstream = exact.upstream_of(case).numpy()
-        for arm in (0, 1):
-            rows = exact.residual_of(case, arm).flatten(1).numpy()
-            expected = gradient[arm].reshape(rows.shape).astype(float) * upstream[:, None]
-            np.testing.assert_allclose(found.coefficient[arm].numpy()[:, None] * rows, expected, rtol=1e-8, atol=1e-300)
-        seen.add(options["objective"])
-    assert seen == set(objectives.OBJECTIVES)
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_filter_is_pillows(interpolation):
-    """But for its rounding to bytes between the passes and at the end."""
-    image = pytest.importorskip("PIL.Image")
-    levels = np.random.default_rng(0).integers(0, 256, (57, 83, 3), dtype=np.uint8)
-    for height, width in ((20, 31), (57, 200), (90, 40), (11, 83)):
-        expected = image.fromarray(levels).resize((width, height), getattr(image.Resampling, interpolation.upper()))
-        found = transform.resampled(levels.astype(np.float64), height, width, interpolation)
-        assert np.abs(found - np.asarray(expected)).max() < 1.1
-
-
-def compared(actual, expected, allowed=1e-6, dtype=torch.float32):
-    actual, expected = torch.tensor(actual), torch.tensor(expected, dtype=torch.float64)
-    return losses._compared("value", actual, expected, torch.full_like(expected, allowed), dtype)
-
-
-def test_comparisons_find_the_worst_element():
-    finding = compared([1.0, 2.0, 3.0], [1.0, 2.0 + 5e-7, 3.0 - 2e-6])
-    assert finding.share == pytest.approx(2.0)
-    assert finding.ulps == pytest.approx(2e-6 / 2**-22, rel=1e-3)
-    assert finding.relative == pytest.approx(2e-6 / 3, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("actual", "expected", "fine"),
-    [
-        (float("nan"), float("nan"), True),
-        (float("nan"), 1.0, False),
-        (1.0, float("nan"), False),
-        (float("inf"), 1e39, True),  # beyond float32
-        (float("inf"), 1.0, False),
-        (0.1, 0.1, True),  # what rounds to it
-    ],
-)
-def test_comparisons_of_what_is_not_finite(actual, expected, fine):
-    assert (compared([actual], [expected], allowed=0.0).share <= 1) == fine
-
-
-def test_a_report_without_findings_has_not_passed():
-    report = Report(0, False)
-    assert not report.passed
-    report.add("cpp", "cpu", Finding("value", 0.5), "1e-6")
-    assert report.passed
-    report.add("cpp", "cpu", Finding("value", float("nan")), "1e-6")
-    assert not report.passed
-    report.add("cpp", "cpu", Finding("value", 0.5), "1e-6")
-    assert json.loads(report.as_json())["groups"][0]["worst"]["share_of_gate"] is None
