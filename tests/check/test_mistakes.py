@@ -15,7 +15,7 @@ import torch
 from check.checking import PLAIN, needs_cpp, runner
 
 import polydpo_fast
-from polydpo_fast import cpu, fast_lane, functional, metrics, objectives, operators, programs
+from polydpo_fast import cpu, fast_lane, functional, metrics, operators, programs
 from polydpo_fast.check import cases, check, clips, encoding, exact, images, loading, losses, planes, run
 from polydpo_fast.check.report import Report
 from polydpo_fast.cli import app
