@@ -19,6 +19,7 @@ __all__ = ["clip"]
 
 _RATE = 24
 _KEYS = 4  # every so many frames
+_STARTS: tuple[str | float, ...] = ("random", "center", 0.25)
 
 
 def clip(seed: int, number: int) -> Iterator[tuple[Finding, str]]:
@@ -57,7 +58,7 @@ def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -
     from ..clips import decode_clips
 
     count, height, width = whole.shape[1:4]
-    start, fps = d.deal("start", ("random", "center", 0.25)), d.deal("fps", (None, _RATE / 2, None, 2.0 * _RATE))
+    start, fps = d.deal("start", _STARTS), d.deal("fps", (None, _RATE / 2, None, 2.0 * _RATE))
     short = d.deal("short", ("error", "loop", "repeat")) if start == 0.25 else "error"
     taken = count + 3 if short != "error" else d.integer(3, 7)
     resize, interpolation = d.deal("fit", ("cover", "stretch")), d.deal("filter", ("bilinear", "bicubic"))
@@ -76,19 +77,8 @@ def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -
     what = f"{taken} of {count} frames of {height}x{width} to {size}, {resize}, {interpolation}, start={start}"
     what = f"{what}, fps={fps}, short={short}"
 
-    # In frames of the clip, of which both arms have `count`.
     numbers = [drawn(seed) for seed in seeds]
-    step = _RATE / (fps or _RATE)
-    moments = []
-    for *_, last in numbers:
-        share = (last >> 11) * 2.0**-53 if start == "random" else 0.5
-        if start == 0.25:
-            first = 0.25 * _RATE
-        elif fps is None:
-            first = int(share * (count - taken + 1)) if start == "random" else (count - taken) // 2
-        else:
-            first = share * (count - step * (taken - 1))
-        moments.append([first + step * k for k in range(taken)])
+    moments = [_moments(of_pair[3], start, fps, taken, count) for of_pair in numbers]  # in frames of the clip
     told = (batch.times * _RATE).tolist()
     near = np.abs(np.array(told) - np.array(moments)).max() < 1e-3
     yield must("moments", bool(near), f"they are {told}, not {moments}, in frames"), what
@@ -99,18 +89,12 @@ def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -
         flipped, at = of_pair[2] / 2**64 < 0.5, crop_at(of_pair, to, size)
         found = [batch.flipped[pair].item(), *batch.crop_top_left[[pair, 2 + pair]].flatten().tolist()]
         yield must("crops", found == [flipped, *at, *at], f"mirror, corners are {found}"), what
-        resized = {}
         for arm in (0, 1):
-            for index, moment in enumerate(told[pair]):
-                place = int(moment + 1e-3)
-                # The loser has one frame more.
-                place = place % (count + arm) if short == "loop" else min(place, count - 1 + arm)
-                if place >= count:  # that one is not among those that are known
-                    expected[pair + 2 * arm, index] = np.nan
-                    continue
-                if (arm, place) not in resized:
-                    resized[arm, place] = resampled(whole[arm, place], *to, interpolation)
-                expected[pair + 2 * arm, index] = cut_out(resized[arm, place], flipped, at, size, (0, 0, 0))
+            known = [*whole[arm], None][: count + arm]  # the loser has one frame more, which is not among these
+            places = [int(moment + 1e-3) for moment in told[pair]]
+            places = [place % len(known) if short == "loop" else min(place, len(known) - 1) for place in places]
+            shown = {n: _shown(known[n], to, interpolation, flipped, at, size) for n in {*places}}
+            expected[pair + 2 * arm] = [shown[place] for place in places]
     levels = float(np.nanmax(np.abs(pixels.numpy() - expected)))
     yield Finding("pixels, resized", levels / 0.6, levels), what
 
@@ -120,6 +104,28 @@ def _of_pairs(d: Draw, win: list[bytes], lose: list[bytes], whole: np.ndarray) -
     yield Finding("resized in float32", off / 0.03, off), what
     if dtype != torch.float32:
         yield rounded(decoded(dtype=dtype, mean=means, std=stds)[1], single), f"{dtype}, {what}"
+
+
+def _moments(number: int, start: str | float, fps: float | None, taken: int, count: int) -> list[float]:
+    """In frames of a clip, of which both arms have `count`. number: of 64 bits, drawn for a random start."""
+    step = _RATE / (fps or _RATE)
+    share = (number >> 11) * 2.0**-53 if start == "random" else 0.5
+    if not isinstance(start, str):
+        first = start * _RATE
+    elif fps is None:
+        first = int(share * (count - taken + 1)) if start == "random" else (count - taken) // 2
+    else:
+        first = share * (count - step * (taken - 1))
+    return [first + step * k for k in range(taken)]
+
+
+def _shown(
+    levels: np.ndarray | None, to: tuple[int, int], interpolation: str, flip: bool, at: list[int], size: tuple[int, int]
+) -> np.ndarray:
+    """A frame in the output, (3, H, W); NaN of one that is not known."""
+    if levels is None:
+        return np.full((3, *size), np.nan)
+    return cut_out(resampled(levels, *to, interpolation), flip, at, size, (0, 0, 0))
 
 
 def _encoded(d: Draw, height: int, width: int, count: int) -> tuple[bytes, list[list[np.ndarray]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,71 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _Found = tuple[Finding, str]
 
 
+class _Given(NamedTuple):
+    """A pair of images, and what is asked of the decoder. how: its options, but for those that equal its defaults."""
+
+    arms: list[Encoded]
+    size: tuple[int, int]
+    resize: str | None
+    interpolation: str
+    crop: str
+    hflip: float
+    background: tuple[int, int, int]
+    seeds: list[int]
+
+    @property
+    def how(self) -> dict[str, Any]:
+        names = ("resize", "interpolation", "crop", "hflip", "background")
+        others = {name: getattr(self, name) for name in names if getattr(self, name) != _DEFAULTS[name]}
+        return {"size": self.size, **others}
+
+    def __str__(self) -> str:
+        kinds = (f"{x.kind} turned {x.orientation}" if x.orientation > 1 else x.kind for x in self.arms)
+        shapes = ("x".join(map(str, x.levels.shape[:2])) for x in self.arms)
+        return (
+            f"{' and '.join(kinds)} of {' and '.join(shapes)} to {self.size[0]}x{self.size[1]}, "
+            f"resize={self.resize}, {self.interpolation}, {self.crop} crop"
+        )
+
+
 def image(seed: int, number: int) -> Iterator[_Found]:
     """A pair of images of two formats: whole, in a batch of many crops and mirrors, alone, damaged. Needs Pillow."""
     from ..decode import decode_pairs
 
     d = Draw(seed, number)
+    given = _draw_pair(d)
+    what = str(given)
+    whole = []
+    for arm in given.arms:
+        pixels = _whole(arm.data, arm.levels.shape[:2], background=given.background)
+        levels = float(np.abs(pixels - arm.levels).max())
+        yield Finding("pixels" if arm.kind in JPEGS else "pixels, lossless", levels / arm.off, levels), what
+        whole.append(pixels.astype(np.float64))
+        if arm.orientation > 1:
+            yield _as_stored(arm, pixels, given.background), what
+
+    win, lose = ([arm.data] * _PAIRS for arm in given.arms)
+    how: Any = dict(seeds=given.seeds, **given.how)
+    batch = decode_pairs(win, lose, dtype=torch.uint8, threads=d.integer(1, 3), **how)
+    resized = [fit(x, given.size, given.resize, given.interpolation) for x in whole]
+    yield _geometry(given, batch, [x.shape[:2] for x in resized]), what
+    expected = _cut_out(given, batch, resized)
+    levels = float(np.abs(batch.pixels.numpy() - expected).max())
+    if given.resize is None:
+        yield must("geometry", levels == 0, f"{levels:.0f} levels off"), what
+    else:
+        yield Finding("pixels, resized", levels / 0.6, levels), what
+    yield from _normalised(d, win, lose, how, expected, what)
+    yield _alone(d, given, batch), what
+    yield from _damaged(given, batch, what)
+    if given.arms[0].kind == "JPEG 4:2:0":
+        yield _planes(d, given.arms[0].data, whole[0]), what
+    if number == 0:
+        yield _unseeded(win[:1] * 40), "40 pairs without seeds"
+        yield _large(d), "16 pairs of 256x256"
+
+
+def _draw_pair(d: Draw) -> _Given:
     resize = d.deal("resize", (None, "cover", "contain", "stretch"))
     size = [d.integer(8, 60), d.integer(8, 60)]
     if d.deal("wide", (True, False)):  # rows long enough for the widest stores
@@ -47,83 +107,64 @@ def image(seed: int, number: int) -> Iterator[_Found]:
     crop, interpolation = d.deal("crop", ("random", "center", "random")), d.deal("filter", ("bilinear", "bicubic"))
     hflip = d.deal("hflip", (0.5, 0.0, 0.2, 1.0))
     seeds = [d.integer(0, 2**62) for _ in range(_PAIRS)]
-    how: Any = dict(
-        size=tuple(size), resize=resize, interpolation=interpolation, crop=crop, hflip=hflip, background=colour
-    )
-    how = {name: x for name, x in how.items() if name == "size" or x != _DEFAULTS[name]}
-    what = (
-        f"{' and '.join(f'{x.kind} turned {x.orientation}' if x.orientation > 1 else x.kind for x in arms)} of "
-        f"{' and '.join('x'.join(map(str, x.levels.shape[:2])) for x in arms)} to {size[0]}x{size[1]}, "
-        f"resize={resize}, {interpolation}, {crop} crop"
-    )
+    return _Given(arms, (size[0], size[1]), resize, interpolation, crop, hflip, colour, seeds)
 
-    whole = []
-    for arm in arms:
-        full: Any = dict(size=arm.levels.shape[:2], resize=None, background=colour, dtype=torch.uint8)
-        pixels = decode_pairs([arm.data], [arm.data], **full).pixels[0].numpy().transpose(1, 2, 0)
-        levels = float(np.abs(pixels - arm.levels).max())
-        yield Finding("pixels" if arm.kind in JPEGS else "pixels, lossless", levels / arm.off, levels), what
-        whole.append(pixels.astype(np.float64))
-        if arm.orientation > 1:
-            undone_by = {6: 8, 8: 6}.get(arm.orientation, arm.orientation)  # the others by themselves
-            as_stored = upright(pixels, undone_by)
-            full |= dict(size=as_stored.shape[:2], exif="ignore")
-            ignored = decode_pairs([arm.data], [arm.data], **full).pixels[0].numpy().transpose(1, 2, 0)
-            yield must("geometry", np.array_equal(ignored, as_stored), "exif='ignore' is not heeded"), what
 
-    win, lose = ([arm.data] * _PAIRS for arm in arms)
-    batch = decode_pairs(win, lose, seeds=seeds, dtype=torch.uint8, threads=d.integer(1, 3), **how)
-    resized = [fit(x, tuple(size), resize, interpolation) for x in whole]
-    yield _geometry(arms, batch, [x.shape[:2] for x in resized], tuple(size), crop, hflip, seeds), what
-    expected = np.stack(
+def _whole(data: bytes, size: tuple[int, ...], **options: Any) -> np.ndarray:
+    """The whole image, (H, W, 3) uint8."""
+    from ..decode import decode_pairs
+
+    how: Any = dict(size=size, resize=None, dtype=torch.uint8, **options)
+    pixels: np.ndarray = decode_pairs([data], [data], **how).pixels[0].numpy()
+    return pixels.transpose(1, 2, 0)
+
+
+def _as_stored(arm: Encoded, pixels: np.ndarray, background: tuple[int, int, int]) -> Finding:
+    """pixels: of the image as it is meant."""
+    undone_by = {6: 8, 8: 6}.get(arm.orientation, arm.orientation)  # the others by themselves
+    stored = upright(pixels, undone_by)
+    ignored = _whole(arm.data, stored.shape[:2], background=background, exif="ignore")
+    return must("geometry", np.array_equal(ignored, stored), "exif='ignore' is not heeded")
+
+
+def _cut_out(given: _Given, batch: Any, resized: list[np.ndarray]) -> np.ndarray:
+    """What the batch's mirrors and corners make of whole images that were resized, (2B, 3, H, W)."""
+    places = zip(batch.flipped.repeat(2).tolist(), batch.crop_top_left.tolist(), strict=True)
+    return np.stack(
         [
-            cut_out(resized[row // _PAIRS], bool(flip), corner, tuple(size), colour)
-            for row, (flip, corner) in enumerate(
-                zip(batch.flipped.repeat(2).tolist(), batch.crop_top_left.tolist(), strict=True)
-            )
+            cut_out(resized[row // _PAIRS], bool(flip), corner, given.size, given.background)
+            for row, (flip, corner) in enumerate(places)
         ]
     )
-    levels = float(np.abs(batch.pixels.numpy() - expected).max())
-    if resize is None:
-        yield must("geometry", levels == 0, f"{levels:.0f} levels off"), what
-    else:
-        yield Finding("pixels, resized", levels / 0.6, levels), what
-    yield from _normalised(d, win, lose, {**how, "seeds": seeds}, expected, what)
+
+
+def _alone(d: Draw, given: _Given, batch: Any) -> Finding:
+    """One of the pairs, on other threads and into memory of its own."""
+    from ..decode import decode_pairs
 
     pair = d.integer(0, _PAIRS - 1)
-    out = torch.full((2, 3, *size), 77, dtype=torch.uint8)
-    few: Any = dict(seeds=[seeds[pair]], dtype=torch.uint8, threads=d.integer(1, 3), out=out)
-    alone = decode_pairs(win[:1], lose[:1], **few, **how)
+    out = torch.full((2, 3, *given.size), 77, dtype=torch.uint8)
+    few: Any = dict(seeds=[given.seeds[pair]], dtype=torch.uint8, threads=d.integer(1, 3), out=out)
+    win, lose = ([arm.data] for arm in given.arms)
+    alone = decode_pairs(win, lose, **few, **given.how)
     rows = [pair, _PAIRS + pair]
     same = torch.equal(out, batch.pixels[rows]) and torch.equal(alone.crop_top_left, batch.crop_top_left[rows])
-    yield must("threads, batch", same), what
-    yield from _damaged(arms, batch, seeds, how, what)
-    if arms[0].kind == "JPEG 4:2:0":
-        yield _planes(d, arms[0].data, whole[0]), what
-    if number == 0:
-        yield _unseeded(win[:1] * 40), "40 pairs without seeds"
-        yield _large(d), "16 pairs of 256x256"
+    return must("threads, batch", same)
 
 
-def _geometry(
-    arms: list[Encoded],
-    batch: Any,
-    resized: list[tuple[int, ...]],
-    size: tuple[int, ...],
-    crop: str,
-    hflip: float,
-    seeds: list[int],
-) -> Finding:
+def _geometry(given: _Given, batch: Any, resized: list[tuple[int, ...]]) -> Finding:
     """Sizes; corners in the middle, or of each pair at one fraction of both arms' places; mirrors."""
-    sizes = [list(arm.levels.shape[:2]) for arm in arms for _ in range(_PAIRS)]
+    sizes = [list(arm.levels.shape[:2]) for arm in given.arms for _ in range(_PAIRS)]
     if batch.original_size.tolist() != sizes:
         return must("geometry", False, f"original_size is {batch.original_size.tolist()}")
-    numbers = [drawn(seed) for seed in seeds]
-    if crop == "center":
-        corners = [[round(max(0, m - n) / 2) for m, n in zip(of, size, strict=True)] for of in resized for _ in seeds]
+    numbers = [drawn(seed) for seed in given.seeds]
+    if given.crop == "center":
+        corners = [
+            [round(max(0, m - n) / 2) for m, n in zip(of, given.size, strict=True)] for of in resized for _ in numbers
+        ]
     else:
-        corners = [crop_at(of_pair, of, size) for of in resized for of_pair in numbers]
-    flipped = [mirror / 2**64 < hflip for _, _, mirror, _ in numbers]
+        corners = [crop_at(of_pair, of, given.size) for of in resized for of_pair in numbers]
+    flipped = [mirror / 2**64 < given.hflip for _, _, mirror, _ in numbers]
     found = batch.crop_top_left.tolist(), batch.flipped.tolist()
     return must("crops", found == (corners, flipped), f"corners, mirrors are {found} instead of {(corners, flipped)}")
 
@@ -172,13 +213,14 @@ def _large(d: Draw) -> Finding:
 # ------------------------------------------------------------------------------------------- what is promised
 
 
-def _damaged(arms: list[Encoded], batch: Any, seeds: list[int], how: dict[str, Any], what: str) -> Iterator[_Found]:
+def _damaged(given: _Given, batch: Any, what: str) -> Iterator[_Found]:
     """The middle of three pairs is cut off: refused by name, or masked. A JPEG without its end may be let pass."""
     from ..decode import DecodeError, decode_pairs
 
+    arms = given.arms
     win, lose = ([arm.data] * 3 for arm in arms)
     lose[1] = lose[1][: len(lose[1]) // 2]
-    few: Any = dict(seeds=seeds[:3], dtype=torch.uint8, **how)
+    few: Any = dict(seeds=given.seeds[:3], dtype=torch.uint8, **given.how)
     try:
         decode_pairs(win, lose, **few)
         yield must("damage", False, "half an image was decoded"), what
