@@ -130,37 +130,18 @@ class Clip:
 
     def _frames(self, wanted: list[int], shortcuts: bool, strict: bool) -> Iterator[tuple[int, Any]]:
         self._shortcut = False
-        at, decoded, before, last = 0, None, None, None
         with self._open(strict, self._threads) as (container, stream):
+            search = _Search(self, container, stream, frozenset(wanted), shortcuts, strict)
+            at = 0
             while at < len(wanted):
-                key = bisect.bisect_right(self._index.keys, wanted[at]) - 1
-                if decoded is None or (shortcuts and self._is_far(last, key)):
-                    is_sought = shortcuts and (decoded is not None or key > 0)
-                    if is_sought:
-                        self._shortcut = True
-                        container.seek(self._index.keys[max(key, 0)], stream=stream, backward=True)
-                    needed = frozenset(wanted) if shortcuts else None
-                    decoded = self._decoded(container, stream, needed, strict, is_sought)
-                while True:
-                    frame = None  # its memory is in the caches: the next may be decoded into it
-                    frame = next(decoded, None)
-                    if frame is None:
-                        break
-                    if last is None:
-                        self.aspect, self.siting = aspect_of(stream), self._told_siting or siting_of(stream)
-                    if frame.pts is not None and self._is_fit(frame, aspect_of(stream), strict):
-                        last = frame.pts
-                        if frame.pts >= wanted[at]:
-                            break
-                        if not strict:
-                            before = frame
+                frame = search.first_from(wanted[at])
                 # Those that should have been shown by now.
                 while at < len(wanted) and (frame is None or frame.pts > wanted[at]):
                     if strict:
                         moment = float((wanted[at] - int(self._index.timeline.pts[0])) * self._index.timeline.unit)
                         trouble = "is missing" if frame is None else "does not decode"
                         raise ValueError(f"its frame at {moment:.3f} s {trouble}")
-                    stand_in = before if before is not None else frame
+                    stand_in = search.before if search.before is not None else frame
                     if stand_in is None:
                         raise ValueError("none of its frames can be decoded")
                     self.concealed += 1
@@ -174,7 +155,8 @@ class Clip:
                     yield frame.pts, frame
                     at += 1
                 if not strict:
-                    before = frame
+                    search.before = frame
+                frame = stand_in = None  # their memory is in the caches: the next may be decoded into it
 
     def _decoded(
         self, container: Any, stream: Any, wanted: frozenset[int] | None, strict: bool, is_sought: bool
@@ -226,3 +208,46 @@ class Clip:
             return False
         self._form = form
         return True
+
+
+class _Search:
+    """One way through an opened clip. before: the last frame that was passed over or taken, where one may stand in."""
+
+    def __init__(
+        self, clip: Clip, container: Any, stream: Any, wanted: frozenset[int], shortcuts: bool, strict: bool
+    ) -> None:
+        self._clip, self._container, self._stream = clip, container, stream
+        self._wanted, self._shortcuts, self._strict = wanted, shortcuts, strict
+        self._decoded: Iterator[Any] | None = None
+        self._last: int | None = None  # the time of the last frame that was decoded
+        self.before: Any = None
+
+    def first_from(self, pts: int) -> Any:
+        """The next frame at that time or after it; None at the end."""
+        clip, stream = self._clip, self._stream
+        key = bisect.bisect_right(clip._index.keys, pts) - 1
+        if self._decoded is None or (self._shortcuts and clip._is_far(self._last, key)):
+            self._decoded = self._decoded_from(key)
+        while True:
+            frame = None  # its memory is in the caches: the next may be decoded into it
+            frame = next(self._decoded, None)
+            if frame is None:
+                return None
+            if self._last is None:
+                clip.aspect, clip.siting = aspect_of(stream), clip._told_siting or siting_of(stream)
+            if frame.pts is not None and clip._is_fit(frame, aspect_of(stream), self._strict):
+                self._last = frame.pts
+                if frame.pts >= pts:
+                    return frame
+                if not self._strict:
+                    self.before = frame
+
+    def _decoded_from(self, key: int) -> Iterator[Any]:
+        """From the beginning, or where that is a shortcut from a key."""
+        clip = self._clip
+        is_sought = self._shortcuts and (self._decoded is not None or key > 0)
+        if is_sought:
+            clip._shortcut = True
+            self._container.seek(clip._index.keys[max(key, 0)], stream=self._stream, backward=True)
+        wanted = self._wanted if self._shortcuts else None
+        return clip._decoded(self._container, self._stream, wanted, self._strict, is_sought)
