@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["cache_folder", "load_or_build"]
+__all__ = ["Arrays", "cache_folder", "load_or_build"]
 
 Arrays = Mapping[str, np.ndarray]
 

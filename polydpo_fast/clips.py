@@ -23,7 +23,7 @@ from .video import Clip, ClipSource, TooShortError, choose_times, require_av, wo
 if TYPE_CHECKING:
     from . import _C
 
-__all__ = ["ClipLimits", "DecodedClips", "decode_clips"]
+__all__ = ["ClipLimits", "DecodedClips", "decode_clips", "decode_timed"]
 
 _MOST_THREADS = 16  # of FFmpeg's for a clip: each holds frames
 

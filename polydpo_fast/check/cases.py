@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..objectives import OBJECTIVES
 
-__all__ = ["LARGE", "SMALL", "SPECIAL", "Case", "Draw", "arranged", "draw"]
+__all__ = ["LARGE", "SMALL", "SPECIAL", "Arms", "Case", "Draw", "arranged", "draw"]
 
 T = TypeVar("T")
 Arms = tuple[Tensor, Tensor]

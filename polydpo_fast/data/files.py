@@ -17,7 +17,7 @@ from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .remote import parts_of
 from .source import SourceError, is_unicode
 
-__all__ = ["File", "Location", "contents", "find", "names", "suffix_of_path"]
+__all__ = ["BRACES", "File", "Location", "contents", "find", "names", "suffix_of_path"]
 
 Location = str | os.PathLike[str]
 T = TypeVar("T")

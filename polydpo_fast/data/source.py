@@ -20,7 +20,18 @@ from ..values import is_number
 if TYPE_CHECKING:
     from .ready import Ready
 
-__all__ = ["Pair", "PairError", "Source", "SourceError", "is_unicode", "weight_of"]
+__all__ = [
+    "Arm",
+    "Pair",
+    "PairError",
+    "Source",
+    "SourceError",
+    "fingerprint_of",
+    "is_unicode",
+    "warn",
+    "weight_of",
+    "worked_out_once",
+]
 
 Arm = Literal["win", "lose"]
 
