@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,55 +64,70 @@ def _built(opener: Opener, strict: bool) -> Mapping[str, np.ndarray]:
     pts: of the frames that are shown, ascending. keys: of the places to seek to. unit: of both, a fraction. depth:
     how many frames at most are decoded before one that is shown before them.
     """
-    pts: list[int] = []
-    keys: list[int] = []
-    latest: list[int] = []
-    depth, held, is_whole, last = 0, 0, False, b""
     troubles: list[str] = []
     with opener.open(strict, 1, 0, blocks=True) as (container, stream):
         if opener.trouble:
             troubles.append(opener.trouble)
+        seen = _Packets(stream.codec_context, troubles)
         for packet in packets_of(container, stream, strict, troubles):
             opener.timer.check()
-            held += packet.size > 0
-            if packet.pts is None:
-                continue
-            if packet.is_corrupt:
-                troubles.append("one of its packets is cut off")
-            if held == 1:
-                is_whole = begins_anew(stream.codec_context.name, packet)
-            depth = max(depth, len(latest) - bisect.bisect_right(latest, packet.pts))
-            bisect.insort(latest, packet.pts)
-            del latest[:-_MOST_REORDERED]
-            name = stream.codec_context.codec.canonical_name
-            if packet.is_keyframe and not is_no_key(name, packet):
-                keys.append(packet.pts)
-            # Cut off by an edit list, though what follows may be decoded from it; or never shown.
-            is_unseen = is_hidden(name, packet, stream.codec_context.extradata, last)
-            last = packet
-            if packet.is_discard or is_unseen:
-                continue
-            pts.append(packet.pts)
-            _check_count(len(pts), opener.limits)
+            seen.add(packet)
+            _check_count(len(seen.pts), opener.limits)
         opener.timer.check()  # where it has run out FFmpeg may see an end
         unit = stream.time_base
         # FFmpeg takes an MP4 that ends between two packets for a shorter one. Of Matroska not all are listed.
         listed = getattr(stream, "index_entries", ())
-        if held < len(listed) and held < (count := sum(entry.size > 0 for entry in listed)):
-            troubles.append(f"it is cut off: it holds {held} of {count} packets")
+        if seen.held < len(listed) and seen.held < (count := sum(entry.size > 0 for entry in listed)):
+            troubles.append(f"it is cut off: it holds {seen.held} of {count} packets")
         if strict and troubles:
             raise ValueError(troubles[0])
-    if not pts or not unit:
+    if not seen.pts or not unit:
         raise ValueError(troubles[0] if troubles else "it has no frames with a presentation time")
-    shown, times = np.unique(np.array(pts, np.int64), return_counts=True)
+    shown, times = np.unique(np.array(seen.pts, np.int64), return_counts=True)
     return {
-        "pts": shown if is_whole else shown[np.searchsorted(shown, _first(opener, strict, depth)) :],
+        "pts": shown if seen.is_whole else shown[np.searchsorted(shown, _first(opener, strict, seen.depth)) :],
         # Where several frames have the same time, seeking may lead to any of them.
-        "keys": np.setdiff1d(np.array(keys, np.int64), shown[times > 1]),
+        "keys": np.setdiff1d(np.array(seen.keys, np.int64), shown[times > 1]),
         "unit": np.array([unit.numerator, unit.denominator], np.int64),
-        "depth": np.array([depth], np.int64),
+        "depth": np.array([seen.depth], np.int64),
         "damaged": np.array([bool(troubles)], np.int64),
     }
+
+
+class _Packets:
+    """What the packets of a stream tell, in their order.
+
+    pts: of the frames that are shown. keys, depth: as of `_built`. held: how many hold something. is_whole: whether all
+    can surely be decoded. troubles: is told of those that are cut off.
+    """
+
+    def __init__(self, context: Any, troubles: list[str]) -> None:
+        self.pts: list[int] = []
+        self.keys: list[int] = []
+        self.depth, self.held, self.is_whole = 0, 0, False
+        self._context, self._troubles = context, troubles
+        self._latest: list[int] = []  # times, ascending
+        self._last: Any = b""
+
+    def add(self, packet: Any) -> None:
+        self.held += packet.size > 0
+        if packet.pts is None:
+            return
+        if packet.is_corrupt:
+            self._troubles.append("one of its packets is cut off")
+        if self.held == 1:
+            self.is_whole = begins_anew(self._context.name, packet)
+        self.depth = max(self.depth, len(self._latest) - bisect.bisect_right(self._latest, packet.pts))
+        bisect.insort(self._latest, packet.pts)
+        del self._latest[:-_MOST_REORDERED]
+        name = self._context.codec.canonical_name
+        if packet.is_keyframe and not is_no_key(name, packet):
+            self.keys.append(packet.pts)
+        # Cut off by an edit list, though what follows may be decoded from it; or never shown.
+        is_unseen = is_hidden(name, packet, self._context.extradata, self._last)
+        self._last = packet
+        if not (packet.is_discard or is_unseen):
+            self.pts.append(packet.pts)
 
 
 def _first(opener: Opener, strict: bool, depth: int) -> int:
