@@ -71,20 +71,7 @@ def yuv420_to_rgb(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message says which.
     """
-    _check_tensor("planes", planes, torch.uint8)
-    if planes.dim() not in (3, 4) or planes.shape[-2] % 3 or planes.shape[-1] % 2 or 0 in planes.shape:
-        raise ValueError(
-            f"planes has shape {tuple(planes.shape)}; expected (N, H * 3 / 2, W) or (N, T, H * 3 / 2, W) "
-            "with H and W even, and none of them 0"
-        )
-    images, frames, height, width = planes.shape[0], planes.shape[1:-2], planes.shape[-2] // 3 * 2, planes.shape[-1]
-    if images * math.prod(frames) > _MAX_IMAGES or height > _MAX_SIDE or width > _MAX_SIDE:
-        raise ValueError(
-            f"planes holds {images * math.prod(frames)} images of {height} x {width}; "
-            f"expected at most {_MAX_IMAGES}, with sides of at most {_MAX_SIDE}"
-        )
-    if not planes.is_contiguous():
-        raise ValueError(f"planes has strides {planes.stride()}; expected a contiguous tensor")
+    images, frames, height, width = _check_planes(planes)
     if crop is not None:
         _check_tensor("crop", crop, torch.int64, (images, 2), planes.device)
     if flip is not None:
@@ -98,15 +85,7 @@ def yuv420_to_rgb(
     if siting not in ("center", "left"):
         raise ValueError(f"siting is {siting!r}; expected 'center' or 'left'")
     runs = _runs(images, matrix, full_range)
-    if out is None:
-        out = torch.empty((images, 3, *frames, h, w), dtype=dtype, device=planes.device)
-    else:
-        _check_tensor("out", out, dtype, (images, 3, *frames, h, w), planes.device)
-        if not out.is_contiguous() or out.requires_grad:
-            raise ValueError(
-                f"out is contiguous: {out.is_contiguous()}, requires_grad: {out.requires_grad}; "
-                "expected a contiguous tensor without gradient"
-            )
+    out = _check_out(out, (images, 3, *frames, h, w), dtype, planes.device)
     backend = choose_backend(backend, planes.device, has_cpp=False)
     for some, colours in runs:
         torch.ops.polydpo_fast.yuv420_to_rgb(
@@ -141,6 +120,38 @@ def _check_tensor(
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {shape}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} is on {x.device}; expected {device} like planes")
+
+
+def _check_planes(planes: Tensor) -> tuple[int, tuple[int, ...], int, int]:
+    """How many images or clips, the shape of one's frames, height and width."""
+    _check_tensor("planes", planes, torch.uint8)
+    if planes.dim() not in (3, 4) or planes.shape[-2] % 3 or planes.shape[-1] % 2 or 0 in planes.shape:
+        raise ValueError(
+            f"planes has shape {tuple(planes.shape)}; expected (N, H * 3 / 2, W) or (N, T, H * 3 / 2, W) "
+            "with H and W even, and none of them 0"
+        )
+    images, frames, height, width = planes.shape[0], planes.shape[1:-2], planes.shape[-2] // 3 * 2, planes.shape[-1]
+    if images * math.prod(frames) > _MAX_IMAGES or height > _MAX_SIDE or width > _MAX_SIDE:
+        raise ValueError(
+            f"planes holds {images * math.prod(frames)} images of {height} x {width}; "
+            f"expected at most {_MAX_IMAGES}, with sides of at most {_MAX_SIDE}"
+        )
+    if not planes.is_contiguous():
+        raise ValueError(f"planes has strides {planes.stride()}; expected a contiguous tensor")
+    return images, tuple(frames), height, width
+
+
+def _check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`out`, or a new one."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    _check_tensor("out", out, dtype, shape, device)
+    if not out.is_contiguous() or out.requires_grad:
+        raise ValueError(
+            f"out is contiguous: {out.is_contiguous()}, requires_grad: {out.requires_grad}; "
+            "expected a contiguous tensor without gradient"
+        )
+    return out
 
 
 def _check_size(size: tuple[int, int] | None, height: int, width: int) -> tuple[int, int]:
