@@ -21,7 +21,7 @@ from typing_extensions import Buffer
 
 from ..values import is_int
 from .media import suffix_of
-from .reading import read_ahead
+from .read_ahead import read_ahead
 from .source import Arm, Pair, PairError, Source, SourceError, weight_of
 from .tar import KEY_FIELD, PACK_STATE
 

@@ -8,8 +8,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -17,11 +16,10 @@ import numpy as np
 
 from .source import Arm, Pair, PairError, Source, is_unicode, weight_of
 
-__all__ = ["LoaderError", "Readers", "Reading", "checked", "read_ahead", "was_given_up"]
+__all__ = ["LoaderError", "Readers", "Reading", "checked", "was_given_up"]
 
 
 _PATIENCE_S = 0.002  # that a pair is waited for before all threads begin to read
-_READERS, _AHEAD = 4, 8  # of `read_ahead`
 _LOOKED_AT = 256  # waiting pairs, to find one whose block nobody is reading
 _MOST_STUCK = 64  # threads that were given up; a source that hangs this often is gone
 
@@ -121,30 +119,6 @@ class Readers:
                 )
             self._workers[place] = _Worker(self._source, self._clips, self._tasks)
             self._tasks.hurry(len(self._workers))
-
-
-def read_ahead(source: Source, indices: Iterable[int]) -> Generator[tuple[int, Pair | PairError], None, None]:
-    """The pairs, in order, read by a few threads a few at a time. Nothing more than PairError is caught."""
-
-    def read(index: int) -> Pair | PairError:
-        try:
-            return source[index]
-        except PairError as error:
-            return error
-
-    readers = ThreadPoolExecutor(_READERS)
-    waiting: deque[tuple[int, Future[Pair | PairError]]] = deque()
-    try:
-        for index in indices:
-            waiting.append((index, readers.submit(read, index)))
-            if len(waiting) == _AHEAD:
-                first, reading = waiting.popleft()
-                yield first, reading.result()
-        while waiting:
-            first, reading = waiting.popleft()
-            yield first, reading.result()
-    finally:
-        readers.shutdown(cancel_futures=True)
 
 
 class _Tasks:

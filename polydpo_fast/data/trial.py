@@ -13,7 +13,7 @@ import torch
 
 from .loader_arguments import decode_function
 from .media import CLIP_SUFFIXES, suffix_of
-from .reading import read_ahead
+from .read_ahead import read_ahead
 from .source import Pair, PairError, Source
 
 __all__ = ["Problem", "Sample", "check", "decoded", "problem_of", "read", "sample", "sampled_indices", "undecodable"]
@@ -108,6 +108,7 @@ def check(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, list[Pr
 
 
 def read(source: Source, index: int) -> tuple[Pair | None, list[Problem]]:
+    """The pair, or what is wrong with it."""
     try:
         return source[index], []
     except PairError as error:
@@ -115,11 +116,13 @@ def read(source: Source, index: int) -> tuple[Pair | None, list[Problem]]:
 
 
 def problem_of(source: Source, index: int, key: str, arm: str | None, reason: str) -> Problem:
+    """key: "" where the pair could not be read. reason: with the position before it or without."""
     position = source.position(index)
     return Problem(index, key, position, arm, reason.removeprefix(f"{position}: "))
 
 
 def undecodable(source: Source, batch: list[tuple[int, Pair]]) -> list[Problem]:
+    """What is wrong with these pairs, by their numbers, when they are decoded whole, of clips 16 frames."""
     problems = []
     for clips in (False, True):
         some = [(index, pair) for index, pair in batch if _is_clip(pair) == clips]
