@@ -44,13 +44,22 @@ def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[
         whole = yuv420_to_rgb(stored, dtype=torch.uint8, **how)
         mean, std = (torch.tensor(x, dtype=torch.float64).view(3, *(1,) * (whole.dim() - 2)) for x in (means, stds))
         yield normalised(expected, whole.double(), mean, std), f"{dtype}, {what}"
+    found, colours = _colours(d, clips, flip, device, backend)
+    yield found, f"{colours}, {what}"
 
+
+def _colours(d: Draw, clips: torch.Tensor, flip: torch.Tensor, device: str, backend: str) -> tuple[Finding, str]:
+    """Crops of clips (N, T, H * 3/2, W), each of colours of its own, against the matrices; and these colours."""
+    from ..yuv import yuv420_to_rgb
+
+    images, frames, height, width = *clips.shape[:2], clips.shape[2] * 2 // 3, clips.shape[3]
+    stored = clips if frames > 1 else clips[:, 0]
     colours = [(d.deal("matrix", list(MATRICES)), d.deal("range", (True, False)))]
     colours += [(d.one_of(list(MATRICES)), d.chance(0.5)) for _ in range(1, images)]
     size = d.integer(1, height), d.integer(1, width)
     corners = [(d.integer(0, height - size[0]), d.integer(0, width - size[1])) for _ in range(images)]
     matrices, full = (list(x) for x in zip(*colours, strict=True))
-    how = dict(size=size, matrix=matrices, full_range=full, siting="left", dtype=torch.uint8, backend=backend)
+    how: Any = dict(size=size, matrix=matrices, full_range=full, siting="left", dtype=torch.uint8, backend=backend)
     crop = torch.tensor(corners)
     pixels = yuv420_to_rgb(stored.to(device), flip=flip.to(device), crop=crop.to(device), **how).cpu()
     found = pixels.view(images, 3, frames, *size).transpose(1, 2).flatten(0, 1).numpy()
@@ -62,4 +71,4 @@ def planes(seed: int, number: int, device: str, backend: str) -> Iterator[tuple[
         ycc = [y.reshape(height, width), *c.reshape(2, height // 2, width // 2)]
         cut = rgb(ycc, matrix, is_full)[:, top : top + size[0], left : left + size[1]]
         levels = max(levels, float(np.abs(found[index] - (cut[..., ::-1] if flip[image] else cut)).max()))
-    yield Finding("colours", levels / FRAME_LEVELS, levels), f"{colours}, {what}"
+    return Finding("colours", levels / FRAME_LEVELS, levels), str(colours)
