@@ -169,7 +169,13 @@ def _resolved(name: str, manifest: File, root: str | None) -> str:
     protocol, _, folder = folder.partition("://")
     if protocol in ("http", "https"):  # where #, ? and % would not be part of the name
         name = urllib.parse.quote(name)
-    return f"{protocol}://{'/'.join(part for part in (folder.rstrip('/'), name) if part)}"
+    parts = folder.rstrip("/").split("/") if folder.rstrip("/") else []
+    for part in name.split("/"):  # storages take dots as parts of names
+        if part == "..":
+            parts = parts[:-1] or parts  # never the host or the bucket
+        elif part != ".":
+            parts.append(part)
+    return f"{protocol}://{'/'.join(parts)}"
 
 
 # ------------------------------------------------------------------------------------------------ records

@@ -555,5 +555,16 @@ def test_remote(tmp_path):
         memory.store.clear()
 
 
+@pytest.mark.parametrize("name", ["./a.jpg", "../top/a.jpg", "x/../../top/./a.jpg"])
+def test_dots_in_remote_paths_mean_what_they_do_in_local_ones(name):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe("/bucket/top/a.jpg", b"a")
+    memory.pipe("/bucket/top/m.jsonl", json.dumps({"win": name, "lose": "a.jpg"}).encode())
+    try:
+        assert bytes(ManifestPairs("memory://bucket/top/m.jsonl")[0].win) == b"a"
+    finally:
+        memory.store.clear()
+
+
 def test_path_objects(folder):
     assert isinstance(ManifestPairs(Path(lines(folder / "m.jsonl", {"win": "a.jpg", "lose": "b.jpg"})))[0].win, bytes)
