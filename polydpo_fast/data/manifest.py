@@ -85,6 +85,8 @@ class ManifestPairs(IndexedSource):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         self._root = None if root is None else os.path.expanduser(os.fspath(root))
+        if self._root is not None and "://" not in self._root:
+            self._root = os.path.abspath(self._root)  # a program may go to another folder while it is being read
         files = find_one_split(where, (".jsonl", ".csv", ".json"))
         super().__init__(files, ties=ties, columns=columns, cache=cache)
         if (repeated := self._repeated()) is not None:
