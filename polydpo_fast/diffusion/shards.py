@@ -72,7 +72,7 @@ class Shards:
         if not is_int(shard_pairs) or shard_pairs < 1:
             raise ValueError(f"shard_pairs is {shard_pairs!r}; expected an int >= 1")
         made_with = {name: fingerprint(part) for name, part in parts.items()}
-        own = cls(Path(folder), kind, pairs, shard_pairs, made_with, facts)
+        own = cls(_place(folder), kind, pairs, shard_pairs, made_with, facts)
         if own.shards > _MOST_SHARDS or pairs > _MOST_PAIRS:
             raise ValueError(f"shard_pairs is {shard_pairs}; expected more, for no more than {_MOST_SHARDS} shards")
         own.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Shards:
         Raises SourceError where a shard is missing, damaged, of another store, or unlike the others.
         """
         need("safetensors", what="a store")
-        store = cls._read_index(Path(folder), kind)
+        store = cls._read_index(_place(folder), kind)
         missing = store.missing()
         if missing:
             some = ", ".join(store.name(number) for number in missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -322,12 +322,16 @@ class _Columns:
 
 def is_store(folder: str | os.PathLike[str]) -> bool:
     """Of either kind, complete or not."""
-    return (Path(folder) / _INDEX).is_file()
+    return (_place(folder) / _INDEX).is_file()
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
     """Whether it is a store, of either kind, that lacks no shard. Raises SourceError where its index is damaged."""
-    return is_store(folder) and not Shards._read_index(Path(folder)).missing()
+    return is_store(folder) and not Shards._read_index(_place(folder)).missing()
+
+
+def _place(folder: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(folder)).absolute()  # a program may go to another folder while it is being read
 
 
 def text_of_row(name: str, row: Mapping[str, Tensor]) -> bytes:

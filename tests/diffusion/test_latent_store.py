@@ -85,6 +85,20 @@ def test_batches_are_those_of_the_images_encoded(tmp_path, dtype):
     )
 
 
+def test_a_store_is_where_it_was_when_the_program_goes_to_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for folder, place in (("latents", "latents"), ("~/latents", "home/latents")):
+        make(folder)
+        assert is_complete(folder)
+        assert is_complete(tmp_path / place)
+        latents = LatentPairs(folder)
+        monkeypatch.chdir("/")
+        assert latents[0].key == images().source[0].key
+        monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / "~").exists()
+
+
 def test_what_is_encoded_in_half_precision_is_stored_in_it(tmp_path):
     encode = encoder(TinyVae())
     half = lambda batch: {name: tensor.bfloat16() for name, tensor in encode(batch).items()}  # noqa: E731
