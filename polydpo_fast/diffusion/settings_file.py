@@ -17,6 +17,7 @@ from .extras import need
 
 __all__ = ["meant_by", "read_assignments", "read_settings", "write_settings"]
 
+_PLACES = ("model", "output", "reference_errors", "resume", "lora_weights")  # of data the sources expand a ~
 # What Diffusers' DPO scripts call otherwise. Their validation_steps is our validation_every: ours has that name, too.
 _OF_SCRIPTS = {
     "adam_weight_decay": "weight_decay",
@@ -79,7 +80,9 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
         options, keys = (" and ".join(map(mark.format, missing)) for mark in ("--{}", "{}:"))
         raise ValueError(f"{' and '.join(missing)} not given; expected {options}, or {keys} in the file of --config")
     hints = typing.get_type_hints(Settings)
-    return Settings(**{name: _of_type(name, value, hints[name]) for name, value in values.items()})
+    values = {name: _of_type(name, value, hints[name]) for name, value in values.items()}
+    expanded = {name: os.path.expanduser(values[name]) for name in _PLACES if values.get(name) is not None}
+    return Settings(**{**values, **expanded})
 
 
 def meant_by(name: str) -> str | None:

@@ -144,6 +144,16 @@ def test_settings_survive_yaml(tmp_path):
     assert read_settings(tmp_path / "y.yaml", beta=3.0).beta == 3.0
 
 
+def test_the_home_folder_is_meant_in_yaml_too(tmp_path, monkeypatch):
+    """No shell expands it there, nor in --output=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = ("model", "output", "reference_errors", "resume", "lora_weights")
+    (tmp_path / "x.yaml").write_text("data: d\nlora_rank: 4\n" + "".join(f"{name}: ~/{name}\n" for name in places))
+    found = read_settings(tmp_path / "x.yaml")
+    assert [getattr(found, name) for name in places] == [str(tmp_path / name) for name in places]
+    assert read_settings(None, model="a/b", data="d", resume="latest").resume == "latest"
+
+
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_the_published_settings_are_settings(file):
     """And say where each value comes from."""
