@@ -20,6 +20,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from ..values import is_int
+from .fields import MAX_RECORD_BYTES
 from .media import suffix_of
 from .read_ahead import read_ahead
 from .source import Arm, Pair, PairError, Source, SourceError, weight_of
@@ -64,10 +65,11 @@ def pack(
     shard_size: in bytes, that a shard has at most, unless a single pair is larger.
     progress: called with the number of pairs that are done, whenever it grows.
 
-    A pair that cannot be read, or is neither image nor clip, is left out and written down in unreadable.jsonl. Can be
-    interrupted at any moment: called again it goes on after the last whole shard. Raises SourceError if the folder
-    holds the shards of another source or size, or with other columns, or other tar files, or if another process is
-    packing into it; also for extra columns that JSON cannot hold. Raises ValueError where `out` is an address.
+    A pair that cannot be read, is neither image nor clip, or has more than 16 MiB of JSON, is left out and written
+    down in unreadable.jsonl. Can be interrupted at any moment: called again it goes on after the last whole shard.
+    Raises SourceError if the folder holds the shards of another source or size, or with other columns, or other tar
+    files, or if another process is packing into it; also for extra columns that JSON cannot hold. Raises ValueError
+    where `out` is an address.
     """
     if not is_int(shard_size) or shard_size < 1:
         raise ValueError(f"shard_size is {shard_size!r}; expected a number of bytes, 1 or more")
@@ -143,6 +145,8 @@ def _members(index: int, pair: Pair | PairError) -> Members | PairError:
         json.dumps(record, default=_plain, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can spell, but nothing reads as text
         return PairError("its prompt or another text is not Unicode text")
+    if len(text) > MAX_RECORD_BYTES:  # of which the whole shard would be refused
+        return PairError(f"its JSON has {len(text)} bytes; expected at most {MAX_RECORD_BYTES}")
     return [*members, (f"{index:09d}.json", text.encode())]
 
 

@@ -161,6 +161,16 @@ def test_what_json_cannot_hold(tmp_path):
     assert TarPairs(tmp_path)[0].prompt == "good \U0001f600"
 
 
+def test_a_record_that_no_shard_may_have_costs_its_pair(tmp_path):
+    """And not all pairs of its shard, which could not be opened any more."""
+    most = 1 << 24
+    pairs = [Pair(f"{i}", image(1), image(2), p) for i, p in enumerate(("x" * most, "good"))]
+    done = pack(Listed(pairs), tmp_path)
+    assert (done.pairs, done.unreadable) == (1, 1)
+    assert f"expected at most {most}" in (tmp_path / "unreadable.jsonl").read_text()
+    assert TarPairs(tmp_path)[0].prompt == "good"
+
+
 class Stop(BaseException):
     """Like an interrupt from the keyboard."""
 
