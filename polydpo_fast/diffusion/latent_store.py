@@ -71,6 +71,8 @@ def cache_latents(
     Raises:
         ValueError: encode returns something else; the folder holds latents of another VAE, source, transform or dtype.
         TypeError: a further column of the source has a value that JSON cannot tell.
+        LoaderError: more pairs are bad than the loader bears. They are read in the source's order, in which those of a
+            damaged shard come in a row: with a larger max_bad_run it goes on when called again.
         OSError: the folder cannot be written to.
     """
     random = random_options(loader)

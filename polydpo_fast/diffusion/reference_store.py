@@ -74,6 +74,8 @@ def precompute_reference_errors(
         ValueError: the loader crops, mirrors or cuts at random, or drops prompts, so that the training would see other
             pixels; encode says something else the second time; an error is not finite; the folder holds errors of
             another model, scheduler, source, transform, seed, or number of draws.
+        LoaderError: more pairs are bad than the loader bears. They are read in the source's order, in which those of a
+            damaged shard come in a row: with a larger max_bad_run it goes on when called again.
         OSError: the folder cannot be written to.
     """
     if not is_int(draws) or not 1 <= draws <= 1 << 16:
