@@ -55,7 +55,8 @@ class ParquetPairs(TableSource):
     left out. Five bytes of memory per pair (six to nine with categories).
 
     where: a file, a glob, a folder, an address that fsspec knows, or a list of them. Files of several splits,
-        train-00000-of-00645.parquet and test-..., or train/ and validation/, are refused unless they are in a list.
+        train-00000-of-00645.parquet and test-..., or train/ and validation/, are refused unless a list gives them one
+        by one.
     ties: "drop" leaves them out, "keep" gives them weight 0.5 and the arms in the order of the columns, "error" is a
         SourceError.
     columns: further ones, for `Pair.extra`.

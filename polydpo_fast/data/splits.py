@@ -26,11 +26,12 @@ _SPLIT = re.compile(
 
 def find_one_split(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[File]:
     """As `find`; but raises SourceError for training files beside test or validation files, which many data sets have
-    in one folder, unless they are given as a list. Warns of shards that are missing by the names of the others."""
+    in one folder, unless a list gives them one by one. Warns of shards that are missing by the names of the others."""
+    if not isinstance(where, (str, os.PathLike)):
+        return [file for one in where for file in find_one_split(one, suffixes)]
     files = find(where, suffixes)
-    if isinstance(where, (str, os.PathLike)):
-        _check_splits(os.fspath(where), files)
-        _warn_of_missing(os.fspath(where), files)
+    _check_splits(os.fspath(where), files)
+    _warn_of_missing(os.fspath(where), files)
     return files
 
 
@@ -50,8 +51,8 @@ def _check_splits(place: str, files: Sequence[File]) -> None:
         if len(one) > 1:
             raise SourceError(
                 f"{place} has files of several splits: {', '.join(sorted(one))}, such as "
-                f"{' and '.join(sorted(one.values())[:2])}; expected a folder or glob of one; to take all, give them "
-                "as a list"
+                f"{' and '.join(sorted(one.values())[:2])}; expected a folder or glob of one; to take all, give one "
+                "after the other as a list"
             )
 
 

@@ -18,6 +18,8 @@ def test_splits_are_not_mixed_by_accident(tmp_path):
     train = ParquetPairs(f"{tmp_path}/train-*.parquet")
     both = ParquetPairs([f"{tmp_path}/train-*.parquet", f"{tmp_path}/test_unique-*.parquet"])
     assert len(both) == 2 * len(train)
+    with pytest.raises(SourceError, match=r"several splits: test_unique, train"):  # a list of folders lists no splits
+        ParquetPairs([tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ def test_shards_that_are_of_no_splits(tmp_path, names):
 
 
 @pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize(
     ("where", "count", "first"),
     [
@@ -114,10 +117,10 @@ def test_shards_that_are_of_no_splits(tmp_path, names):
         ("train-{00002..00002}-of-00004-x.parquet", 0, ""),
     ],
 )
-def test_shards_that_were_not_downloaded_are_told(tmp_path, recwarn, where, count, first):
+def test_shards_that_were_not_downloaded_are_told(tmp_path, recwarn, where, count, first, listed):
     for number in (0, 2):
         write(tmp_path / f"train-0000{number}-of-00004-x.parquet", pick_a_pic(SOME))
-    ParquetPairs(tmp_path / where)
+    ParquetPairs([tmp_path / where] if listed else tmp_path / where)
     told = [str(warning.message) for warning in recwarn]
     assert len(told) == bool(count)
     for text in told:
