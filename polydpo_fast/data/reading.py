@@ -235,9 +235,13 @@ def checked(pair: Any, index: int, clips: bool) -> Pair:
                 raise PairError(f"it is the file of a clip, {data}; expected an image: frames= is for clips", arm)
             continue
         try:
-            contiguous = memoryview(data).c_contiguous
+            view = memoryview(data)
         except TypeError:
             raise PairError(f"it is a {type(data).__name__}; expected bytes or a path", arm) from None
-        if not contiguous:
+        if view.ndim != 1:
+            raise PairError(
+                f"it is an array of shape {view.shape}; expected the bytes of a file, not decoded pixels", arm
+            )
+        if not view.c_contiguous:
             raise PairError(f"it is a {type(data).__name__} with gaps; expected contiguous bytes", arm)
     return pair

@@ -575,6 +575,11 @@ def panic(_):
             "win",
             "it is a memoryview with gaps; expected contiguous bytes",
         ),
+        (
+            lambda pair: dataclasses.replace(pair, lose=np.zeros((4, 4, 3), np.uint8)),
+            "lose",
+            r"it is an array of shape \(4, 4, 3\); expected the bytes of a file, not decoded pixels",
+        ),
         (lambda pair: dataclasses.replace(pair, key=np.int64(3), win=b""), "win", "win|empty|bytes"),
     ],
 )
