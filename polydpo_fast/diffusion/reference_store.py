@@ -182,9 +182,11 @@ class ReferenceErrors:
             found[here] = self._of(one)[numbers[here]]
         absent = np.isnan(found).any(axis=1)
         if absent.any():
+            pair = int(numbers[absent][0])
+            shard = self._store.path(pair // self._store.shard_pairs)
             raise ValueError(
-                f"pair {numbers[absent][0]} has no errors in {self._store.folder}: when they were computed it could "
-                "not be read or decoded"
+                f"pair {pair} has no errors: when they were computed it could not be read or decoded; remove {shard} "
+                "and compute them again, which makes that file anew"
             )
         return torch.from_numpy(np.ascontiguousarray(found.T).reshape(-1)).to(index.device)
 
