@@ -135,7 +135,7 @@ def ran(results: dict) -> str:
     lines = [tables.table(["part", "status", "took", "reason"], [list(map(in_a_cell, line)) for line in body], left=4)]
     lines += [
         f"{name}: " + ", ".join(f"{results[name][what]} {what}" for what in COUNTS) + "."
-        for name in ("gpu tests", "tests of the losses")
+        for name in ("gpu tests", "tests of the kernels")
         if name in results
     ]
     if check := results.get("check"):

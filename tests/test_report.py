@@ -149,6 +149,7 @@ def gpu_results(shown, suites=True):
         },
         "suites": {"loss": suite} if suites else {},
         "gpu tests": counts,
+        "tests of the kernels": {**counts, "tests": 1234},
         "check": {"passed": False, "seed": 7, "seconds": 40.0, "broken": ["loss on triton"]},
     }
 
@@ -166,6 +167,7 @@ def test_a_gpu_is_reported_with_what_it_has(shown, monkeypatch, tmp_path, suites
     assert "| C++ extension | not run | | pybind11 not installed |" in page
     assert "| gpu tests | failed | 3.5 s | exit code 1: a \\| b |" in page
     assert "gpu tests: 5 tests, 1 failures, 0 errors, 2 skipped." in page
+    assert "tests of the kernels: 1234 tests, 1 failures, 0 errors, 2 skipped." in page
     assert "check, seed 7, 40.0 s: loss on triton." in page
     assert ("ours, warm L2" in page) == suites
     assert ("gpu, warm L2, ms" in page) == suites
