@@ -298,3 +298,41 @@ def test_the_benchmark_on_a_gpu_times_what_is_queued_and_survives_a_compiler_tha
     monkeypatch.setattr(loss.polydpo_fast, "loss", fails)
     with pytest.raises(ValueError, match="no such instruction"):
         loss.measure(job, "cpu:0", rounds=2)
+
+
+def test_the_benchmark_on_a_gpu_begins_with_every_model_and_tunes_compilers_later(monkeypatch, tmp_path, capsys):
+    """Tuning compiles for most of a minute a case: what has been measured by then stays if no time is left for it."""
+    import loss
+
+    jobs = loss.jobs("cuda")
+    first = {job.case: job for job in jobs[: len(loss.SHAPES)]}
+    assert [(job.name, job.dtypes, job.compiled) for job in first.values()] == [
+        (model, "bfloat16", ("torch.compile",)) for model in loss.SHAPES
+    ]
+    again = [job for job in jobs[len(first) :] if job.case in first]
+    assert {job.name for job in again} == {"SDXL", "Wan 480p"}
+    assert all({"torch.compile, max-autotune", "torch.compile"} < {*job.compiled} for job in again)
+    assert len({(job.case, job.compiled) for job in jobs}) == len(jobs)
+
+    clock = [0.0]
+
+    def measured(job, device):
+        clock[0] += 1.0
+        ways = ("ours", *job.compiled, "eager", "copy")
+        facts = {"bytes": 1, "backward": True}
+        times = {"gpu": [clock[0]]}
+        return [loss.Measured(job.case, way, times, way == "ours", "gpu", facts=facts) for way in ways], []
+
+    monkeypatch.setattr(loss.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(loss, "host", lambda device: [])
+    monkeypatch.setattr(loss, "measure", measured)
+    monkeypatch.setattr(loss, "jobs", lambda device: [*first.values(), *again])
+    monkeypatch.setattr(sys, "argv", ["loss.py", "--seconds", "5.5", "--json", str(tmp_path / "loss.json")])
+    loss.main()
+    kept = json.loads((tmp_path / "loss.json").read_text())
+    medians = {(row["case"], row["way"]): row["median"] for row in kept["rows"]}
+    repeated, left = again
+    assert medians[repeated.case, "ours"] == medians[repeated.case, "torch.compile, max-autotune"] == 6.0
+    assert medians[left.case, "ours"] == 1.0 + [*first].index(left.case)
+    assert [(one["case"], one["way"]) for one in kept["skipped"]] == [(left.case, way) for way in left.compiled[1:]]
+    assert f"not measured: {left.case}, torch.compile, max-autotune: no time was left of 6 s" in capsys.readouterr().out
