@@ -181,10 +181,12 @@ def main() -> int:
     log = WORK / "log"
     run = Run(log)
 
-    found = run.part("machine", [sys.executable, "-c", PROBE], 60)
+    found = run.part("machine", [sys.executable, "-c", PROBE], 150)  # PyTorch may be read for the first time
     machine = told(found) if found else {"gpu": None, "torch": None}
     gpu = machine["gpu"]
     lacking = "there is no CUDA or ROCm device" if machine["torch"] else "PyTorch cannot be imported"
+    if found is None:
+        lacking = f"PyTorch failed: {run.parts['machine']['reason']}"
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(WORK), "--build-temp", str(WORK / "o")]
     run.part("C++ extension", build, 120, ("setuptools", "pybind11"), folder=ROOT)
     extension = run.parts["C++ extension"]
@@ -255,13 +257,16 @@ def on_gpu(run: Run) -> dict:
     with ThreadPoolExecutor(len(jobs)) as pool:
         list(pool.map(do, jobs))
     results = {name: counted(written) for name, of in xmls.items() if (written := [x for x in of if x.exists()])}
+    for name, found in results.items():
+        for failed in found["failed"]:
+            print(f"{name}: {failed}", flush=True)
     if checked.exists():
         results["check"] = json.loads(checked.read_text())
 
     written = WORK / "loss.json"
     benchmark = [sys.executable, str(ROOT / "benchmarks" / "loss.py"), "--device", "cuda", "--json", str(written)]
     # One more case may begin when its time is up; what was measured is to be kept in any case.
-    seconds = max(20.0, min(180.0, run.left_s - 70))
+    seconds = max(20.0, run.left_s - 90)
     table = run.part("benchmark of the losses", [*benchmark, "--seconds", f"{seconds:.0f}"], run.left_s - 20)
     if table:
         print(table)

@@ -112,6 +112,29 @@ def test_the_checks_need_neither_typer_nor_rich(gpu, tmp_path):
     assert json.loads(written.read_text())["groups"]
 
 
+def test_tests_that_failed_are_named_where_they_are_seen_and_the_benchmark_has_what_is_left(
+    gpu, run, monkeypatch, capsys
+):
+    """A machine that is lent may give back no more than the end of what was printed."""
+    begun = []
+
+    def part(name, command, limit_s, needs=(), folder=None):
+        begun.append((name, command, limit_s))
+        for argument in command:
+            if argument.startswith("--junitxml=") and name == "gpu tests":
+                Path(argument.removeprefix("--junitxml=")).write_text(
+                    '<testsuites><testsuite tests="1" failures="1"><testcase classname="a" name="b">'
+                    '<failure message="1 is not 2"/></testcase></testsuite></testsuites>'
+                )
+
+    monkeypatch.setattr(run, "part", part)
+    gpu.on_gpu(run)
+    assert "gpu tests: a.b: 1 is not 2\n" in capsys.readouterr().out
+    name, command, limit_s = begun[-1]
+    assert name == "benchmark of the losses"
+    assert 380 < float(command[command.index("--seconds") + 1]) < limit_s - 60
+
+
 def test_a_part_that_takes_too_long_is_ended_with_its_children(run):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     begin = time.monotonic()
@@ -198,6 +221,18 @@ def test_an_import_that_fails_is_the_reason_of_all_that_did_not_run(gpu, monkeyp
     assert parts["import"]["reason"] == "exit code 1: no such symbol"
     for name in ("gpu tests", "tests of the kernels", "check", "benchmark of the losses"):
         assert parts[name] == {"status": "not run", "reason": "the import failed"}
+
+
+def test_a_pytorch_that_fails_is_the_reason_of_all_that_did_not_run(gpu, monkeypatch, tmp_path):
+    """A library that it cannot load is not a machine without a GPU."""
+    monkeypatch.setattr(gpu, "PROBE", "raise OSError('libcudart.so: cannot open shared object file')")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main() == 3
+    parts = json.loads((tmp_path / "gpu-none.json").read_text())["parts"]
+    reason = "exit code 1: OSError: libcudart.so: cannot open shared object file"
+    assert parts["machine"] == {"status": "failed", "seconds": parts["machine"]["seconds"], "reason": reason}
+    assert parts["check"] == {"status": "not run", "reason": f"PyTorch failed: {reason}"}
 
 
 def test_warnings_behind_the_json_do_not_hide_it(gpu, monkeypatch, tmp_path):
