@@ -93,6 +93,7 @@ class Run:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, (WORK, ROOT / "tests", ROOT / "benchmarks"))),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",  # what a part has said by the time it is ended is seen
             "POLYDPO_FAST_CACHE": str(WORK / "cache"),
         }
         self._environment.pop("TRITON_INTERPRET", None)
@@ -142,11 +143,12 @@ class Run:
         seconds = round(time.monotonic() - begin, 1)
         self._write(f"\n===== {name}: {' '.join(command) if len(command) < 20 else command[0]}\n{output}")
         result = {"status": "passed" if process.returncode == 0 else "failed", "seconds": seconds}
+        lines = [line for line in output.splitlines() if line.strip()]
+        last = lines[-1][:300] if lines else "no output"
         if late:
-            result |= {"status": "failed", "reason": f"took more than {limit_s:.0f} s"}
+            result |= {"status": "failed", "reason": f"took more than {limit_s:.0f} s: {last}"}
         elif process.returncode:
-            lines = [line for line in output.splitlines() if line.strip()]
-            result["reason"] = f"exit code {process.returncode}: {lines[-1][:300] if lines else 'no output'}"
+            result["reason"] = f"exit code {process.returncode}: {last}"
         self.parts[name] = result
         self._say(name)
         return output if result["status"] == "passed" else None
@@ -243,7 +245,7 @@ def on_gpu(run: Run) -> dict:
 
     ini = WORK / "pytest.ini"
     ini.write_text(PYTEST_INI)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-c", str(ini), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-m", "pytest", "-v", "-c", str(ini), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
     pytest += ["--continue-on-collection-errors"]  # a file that cannot be imported keeps no other from running
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     add_tests("gpu tests", marked, ["-m", "gpu"], 200, 1)

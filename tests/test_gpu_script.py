@@ -136,12 +136,12 @@ def test_tests_that_failed_are_named_where_they_are_seen_and_the_benchmark_has_w
 
 
 def test_a_part_that_takes_too_long_is_ended_with_its_children(run):
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     begin = time.monotonic()
-    run.part("slow", [sys.executable, "-c", child], 5.5)
+    run.part("slow", [sys.executable, "-c", f"print('what hangs'); {sleep}"], 5.5)
     assert time.monotonic() - begin < 30  # the child holds the pipe open until it ends
     assert run.parts["slow"]["status"] == "failed"
-    assert run.parts["slow"]["reason"] == "took more than 6 s"
+    assert run.parts["slow"]["reason"] == "took more than 6 s: what hangs"
 
 
 def test_nothing_begins_when_no_time_is_left(gpu, run, monkeypatch):
