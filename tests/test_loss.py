@@ -458,14 +458,30 @@ def test_metrics(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pairs_are_saturated_beyond_ten(backend, device):
-    """z is the loser's error less the winner's: of 9.9, -9.9, 10.1, -10.1, and a tie."""
-    z = torch.tensor([9.9, -9.9, 10.1, -10.1, 0.0], device=device)[:, None]
-    win, lose = ((sign * z).clamp(min=0).sqrt() for sign in (-1, 1))
+    """z is 5/2 of the loser's error less the winner's: of 9.9, 10 and 10.1, of either sign, and a tie."""
+    z = torch.tensor([9.9, -9.9, 10.0, -10.0, 10.1, -10.1, 0.0], device=device)[:, None]
+    win, lose = ((sign * z / 2.5).clamp(min=0).sqrt() for sign in (-1, 1))
+    win[-1] = lose[-1] = 1.0
     nothing = (torch.zeros_like(win), torch.zeros_like(win))
-    options = dict(beta=2.0, reference_free=True, return_metrics=True, backend=backend)
+    options = dict(beta=5.0, reference_free=True, return_metrics=True, backend=backend)
     _, metrics = polydpo_fast.loss((win, lose), None, nothing, **options)
-    assert metrics["saturated"].item() == pytest.approx(2 / 5)
-    assert metrics["implicit_accuracy"].item() == pytest.approx(2.5 / 5)
+    assert metrics["saturated"].item() == pytest.approx(2 / 7)
+    assert metrics["implicit_accuracy"].item() == pytest.approx(3.5 / 7)
+    assert metrics["false_success"] == 0  # where z > 0 the winner has no error at all; a tie is no success
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_margin_changes_no_metric(backend, device):
+    """Taken off these logits, it would change how many are positive, how many saturated and how many falsely so."""
+    random = torch.Generator().manual_seed(1)
+    pred, target = (torch.randn(12, 5, generator=random) for _ in range(2))
+    ref = pred + 0.5 * torch.randn(12, 5, generator=random)
+    tensors = [x.to(device) for x in (pred, ref, target)]
+    options = dict(beta=20.0, return_metrics=True, backend=backend)
+    plain, shifted = (polydpo_fast.loss(*tensors, margin=margin, **options)[1] for margin in (0.0, 3.0))
+    shares = "implicit_accuracy", "saturated", "false_success"
+    assert [round(6 * plain[name].item()) for name in shares] == [3, 2, 1]
+    assert plain == shifted
 
 
 @pytest.mark.parametrize("backend", FUSED)
