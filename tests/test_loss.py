@@ -210,6 +210,17 @@ def test_saturated_logits_are_finite_with_the_right_gradient(backend, sign, devi
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_that_is_nearly_zero_keeps_its_digits(backend, device):
+    """-log p = log(1 + exp(-z)), where 1 + exp(-z) has few digits of exp(-z), or none."""
+    z = torch.tensor([4.0, 16.0, 25.0, 36.0, 64.0])
+    nothing, lose = torch.zeros(5, 1, device=device), z.sqrt()[:, None].to(device)
+    loss = polydpo_fast.loss(
+        (nothing, lose), None, (nothing, nothing), beta=2.0, reference_free=True, reduction="none", backend=backend
+    )
+    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-x)) for x in z.tolist()], rel=2e-6, abs=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("argument", [0, 1, 2])
 def test_nan_and_inf_stay_in_their_pair(backend, poison, argument, device):
@@ -286,6 +297,17 @@ def test_a_gradient_is_rounded_to_nearest_even(other, dtype, backend, device):
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_coefficient_that_float32_has_not_may_be_scaled(backend, device):
+    """As the gradient's of a saturated pair, before a GradScaler's factor: they are multiplied in float64."""
+    pred, _, target = batch((2, 40), torch.float32, device)
+    coefficients = torch.tensor([[1e-50, -3e-50]], dtype=torch.float64, device=device)
+    upstream = torch.tensor(1e30, device=device)
+    (grad,) = torch.ops.polydpo_fast.pair_gradient([pred], [target], None, coefficients, upstream, "halves", backend)
+    exact = coefficients.double().T * upstream.double() * (pred.double() - target.double())
+    assert_gradient_close(grad, exact.cpu().numpy(), torch.float32, backend)
+
+
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the sums of C++")
 def test_many_elements_are_added_without_drift():
     """Equal terms round the same way each time: in one float32 a sum of half a million would drift by a thousandth."""
@@ -294,6 +316,24 @@ def test_many_elements_are_added_without_drift():
     exact = pred[0, 0].double().square()
     torch.testing.assert_close(errors.model_win, exact.float()[None], rtol=2e-6, atol=0)
     torch.testing.assert_close(errors.excess_lose, -8 * exact.float()[None], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_sums_beyond_a_lane_are_float64(backend, device):
+    """Of whole numbers: those of a lane, up to 64 terms, have no more than the 24 bits of float32, any others more."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return torch.randint(low, high, (2, 4101), generator=random)
+
+    target, step, ref_step = draw(-100, 100), draw(400, 500), draw(0, 50)
+    pred, ref = target + step * (1 - 2 * draw(0, 2)), target + ref_step
+    _, _, table = torch.ops.polydpo_fast.pair_loss(
+        *([x.float().to(device)] for x in (pred, ref, target)),
+        *[None] * 5, [0.0] * 9, None, "halves", "mean", backend,
+    )  # fmt: skip
+    model, excess = (step**2).sum(1), (step**2 - ref_step**2).sum(1)
+    assert table[0, ERRORS].tolist() == (torch.cat((model, excess)).double() / 4101).tolist()
 
 
 @pytest.mark.parametrize("backend", FUSED)
