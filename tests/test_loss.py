@@ -554,6 +554,28 @@ def test_the_triton_counters_reset_themselves(device, monkeypatch):
     assert len(set(results)) == 1
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_triton_loops_go_on_where_they_were(masked, device, monkeypatch):
+    """As for samples of millions of elements and batches of hundreds of pairs, with less in each round."""
+    from polydpo_fast.kernels import pair_loss
+
+    for name, value in dict(LARGE_SPLITS=4, SLOT_BLOCK=2, PAIR_BLOCK=2).items():
+        monkeypatch.setattr(pair_loss, name, value)
+    numel = 12_289
+    assert pair_loss.blocks_per_split(numel) == 3  # of five programs for each of five pairs, the last with one element
+    pred, ref, target = batch((10, numel), torch.float32, device)
+    mask = torch.arange(numel) % torch.arange(2, 7)[:, None] != 1 if masked else None
+    pred.requires_grad_()
+    options = dict(beta=50.0, mask=mask if mask is None else mask.to(device), return_metrics=True, backend="triton")
+    loss, metrics = polydpo_fast.loss(pred, ref, target, **options)
+    loss.backward()
+    arms = [x.chunk(2) for x in (pred, target, ref)]
+    losses, logits, gradient = oracle.full(*arms[0], *arms[1], ref=arms[2], beta=50.0, mask=mask)
+    assert loss.item() == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert metrics["logit_mean"].item() == pytest.approx(float(logits.mean()), rel=1e-5)
+    assert_gradient_close(pred.grad, np.concatenate(gradient) / 5, torch.float32, "triton")
+
+
 def layouts(x):
     """The same numbers in other memory: (name, tensor)."""
     yield "channels_last", x.contiguous(memory_format=torch.channels_last)
