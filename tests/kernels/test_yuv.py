@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from one_program import OneProgram
 
 from polydpo_fast.colour import fixed_point
 from polydpo_fast.yuv import yuv420_to_rgb
@@ -348,6 +349,22 @@ def test_a_crop_outside_the_image_is_clamped_on_a_gpu():
             planes, crop=torch.tensor([[99, -5]], device="cuda"), size=(3, 5), dtype=torch.uint8, backend=backend
         )
         assert torch.equal(rgb.cpu(), oracles(planes)[:, :, 7:, :5])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="one program alone runs in Triton's interpreter")
+def test_a_clip_of_more_than_two_to_the_31_pixels(monkeypatch):
+    """Its last program; of the memory of the others no page is touched."""
+    from polydpo_fast.kernels import yuv
+
+    monkeypatch.setattr(yuv, "rgb_kernel", OneProgram(yuv.rgb_kernel, monkeypatch, first=False))
+    side = 16384
+    planes = torch.empty(1, 9, side * 3 // 2, side, dtype=torch.uint8)
+    planes[0, -1, side - 4 : side, -256:] = 77
+    planes[0, -1, side:].view(2, side // 2, side // 2)[:, -3:, -129:] = 128
+    out = torch.empty(1, 3, 9, side, side, dtype=torch.uint8)
+    corner = out[0, :, -1, -4:, -256:].zero_()
+    yuv420_to_rgb(planes, dtype=torch.uint8, out=out, backend="triton")
+    assert corner.eq(77).all()
 
 
 @pytest.mark.gpu
