@@ -1,6 +1,7 @@
 """The arrival counters of streams and CUDA graphs, with stand-ins."""
 
 import contextlib
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,6 +35,27 @@ def test_each_stream_has_counters_of_its_own_and_threads_share_them():
     assert made[0] is made[2]
     assert counters._stream_counters(8, CPU, 1) is not made[0]
     assert not any(x.any() for x in made)
+
+
+def test_counters_are_made_in_another_thread_and_waited_for(monkeypatch):
+    """This one may be warming up for a graph, into its memory; and whoever reads them may be on another stream."""
+    made = []
+
+    class Event:
+        def __init__(self):
+            self.thread, self.waited = threading.get_ident(), False
+            made.append(self)
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            self.waited = True
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    counters._stream_counters(4, CPU, 1)
+    assert [event.waited for event in made] == [True, True]  # its own, and the spare ones
+    assert threading.get_ident() not in {event.thread for event in made}
 
 
 def test_each_capture_takes_counters_that_no_other_has_aligned_as_those_of_streams():
