@@ -223,20 +223,34 @@ def test_the_gradient_of_very_many_small_pairs(elements):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)  # the reference computes in float32
 
 
-@needs_cpp
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
-def test_bytes_of_a_mask_may_be_any(dtypes):
+def test_bytes_of_a_mask_may_be_any(dtypes, backend, device):
     """A bool that was a view of other bytes is true where they are not 0."""
-    pred, ref, target = (torch.randn(4, 96, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    pred, ref, target = (torch.randn(4, 96, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3))
     pred, ref, target = pred.to(dtypes[0]), ref.to(dtypes[1]), target.to(dtypes[1])
-    values = torch.tensor([0, 1, 2, 255], dtype=torch.uint8).repeat(2, 24)
+    values = torch.tensor([0, 1, 2, 255], dtype=torch.uint8, device=device).repeat(2, 24)
     results = []
     for mask in (values.view(torch.bool), values != 0):
         leaf = pred.clone().requires_grad_()
-        loss = polydpo_fast.loss(leaf, ref, target, beta=2.0, mask=mask)
+        loss = polydpo_fast.loss(leaf, ref, target, beta=2.0, mask=mask, backend=backend)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_mask_for_all_pairs_does_what_one_for_each_does(backend, device):
+    """Broadcast within a sample, it is copied once."""
+    pred, ref, target = (torch.cat(x) for x in arms(3, (4, 5), torch.float32, 1, device))
+    mask = torch.tensor([True, False, True, True], device=device)[:, None]
+    found = []
+    for given_mask in (mask, mask.expand(3, 4, 5)):
+        leaf = pred.clone().requires_grad_()
+        loss = polydpo_fast.loss(leaf, ref, target, beta=2.0, mask=given_mask, reduction="none", backend=backend)
+        loss.sum().backward()
+        found.append((loss.detach(), leaf.grad))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -294,6 +308,18 @@ def test_numbers_of_pairs_in_float64_change_no_dtype(name, backend, device):
             tuple(pred), ref, tuple(target), **options, reduction=reduction, return_metrics=True, backend=backend
         )
         assert {loss.dtype, *(value.dtype for value in metrics.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["beta", "alpha", "pair_weight", "ref_error"])
+def test_numbers_of_pairs_may_be_every_other_one_of_more(name, backend, device):
+    pred, ref, target = (torch.cat(x) for x in arms(3, (3, 4), torch.float32, 1, device))
+    values = 0.5 + torch.rand(12, generator=torch.Generator().manual_seed(0)).to(device)
+    values = values[::2] if name == "ref_error" else values[::4]
+    ref = None if name == "ref_error" else ref
+    options = dict(beta=2.0, reduction="none", backend=backend)
+    found = [polydpo_fast.loss(pred, ref, target, **options | {name: x}) for x in (values, values.contiguous())]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
