@@ -186,8 +186,11 @@ def test_saved_tensors_may_come_back_in_another_dtype(dims):
     torch.testing.assert_close(grads[0], x.grad, rtol=2e-2, atol=1e-2 * x.grad.abs().max().item())
 
 
-def test_a_mask_may_come_back_as_numbers_and_the_table_of_pairs_with_other_strides():
-    tensors, mask = three(), torch.rand(three()[0].shape[1:], generator=torch.Generator().manual_seed(0)) > 0.3
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mask_may_come_back_as_numbers_and_the_table_of_pairs_with_other_strides(masked):
+    tensors, mask = three(), None
+    if masked:
+        mask = torch.rand(tensors[0].shape[1:], generator=torch.Generator().manual_seed(0)) > 0.3
     table = tensors[0].shape[0] // 2, PAIR_COLUMNS
     grads = []
     for hooks in (False, True):

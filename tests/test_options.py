@@ -762,6 +762,16 @@ def test_freed_memory_is_an_error(freed, calls):
 
 
 @needs_cpp
+@pytest.mark.parametrize("freed", [0, 1, 2])
+@pytest.mark.parametrize("arm", [0, 1])
+def test_freed_memory_of_one_arm_is_an_error(arm, freed):
+    tensors = [[torch.randn(2, 16, generator=torch.Generator().manual_seed(i)) for _ in range(2)] for i in range(3)]
+    tensors[freed][arm].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="no memory"):
+        polydpo_fast.loss(*map(tuple, tensors))
+
+
+@needs_cpp
 @pytest.mark.parametrize("freed", [0, 2])
 @pytest.mark.parametrize("calls", [1, 2])
 def test_memory_that_is_freed_before_backward_is_an_error(freed, calls):

@@ -430,6 +430,7 @@ BAD = {
     "odd width": (dict(planes=GOOD[..., :7].contiguous()), ValueError, r"planes has shape \(2, 6, 7\).* even"),
     "no image": (dict(planes=GOOD[:0]), ValueError, r"planes has shape \(0, 6, 8\).* none of them 0"),
     "too wide": (dict(planes=torch.empty(1, 3, 16386, dtype=torch.uint8)), ValueError, "images of 2 x 16386; .*16384"),
+    "too tall": (dict(planes=torch.empty(1, 24579, 2, dtype=torch.uint8)), ValueError, "images of 16386 x 2; .*16384"),
     "too many": (dict(planes=torch.empty(65536, 3, 2, dtype=torch.uint8)), ValueError, "65536 images .* most 65535"),
     "not contiguous": (dict(planes=GOOD.mT.contiguous().mT), ValueError, r"planes has strides \(48, 1, 6\); expected"),
     "too many frames": (
