@@ -168,25 +168,41 @@ def test_every_mix_of_dtypes(backend, masked, dtypes, device):
 @pytest.mark.skipif("EMULATED_GPU" in os.environ, reason="the emulator keeps a record of every byte")
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("masked", [False, True])
-def test_pairs_beyond_two_to_the_31_elements(backend, masked, device):
+@pytest.mark.parametrize("elements", [20, 60])  # C++ copies samples of less than 32
+def test_pairs_beyond_two_to_the_31_elements(backend, masked, elements, device):
     """Views whose rows are 2^30 elements apart; of the memory between them no page is touched."""
     memory = torch.empty(2**31 + 2**10, dtype=torch.bfloat16, device=device)
     flags = torch.empty(2**31 + 2**10 if masked else 1, dtype=torch.bool, device=device)
-    plain = [x.chunk(2) for x in batch((6, 60), torch.bfloat16, device)]
+    plain = [x.chunk(2) for x in batch((6, elements), torch.bfloat16, device)]
     far = [
-        [memory.as_strided((3, 60), (2**30, 1), 64 * (2 * i + j)).copy_(arm) for j, arm in enumerate(both)]
+        [memory.as_strided((3, elements), (2**30, 1), 64 * (2 * i + j)).copy_(arm) for j, arm in enumerate(both)]
         for i, both in enumerate(plain)
     ]
     mask, far_mask = None, None
     if masked:
-        mask = torch.arange(180, device=device).view(3, 60) % 7 != 3
-        far_mask = flags.as_strided((3, 60), (2**30, 1)).copy_(mask)
+        mask = torch.arange(3 * elements, device=device).view(3, elements) % 7 != 3
+        far_mask = flags.as_strided((3, elements), (2**30, 1)).copy_(mask)
     found = []
     for tensors, kept in ((plain, mask), (far, far_mask)):
         pred = [x.detach().requires_grad_() for x in tensors[0]]
         loss = polydpo_fast.loss(pred, *tensors[1:], beta=50.0, mask=kept, reduction="none", backend=backend)
         found.append((loss.detach(), *torch.autograd.grad(loss.sum(), pred)))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="where C++ writes a gradient")
+def test_a_gradient_beyond_two_to_the_31_elements(monkeypatch):
+    """In memory that is not touched between the pairs."""
+    from polydpo_fast import cpu
+
+    pred, _, target = (list(x.chunk(2)) for x in batch((6, 60), torch.bfloat16, "cpu"))
+    coefficients = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    arguments = (pred, target, None, coefficients, torch.ones(()), "halves", "cpp")
+    plain = torch.ops.polydpo_fast.pair_gradient(*arguments)
+    memory = torch.empty(2**31 + 2**10, dtype=torch.bfloat16)
+    places = iter((0, 64))
+    monkeypatch.setattr(cpu, "_empty_gradient", lambda shape, *_: memory.as_strided(shape, (2**30, 1), next(places)))
+    assert all(map(torch.equal, plain, torch.ops.polydpo_fast.pair_gradient(*arguments)))
 
 
 # ------------------------------------------------------------------------------------------------ edge cases
