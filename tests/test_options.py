@@ -133,6 +133,19 @@ def test_any_mix_of_options(device, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_hinge_has_no_slope_from_one_on(backend, device):
+    """z, the loser's error less the winner's, is 0, 1 and 4."""
+    win, lose, target = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 2.0], [0.0, 0.0, 0.0]], device=device)[..., None]
+    pred = win.requires_grad_(), lose.requires_grad_()
+    options = dict(objective="hinge", beta=2.0, reference_free=True, reduction="none", backend=backend)
+    loss = polydpo_fast.loss(pred, None, target, **options)
+    loss.sum().backward()
+    assert loss.tolist() == [1.0, 0.0, 0.0]
+    assert win.grad.flatten().tolist() == [2.0, 0.0, 0.0]
+    assert lose.grad.flatten().tolist() == [-2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", ["halves", "interleaved", "tuple"])
 def test_layouts_agree(backend, dtype, layout, device):
