@@ -92,8 +92,9 @@ def test_programs_with_registers_that_do_not_exist_are_refused():
     for bad, loss, slope in itertools.product([(add, 0, 99, 0.0), (add, -1, 0, 0.0), (add, 10, 0, 0.0)], [10], [10]):
         with pytest.raises(ValueError, match="register"):
             _C.Head([bad], loss, slope)
-    with pytest.raises(ValueError, match="register"):
-        _C.Head([(add, 0, 1, 0.0)], 11, 0)
+    for loss, slope in [(11, 0), (-1, 0), (0, 11), (0, -1)]:
+        with pytest.raises(ValueError, match="register"):
+            _C.Head([(add, 0, 1, 0.0)], loss, slope)
     with pytest.raises(ValueError, match="register"):
         _C.Head([(add, 0, 1, 0.0)] * 60, 0, 0)
 
