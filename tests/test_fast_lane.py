@@ -1,5 +1,8 @@
 """The usual call on a CPU is checked once per signature and then looked up: nothing else may change by it."""
 
+import io
+import re
+
 import pytest
 import torch
 
@@ -248,3 +251,19 @@ def test_other_devices_and_backends_do_not_take_it(monkeypatch):
         monkeypatch.setattr(operators.module_of("cpp"), "BoundLoss", None)
         for _ in range(2):
             polydpo_fast.loss(*tensors, beta=2.0, backend="triton")
+
+
+def test_the_threads_are_those_of_the_one_openmp_that_is_loaded(monkeypatch):
+    """Of two it cannot be told which is PyTorch's."""
+    cpu = functional._module_of("cpp")
+    with open("/proc/self/maps") as maps:
+        loaded = re.findall(r".*/lib(?:g|i|)omp[^/]*\.so.*\n", maps.read())
+    if not loaded:
+        pytest.skip("PyTorch has no OpenMP runtime here")
+    given = []
+    monkeypatch.setattr(cpu._C, "set_openmp", given.append)
+    for maps in (loaded[0], loaded[0] + loaded[0].replace("/lib", "/another/lib"), ""):
+        monkeypatch.setattr(cpu, "open", lambda path, maps=maps: io.StringIO(maps), raising=False)
+        cpu._join_openmp.__wrapped__()
+    assert len(given) == 1
+    assert given[0]
