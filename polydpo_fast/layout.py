@@ -16,6 +16,7 @@ __all__ = [
     "arms",
     "common_order",
     "dense_mask",
+    "dense_strides",
     "empty_dense_like",
     "pairs_in",
 ]

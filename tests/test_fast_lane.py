@@ -255,7 +255,7 @@ def test_other_devices_and_backends_do_not_take_it(monkeypatch):
 
 def test_the_threads_are_those_of_the_one_openmp_that_is_loaded(monkeypatch):
     """Of two it cannot be told which is PyTorch's."""
-    cpu = functional._module_of("cpp")
+    cpu = operators.module_of("cpp")
     with open("/proc/self/maps") as maps:
         loaded = re.findall(r".*/lib(?:g|i|)omp[^/]*\.so.*\n", maps.read())
     if not loaded:

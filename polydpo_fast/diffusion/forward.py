@@ -11,7 +11,7 @@ from torch import Tensor
 from .moving import moved
 from .reference import base_model, unwrapped
 
-__all__ = ["FLUX_GUIDANCE", "both_arms", "predict", "time_ids"]
+__all__ = ["FLUX_GUIDANCE", "Forward", "both_arms", "forward_of", "predict", "time_ids"]
 
 Forward = Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..splitmix import GOLDEN, mix, signed, splitmix64_of_tensor
 from .moving import moved
 
-__all__ = ["NoisedPairs", "draw_noise", "draw_timesteps", "is_flow_matching", "noise_pairs"]
+__all__ = ["Density", "NoisedPairs", "Seeds", "draw_noise", "draw_timesteps", "is_flow_matching", "noise_pairs"]
 
 Seeds = Sequence[int] | Tensor
 Density = Literal["uniform", "logit_normal", "mode"]
