@@ -29,8 +29,14 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 NO_GPU = 3
 
 PROBE = """
-import json, platform, sys
+import json, platform, subprocess, sys
 found = {"python": platform.python_version(), "torch": None, "gpu": None}
+try:  # clocks and power decide what a figure means
+    asked = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    line = subprocess.check_output(["nvidia-smi", "--query-gpu=" + ",".join(asked), "--format=csv,noheader"], text=True)
+    found |= zip(asked, line.splitlines()[0].split(", "), strict=True)
+except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+    pass  # another maker's GPU, or none
 try:
     import torch
 except ImportError as error:

@@ -175,6 +175,24 @@ def test_results_and_log_are_written(gpu, monkeypatch, tmp_path, found, code, re
     assert (tmp_path / "out" / f"{name}.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("echo '580.95.05, 1980 MHz, 3201 MHz, 700.00 W'", ["580.95.05", "1980 MHz", "3201 MHz", "700.00 W"]),
+        ("echo 'No devices were found'; exit 6", None),
+        ("true", None),
+    ],
+)
+def test_clocks_and_power_of_the_gpu_are_kept(gpu, tmp_path, says, told):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    code = f"import sys; sys.modules['torch'] = None{gpu.PROBE}"
+    ran = subprocess.run([sys.executable, "-c", code], env={"PATH": str(tmp_path)}, capture_output=True, check=True)
+    found = json.loads(ran.stdout)
+    names = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    assert [found.get(name) for name in names] == (told or [None] * 4)
+
+
 def test_a_machine_without_pytorch_is_told_from_one_without_a_gpu(gpu):
     code = f"import sys; sys.modules['torch'] = None{gpu.PROBE}"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
