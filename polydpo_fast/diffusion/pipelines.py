@@ -19,7 +19,7 @@ __all__ = ["change_scheduler", "load_pipeline", "load_scheduler", "scheduler_cla
 def load_pipeline(
     model: str,
     *,
-    policy: torch.dtype,
+    policy: torch.dtype | None,
     frozen: torch.dtype,
     scheduler: Mapping[str, Any] | None = None,
     variant: str | None = None,
@@ -27,21 +27,26 @@ def load_pipeline(
 ) -> Any:
     """The pipeline, its parts frozen and in evaluation mode; no image is hidden by a safety checker.
 
-    policy: dtype of the part that is trained. frozen: of the text encoders and the VAE, if that does not need float32.
+    policy: dtype of the part that is trained; None for that part without its weights, on the meta device.
+    frozen: of the text encoders and the VAE, if that does not need float32.
     scheduler: values in place of those of the pipeline's, see `change_scheduler`.
     variant, revision: as Diffusers has them.
 
     Raises ValueError where the weights are there in another variant alone.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     family = family_of(model, revision)
+    index = diffusers.DiffusionPipeline.load_config(model, revision=revision)
     vae = torch.float32 if family.vae_float32 else frozen
     options = {"variant": variant, "revision": revision, **dict.fromkeys(family.left_out)}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            model, dtype={family.model: policy, "vae": vae, "default": frozen}, **options
-        )
+    dtypes = {family.model: policy or frozen, "vae": vae, "default": frozen}
+    if policy is None:
+        kind = getattr(diffusers, index[family.model][1])
+        with torch.device("meta"):
+            options[family.model] = kind.from_config(kind.load_config(model, subfolder=family.model, revision=revision))
+    try:  # of its own class: DiffusionPipeline itself would load a part that WanPipeline is given
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(model, dtype=dtypes, **options)
     except (OSError, ValueError) as error:
         variants = _variants_in(Path(model) / family.model)
         if variants and variant not in variants:
@@ -55,7 +60,7 @@ def load_pipeline(
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-            wanted = {family.model: policy, "vae": vae}.get(name, frozen)
+            wanted = dtypes.get(name, frozen)
             if part.dtype != wanted:  # else some layers may be in float32 on purpose
                 part.to(wanted)
     pipe.set_progress_bar_config(disable=True)

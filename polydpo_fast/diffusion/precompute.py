@@ -35,7 +35,7 @@ def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None,
     Raises ValueError where the folder holds something else, LoaderError where no pair could be read or decoded.
     """
     _check_out(folder)
-    setup = set_up(settings)
+    setup = set_up(settings, weights=False)
     inputs = Inputs(settings, setup)
     if inputs.cached:
         raise ValueError(f"data is {settings.data!r}, which is encoded already; expected images or clips")

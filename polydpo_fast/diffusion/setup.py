@@ -43,10 +43,14 @@ class Setup(NamedTuple):
     precision: torch.dtype
 
 
-def set_up(settings: Settings) -> Setup:
-    """The pipeline is still on the CPU. Raises ValueError for settings that do not fit the model, ImportError."""
+def set_up(settings: Settings, *, weights: bool = True) -> Setup:
+    """The pipeline is still on the CPU; without weights, the part that is trained is on the meta device.
+
+    Raises ValueError for settings that do not fit the model, ImportError.
+    """
     accelerator = _accelerator(settings)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    policy = half if settings.lora_rank else torch.float32
     # Before the model is loaded, which takes long: what is wrong is said at once.
     source = _open(settings)
     _check_loader(settings, source, accelerator)
@@ -57,7 +61,7 @@ def set_up(settings: Settings) -> Setup:
     with accelerator.main_process_first():  # it may download
         pipe = load_pipeline(
             settings.model,
-            policy=half if settings.lora_rank else torch.float32,
+            policy=policy if weights else None,
             frozen=half,
             scheduler=settings.scheduler,
             variant=settings.variant,

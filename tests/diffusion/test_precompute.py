@@ -431,3 +431,19 @@ def test_two_processes_make_the_same_stores(here, tmp_path, unused_tcp_port):
         code, said = two_processes(plain, tmp_path, unused_tcp_port, arguments)
         assert code == 0, said
         assert stored(tmp_path / f"{command}-two") == stored(tmp_path / f"{command}-one")
+
+
+@pytest.mark.parametrize("family", pipelines.PIPELINES)
+def test_latents_need_no_weights_of_the_model_that_is_trained(family, tmp_path):
+    """Which in float32 are most of a pipeline."""
+    model = pipelines.save(family, tmp_path)
+    data, loader = pipelines.write_pairs(tmp_path / "pairs.parquet", 2), {}
+    if family == "wan":
+        data, loader = pipelines.write_clips(tmp_path / "clips", 2), {"frames": 5}
+    run = settings(tmp_path, tmp_path / "run", data=str(data), loader=loader)
+    cache(run, tmp_path / "with")
+    for file in model.glob("*/diffusion_pytorch_model.safetensors"):
+        if file.parent.name != "vae":
+            file.unlink()
+    cache(run, tmp_path / "without")
+    assert stored(tmp_path / "without") == stored(tmp_path / "with") != {}
