@@ -101,12 +101,14 @@ def new_accelerator(**options: Any) -> Any:
     import diffusers
     import transformers
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     # Else they tell of every prompt that is longer than 77 tokens, and of image processors that nothing here uses.
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)], **options)
+    # Else DDP has the gradient twice: as it is, and as it is summed.
+    once = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), once], **options)
 
 
 def objective_of(settings: Settings, pipe: Any, **options: Any) -> PairObjective:

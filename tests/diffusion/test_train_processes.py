@@ -29,18 +29,30 @@ pytestmark = [
 ]
 
 
-def test_processes_wait_for_each_other_for_hours(here, monkeypatch, unused_tcp_port):
-    """One may have much to download, to encode or to render while the others are done."""
+@pytest.fixture
+def of_processes(monkeypatch, unused_tcp_port):
+    """An accelerator of one of several processes, of which there are no others."""
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=unused_tcp_port, OMP_NUM_THREADS=1).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    try:
-        setup.new_accelerator()
-        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-        assert group.options._timeout >= timedelta(hours=1)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield setup.new_accelerator()
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_wait_for_each_other_for_hours(of_processes):
+    """One may have much to download, to encode or to render while the others are done."""
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    assert group.options._timeout >= timedelta(hours=1)
+
+
+def test_gradients_are_in_memory_once(of_processes):
+    """Not as they are, and again as they are summed: as much as the weights."""
+    model = torch.nn.Linear(3, 5)
+    given = of_processes.ddp_handler.to_kwargs() if of_processes.ddp_handler else {}  # as `prepare` takes it
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, **given)
+    wrapped(torch.randn(2, 3)).sum().backward()
+    assert model.weight.grad.untyped_storage().data_ptr() == model.bias.grad.untyped_storage().data_ptr()
 
 
 def test_two_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp_port):
