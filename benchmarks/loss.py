@@ -5,7 +5,8 @@
 
 In a round every way takes a few steps in a row, the first of them unmeasured, and the order changes. On a GPU a step is
 one replay of a CUDA graph, with nothing left in the L2 cache and again with what the last replay left there: the time
-of the kernels, without Python's. Host time is measured apart.
+of the kernels, without Python's, and of beginning a replay, which `least` says: that of one kernel of one element. Host
+time is measured apart.
 
 Traffic: with S the bytes of one (2B, ...) tensor, a fused forward and backward must at least read the prediction, the
 reference and the target and write the gradient: 4 S (8 bytes per element in bfloat16). Two launches of which the
@@ -18,8 +19,10 @@ Where dtypes are mixed, each tensor counts with its own.
 
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,10 +142,19 @@ def measure(job: Job, device: str, rounds: int = ROUNDS) -> tuple[list[Measured]
         "backward": job.backward,
         "bytes": moved(job, device),
     }
+    if device != "cpu":
+        facts["least"] = least(device)
     of_way = {name: {**facts, "peak_bytes": peak} for name, peak in peaks.items()}
     of_way["copy"] = {**facts, "bytes": 2 * COPIED}
     clock = "wall" if device == "cpu" else "gpu"
     return [Measured(job.case, name, times[name], name == "ours", clock, facts=of_way[name]) for name in times], failed
+
+
+@cache
+def least(device: str) -> float:
+    """Seconds of a replay of one kernel of one element, below which no way can go."""
+    times = interleaved({"": captured(torch.zeros(1, device=device).zero_)}, ROUNDS, STEPS, stopwatch(device))
+    return statistics.median(times[""]["gpu"])
 
 
 def moved(job: Job, device: str) -> int:

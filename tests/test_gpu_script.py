@@ -344,6 +344,7 @@ def test_the_benchmark_on_a_gpu_times_what_is_queued_and_survives_a_compiler_tha
     assert set(rows) == {"ours", "eager", "Salesforce's formula", "copy"}
     assert rows["ours"]["median"] == rows["ours"]["gpu, warm L2"] == 2.0
     assert rows["ours"]["clock"] == "gpu"
+    assert rows["ours"]["least"] == 2.0
     loss.printed([*rows.values(), {**rows["copy"], "median": 1.0}], "cuda")
     printed = capsys.readouterr().out
     assert "torch.compile failed: ValueError: no such instruction" in printed
