@@ -47,7 +47,7 @@ def test_the_loader_is_not_held_up_by_the_model(pairs):
     loader = PairLoader(pairs.Tiny(64), 8, device="cuda", **TINY)
     assert len(list(loader)) == 8
     # To page-lock more may wait for the device.
-    spare = [loader._buffers.empty(loader._shape, loader._dtype) for _ in range(16)]
+    spare = [loader._equipment.buffers.empty(loader._shape, loader._dtype) for _ in range(16)]
     del spare
     torch.cuda.synchronize()
     torch.cuda._sleep(4_000_000_000)  # cycles: two seconds or more
