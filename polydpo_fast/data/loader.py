@@ -6,6 +6,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Generator, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -252,7 +253,9 @@ class PairLoader(IterableDataset[PairBatch]):
         return _Iteration(self, number, Pipeline(plan, steps, self._equipment.buffers, self.stats))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ordered": None}  # large, and soon made again
+        # A copy, by `copy.copy` too, goes on by itself. The order is large, and soon made again.
+        own = {"_progress": copy(self._progress), "_equipment": copy(self._equipment)}
+        return {**self.__dict__, **own, "_ordered": None}
 
     # ------------------------------------------------------------------------------------------------ inside
 

@@ -1,5 +1,6 @@
 """PairLoader: several passes at once, states at odd moments, workers that take turns, and how passes end."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -52,6 +53,18 @@ def test_an_epoch_that_is_set_in_the_middle_is_the_next_one():
     assert got == expected(20, 0, 0)
     assert loader.epoch == 5
     assert [i for batch in loader for i in yielded(batch)] == expected(20, 0, 5)
+
+
+def test_a_copy_has_a_place_of_its_own():
+    loader = PairLoader(Tiny(20), 4, **TINY)
+    running = iter(loader)
+    next(running)
+    other = copy.copy(loader)
+    next(running)
+    assert (place(loader), place(other)) == ((0, 8), (0, 4))
+    other.set_epoch(7)
+    assert yielded(next(running)) == expected(20, 0, 0)[8:12]
+    assert (place(loader), place(other)) == ((0, 12), (7, 0))
 
 
 def test_a_pass_that_goes_on_after_a_state_was_loaded_does_not_change_it():
