@@ -15,7 +15,7 @@ from ..decode import decode_pairs
 from ..values import is_int
 from .ready import Ready
 
-__all__ = ["batch_form", "check_arguments", "check_device", "decode_function", "ranks_of"]
+__all__ = ["batch_form", "check_arguments", "check_device", "decode_function", "decode_options", "ranks_of"]
 
 _OF_SOURCES = ("ties", "root", "columns", "category", "weight", "memory_bytes")
 
@@ -89,6 +89,11 @@ def decode_function(options: Mapping[str, Any]) -> Callable[..., Any]:
     return decode_clips if "frames" in options else decode_pairs
 
 
+def decode_options(function: Callable[..., Any]) -> set[str]:
+    """The names of those arguments of a decoder that a loader does not give itself."""
+    return set(inspect.signature(function).parameters) - {"win", "lose", "seeds", "out", "on_error"}
+
+
 def batch_form(options: Mapping[str, Any], ready: Ready | None, batch_size: int) -> tuple[tuple[int, ...], torch.dtype]:
     """The shape and dtype of a batch's pixels. Raises for wrong options now, which a thread would do later."""
     if ready is not None:
@@ -96,7 +101,7 @@ def batch_form(options: Mapping[str, Any], ready: Ready | None, batch_size: int)
             raise TypeError(f"{', '.join(options)}: no argument of PairLoader; the source needs no decoding")
         return (2 * batch_size, *ready.shape), ready.dtype
     function = decode_function(options)
-    known = set(inspect.signature(function).parameters) - {"win", "lose", "seeds", "out", "on_error"}
+    known = decode_options(function)
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(

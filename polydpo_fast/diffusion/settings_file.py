@@ -91,12 +91,14 @@ def meant_by(name: str) -> str | None:
     None where none is known."""
     from ..clips import decode_clips
     from ..data import PairLoader
+    from ..data.loader_arguments import decode_options
     from ..decode import decode_pairs
 
     name = name.replace("-", "_").removeprefix("loader.")
     if name in _OF_SCRIPTS or name in {one.name for one in fields(Settings)}:
         return _OF_SCRIPTS.get(name, name)
-    parts = {one for takes in (PairLoader, decode_pairs, decode_clips) for one in inspect.signature(takes).parameters}
+    own = {one.name for one in inspect.signature(PairLoader).parameters.values() if one.kind is not one.VAR_KEYWORD}
+    parts = own | decode_options(decode_pairs) | decode_options(decode_clips)
     return f"loader: {{{name}: ...}}" if name in parts - TAKEN["loader"] else None
 
 

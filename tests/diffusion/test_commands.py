@@ -148,6 +148,12 @@ def test_an_option_of_diffusers_scripts_or_of_a_setting_leads_to_ours(words, exp
     assert "No such option: --nonsense" in CliRunner().invoke(app, [words[0], "--nonsense"]).output
 
 
+@pytest.mark.parametrize("name", ["win", "seeds", "out", "on_error", "decode", "source"])
+def test_no_option_leads_to_what_the_loader_does_not_take(name):
+    """As --out of `cache`, whose OUT is an argument."""
+    assert f"No such option: --{name}" in CliRunner().invoke(app, ["cache", f"--{name}", "x"]).output
+
+
 @pytest.mark.parametrize("command", [["train"], ["cache", "out"], ["reference", "out"]], ids=lambda words: words[0])
 def test_a_loader_that_gives_up_is_said_in_a_line(here, tmp_path, monkeypatch, command):
     """With another status than wrong settings, and no traceback."""
