@@ -148,7 +148,7 @@ def _check_loader(settings: Settings, source: Source, accelerator: Any) -> None:
 
 def check_writable(name: str, folder: str | os.PathLike[str]) -> None:
     """Raises ValueError where there could be no such folder. name: of the setting."""
-    path = Path(folder)
+    path = Path(folder).expanduser()
     there = next(one for one in (path, *path.absolute().parents) if one.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(

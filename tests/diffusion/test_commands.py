@@ -25,6 +25,13 @@ pytestmark = [
 ]
 
 
+def test_whether_a_folder_can_be_written_to_is_asked_of_the_home_folder_that_a_tilde_means(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=f"output is '~/run', and {tmp_path}/file is no folder"):
+        setup.check_writable("output", "~/run")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
