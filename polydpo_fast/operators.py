@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
 
 from .layout import PAIR_COLUMNS, common_order, dense_mask, empty_dense_like, pairs_in
 from .metrics import METRICS
@@ -26,13 +27,13 @@ def module_of(backend: str) -> Any:
 
 
 # By hand: the decorators that register an operator cost more at each call.
-_library = library.Library("polydpo_fast", "DEF")
-_library.define(
+_defined = Library("polydpo_fast", "DEF")
+_defined.define(
     "pair_loss(Tensor[] pred, Tensor[] ref, Tensor[] target, Tensor? ref_error, Tensor? mask, Tensor? beta,"
     " Tensor? alpha, Tensor? weight, float[] parameters, str? objective, str layout, str reduction,"
     " str backend) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
+_defined.define(
     "pair_gradient(Tensor[] pred, Tensor[] target, Tensor? mask, Tensor coefficients, Tensor grad_loss,"
     " str layout, str backend) -> Tensor[]"
 )
@@ -82,11 +83,11 @@ def pair_gradient(
     return grad
 
 
-_library.impl("pair_loss", pair_loss, "CompositeExplicitAutograd")
-_library.impl("pair_gradient", pair_gradient, "CompositeExplicitAutograd")
+_defined.impl("pair_loss", pair_loss, "CompositeExplicitAutograd")
+_defined.impl("pair_gradient", pair_gradient, "CompositeExplicitAutograd")
 
 
-@library.register_fake("polydpo_fast::pair_loss", lib=_library)
+@register_fake("polydpo_fast::pair_loss", lib=_defined)
 def _fake_pair_loss(
     pred: list[Tensor], ref: list[Tensor], target: list[Tensor], *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +102,7 @@ def _fake_pair_loss(
     )
 
 
-@library.register_fake("polydpo_fast::pair_gradient", lib=_library)
+@register_fake("polydpo_fast::pair_gradient", lib=_defined)
 def _fake_pair_gradient(pred: list[Tensor], target: list[Tensor], *_: Any) -> list[Tensor]:
     ordered, *_rest = common_order(pred, target)
     return [empty_dense_like(x) for x in ordered]
@@ -116,7 +117,7 @@ def _refuse_graph(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-library.register_autograd("polydpo_fast::pair_loss", _refuse_graph, lib=_library)
+register_autograd("polydpo_fast::pair_loss", _refuse_graph, lib=_defined)
 
 
 def cheapest(implementation: Callable[..., Any], *tensors: Tensor | None) -> Any:
