@@ -40,7 +40,7 @@ def loss_of(curve, at, shape):
     source = torch.ones(moved // 2, dtype=torch.uint8)
     destination = torch.empty_like(source)
     ways = {"ours": stepping(tensors), "copy": lambda: destination.copy_(source)}
-    times = interleaved(ways, rounds=5, calls=5)
+    times = interleaved(ways, rounds=5, calls=5, uncounted=10)
     facts = {"curve": curve, "at": at, "bytes": moved}
     return {way: Measured(f"{curve} {at}", way, times[way], way == "ours", "wall", facts=facts) for way in ways}
 
@@ -82,7 +82,7 @@ def decoded():
         **{("decoding, 8 pairs of 1024 x 1024, threads", n): (pictures[1024], 8, n) for n in (1, 2, 4, 8)},
         **{("decoding, two threads, pairs of 1024 x 1024", n): (pictures[1024], n, 2) for n in (1, 2, 4, 8, 16)},
     }
-    times = interleaved({place: decoding(*what) for place, what in places.items()}, rounds=7, calls=2)
+    times = interleaved({place: decoding(*what) for place, what in places.items()}, rounds=7, calls=2, uncounted=1)
     found = {}
     for (curve, at), (data, pairs, _) in places.items():
         facts = {"curve": curve, "at": at, "encoded_bytes": len(data)}

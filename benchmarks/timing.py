@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,18 +36,20 @@ def interleaved(
     rounds: int,
     calls: int = 1,
     stopwatch: Callable[[Callable[[], object]], dict[str, float]] = cpu_and_wall,
+    uncounted: int = 0,
 ) -> dict[str, Times]:
     """Times of each way over the rounds, after one round that is not counted.
 
-    The order of the ways changes from round to round. Of several calls in a row the first is not counted: what a way
-    then finds in the caches and in the allocator is its own, as in a training loop, not what the one before left. The
-    median of the others is the time of the round: they share the machine's mood, and are no samples of their own.
+    Each round has an order of its own, drawn at random: a way that always came after the same one would pay for what
+    that one leaves behind. Of several calls in a row the first are `uncounted`: what a way then finds in the caches and
+    in the allocator is its own, as in a training loop. The median of the others is the time of the round: they share
+    the machine's mood, and are no samples of their own.
     """
     times: dict[str, Times] = {name: {} for name in ways}
-    order = list(ways)
+    generator = random.Random(0)
     for round_ in range(rounds + 1):
-        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
-            measured = [stopwatch(ways[name]) for _ in range(calls + (calls > 1))][-calls:]
+        for name in generator.sample(list(ways), len(ways)):
+            measured = [stopwatch(ways[name]) for _ in range(uncounted + calls)][uncounted:]
             for clock in measured[0] if round_ > 0 else ():
                 times[name].setdefault(clock, []).append(statistics.median(one[clock] for one in measured))
     return times

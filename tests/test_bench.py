@@ -1,11 +1,13 @@
 """`polydpo-fast bench`: suites are run, timed in turns and kept."""
 
 import hashlib
+import itertools
 import os
 import re
 import subprocess
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -162,12 +164,21 @@ def test_peers_are_pinned_and_their_versions_kept():
 
 
 def test_ways_take_turns_and_first_calls_do_not_count():
-    calls = []
+    calls, clock = [], iter(range(10**6))
     ways = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = interleaved(ways, rounds=2, calls=2, stopwatch=lambda run: {"cpu": run() or float(len(calls))})
-    assert "".join(calls) == "aaabbbccc" + "bbbcccaaa" + "cccaaabbb"
-    assert times["b"]["cpu"] == [11.5, 26.5]  # a median for each round: its calls are not independent of each other
-    found = row(Measured("c", "b", times["b"], True))
+    times = interleaved(ways, 40, calls=2, stopwatch=lambda run: {"cpu": run() or float(next(clock))}, uncounted=3)
+    blocks = ["".join(calls[at : at + 5]) for at in range(0, len(calls), 5)]
+    assert set(blocks) == {"aaaaa", "bbbbb", "ccccc"}
+    in_order = "".join(block[0] for block in blocks)
+    rounds = [in_order[at : at + 3] for at in range(0, len(in_order), 3)]
+    assert len(rounds) == 41
+    assert all(sorted(round_) == ["a", "b", "c"] for round_ in rounds)
+    # No way is always found after the same one, whose leavings it would pay for.
+    after = Counter(itertools.pairwise(in_order))
+    assert all(after[pair] >= 8 for pair in itertools.permutations("abc", 2)), after
+    # A median for each round but the first: its calls are not independent of each other.
+    assert times["b"]["cpu"] == [5 * at + 3.5 for at, block in enumerate(blocks) if block[0] == "b"][1:]
+    found = row(Measured("c", "b", {"cpu": [11.5, 26.5]}, True))
     assert (found["median"], found["rounds"]) == (19.0, 2)
 
 
