@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .decode_arguments import Output
-from .draws import Draw
+from .decoding.arguments import Output
+from .decoding.draws import Draw
+from .decoding.pillow import RawImage
 from .limits import DecodeLimits
-from .pillow import RawImage
 
 def decode_pairs(
     win: Sequence[Any],

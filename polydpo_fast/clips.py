@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .decode import DecodeError, DecodeFailure
-from .decode_arguments import ClipRequest, Output, check_clips
-from .frames import check_frame, store_frame
+from .decoding.arguments import ClipRequest, Output, check_clips
+from .decoding.frames import check_frame, store_frame
 from .limits import ClipLimits
 from .video import Clip, ClipSource, TooShortError, choose_times, require_av, words_of
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer  # of collections.abc from Python 3.12 on; PyTorch brings it
 
-from .decode_arguments import check_images
+from .decoding.arguments import check_images
+from .decoding.pillow import through_pillow
 from .limits import DecodeLimits
-from .pillow import through_pillow
 
 __all__ = ["DecodeError", "DecodeFailure", "DecodeLimits", "DecodedPairs", "decode_pairs"]
 

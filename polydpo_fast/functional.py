@@ -10,11 +10,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
-from .arguments import check_inputs
-from .autograd import FusedErrors, FusedLoss, refuse_transforms
 from .backends import choose_backend
-from .fast_lane import FastLoss, bind, signature_of
-from .head_arguments import Head, check_head
+from .fused.arguments import check_inputs
+from .fused.autograd import FusedErrors, FusedLoss, refuse_transforms
+from .fused.fast_lane import FastLoss, bind, signature_of
+from .fused.head_arguments import Head, check_head
 from .layout import Arms, pairs_in
 from .metrics import unpacked
 from .reference import PairErrors

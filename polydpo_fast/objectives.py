@@ -2,7 +2,7 @@
 
 This table is the single source for every backend. A head is straight-line arithmetic (+, -, *, /, <, >), so the same
 function body runs on PyTorch tensors, is compiled by Triton into the error kernel, and is recorded as a short program
-for the C++ backend (`programs.py`). It is given quantities that are already stable in floating point,
+for the C++ backend (`fused/programs.py`). It is given quantities that are already stable in floating point,
 
     z                       the logit, less the margin
     p = sigmoid(z)          q = sigmoid(-z) = 1 - p, not computed by subtraction

@@ -13,8 +13,9 @@ from PIL import Image
 
 import polydpo_fast
 from polydpo_fast import buffers as module
-from polydpo_fast import cpu, decode_arguments
 from polydpo_fast.buffers import Buffers
+from polydpo_fast.decoding import arguments as decode_arguments
+from polydpo_fast.fused import cpu
 
 ELEMENTS = 1 << 20  # a pair of float32: 8 MB
 pytestmark = pytest.mark.usefixtures("nothing_kept")

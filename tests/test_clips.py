@@ -661,7 +661,7 @@ def test_where_a_random_start_falls_stays_what_it_was():
 
 def test_a_random_start_is_never_the_end():
     """Of the largest number that a seed can give."""
-    from polydpo_fast import draws
+    from polydpo_fast.decoding import draws
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draws, "splitmix64", lambda _: 2**64 - 1)

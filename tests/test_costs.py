@@ -20,7 +20,8 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polydpo_fast
-from polydpo_fast import fast_lane, functional
+from polydpo_fast import functional
+from polydpo_fast.fused import fast_lane
 
 pytestmark = pytest.mark.skipif(
     "cpp" not in polydpo_fast.available_backends("cpu"), reason="the C++ extension is not built"
@@ -194,8 +195,9 @@ def instructions(script, *arguments):
 @counts_instructions
 def test_a_step_of_the_loss_takes_few_instructions_per_element(monkeypatch):
     """Forward and backward of SD1.5's size in bfloat16, as often as a step runs each of the two passes over them."""
-    from polydpo_fast import _C, cpu
-    from polydpo_fast.programs import program
+    from polydpo_fast import _C
+    from polydpo_fast.fused import cpu
+    from polydpo_fast.fused.programs import program
 
     given, passes = [], []
     bound = _C.BoundLoss

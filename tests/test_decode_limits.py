@@ -12,7 +12,8 @@ import torch
 from image_oracle import GOOD, bomb, chunk, exif, file, jpeg, picture, png, segment
 from PIL import Image
 
-from polydpo_fast import DecodeError, DecodeLimits, decode_pairs, pillow
+from polydpo_fast import DecodeError, DecodeLimits, decode_pairs
+from polydpo_fast.decoding import pillow
 
 
 def test_limits_hold_for_pillows_formats():

@@ -302,9 +302,8 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
                 base = module[: -node.level]
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 needs.setdefault(module[1], set()).update([*base, *name.split(".")][1] for name in names)
-    loss = {"objectives", "metrics", "layout", "reference", "arguments", "head_arguments", "programs", "cpu"}
-    loss |= {"operators", "autograd", "fast_lane", "functional"}
-    decoders = {"limits", "draws", "decode_arguments", "pillow", "decode", "frames", "clips", "video", "cache"}
+    loss = {"objectives", "metrics", "layout", "reference", "fused", "functional"}
+    decoders = {"limits", "decoding", "decode", "clips", "video", "cache"}
     assert needs["video"] == {"limits", "cache", "video"}
     assert needs["reference"] == {"layout", "metrics", "objectives"}
     alone = {"objectives", "metrics", "layout", "colour", "buffers", "splitmix", "values", "backends", "atomic"}
@@ -318,15 +317,17 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
         assert not needs[module] & {"check", "demo", "bench", "comparison"}, module
 
 
-def test_imports_within_the_package_of_clips_point_one_way():
+@pytest.mark.parametrize("package", ["fused", "decoding", "video"])
+def test_imports_within_a_package_point_one_way(package):
     needs = {}
-    for file in (ROOT / "polydpo_fast" / "video").glob("*.py"):
+    for file in (ROOT / "polydpo_fast" / package).glob("*.py"):
         found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
         found = [[node.module] if node.module else [a.name for a in node.names] for node in found if node.level == 1]
         needs[file.stem] = {name for names in found for name in names}
-    order = list(graphlib.TopologicalSorter(needs).static_order())  # raises where there is a circle
-    assert order[-1] == "__init__"
-    assert {name for names in needs.values() for name in names} == set(needs) - {"__init__"}
+    assert any(needs.values())
+    list(graphlib.TopologicalSorter(needs).static_order())  # raises where there is a circle
+    if package == "video":  # which has no use for a module that its face does not need
+        assert {name for names in needs.values() for name in names} == set(needs) - {"__init__"}
 
 
 # ------------------------------------------------------------------------------------------------- the site

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import polydpo_fast
-from polydpo_fast import fast_lane, operators
+from polydpo_fast.fused import fast_lane, operators
 from polydpo_fast.layout import PAIR_COLUMNS
 
 pytestmark = pytest.mark.skipif(

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast import _C
-from polydpo_fast.decode_arguments import Output
-from polydpo_fast.draws import Draw
+from polydpo_fast.decoding.arguments import Output
+from polydpo_fast.decoding.draws import Draw
 
 CENTRE = Draw(True, 0, 0, False)
 MATRICES = ["bt601", "bt709", "bt2020", "fcc", "smpte240m"]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import polydpo_fast
-from polydpo_fast import head_arguments
+from polydpo_fast.fused import head_arguments
 from polydpo_fast.layout import ERRORS, Column
 from polydpo_fast.metrics import METRICS
 
@@ -193,7 +193,7 @@ def test_pairs_beyond_two_to_the_31_elements(backend, masked, elements, device):
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="where C++ writes a gradient")
 def test_a_gradient_beyond_two_to_the_31_elements(monkeypatch):
     """In memory that is not touched between the pairs."""
-    from polydpo_fast import cpu
+    from polydpo_fast.fused import cpu
 
     pred, _, target = (list(x.chunk(2)) for x in batch((6, 60), torch.bfloat16, "cpu"))
     coefficients = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

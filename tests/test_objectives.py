@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from polydpo_fast import _C
+from polydpo_fast.fused.programs import INPUTS, OPERATIONS, program
 from polydpo_fast.objectives import OBJECTIVES, Objective
-from polydpo_fast.programs import INPUTS, OPERATIONS, program
 
 ALPHAS = [(0.0,) * 4, (-1.0, 0.0, 0.0, 0.0), (8.0, 0.0, 0.0, 0.0), (0.5, -0.3, 2.0, 1.0)]
 BETA = 7.0

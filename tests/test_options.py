@@ -17,7 +17,8 @@ from test_loss import BACKENDS, FUSED
 from torch.utils._pytree import tree_map
 
 import polydpo_fast
-from polydpo_fast import argument_checks, arguments, autograd, fast_lane, functional, head_arguments, operators
+from polydpo_fast import argument_checks, functional
+from polydpo_fast.fused import arguments, autograd, fast_lane, head_arguments, operators
 from polydpo_fast.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")

@@ -11,7 +11,7 @@ from typing_extensions import Buffer
 
 from ..clips import DecodedClips, decode_clips
 from ..decode import DecodedPairs, decode_pairs
-from ..decode_arguments import check_threads
+from ..decoding.arguments import check_threads
 from ..values import check_choice, check_count, is_number
 from ..video import ClipSource
 from . import dali_clips, dali_images

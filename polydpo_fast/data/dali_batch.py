@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decode import DecodeError, DecodeFailure
-from ..decode_arguments import Request
+from ..decoding.arguments import Request
 from .dali_engine import Engine, reason
 from .dali_picture import Finish, Placement
 

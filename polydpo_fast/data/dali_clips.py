@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _C
 from ..clips import DecodedClips, decode_clips, decode_timed
-from ..decode_arguments import ClipRequest, check_clips
+from ..decoding.arguments import ClipRequest, check_clips
 from ..video import ClipSource, choose_times, require_av
 from .dali_batch import Batch
 from .dali_canary import compare, to_709

@@ -11,7 +11,7 @@ from typing_extensions import Buffer
 
 from .. import _C
 from ..decode import DecodedPairs, DecodeFailure, decode_pairs
-from ..decode_arguments import ImageRequest, check_images
+from ..decoding.arguments import ImageRequest, check_images
 from .dali_batch import Batch
 from .dali_canary import compare
 from .dali_engine import Engine

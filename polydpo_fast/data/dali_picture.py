@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..decode_arguments import Output
+from ..decoding.arguments import Output
 
 __all__ = ["Finish", "Placement"]
 

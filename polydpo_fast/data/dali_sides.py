@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from typing_extensions import Buffer
 
-from ..decode_arguments import ClipRequest
-from ..frames import colours_of
+from ..decoding.arguments import ClipRequest
+from ..decoding.frames import colours_of
 from ..video import (
     Clip,
     ClipSource,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..functional import loss as preference_loss
-from ..head_arguments import check_head
+from ..fused.head_arguments import check_head
 from .forward import Forward, both_arms, forward_of
 from .moving import moved
 from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, is_flow_matching, noise_pairs

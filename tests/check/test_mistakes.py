@@ -15,10 +15,11 @@ import torch
 from check.checking import PLAIN, needs_cpp, runner
 
 import polydpo_fast
-from polydpo_fast import cpu, fast_lane, functional, metrics, operators, programs
+from polydpo_fast import functional, metrics
 from polydpo_fast.check import cases, check, clips, encoding, exact, images, loading, losses, planes, run
 from polydpo_fast.check.report import Report
 from polydpo_fast.cli import app
+from polydpo_fast.fused import cpu, fast_lane, operators, programs
 
 PACKAGE = Path(polydpo_fast.__file__).parent
 heavy = pytest.mark.heavy
@@ -141,7 +142,7 @@ def test_an_order_that_is_not_the_formulas_is_caught(heeded, monkeypatch):
 @needs_cpp
 def test_seeds_that_are_not_heeded_are_caught(monkeypatch):
     pytest.importorskip("PIL")
-    from polydpo_fast import decode_arguments
+    from polydpo_fast.decoding import arguments as decode_arguments
 
     draw_of = decode_arguments.draw_of
     monkeypatch.setattr(decode_arguments, "draw_of", lambda seed, *how: draw_of(None if seed is None else 7, *how))
@@ -268,7 +269,7 @@ def test_an_alpha_that_a_graph_takes_from_elsewhere_is_caught(monkeypatch):
 @needs_cpp
 @pytest.mark.parametrize("wrong", ["diagonal", "even"])
 def test_crops_and_mirrors_of_other_numbers_are_caught(wrong, monkeypatch):
-    from polydpo_fast import decode_arguments
+    from polydpo_fast.decoding import arguments as decode_arguments
 
     draw_of = decode_arguments.draw_of
 
@@ -430,7 +431,7 @@ def test_arguments_of_the_decoder_that_are_not_heeded_are_caught(wrong, monkeypa
 @pytest.mark.parametrize("wrong", ["start", "pair", "loop", "mean"])
 def test_other_frames_of_clips_are_caught(wrong, monkeypatch):
     pytest.importorskip("av")
-    from polydpo_fast import decode_arguments
+    from polydpo_fast.decoding import arguments as decode_arguments
     from polydpo_fast.video import timeline
 
     if wrong == "start":

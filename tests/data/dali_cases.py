@@ -8,8 +8,8 @@ from PIL import Image
 pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from polydpo_fast import _C, DecodeLimits
 from polydpo_fast.data import dali
-from polydpo_fast.decode_arguments import Output
-from polydpo_fast.draws import Draw
+from polydpo_fast.decoding.arguments import Output
+from polydpo_fast.decoding.draws import Draw
 
 LEVELS = dict(dtype=torch.float32, mean=0.0, std=1 / 255)  # pixels are levels of 255, not rounded
 LIMITS = DecodeLimits()

@@ -10,7 +10,7 @@ from data.dali_cases import LEVELS, assert_same_facts, is_for_dali, oriented
 
 from polydpo_fast import DecodeError, DecodeLimits, decode_pairs
 from polydpo_fast.data import dali_images
-from polydpo_fast.draws import Draw
+from polydpo_fast.decoding.draws import Draw
 
 SHAPES = [((300, 200), 128), ((61, 83), (31, 50)), ((64, 64), 200), ((300, 41), 64), ((700, 700), 64)]
 
@@ -61,7 +61,7 @@ def test_pixels_that_are_not_resized_are_the_same_bits(decoder, in_cpp, dtype, r
 def test_crops_of_one_column(decoder, column, monkeypatch):
     image = jpeg(picture(61, 83), subsampling=2)
     draw = Draw(False, 0, (column << 32) // 83, False)
-    monkeypatch.setattr("polydpo_fast.decode_arguments.draw_of", lambda *_: draw)
+    monkeypatch.setattr("polydpo_fast.decoding.arguments.draw_of", lambda *_: draw)
     options = dict(size=(50, 1), resize=None, crop="random")
     a, b = decode_pairs([image], [image], **options), decoder.decode_pairs([image], [image], **options)
     assert abs(int(a.crop_top_left[0, 1]) - column) <= 1

@@ -8,7 +8,7 @@ pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from data.dali_cases import is_for_dali, oriented, plans
 
 from polydpo_fast import DecodeLimits, decode_pairs
-from polydpo_fast.draws import draw_of
+from polydpo_fast.decoding.draws import draw_of
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from .objectives import OBJECTIVES
+from ..objectives import OBJECTIVES
 
 __all__ = ["INPUTS", "OPERATIONS", "program"]
 

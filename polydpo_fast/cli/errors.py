@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-from .data.inspect import safe
+from ..data.inspect import safe
 
 __all__ = ["failed", "said"]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .decode_arguments import Output
-from .video import Clip, orientation
+from ..video import Clip, orientation
+from .arguments import Output
 
 if TYPE_CHECKING:
-    from . import _C
+    from .. import _C
 
 __all__ = ["check_frame", "colours_of", "store_frame"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from .layout import PAIR_COLUMNS, common_order, dense_mask, empty_dense_like, pairs_in
-from .metrics import METRICS
+from ..layout import PAIR_COLUMNS, common_order, dense_mask, empty_dense_like, pairs_in
+from ..metrics import METRICS
 
 __all__ = ["PLAIN", "cheapest", "module_of", "pair_gradient", "pair_loss"]
 
@@ -23,7 +23,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 @cache
 def module_of(backend: str) -> Any:
     """Where a fused backend's launch_errors and launch_gradient are; imported when first used."""
-    return importlib.import_module("polydpo_fast.cpu" if backend == "cpp" else "polydpo_fast.kernels.pair_loss")
+    return importlib.import_module("polydpo_fast.fused.cpu" if backend == "cpp" else "polydpo_fast.kernels.pair_loss")
 
 
 # By hand: the decorators that register an operator cost more at each call.

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .argument_checks import check_dense, check_device, check_floating, show
-from .layout import Arms
-from .values import check_choice
+from ..argument_checks import check_dense, check_device, check_floating, show
+from ..layout import Arms
+from ..values import check_choice
 
 __all__ = ["Inputs", "check_inputs"]
 

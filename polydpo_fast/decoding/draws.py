@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .splitmix import GOLDEN, splitmix64
+from ..splitmix import GOLDEN, splitmix64
 
 __all__ = ["Draw", "draw_of", "start_of"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from .buffers import LARGE, Buffers
-from .layout import PAIR_COLUMNS, dense_strides, pairs_in
-from .metrics import METRICS
+from .. import _C
+from ..buffers import LARGE, Buffers
+from ..layout import PAIR_COLUMNS, dense_strides, pairs_in
+from ..metrics import METRICS
 from .programs import program
 
 __all__ = ["BoundLoss", "launch_errors", "launch_gradient"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .argument_checks import is_lazy
-from .layout import ERRORS, Column
+from ..argument_checks import is_lazy
+from ..layout import ERRORS, Column
 from .operators import cheapest, pair_gradient, pair_loss
 
 __all__ = ["FusedErrors", "FusedLoss", "checked", "refuse_transforms", "transforms_active"]

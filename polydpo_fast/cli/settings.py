@@ -14,10 +14,10 @@ import torch
 import typer
 from typer.core import TyperCommand
 
-from .cli_errors import failed, said
-from .data import LoaderError
-from .diffusion.config import Settings
-from .diffusion.settings_file import meant_by, read_assignments, read_settings
+from ..data import LoaderError
+from ..diffusion.config import Settings
+from ..diffusion.settings_file import meant_by, read_assignments, read_settings
+from .errors import failed, said
 
 __all__ = ["SETTINGS", "TakesSettings", "takes_settings", "training"]
 

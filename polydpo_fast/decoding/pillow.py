@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from typing_extensions import Buffer
 
-from .limits import DecodeLimits
+from ..limits import DecodeLimits
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
-from .cli_errors import said
-from .cli_settings import SETTINGS, TakesSettings, takes_settings, training
-from .comparison import Comparison
-from .data import Source, open_source
+from ..comparison import Comparison
+from ..data import Source, open_source
+from .errors import said
+from .settings import SETTINGS, TakesSettings, takes_settings, training
 
 app = typer.Typer(
     name="polydpo-fast",
@@ -40,7 +40,7 @@ _ShardPairs = Annotated[int, typer.Option(min=1, help="Pairs per output file, th
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from ._version import __version__
+        from .._version import __version__
 
         print(__version__)
         raise typer.Exit
@@ -58,7 +58,7 @@ def _command(
 @app.command()
 def info() -> None:
     """Print versions, devices, loss backends, SIMD level and codecs."""
-    from .info import collect
+    from ..info import collect
 
     table = Table(show_header=False, box=None)
     for section, rows in collect().items():
@@ -79,7 +79,7 @@ def demo(
     device: Annotated[str, typer.Option(help="Device of the models: cpu, cuda.")] = "cpu",
 ) -> None:
     """Teach a small model to prefer bold handwriting, on real digits."""
-    from .demo import Settings, run
+    from ..demo import Settings, run
 
     settings = Settings(alpha=alpha, beta=beta, steps=steps, seed=seed, label_noise=label_noise, device=device)
     with said(OSError):
@@ -98,7 +98,7 @@ def inspect(
     ledger: Annotated[Path | None, typer.Option(help="Ledger of a loader: try its bad pairs again.")] = None,
 ) -> None:
     """Show what preference data holds and what decoding it costs. Exits with 1 if a pair cannot be decoded."""
-    from .data.inspect import report
+    from ..data.inspect import report
 
     with said():
         pairs = _open(source, ties=ties, root=root, category=category, weight=weight)
@@ -118,7 +118,7 @@ def pack(
     columns: Annotated[list[str] | None, typer.Option(help="Further column to keep; may be repeated.")] = None,
 ) -> None:
     """Write pairs as WebDataset shards. Exits with 1 if some could not be read."""
-    from .data import pack as packing
+    from ..data import pack as packing
 
     with said():
         for name in {"category", "weight"}.intersection(columns or ()):
@@ -167,7 +167,7 @@ def check(
     """Compare losses, decoding and loading with references. Exits with 1 if something is out of tolerance."""
     import secrets
 
-    from .check import check as run
+    from ..check import check as run
 
     console, errors = Console(), Console(stderr=True)
     if not console.is_terminal:
@@ -207,9 +207,9 @@ def bench(
     ] = None,
 ) -> None:
     """Run the benchmarks, or compare two files of results. Comparing exits with 1 if something got worse."""
-    from . import bench as benchmarks
-    from .comparison import compare as compared
-    from .results_file import read_results
+    from .. import bench as benchmarks
+    from ..comparison import compare as compared
+    from ..results_file import read_results
 
     with said(OSError, RuntimeError, ValueError):
         if compare is None:
@@ -250,7 +250,7 @@ def _print_comparison(found: Comparison) -> None:
 def train(**settings: Any) -> None:
     """Align a Diffusers pipeline with preference pairs. Runs under `accelerate launch` too."""
     with training(settings) as given:
-        from .diffusion.train import train as run
+        from ..diffusion.train import train as run
 
         run(given)
 
@@ -271,7 +271,7 @@ def cache(
 ) -> None:
     """Encode images and prompts once, for `train --data OUT`. Runs under `accelerate launch` too."""
     with training(settings) as given:
-        from .diffusion.precompute import cache as run
+        from ..diffusion.precompute import cache as run
 
         run(given, out, dtype=_dtype("--store", store), shard_pairs=shard_pairs)
 
@@ -295,7 +295,7 @@ def reference(
     Runs under `accelerate launch` too.
     """
     with training(settings) as given:
-        from .diffusion.precompute import reference as run
+        from ..diffusion.precompute import reference as run
 
         run(given, out, draws=draws, shard_pairs=shard_pairs)
 
@@ -324,7 +324,7 @@ def geneval(
     """
     less = "Less is taken by a smaller --batch-size, --dtype bfloat16"
     with said(), said(torch.OutOfMemoryError, code=1, more=less):
-        from .diffusion.geneval import render
+        from ..diffusion.geneval import render
 
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -351,7 +351,3 @@ def _dtype(option: str, name: str | None) -> torch.dtype | None:
     if name not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"{option} is {name!r}; expected float32, bfloat16 or float16")
     return None if name is None else getattr(torch, name)
-
-
-if __name__ == "__main__":
-    app()

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .argument_checks import check_dense, check_device, check_floating, check_number, show
-from .objectives import MAX_ALPHAS, OBJECTIVES
-from .values import check_choice
+from ..argument_checks import check_dense, check_device, check_floating, check_number, show
+from ..objectives import MAX_ALPHAS, OBJECTIVES
+from ..values import check_choice
 
 __all__ = ["Head", "check_head"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .argument_checks import is_lazy
+from ..argument_checks import is_lazy
+from ..layout import common_order, pairs_in
 from .arguments import Inputs
 from .autograd import checked, transforms_active
 from .head_arguments import Head
-from .layout import common_order, pairs_in
 from .operators import PLAIN, cheapest, module_of, pair_gradient
 
 __all__ = ["FastLoss", "Signature", "bind", "signature_of"]

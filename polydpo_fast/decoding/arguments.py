@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .buffers import LARGE, Buffers
+from ..buffers import LARGE, Buffers
+from ..limits import ClipLimits, DecodeLimits
+from ..values import check_choice, check_count, is_number, is_whole, plain
 from .draws import Draw, draw_of, start_of
-from .limits import ClipLimits, DecodeLimits
-from .values import check_choice, check_count, is_number, is_whole, plain
 
 __all__ = ["ClipRequest", "ImageRequest", "Output", "Request", "check_clips", "check_images", "check_threads"]
 
