@@ -9,7 +9,7 @@ from typing import Any
 
 from .objective import PairObjective, check_loss
 
-__all__ = ["TAKEN", "Settings", "lasting"]
+__all__ = ["TAKEN", "Settings", "common", "lasting"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,12 @@ def lasting(settings: Settings) -> dict[str, Any]:
     return told
 
 
+def common(settings: Settings) -> dict[str, Any]:
+    """What all processes must be told alike, by name; of the data their fingerprints tell."""
+    told = {**lasting(settings), **{name: getattr(settings, name) for name in _OF_A_STEP}}
+    return {name: value for name, value in told.items() if name != "data_options"}
+
+
 _DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
 # Where things are, how long and how often, and what changes no number. Of the data the loader's own state tells.
 _MAY_CHANGE = {
@@ -156,6 +162,10 @@ _MAY_CHANGE = {
     *("steps", "log_every", "checkpoint_every", "keep", "trackers", "project"),
     *("validation_prompts", "validation_every", "validation_steps", "gradient_checkpointing", "vae_batch"),
 }
+# When the processes wait for each other.
+_OF_A_STEP = (
+    *("steps", "log_every", "checkpoint_every", "validation_prompts", "validation_every", "validation_steps"),
+)
 _MAY_CHANGE_OF_LOADER = {
     *("cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads", "timeout_s"),
 }

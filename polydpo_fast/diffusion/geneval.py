@@ -18,6 +18,7 @@ import torch
 
 from ..atomic import write_atomically
 from ..data.fields import parse_json
+from ..data.source import fingerprint_of
 from ..splitmix import mix
 from .extras import need
 from .families import check_geometry, family_of, native_size
@@ -26,6 +27,7 @@ from .pipelines import load_pipeline
 from .pixels import sample
 from .result import load_result
 from .setup import new_accelerator
+from .together import check_same, check_shared, together
 
 __all__ = ["read_prompts", "render"]
 
@@ -96,35 +98,39 @@ def render(
     need("accelerate", "transformers", "diffusers", "safetensors", what="geneval")
     from PIL import Image
 
-    records, family, accelerator = read_prompts(prompts), family_of(model, revision), new_accelerator()
-    if family.video:
-        raise ValueError(f"model is {model!r}, which makes clips; GenEval is about images")
+    accelerator = new_accelerator()
+    with together(accelerator):
+        records, family = read_prompts(prompts), family_of(model, revision)
+        if family.video:
+            raise ValueError(f"model is {model!r}, which makes clips; GenEval is about images")
+    check_same(accelerator, {"prompts": fingerprint_of("prompts", records), "samples": samples})
+    check_shared(accelerator, "out", out)
     mine = range(accelerator.process_index, len(records), accelerator.num_processes)
-    for number in mine:
-        _claim(out / f"{number:05d}", records[number])
     dtype = dtype or (torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16)
-    pipe = load_pipeline(model, policy=dtype, frozen=dtype, variant=variant, revision=revision)
-    if result is not None:
-        load_result(pipe, result)
+    with together(accelerator):
+        for number in mine:
+            _claim(out / f"{number:05d}", records[number])
+        pipe = load_pipeline(model, policy=dtype, frozen=dtype, variant=variant, revision=revision)
+        if result is not None:
+            load_result(pipe, result)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(accelerator.device)
     size = size or native_size(pipe, family)
-    check_geometry(pipe, family, size, None)
     parts = {name: part for name, part in pipe.components.items() if part is not None and name in _SHOWS}
     parts["weights"] = getattr(pipe, family.model)  # a training may have written other ones since
-    _claim_all(
-        out,
-        {
-            "seed": seed,
-            "steps": steps,
-            "guidance": guidance,
-            "size": list(size),
-            "dtype": fingerprint(dtype),
-            **{name: fingerprint(part) for name, part in parts.items()},
-        },
-        {"model": model, "result": None if result is None else str(result)},
-    )
+    made_with = {
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "size": list(size),
+        "dtype": fingerprint(dtype),
+        **{name: fingerprint(part) for name, part in parts.items()},
+    }
+    check_same(accelerator, made_with)
+    with together(accelerator):
+        check_geometry(pipe, family, size, None)
+        _claim_all(out, made_with, {"model": model, "result": None if result is None else str(result)})
     missing = [image for image in product(mine, range(samples)) if not _file(out, *image).exists()]
     total = len(mine) * samples
     progress(total - len(missing), total)

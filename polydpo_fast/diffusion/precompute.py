@@ -15,12 +15,14 @@ from torch import Tensor
 from ..data import LoaderError, PairBatch
 from ..splitmix import mix
 from .config import Settings
+from .fingerprints import fingerprint
 from .forward import predict
 from .inputs import Inputs
 from .latent_store import LatentPairs, cache_latents
 from .reference_store import ReferenceErrors, precompute_reference_errors
-from .setup import check_writable, objective_of, set_up
+from .setup import accelerator_of, check_writable, objective_of, set_up
 from .shards import OnProgress, is_complete
+from .together import check_same, check_shared, together
 
 __all__ = ["cache", "reference"]
 
@@ -34,21 +36,24 @@ def cache(settings: Settings, folder: Path, *, dtype: torch.dtype | None = None,
 
     Raises ValueError where the folder holds something else, LoaderError where no pair could be read or decoded.
     """
-    _check_out(folder)
-    setup = set_up(settings, weights=False)
-    inputs = Inputs(settings, setup)
-    if inputs.cached:
-        raise ValueError(f"data is {settings.data!r}, which is encoded already; expected images or clips")
-    inputs.to(setup.accelerator.device, keep_encoders=True)
+    accelerator = accelerator_of(settings)
+    _check_out(accelerator, folder)
+    setup = set_up(settings, accelerator, weights=False)
+    with together(accelerator):
+        inputs = Inputs(settings, setup)
+        if inputs.cached:
+            raise ValueError(f"data is {settings.data!r}, which is encoded already; expected images or clips")
+    inputs.to(accelerator.device, keep_encoders=True)
 
     def encode(batch: PairBatch) -> dict[str, Tensor]:
         return inputs.encode(batch, [mix(settings.seed, 0, pair) for pair in batch.index.tolist()])
 
     parts = {**inputs.parts, "seed": settings.seed}
-    with _progress(setup.accelerator, "encoding") as told:
+    own = {"--store": dtype, "--shard-pairs": shard_pairs, "data": inputs.loader.source.fingerprint}
+    check_same(accelerator, {**parts, **own})
+    with _progress(accelerator, "encoding") as told:
         cache_latents(inputs.loader, encode, folder, parts=parts, dtype=dtype, shard_pairs=shard_pairs, progress=told)
-    setup.accelerator.wait_for_everyone()
-    _tell(setup.accelerator, LatentPairs(folder), folder)
+    _tell(accelerator, LatentPairs, folder)
 
 
 def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: int = 1024) -> None:
@@ -62,20 +67,24 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
     Raises ValueError where the folder holds something else, and where pixels or latents are drawn anew in each epoch;
     LoaderError where no pair could be read or decoded.
     """
-    _check_out(folder)
-    setup = set_up(settings)
-    inputs = Inputs(settings, setup)
-    inputs.check_fixed()
-    device = setup.accelerator.device
-    inputs.to(device, keep_encoders=False)
-    model = getattr(setup.pipe, setup.family.model).to(device)
+    accelerator = accelerator_of(settings)
+    _check_out(accelerator, folder)
+    setup = set_up(settings, accelerator)
+    with together(accelerator):
+        inputs = Inputs(settings, setup)
+        inputs.check_fixed()
+    model = getattr(setup.pipe, setup.family.model)
+    own = {"model": fingerprint(model), "--draws": draws, "--shard-pairs": shard_pairs}
+    check_same(accelerator, {**inputs.parts_of_errors, **own, "data": inputs.loader.source.fingerprint})
+    inputs.to(accelerator.device, keep_encoders=False)
+    model.to(accelerator.device)
 
     def forward(model: Any, *inputs: Any) -> Tensor:
-        with setup.accelerator.autocast():  # as a training's
+        with accelerator.autocast():  # as a training's
             return predict(model, *inputs)
 
     objective = objective_of(settings, setup.pipe, reference=model, forward=forward)
-    with _progress(setup.accelerator, "computing errors") as told:
+    with _progress(accelerator, "computing errors") as told:
         precompute_reference_errors(
             inputs.loader,
             objective,
@@ -88,24 +97,30 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
             vary=inputs.conditioning,
             progress=told,
         )
-    setup.accelerator.wait_for_everyone()
-    _tell(setup.accelerator, ReferenceErrors(folder), folder)
+    _tell(accelerator, ReferenceErrors, folder)
 
 
-def _check_out(folder: Path) -> None:
+def _check_out(accelerator: Any, folder: Path) -> None:
     """Raises ValueError where what is missing could not be written: before the model is loaded."""
-    if not is_complete(folder):
-        check_writable("out", folder)
+    with together(accelerator):
+        if not is_complete(folder):
+            check_writable("out", folder)
+    check_shared(accelerator, "out", folder.expanduser())
 
 
-def _tell(accelerator: Any, store: LatentPairs | ReferenceErrors, folder: Path) -> None:
+def _tell(accelerator: Any, kind: type[LatentPairs] | type[ReferenceErrors], folder: Path) -> None:
     """What the store holds. Raises LoaderError where no pair is in it: a training could do nothing with it."""
+    accelerator.wait_for_everyone()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            _tell_of(kind(folder), folder)
+
+
+def _tell_of(store: LatentPairs | ReferenceErrors, folder: Path) -> None:
     unreadable = store.unreadable  # which reads all of its shards
     text = f"{unreadable} of {len(store)} pairs of {folder} could not be read or decoded"
     if unreadable == len(store):
         raise LoaderError(f"{text}; `polydpo-fast inspect` says why, and {folder} is to be removed before the next try")
-    if not accelerator.is_main_process:
-        return
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     console.print(f"{folder} is complete: {len(store)} pairs")
     if unreadable:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data import PairLoader, Source, open_source
-from .config import Settings
+from .config import Settings, common
 from .extras import need
 from .families import Family, check_geometry, family_of, native_size
 from .latent_store import LatentPairs
@@ -22,8 +22,17 @@ from .objective import PairObjective
 from .pipelines import change_scheduler, load_pipeline, load_scheduler, training_scheduler
 from .sharding import check_sharding, set_sharding
 from .shards import is_store
+from .together import check_same, together
 
-__all__ = ["Setup", "check_writable", "inductor_as_before", "new_accelerator", "objective_of", "set_up"]
+__all__ = [
+    "Setup",
+    "accelerator_of",
+    "check_writable",
+    "inductor_as_before",
+    "new_accelerator",
+    "objective_of",
+    "set_up",
+]
 
 # Processes wait for each other where one downloads a model, or has more to encode or to render than another, and NCCL's
 # own patience is ten minutes.
@@ -43,30 +52,34 @@ class Setup(NamedTuple):
     precision: torch.dtype
 
 
-def set_up(settings: Settings, *, weights: bool = True) -> Setup:
+def set_up(settings: Settings, accelerator: Any, *, weights: bool = True) -> Setup:
     """The pipeline is still on the CPU; without weights, the part that is trained is on the meta device.
 
-    Raises ValueError for settings that do not fit the model, ImportError.
+    accelerator: what `accelerator_of` made of the settings.
+
+    Raises ValueError for settings that do not fit the model.
     """
-    accelerator = _accelerator(settings)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     policy = half if settings.lora_rank else torch.float32
     # Before the model is loaded, which takes long: what is wrong is said at once.
-    source = _open(settings)
-    _check_loader(settings, source, accelerator)
-    family = family_of(settings.model, settings.revision)
-    alone = SimpleNamespace(scheduler=load_scheduler(settings.model, settings.revision))
-    change_scheduler(alone, settings.scheduler)
-    objective_of(settings, alone)
-    with accelerator.main_process_first():  # it may download
-        pipe = load_pipeline(
-            settings.model,
-            policy=policy if weights else None,
-            frozen=half,
-            scheduler=settings.scheduler,
-            variant=settings.variant,
-            revision=settings.revision,
-        )
+    with together(accelerator):
+        source = _open(settings)
+        _check_loader(settings, source, accelerator)
+        family = family_of(settings.model, settings.revision)
+        alone = SimpleNamespace(scheduler=load_scheduler(settings.model, settings.revision))
+        change_scheduler(alone, settings.scheduler)
+        objective_of(settings, alone)
+    for first in (True, False):  # the main process, which may download
+        with together(accelerator):
+            if accelerator.is_main_process == first:
+                pipe = load_pipeline(
+                    settings.model,
+                    policy=policy if weights else None,
+                    frozen=half,
+                    scheduler=settings.scheduler,
+                    variant=settings.variant,
+                    revision=settings.revision,
+                )
     model = getattr(pipe, family.model)
     if settings.guidance is not None and not model.config.get("guidance_embeds"):
         raise ValueError(
@@ -156,7 +169,11 @@ def check_writable(name: str, folder: str | os.PathLike[str]) -> None:
         )
 
 
-def _accelerator(settings: Settings) -> Any:
+def accelerator_of(settings: Settings) -> Any:
+    """Accelerate's, for a training or the making of its stores.
+
+    Raises ValueError for what it does not do, and where processes were told different settings; ImportError.
+    """
     need("accelerate", "transformers", "diffusers", "safetensors", *(["peft"] if settings.lora_rank else []))
     from accelerate.tracking import LoggerType, get_available_trackers
     from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
@@ -173,15 +190,18 @@ def _accelerator(settings: Settings) -> Any:
         log_with=settings.trackers or None,
         project_config=ProjectConfiguration(project_dir=settings.output, logging_dir=f"{settings.output}/logs"),
     )
-    if accelerator.gradient_accumulation_steps != settings.accumulation:
-        raise ValueError(
-            f"accumulation is {settings.accumulation}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment "
-            f"makes it {accelerator.gradient_accumulation_steps}; expected the same, or the variable not to be set"
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision is 'fp16', which Accelerate has on GPUs only; expected 'bf16' or 'no'")
-    check_sharding(settings, accelerator)
-    set_sharding(settings, accelerator)
+    check_same(accelerator, {**common(settings), "mixed_precision": accelerator.mixed_precision})
+    with together(accelerator):
+        if accelerator.gradient_accumulation_steps != settings.accumulation:
+            raise ValueError(
+                f"accumulation is {settings.accumulation}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the "
+                f"environment makes it {accelerator.gradient_accumulation_steps}; expected the same, or the variable "
+                "not to be set"
+            )
+        if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and accelerator.device.type == "cpu":
+            raise ValueError("mixed_precision is 'fp16', which Accelerate has on GPUs only; expected 'bf16' or 'no'")
+        check_sharding(settings, accelerator)
+        set_sharding(settings, accelerator)
     if accelerator.state.dynamo_plugin.backend == DynamoBackend.INDUCTOR and accelerator.mixed_precision != "no":
         import torch._inductor.config as inductor
 

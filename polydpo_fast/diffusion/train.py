@@ -46,7 +46,8 @@ from .reference import ema_weights
 from .reference_store import ReferenceErrors
 from .result import result_of, save_result
 from .settings_file import write_settings
-from .setup import Setup, inductor_as_before, objective_of, set_up
+from .setup import Setup, accelerator_of, inductor_as_before, objective_of, set_up
+from .together import check_same, check_shared, together
 from .validation import render
 
 __all__ = ["NotFiniteError", "train"]
@@ -67,15 +68,20 @@ def train(settings: Settings) -> None:
     Raises ValueError for settings that do not fit the model, the data, the output folder or the run that is resumed,
     NotFiniteError where the loss or the gradient is no number, SystemExit where it was told to stop.
     """
-    checkpoint = check_output(settings)
-    check_optimizer(settings)
-    setup = set_up(settings)
-    accelerator, pipe, family = setup.accelerator, setup.pipe, setup.family
-    output = Path(settings.output)
-    inputs = Inputs(settings, setup)
-    model = getattr(pipe, family.model)
-    errors = _errors(settings, inputs, model)
-    run = _run_identity(settings, setup, inputs, model, errors)
+    accelerator, output = accelerator_of(settings), Path(settings.output)
+    with together(accelerator):
+        checkpoint = check_output(settings)
+        check_optimizer(settings)
+    if settings.checkpoint_every:
+        check_shared(accelerator, "output", output)
+    setup = set_up(settings, accelerator)
+    pipe, family = setup.pipe, setup.family
+    with together(accelerator):
+        inputs = Inputs(settings, setup)
+        model = getattr(pipe, family.model)
+        errors = _errors(settings, inputs, model)
+        run = _run_identity(settings, setup, inputs, model, errors)
+    check_same(accelerator, {**run, "data": inputs.loader.source.fingerprint})
     inputs.to(accelerator.device, keep_encoders=bool(settings.validation_prompts))
     fsdp2 = getattr(accelerator, "is_fsdp2", False)
     if not fsdp2:  # which moves a block at a time, and keeps its part
@@ -86,8 +92,9 @@ def train(settings: Settings) -> None:
     objective = objective_of(settings, pipe, reference=reference)
     if errors is not None:
         errors.check(objective=objective)
-    make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
-    optimizer = new_optimizer(trained(model), settings, learning_rate(settings, accelerator.num_processes))
+    with together(accelerator):
+        make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
+        optimizer = new_optimizer(trained(model), settings, learning_rate(settings, accelerator.num_processes))
     model, optimizer = accelerator.prepare(model, optimizer)
     if fsdp2:  # of all its modules only the prepared one calls what torch.compile made
         setattr(pipe, family.model, model)
@@ -104,12 +111,13 @@ def train(settings: Settings) -> None:
             accelerator, f"goes on from {checkpoint}" if done else f"no checkpoint is in {output} yet: a new run begins"
         )
     accelerator.step = 0  # its count of forwards, which is off where the run had another accumulation before
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_settings(settings, output / "settings.yaml")
-    accelerator.init_trackers(settings.project, _flat(settings))
+    with together(accelerator):
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            write_settings(settings, output / "settings.yaml")
+        accelerator.init_trackers(settings.project, _flat(settings))
+        journal = Journal(accelerator, output / "metrics.jsonl", done)
 
-    journal = Journal(accelerator, output / "metrics.jsonl", done)
     loop = _Loop(
         settings=settings,
         setup=setup,

@@ -280,7 +280,7 @@ def test_draws_come_again_when_all_have_been(here, stores, tmp_path, monkeypatch
 
 def test_the_loader_of_latents_is_told_what_is_not_of_pixels(here, stores, tmp_path):
     run = settings(here, tmp_path, **from_stores(stores, loader={"shuffle": False, "threads": 2}))
-    batch = next(iter(batches.Inputs(run, setup.set_up(run)).loader))
+    batch = next(iter(batches.Inputs(run, setup.set_up(run, setup.accelerator_of(run))).loader))
     assert batch.index.tolist() == [0, 1]
 
 

@@ -208,7 +208,8 @@ def test_each_family_takes_steps(family, lora, tmp_path):
 
 def test_sizes_are_heights_and_widths_and_the_seed_is_set(here, tmp_path):
     """[height, width] of settings; of LoRA's first weights the generator's seed, of which NumPy takes 32 bits."""
-    begun = setup.set_up(settings(here, tmp_path, size=[16, 24], seed=2**40 + 7))
+    run = settings(here, tmp_path, size=[16, 24], seed=2**40 + 7)
+    begun = setup.set_up(run, setup.accelerator_of(run))
     assert begun.size == (16, 24)
     assert torch.initial_seed() == 7
     given = settings(here, tmp_path, size=[16, 24], loader={"hflip": 1.0})

@@ -24,7 +24,8 @@ pytestmark = [
 @pytest.mark.parametrize("lora", [0, 2])
 def test_what_is_trained_is_whole_and_the_rest_in_half_precision(here, tmp_path, lora):
     """All weights in float32, where a step of 1e-8 is not lost; beside adapters nothing has to be."""
-    pipe = setup.set_up(settings(here, tmp_path, mixed_precision="bf16", lora_rank=lora)).pipe
+    run = settings(here, tmp_path, mixed_precision="bf16", lora_rank=lora)
+    pipe = setup.set_up(run, setup.accelerator_of(run)).pipe
     assert pipe.unet.dtype == (torch.bfloat16 if lora else torch.float32)
     assert pipe.text_encoder.dtype == pipe.vae.dtype == torch.bfloat16
 
@@ -55,7 +56,7 @@ def test_compiled_graphs_round_alike(here, tmp_path, monkeypatch, precision, rou
     """With gradients and without; that the loss then begins at log 2 is for the heavy tests."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with torch._inductor.config.patch(emulate_precision_casts=False):
-        setup.set_up(settings(here, tmp_path, mixed_precision=precision))
+        setup.accelerator_of(settings(here, tmp_path, mixed_precision=precision))
         assert torch._inductor.config.emulate_precision_casts == rounds
 
 
