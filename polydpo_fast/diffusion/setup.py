@@ -28,15 +28,20 @@ __all__ = [
     "Setup",
     "accelerator_of",
     "check_writable",
+    "expect_steps",
     "inductor_as_before",
     "new_accelerator",
     "objective_of",
     "set_up",
 ]
 
+# A launcher waits for the other nodes, and then starts the processes of all of them at once.
+_TO_JOIN = timedelta(minutes=15)
 # Processes wait for each other where one downloads a model, or has more to encode or to render than another, and NCCL's
 # own patience is ten minutes.
 _PATIENCE = timedelta(hours=6)
+# In a training, where one writes a checkpoint, or compiles: of a node that has lost its power the others learn nothing.
+_PATIENCE_IN_STEPS = timedelta(hours=1)
 
 
 class Setup(NamedTuple):
@@ -110,7 +115,11 @@ def inductor_as_before() -> Iterator[None]:
 
 
 def new_accelerator(**options: Any) -> Any:
-    """Accelerate's, whose processes wait for each other for hours. Makes Diffusers and Transformers quiet, too."""
+    """Accelerate's, whose processes wait for each other for hours once all are there. Makes Diffusers and Transformers
+    quiet, too.
+
+    Raises TimeoutError where some do not come.
+    """
     import diffusers
     import transformers
     from accelerate import Accelerator
@@ -121,7 +130,27 @@ def new_accelerator(**options: Any) -> Any:
     transformers.utils.logging.set_verbosity_error()
     # Else DDP has the gradient twice: as it is, and as it is summed.
     once = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), once], **options)
+    # Else a process of NCCL's goes on without the others, and waits for them in its first exchange, for ever.
+    os.environ.setdefault("TORCH_DIST_INIT_BARRIER", "1")
+    try:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_TO_JOIN), once], **options)
+    except torch.distributed.DistError as error:
+        raise TimeoutError(
+            f"after {_TO_JOIN} (hours:minutes:seconds) not all processes have found each other; expected those of all "
+            f"nodes, which may have said what is wrong there, and a network that lets them through: {error}"
+        ) from error
+    _be_patient(_PATIENCE)
+    return accelerator
+
+
+def expect_steps() -> None:
+    """From here on processes wait for each other no longer than a step of a training may take."""
+    _be_patient(_PATIENCE_IN_STEPS)
+
+
+def _be_patient(time: timedelta) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(time)
 
 
 def objective_of(settings: Settings, pipe: Any, **options: Any) -> PairObjective:

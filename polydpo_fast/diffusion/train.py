@@ -46,7 +46,7 @@ from .reference import ema_weights
 from .reference_store import ReferenceErrors
 from .result import result_of, save_result
 from .settings_file import write_settings
-from .setup import Setup, accelerator_of, inductor_as_before, objective_of, set_up
+from .setup import Setup, accelerator_of, expect_steps, inductor_as_before, objective_of, set_up
 from .together import check_same, check_shared, together
 from .validation import render
 
@@ -133,6 +133,7 @@ def train(settings: Settings) -> None:
     )
     batches = _forever(inputs.loader)
     model.train()
+    expect_steps()
     with _told_to_stop(settings) as told, _progress(accelerator, settings.steps, done) as advance:
         for step in range(done + 1, settings.steps + 1):
             loop.training_step(step, batches)

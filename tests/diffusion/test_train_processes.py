@@ -37,13 +37,29 @@ def of_processes(monkeypatch, unused_tcp_port):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield setup.new_accelerator()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # a training ends it
+        torch.distributed.destroy_process_group()
 
 
-def test_processes_wait_for_each_other_for_hours(of_processes):
-    """One may have much to download, to encode or to render while the others are done."""
+def test_processes_wait_for_each_other_for_hours_but_not_in_a_step(of_processes, here, tmp_path):
+    """One may have much to download, to encode or to render while the others are done; later a node may have gone."""
     group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-    assert group.options._timeout >= timedelta(hours=1)
+    assert group.options._timeout >= timedelta(hours=2)
+    train(settings(here, tmp_path, steps=1))
+    assert timedelta(minutes=10) < group.options._timeout <= timedelta(hours=1)
+
+
+def test_processes_that_do_not_come_are_not_waited_for_for_hours(monkeypatch, unused_tcp_port):
+    """As where one node has no file of settings."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_PORT=unused_tcp_port, OMP_NUM_THREADS=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(setup, "_TO_JOIN", timedelta(milliseconds=100))
+    with pytest.raises(
+        TimeoutError, match=r"after 0:00:00\.1.* not all processes have found each other; .*: Timed out"
+    ):
+        setup.new_accelerator()
 
 
 def test_gradients_are_in_memory_once(of_processes):
