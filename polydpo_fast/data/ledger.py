@@ -20,7 +20,8 @@ __all__ = ["Ledger", "options_as_json", "options_of_json", "read_ledger"]
 
 
 class Ledger:
-    """Appends one line of JSON per bad pair, each in a single write, so that ranks and workers may share the file.
+    """Appends one line of JSON per bad pair, each in a single write, so that a machine's ranks and workers may share
+    the file. (Over NFS those of two machines may overwrite each other's.)
 
     A line has: time (UTC, ISO 8601), key, arm ("win", "lose" or null), position (file and row), index (in the
     source), error (class), reason (text), and what else is given: a loader adds epoch, step_position, rank, the

@@ -21,7 +21,7 @@ class Settings:
     data: what `open_source` takes, or a folder of latents that `polydpo-fast cache` made with the same settings;
         data_options: of that source, such as ties, root, columns.
     reference_errors: a folder that `polydpo-fast reference` made with the same settings, instead of a reference.
-    output: the folder of checkpoints, metrics, pictures and the result, which all processes share.
+    output: the folder of checkpoints, metrics, pictures and the result; with checkpoint_every one that all nodes share.
     loader: further arguments of `PairLoader` and of decoding: crop, hflip, frames, fps, ledger, window ...
     size: of the pixels, a side or [height, width]; None for what the model was made for.
     batch_size: pairs per process and forward. accumulation: forwards per optimizer step.
