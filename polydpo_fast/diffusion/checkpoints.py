@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.fields import parse_json
 from .config import Settings
 from .families import LORA_FILE
-from .fingerprints import EARLIER
+from .fingerprints import as_told_now
 from .reference import unwrapped
 from .setup import check_writable
 
@@ -139,7 +139,7 @@ def resume(accelerator: Any, settings: Settings, checkpoint: Path | None, run: M
     if checkpoint is None:
         return 0
     told = _told(checkpoint)
-    had, here = {**EARLIER, **told.get("settings", {})}, json.loads(json.dumps(dict(run), default=str))
+    had, here = as_told_now(told.get("settings", {})), json.loads(json.dumps(dict(run), default=str))
     for name in [name for name in here if name in had]:
         if here[name] != had[name]:
             raise ValueError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .objective import PairObjective, check_loss
 
-__all__ = ["TAKEN", "Settings", "common", "lasting"]
+__all__ = ["TAKEN", "Settings", "common", "lasting", "of_pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +147,18 @@ def lasting(settings: Settings) -> dict[str, Any]:
     """What a run has from its beginning to its end, however often it is resumed, by name."""
     told = {name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE}
     told["loader"] = {name: value for name, value in settings.loader.items() if name not in _MAY_CHANGE_OF_LOADER}
+    told["data_options"] = of_pairs(settings.data_options)
     return told
 
 
+def of_pairs(data_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a source's options those that say what the pairs are, and not where their files lie."""
+    return {name: value for name, value in data_options.items() if name not in ("root", "cache")}
+
+
 def common(settings: Settings) -> dict[str, Any]:
-    """What all processes must be told alike, by name; of the data their fingerprints tell."""
-    told = {**lasting(settings), **{name: getattr(settings, name) for name in _OF_A_STEP}}
-    return {name: value for name, value in told.items() if name != "data_options"}
+    """What all processes must be told alike, by name."""
+    return {**lasting(settings), **{name: getattr(settings, name) for name in _OF_A_STEP}}
 
 
 _DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ..data import PairLoader, Source
+from ..data.fields import parse_json
+from .config import of_pairs
 from .reference import base_model, switched_off, unwrapped
 
-__all__ = ["EARLIER", "alternatives", "fingerprint", "parts_of", "random_options"]
-
-EARLIER = {"size_conditioning": "own"}
-"""What had no name when there was no choice: stores and checkpoints that do not say it were made so."""
+__all__ = ["alternatives", "as_told_now", "fingerprint", "parts_of", "random_options"]
 
 _SAMPLES = 1024  # numbers of each tensor
 _SENTENCE = "Cats'  35mm \u00e9e\u0301"
@@ -53,6 +53,21 @@ def fingerprint(part: Any) -> str:
         settings = _json(_public(dict(config)))
         return f"{type(part).__name__}:{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
     return _json(part)
+
+
+def as_told_now(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """What a store or a checkpoint was made with, where an earlier version may have written it.
+
+    What had no name when there was no choice was so; and of the data's options those were told that are places.
+    """
+    told = {"size_conditioning": "own", **earlier}
+    options = told.get("data_options")
+    if isinstance(options, Mapping):
+        told["data_options"] = of_pairs(options)
+    elif isinstance(options, str):
+        with contextlib.suppress(ValueError):  # not all stores are the commands'
+            told["data_options"] = fingerprint(of_pairs(parse_json(options.encode())))
+    return told
 
 
 def alternatives(part: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import PairBatch, PairLoader
 from ..splitmix import mix
-from .config import Settings
+from .config import Settings, of_pairs
 from .families import conditioning, encode_prompts
 from .fingerprints import fingerprint, random_options
 from .forward import FLUX_GUIDANCE
@@ -42,7 +42,7 @@ class Inputs:
             "precision": setup.precision,
             "latents": settings.latents,
             "decoding": {"size": list(setup.size), **_decoding(settings.loader)},
-            "data_options": settings.data_options,
+            "data_options": of_pairs(settings.data_options),
             "vae": pipe.vae,
             **{
                 name: part

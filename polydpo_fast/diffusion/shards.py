@@ -24,7 +24,7 @@ from ..data import PairBatch, PairError, PairLoader, SourceError
 from ..data.fields import MAX_RECORD_BYTES, parse_json
 from ..values import is_int
 from .extras import need
-from .fingerprints import EARLIER, alternatives, fingerprint
+from .fingerprints import alternatives, as_told_now, fingerprint
 
 __all__ = ["Columns", "Encode", "Form", "OnProgress", "Shards", "is_complete", "is_store", "text_of_row"]
 
@@ -138,7 +138,7 @@ class Shards:
 
     def check(self, **parts: Any) -> None:
         """Raises ValueError, with both fingerprints, where a part is another than that of the store's making."""
-        made_with = {**EARLIER, **self.made_with}
+        made_with = as_told_now(self.made_with)
         for name, part in parts.items():
             if name not in made_with:
                 known = ", ".join(self.made_with)

@@ -1,15 +1,17 @@
 """Trainings that are interrupted, and go on: checkpoints, and what of a run may change."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import accelerate.utils
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -18,12 +20,13 @@ from diffusion.runs import equal, lines, settings, weights
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from polydpo_fast.diffusion import checkpoints
+from polydpo_fast.diffusion import checkpoints, config, fingerprints, inputs
 from polydpo_fast.diffusion import train as training
 from polydpo_fast.diffusion.checkpoints import save_checkpoint
 from polydpo_fast.diffusion.config import Settings, lasting
 from polydpo_fast.diffusion.families import LORA_FILE
 from polydpo_fast.diffusion.pipelines import load_pipeline
+from polydpo_fast.diffusion.precompute import cache
 from polydpo_fast.diffusion.result import load_result
 from polydpo_fast.diffusion.settings_file import write_settings
 from polydpo_fast.diffusion.train import train
@@ -160,6 +163,35 @@ def test_all_that_changes_what_is_learned_is_kept_for_the_whole_run(here, tmp_pa
     kept = lasting(settings(here, tmp_path, loader=dict.fromkeys(learned | free, 1)))
     assert set(kept) == {one.name for one in fields(Settings)} - places - often - shown - costs
     assert set(kept["loader"]) == learned
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_files_of_a_manifest_may_be_moved(here, tmp_path, monkeypatch, earlier):
+    """`root` and `cache` say where things are. Earlier versions compared them all the same."""
+    random, first, second = np.random.default_rng(0), tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    for name in "abcd":
+        (first / f"{name}.jpg").write_bytes(pipelines.jpeg(random))
+    pairs = [{"win": "a.jpg", "lose": "b.jpg", "prompt": "x"}, {"win": "c.jpg", "lose": "d.jpg", "prompt": "y"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+
+    def of(folder, **change):
+        options = {"root": str(folder), "cache": str(folder), "ties": "keep"}
+        return settings(here, tmp_path / "run", data=str(tmp_path / "pairs.jsonl"), data_options=options, **change)
+
+    with monkeypatch.context() as patch:
+        if earlier:
+            for module in (config, fingerprints, inputs):
+                patch.setattr(module, "of_pairs", dict)
+        train(of(first, steps=1, checkpoint_every=1))
+        cache(of(first), tmp_path / "latents")
+    first.rename(second)
+    train(of(second, steps=2, checkpoint_every=1, resume="latest"))
+    assert len(lines(tmp_path / "run")) == 2
+    cached = replace(of(second, steps=1), data=str(tmp_path / "latents"), output=str(tmp_path / "cached"))
+    train(cached)
+    with pytest.raises(ValueError, match=r"made with another data_options: in the store it is .*keep"):
+        train(replace(cached, data_options={"root": str(second)}, output=str(tmp_path / "other")))
 
 
 def test_two_results_are_not_mixed(here, tmp_path):
