@@ -22,7 +22,7 @@ from .latent_store import LatentPairs, cache_latents
 from .reference_store import ReferenceErrors, precompute_reference_errors
 from .setup import accelerator_of, check_writable, objective_of, set_up
 from .shards import OnProgress, is_complete
-from .together import check_same, check_shared, together
+from .together import check_same, check_shared, of_all, together
 
 __all__ = ["cache", "reference"]
 
@@ -103,9 +103,11 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
 def _check_out(accelerator: Any, folder: Path) -> None:
     """Raises ValueError where what is missing could not be written: before the model is loaded."""
     with together(accelerator):
-        if not is_complete(folder):
+        complete = is_complete(folder)
+        if not complete:
             check_writable("out", folder)
-    check_shared(accelerator, "out", folder.expanduser())
+    if not all(of_all(accelerator, complete)):
+        check_shared(accelerator, "out", folder.expanduser())
 
 
 def _tell(accelerator: Any, kind: type[LatentPairs] | type[ReferenceErrors], folder: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_same", "check_shared", "together"]
+__all__ = ["check_same", "check_shared", "of_all", "together"]
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def together(accelerator: Any) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    said = _of_all(accelerator, None if error is None else f"on {socket.gethostname()}: {error}")
+    said = of_all(accelerator, None if error is None else f"on {socket.gethostname()}: {error}")
     if error is not None:
         raise error
     for number, text in enumerate(said):
@@ -37,7 +37,7 @@ def check_same(accelerator: Any, facts: Mapping[str, Any]) -> None:
 
     facts: by name, of what JSON can tell.
     """
-    every = _of_all(accelerator, json.loads(json.dumps(dict(facts), default=str)))
+    every = of_all(accelerator, json.loads(json.dumps(dict(facts), default=str)))
     for number, others in enumerate(every):
         for name in sorted({*every[0], *others}):
             if others.get(name) != every[0].get(name):
@@ -53,12 +53,12 @@ def check_shared(accelerator: Any, name: str, folder: Path) -> None:
     name: of the setting.
     """
     # A new name each time: of one that was looked for before, NFS may go on to say that it is not there.
-    mark = folder / f".{_of_all(accelerator, secrets.token_hex(8))[0]}.shared"
+    mark = folder / f".{of_all(accelerator, secrets.token_hex(8))[0]}.shared"
     with together(accelerator):
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
-    seen = _of_all(accelerator, mark.exists())
+    seen = of_all(accelerator, mark.exists())
     if accelerator.is_main_process:
         mark.unlink()
     if not all(seen):
@@ -68,7 +68,8 @@ def check_shared(accelerator: Any, name: str, folder: Path) -> None:
         )
 
 
-def _of_all(accelerator: Any, value: Any) -> list[Any]:
+def of_all(accelerator: Any, value: Any) -> list[Any]:
+    """The values of all processes, which pickle can tell, in all of them."""
     from accelerate.utils import gather_object
 
     if accelerator.num_processes == 1:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate.utils
@@ -134,7 +135,7 @@ def test_commands_compare_what_their_processes_work_with(here, tmp_path, monkeyp
         compared.update(value)
         return [value, {**value, names[-1]: "another"} if names[-1] in value else value]
 
-    monkeypatch.setattr(together, "_of_all", differs)
+    monkeypatch.setattr(together, "of_all", differs)
     result = CliRunner().invoke(app, words(here, tmp_path, command))
     assert compared >= set(names)
     assert result.exit_code == 2, result.output
@@ -149,7 +150,7 @@ def test_commands_refuse_folders_that_are_not_shared(here, tmp_path, monkeypatch
     def unseen(accelerator, value):
         return [True, False] if value is True else [value]
 
-    monkeypatch.setattr(together, "_of_all", unseen)
+    monkeypatch.setattr(together, "of_all", unseen)
     result = CliRunner().invoke(app, words(here, tmp_path, command, checkpoint_every=1))
     assert result.exit_code == 2, result.output
     name, folder = ("output", "run") if command == "train" else ("out", "out")
@@ -176,6 +177,20 @@ def two_nodes(runs, folders, port):
     finally:
         for node in nodes:
             node.kill()
+
+
+@pytest.mark.parametrize("command", ["cache", "reference"])
+def test_nothing_is_written_to_a_store_that_is_complete(here, tmp_path, monkeypatch, command):
+    """On nodes that may only read it."""
+    assert CliRunner().invoke(app, words(here, tmp_path, command)).exit_code == 0
+
+    def written(*arguments, **options):
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", written)
+    monkeypatch.setattr(together, "of_all", lambda accelerator, value: [value, value])
+    result = CliRunner().invoke(app, words(here, tmp_path, command))
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.heavy
