@@ -36,24 +36,15 @@ class NoisedPairs(NamedTuple):
 
 
 def draw_noise(seeds: Seeds, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
-    """Standard normal noise, (B, *shape) float32, each row a function of its seed alone.
+    """Standard normal noise, (B, *shape) float32, each row a function of its seed alone, to the bit on all devices.
 
-    Counters hashed by splitmix64 (Steele, Lea and Flood 2014), then Box and Muller's transform in float64. The bits are
-    the same on all devices; logarithm and cosine may differ there in the last bit of float64, which shows in a
-    float32 about once in a hundred million numbers.
+    Counters hashed by splitmix64 (Steele, Lea and Flood 2014), then Box and Muller's transform in float64.
     """
-    numbers = _numbers(seeds)
     count = math.prod(shape)
-    result = torch.empty((len(numbers), count), dtype=torch.float32, device=device)
     counter = torch.arange((count + 1) // 2, dtype=torch.int64, device=device) * signed(GOLDEN)
-    for row, seed in zip(result, numbers, strict=True):
-        bits = splitmix64_of_tensor(counter + signed(mix(seed, 1)))
-        # Two uniform numbers of 32 bits, strictly between 0 and 1.
-        first, second = ((part.double() + 0.5) * 2.0**-32 for part in (bits >> 32 & _LOW, bits & _LOW))
-        radius, angle = (-2 * first.log()).sqrt_(), second.mul_(2 * math.pi)
-        row[: len(counter)] = radius * angle.cos()
-        row[len(counter) :] = (radius * angle.sin_())[: count - len(counter)]
-    return result.view(len(numbers), *shape)
+    starts = torch.tensor([signed(mix(seed, 1)) for seed in _numbers(seeds)], dtype=torch.int64, device="cpu")
+    bits = splitmix64_of_tensor(moved(starts, counter.device)[:, None] + counter)
+    return torch.cat(_normals(bits), dim=1)[:, :count].float().view(len(starts), *shape)
 
 
 def draw_timesteps(
@@ -164,6 +155,42 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 
 _LOW = 0xFFFFFFFF
+# Taylor's series from the highest power down, until what is left out is below float64's rounding: of atanh(x) / x for
+# |x| <= 0.172, cos x and sin(x) / x for |x| <= pi / 4, all in powers of x squared.
+_ATANH = [1 / (2 * k + 1) for k in range(10, -1, -1)]
+_COS = [(-1) ** k / math.factorial(2 * k) for k in range(8, -1, -1)]
+_SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(8, -1, -1)]
+
+
+def _normals(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normal numbers, float64, of each 64 bits: Box and Muller's.
+
+    The logarithm, cosine and sine are made of operations that IEEE 754 rounds alike everywhere, each an operator of its
+    own, so that none are fused: those of libraries differ in the last bit between devices, processors and versions.
+    """
+    first, second = bits >> 32 & _LOW, bits & _LOW
+    # log((first + 1/2) / 2^32), by the number's exponent and its mantissa, 1/2 to 1.
+    mantissa, exponent = torch.frexp((first.double() + 0.5) * 2.0**-32)
+    middle = math.sqrt(0.5)
+    x = (mantissa - middle) / (mantissa + middle)
+    logarithm = (exponent.double() - 0.5) * math.log(2) + _series(_ATANH, x * x) * x * 2
+    radius = (logarithm * -2).sqrt_()
+    # The angle (second + 1/2) / 2^32 of a turn, from the nearest quarter.
+    quarter = second + (1 << 29) >> 30
+    x = ((second - (quarter << 30)).double() + 0.5) * (2.0**-31 * math.pi)
+    square = x * x
+    cosine, sine, odd = _series(_COS, square), _series(_SIN, square) * x, quarter & 1 == 1
+    return (
+        radius * torch.where(odd, sine, cosine) * (1 - (quarter + 1 & 2)),
+        radius * torch.where(odd, cosine, sine) * (1 - (quarter & 2)),
+    )
+
+
+def _series(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    result = x * coefficients[0]
+    for coefficient in coefficients[1:-1]:
+        result.add_(coefficient).mul_(x)
+    return result.add_(coefficients[-1])
 
 
 def _numbers(seeds: Seeds) -> list[int]:

@@ -17,8 +17,10 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from splitmix import chained
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polydpo_fast.diffusion import draw_noise, draw_timesteps, noise_pairs
+from polydpo_fast.diffusion.noising import _normals
 
 SEEDS = [3, 2**63 - 1, 0, 17]
 
@@ -45,6 +47,68 @@ def test_noise_against_the_same_in_integers():
         first.append(math.sqrt(-2 * math.log(u)) * math.cos(2 * math.pi * v))
         second.append(math.sqrt(-2 * math.log(u)) * math.sin(2 * math.pi * v))
     np.testing.assert_allclose(row, np.float32(first + second[:3]), rtol=2e-7)
+
+
+def test_noise_is_the_same_on_all_devices_by_construction():
+    """It is made of operations whose results IEEE 754 or integers leave no choice of: no device's own logarithm or
+    cosine, and nothing that may or may not round between a product and a sum."""
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            name = str(function.overloadpacket).removeprefix("aten.").strip("_")
+            assert name != "div" or isinstance(arguments[1], torch.Tensor)  # by a number a GPU takes its reciprocal
+            seen.add(name)
+            return function(*arguments, **(options or {}))
+
+    with Watch():
+        draw_noise(SEEDS, (4, 5, 3))
+    exact = {"rshift", "lshift", "bitwise_and", "bitwise_xor", "eq", "rsub", "frexp"}
+    rounded = {"add", "sub", "mul", "div", "sqrt", "to_copy"}
+    moved = {"alias", "arange", "cat", "lift_fresh", "slice", "unsqueeze", "view", "where"}
+    assert seen <= exact | rounded | moved
+    assert {"frexp", "sqrt", "where"} <= seen
+
+
+def test_noise_to_the_bit():
+    """The same operations on Python's floats, which are IEEE 754's."""
+
+    def series(terms, x):
+        result = terms[-1]
+        for term in terms[-2::-1]:
+            result = result * x + term
+        return result
+
+    found = draw_noise([42], (2000,)).flatten().tolist()
+    wanted = [], []
+    for i in range(1000):
+        z = (i * 0x9E3779B97F4A7C15 + chained(42, 1)) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+        mantissa, exponent = math.frexp(((z >> 32) + 0.5) / 2**32)
+        x = (mantissa - math.sqrt(0.5)) / (mantissa + math.sqrt(0.5))
+        log = (exponent - 0.5) * math.log(2) + series([1 / (2 * k + 1) for k in range(11)], x * x) * x * 2
+        quarter = round(((z & 0xFFFFFFFF) + 0.5) / 2**30)
+        x = ((z & 0xFFFFFFFF) + 0.5 - quarter * 2**30) * (math.pi / 2**31)
+        cosine = series([(-1) ** k / math.factorial(2 * k) for k in range(9)], x * x)
+        sine = series([(-1) ** k / math.factorial(2 * k + 1) for k in range(9)], x * x) * x
+        turned = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)][quarter % 4]
+        for numbers, factor in zip(wanted, turned, strict=True):
+            numbers.append(math.sqrt(-2 * log) * factor)
+    assert found == np.float32([*wanted[0], *wanted[1]]).tolist()
+
+
+@pytest.mark.parametrize("low", [0, 1, 2**29 - 1, 2**29, 2**30, 3 * 2**29, 2**31, 5 * 2**29 - 1, 7 * 2**29, 2**32 - 1])
+def test_noise_at_the_ends_of_its_logarithm_and_quarters(low):
+    high = [0, 1, 2**31 - 1, 2**31, 3037000499, 3037000500, 2**32 - 2, 2**32 - 1]  # 2^31.5 between the middle two
+    bits = torch.tensor([(one << 32 | low) - (2**64 if one >> 31 else 0) for one in high])
+    angle = math.tau * (low + 0.5) / 2**32
+    radius = torch.tensor([math.sqrt(-2 * math.log((one + 0.5) / 2**32)) for one in high], dtype=torch.float64)
+    # Next to 1 the logarithm has an error of 1e-16 in 1e-10.
+    for found, factor in zip(_normals(bits), (math.cos(angle), math.sin(angle)), strict=True):
+        torch.testing.assert_close(found, radius * factor, rtol=2e-6, atol=1e-15)
+    torch.testing.assert_close(_normals(bits)[0][:6], radius[:6] * math.cos(angle), rtol=1e-15, atol=1e-15)
 
 
 def test_timesteps_of_a_seed_stay_what_they_were():
