@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -226,7 +227,7 @@ class PairObjective:
                 f"conditioning is a {type(conditioning).__name__}; expected a dict of the model's keyword arguments, "
                 'such as {"encoder_hidden_states": text}'
             )
-        dtype = getattr(unwrapped(model), "dtype", noised.noisy.dtype)
+        dtype = _dtype_of(model) or noised.noisy.dtype
         pairs = len(noised.noisy) // 2
         return noised.noisy.to(dtype), noised.timesteps, both_arms(conditioning, pairs)
 
@@ -264,6 +265,19 @@ def check_loss(options: Mapping[str, Any]) -> None:
     given = {**_DEFAULTS, **{name: value for name, value in options.items() if not isinstance(value, Tensor)}}
     names = ("beta", "alpha", "objective", "label_smoothing", "margin", "sft_weight", "reduction")
     check_head(**{name: given[name] for name in names}, pair_weight=None, pairs=0, device=torch.device("cpu"))
+
+
+_dtypes: WeakKeyDictionary[torch.nn.Module, tuple[torch.dtype | None, torch.dtype | None]] = WeakKeyDictionary()
+
+
+def _dtype_of(model: Any) -> torch.dtype | None:
+    """Asked again only where that of the first weight has changed: Diffusers goes through all modules for it, which of
+    SD1.5 with LoRA takes milliseconds."""
+    inner = unwrapped(model)
+    first = next((parameter.dtype for parameter in inner.parameters()), None)
+    if inner not in _dtypes or _dtypes[inner][0] != first:
+        _dtypes[inner] = first, getattr(inner, "dtype", None)
+    return _dtypes[inner][1]
 
 
 def _check_same_precision(model: torch.nn.Module, reference: torch.nn.Module, device: torch.device) -> None:

@@ -56,8 +56,7 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
     where something else of it requires gradients: the reference would be trained with it.
     """
     inner = unwrapped(model)
-    layers = _adapted(inner)
-    trained = _trained_beside(inner, tuple({type(layer) for layer in layers}))
+    layers, trained = _adapted(inner)
     if trained is not None:
         name = next(name for name, one in inner.named_parameters() if one is trained)
         raise ValueError(
@@ -71,37 +70,41 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def switched_off(model: torch.nn.Module) -> Iterator[None]:
     """As `adapters_off`, whatever else of the model is trained."""
-    with _off(_adapted(unwrapped(model))):
+    layers, _ = _adapted(unwrapped(model))
+    with _off(layers):
         yield
 
 
-def _adapted(inner: torch.nn.Module) -> list[Any]:
-    """The layers that have adapters, or copies that are trained in their place."""
+def _adapted(inner: torch.nn.Module) -> tuple[list[Any], torch.Tensor | None]:
+    """The layers that have adapters, or copies that are trained in their place; and, if there is one, a parameter that
+    is trained and is of neither.
+
+    In each step: gone through once, and not through what the adapters consist of.
+    """
     need("peft", what="adapters_off")
     from peft import tuners, utils
 
     # What it trains beside adapters (modules_to_save, tokens): copies, with the original at hand.
     copies = getattr(utils.other, "AuxiliaryTrainingWrapper", utils.ModulesToSaveWrapper)
-    kinds = tuners.tuners_utils.BaseTunerLayer, copies
-    layers: list[Any] = [module for module in inner.modules() if isinstance(module, kinds)]
-    if not layers:
-        raise ValueError(f"model is a {type(inner).__name__} without PEFT adapters; expected one that has some")
-    return layers
-
-
-def _trained_beside(inner: torch.nn.Module, layers: tuple[type, ...]) -> torch.Tensor | None:
-    """A parameter that is trained and is no adapter's. In each step: an adapter's parts are not gone through."""
-    left = [inner]
+    bases = tuners.tuners_utils.BaseTunerLayer, copies
+    layers: list[Any] = []
+    trained, left, kinds = None, [inner], dict[type, bool]()  # PEFT's class is an abstract one, slow to ask
     while left:
         module = left.pop()
-        if isinstance(module, layers):
-            left.extend(module._modules[name] for name in ("base_layer", "original_module") if name in module._modules)  # type: ignore[misc]
+        kind, parts = type(module), module._modules
+        if kind not in kinds:
+            kinds[kind] = issubclass(kind, bases)
+        if kinds[kind]:
+            layers.append(module)
+            left.extend(parts[name] for name in ("base_layer", "original_module") if name in parts)  # type: ignore[misc]
             continue
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad:
-                return parameter
-        left.extend(part for part in module._modules.values() if part is not None)
-    return None
+            if trained is None and parameter is not None and parameter.requires_grad:
+                trained = parameter
+        left.extend(part for part in parts.values() if part is not None)
+    if not layers:
+        raise ValueError(f"model is a {type(inner).__name__} without PEFT adapters; expected one that has some")
+    return layers, trained
 
 
 @contextmanager
