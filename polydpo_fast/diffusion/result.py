@@ -128,8 +128,10 @@ def load_result(pipe: Any, folder: Path) -> None:
         pipe.scheduler = scheduler_class(config.get("_class_name")).from_config(config)
     if (folder / family.model).is_dir():
         old = getattr(pipe, family.model)
-        new = type(old).from_pretrained(folder / family.model)
-        setattr(pipe, family.model, new.to(old.device, old.dtype).requires_grad_(False).eval())
+        device, dtype = old.device, old.dtype
+        old.to("meta")  # so that there are never two sets of weights in memory
+        new = type(old).from_pretrained(folder / family.model, dtype=dtype)
+        setattr(pipe, family.model, new.to(device).requires_grad_(False).eval())
     elif (folder / LORA_FILE).is_file():
         pipe.load_lora_weights(folder)
     else:

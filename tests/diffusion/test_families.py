@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    UNet2DConditionModel,
     WanPipeline,
 )
 from diffusion import pipelines, tiny
@@ -423,3 +425,24 @@ def test_a_folder_without_a_result_is_refused(loaded, tmp_path):
     _, pipe, family = loaded
     with pytest.raises(ValueError, match=f"neither {family.model}/ nor pytorch_lora_weights.safetensors"):
         files.load_result(pipe, tmp_path)
+
+
+def test_weights_of_a_result_take_the_place_of_others(here, tmp_path, monkeypatch):
+    """Which are gone before they are read: of the largest models a machine may hold one set alone."""
+    pipe = loading.load_pipeline(str(here / "pipeline"), policy=torch.bfloat16, frozen=torch.bfloat16)
+    trained = copy.deepcopy(pipe.unet).float()
+    with torch.no_grad():
+        trained.conv_in.weight += 1
+    trained.save_pretrained(tmp_path / "unet")
+    old, load, seen = weakref.ref(pipe.unet.conv_in.weight), UNet2DConditionModel.from_pretrained.__func__, []
+
+    def watched(cls, *arguments, **options):
+        seen.append(old() is None)
+        return load(cls, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", classmethod(watched))
+    files.load_result(pipe, tmp_path)
+    assert seen == [True]
+    assert pipe.unet.dtype == torch.bfloat16
+    assert torch.equal(pipe.unet.conv_in.weight, trained.conv_in.weight.bfloat16())
+    assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
