@@ -45,6 +45,8 @@ def reference_of(name, policy, model):
         return adapters_off
     if name == "frozen_copy":
         return frozen_copy(model)
+    if name == "errors":
+        return None
     ema = EMAModel(policy.parameters())
     with torch.no_grad():
         for weight in ema.shadow_params:
@@ -52,16 +54,19 @@ def reference_of(name, policy, model):
     return lambda model: ema_weights(model, ema)
 
 
-def steps(policy, reference, pairs):
-    """Of these pairs, the first arms of the batch being the winners'."""
+def steps(policy, reference, pairs, model):
+    """Of these pairs, the first arms of the batch being the winners'. Without a reference, by the model's errors."""
     _, latents, conditioning, scheduler = build("sd15")
     rows = torch.tensor([*pairs, *(pair + PAIRS for pair in pairs)])
     text = conditioning["encoder_hidden_states"][list(pairs)]
     objective = PairObjective(scheduler, reference=reference, beta=500.0)
+    ahead = PairObjective(scheduler, reference=model)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
     for step in range(STEPS):
         seeds = [10 * step + pair for pair in pairs]
-        loss, _ = objective(policy, latents[rows], {"encoder_hidden_states": text}, seeds=seeds)
+        given = latents[rows], {"encoder_hidden_states": text}
+        errors = ahead.reference_errors(None, *given, seeds=seeds) if reference is None else None
+        loss, _ = objective(policy, *given, seeds=seeds, ref_error=errors)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,10 +103,10 @@ def whole(wrap, policy):
     return {name: p.full_tensor() if wrap is fsdp2 else p.detach() for name, p in named.items()}
 
 
-REFERENCES = ("frozen_copy", "adapters_off", "ema_weights")
+REFERENCES = ("frozen_copy", "adapters_off", "errors", "ema_weights")
 CASES = [
     *((ddp, name) for name in REFERENCES),
-    *((fsdp1, name) for name in REFERENCES[:2]),
+    *((fsdp1, name) for name in REFERENCES[:3]),
     *((fsdp2, name) for name in REFERENCES),
 ]
 
@@ -141,7 +146,7 @@ def work(rank, port, folder, cases):
     for wrap, name in cases:
         policy, model = start(name)
         policy = wrap(policy)
-        steps(policy, reference_of(name, policy, model), [rank])
+        steps(policy, reference_of(name, policy, model), [rank], model)
         weights = whole(wrap, policy)
         if rank == 0:
             torch.save(weights, folder / f"{wrap.__name__}-{name}.pt")
@@ -175,7 +180,7 @@ def trained(tmp_path_factory):
 def test_steps_equal_those_of_one_process(trained, wrap, name):
     policy, model = start(name)
     before = {key: value.detach().clone() for key, value in policy.named_parameters()}
-    steps(policy, reference_of(name, policy, model), range(PAIRS))
+    steps(policy, reference_of(name, policy, model), range(PAIRS), model)
     ours = torch.load(trained / f"{wrap.__name__}-{name}.pt")
     wanted = dict(policy.named_parameters())
     assert ours.keys() == wanted.keys()
