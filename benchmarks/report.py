@@ -62,8 +62,8 @@ NOTES = {
     "existing memory.",
     "training": "The first way computes everything in each step; the others read from stores what was computed ahead.",
     "sd15_overhead": "Wall time during which neither a model nor the loss runs, with one thread. It is longer than for "
-    "the same latents above, where the model is a single layer: to find a model's dtype Diffusers goes through all of "
-    "its parameters, and after a model of 3.4 GB little is left in the processor's caches.",
+    "the same latents above, where the model is a single layer: after a model of 3.4 GB little is left in the "
+    "processor's caches.",
 }
 
 
