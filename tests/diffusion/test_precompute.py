@@ -53,6 +53,7 @@ def apart(one, other):
         ("sd15", "errors"),
         ("sd15", "latents errors"),
         ("sdxl", "latents errors"),
+        ("sd3", "latents errors"),
         ("flux", "latents errors"),
         ("wan", "latents errors"),
     ],
