@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .encoding import png
-from .formulas import crop_at, drawn, mixed, place
+from .formulas import balanced, crop_at, drawn, mixed, place, windowed
 from .report import Finding, must
 
 __all__ = ["loader", "stored"]
@@ -69,7 +69,7 @@ def loader(seed: int) -> Iterator[tuple[Finding, str]]:
             right = right and [end.ok.tolist(), end.weight.tolist()] == [[True] * 4 + [False], [1.0] * 4 + [0.0]]
             right = right and not end.pixels[[4, 9]].any()
         yield must("the last batch", right, f"it has {end.index.tolist()}"), f"{_PAIRS} pairs by five, last={last}"
-    yield _shares(records, one_rank), "18 pairs of one category, 6 of another, balanced"
+    yield from _shares(seed, records, one_rank)
     yield from _drawn(seed, how)
 
 
@@ -121,13 +121,13 @@ def _by_formula(order: list[int], seed: int, epoch: int) -> Finding:
 
 
 def _windowed(seed: int) -> Finding:
-    """Every pair once, and those that are shuffled among each other are of few blocks."""
+    """By the formula; and what is said to be shuffled among each other is of few blocks."""
     from ..data.order import order_of
 
     lengths = [1 + number * 7 % 5 for number in range(30)]
     order = order_of(np.array(lengths), None, None, seed=seed, epoch=3, window=8)
     found = order(np.arange(sum(lengths)))
-    right = sorted(found.tolist()) == list(range(sum(lengths)))
+    right = found.tolist() == windowed(lengths, seed, 3, 8)
     block, begin = np.repeat(np.arange(30), lengths)[found], 0
     while right and begin < len(found):
         first, end = order.window(begin)
@@ -148,18 +148,21 @@ def _labelled(one_rank: dict[str, Any]) -> Finding:
     return must("each pair once", _shown(batch), "of other arms")
 
 
-def _shares(records: list[dict[str, Any]], one_rank: dict[str, Any]) -> Finding:
-    """As many of each category: every pair of the small one twice, none of the large one more than once."""
+def _shares(seed: int, records: list[dict[str, Any]], one_rank: dict[str, Any]) -> Iterator[tuple[Finding, str]]:
+    """As many of each category in an epoch as its share says, by the formula."""
     from ..data import PairLoader
 
-    records = [{**record, "category": "few" if number % 4 == 0 else "many"} for number, record in enumerate(records)]
-    read = list(PairLoader(records, 4, categories="balanced", **one_rank))
-    order = _indices(read)
-    times = {number: order.count(number) for number in order}
-    right = len(order) == len(records) and all(times[n] == (2 if n % 4 == 0 else 1) for n in times)
-    right = right and sum(n % 4 == 0 for n in times) == 6
-    told = [name for batch in read for name in batch.category] == [records[n]["category"] for n in order]
-    return must("order", right and told, f"it is {order}")
+    codes = [int(number % 4 > 0) for number in range(len(records))]
+    records = [{**record, "category": ("few", "many")[code]} for record, code in zip(records, codes, strict=True)]
+    ways: list[tuple[Any, tuple[int, int]]] = [("balanced", (12, 12)), ({"few": 2.0, "many": 5.0}, (7, 17))]
+    for shares, quotas in ways:
+        own = PairLoader(records, 4, categories=shares, **one_rank)
+        for epoch in (0, 1):
+            read = list(own)
+            order = _indices(read)
+            told = [name for batch in read for name in batch.category] == [records[n]["category"] for n in order]
+            right = told and order == balanced(codes, quotas, seed, epoch)
+            yield must("order", right, f"it is {order}"), f"6 pairs of one category, 18 of another, {shares}"
 
 
 # --------------------------------------------------------------------------------------------------- draws

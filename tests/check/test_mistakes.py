@@ -140,6 +140,32 @@ def test_an_order_that_is_not_the_formulas_is_caught(heeded, monkeypatch):
 
 
 @needs_cpp
+@pytest.mark.parametrize(
+    ("line", "changed"),
+    [
+        ("mix(self._key, 2, group)", "mix(self._key, 2, 0)"),
+        ("permute(np.arange(len(blocks)), len(blocks), mix(key, 1))", "np.arange(len(blocks))"),
+        ("np.divmod(self._epoch * quota + slots", "np.divmod(slots"),
+        ("np.argsort(result - exact", "np.argsort(exact - result"),
+        ("permute(turns[now], count, mix(self._seed, 4, code, lap))", "turns[now]"),
+        ("slots = permute(positions, self._size, self._key)", "slots = positions"),
+    ],
+    ids=["windows alike", "blocks as they are", "each epoch anew", "the smallest remainder", "as they are", "in turns"],
+)
+def test_a_changed_line_of_an_order_is_caught_and_named(line, changed, monkeypatch):
+    """Of windows, in which Parquet is read, and of shares."""
+    from polydpo_fast.data import loader, order
+
+    source = Path(order.__file__).read_text()
+    assert source.count(line) == 1
+    names = {**vars(order)}
+    exec(compile(source.replace(line, changed), order.__file__, "exec"), names)
+    for module in (loader, order):
+        monkeypatch.setattr(module, "order_of", names["order_of"])
+    assert broken(loading.loader(0)) == {"order"}
+
+
+@needs_cpp
 def test_seeds_that_are_not_heeded_are_caught(monkeypatch):
     pytest.importorskip("PIL")
     from polydpo_fast.decoding import arguments as decode_arguments
