@@ -130,10 +130,7 @@ def measure(job: Job, device: str, rounds: int = ROUNDS) -> tuple[list[Measured]
         except Exception as error:
             if device == "cpu" or name not in job.compiled:
                 raise
-            # A compiler that fails on this GPU is not to cost the figures of the others.
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            failed.append({"case": job.case, "way": name, "reason": reason})
-            print(f"{job.case}: {name} failed: {reason}", flush=True)
+            failed.append(failure(job.case, name, error))
     source, destination = (torch.ones(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
     ways["copy"] = lambda: destination.copy_(source)
     times = interleaved(ways, rounds, STEPS, stopwatch(device), UNCOUNTED)
@@ -150,6 +147,13 @@ def measure(job: Job, device: str, rounds: int = ROUNDS) -> tuple[list[Measured]
     of_way["copy"] = {**facts, "bytes": 2 * COPIED}
     clock = "wall" if device == "cpu" else "gpu"
     return [Measured(job.case, name, times[name], name == "ours", clock, facts=of_way[name]) for name in times], failed
+
+
+def failure(case: str, way: str, error: Exception) -> dict[str, str]:
+    """A compiler that fails on this GPU is not to cost the figures of the others."""
+    reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    print(f"{case}: {way} failed: {reason}", flush=True)
+    return {"case": case, "way": way, "reason": reason}
 
 
 @cache
@@ -267,18 +271,34 @@ class _Nothing(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None, None
 
 
-def host(device: str, calls: int = 3000) -> list[Measured]:
-    """Wall time of a forward and backward on 16 elements, of ours and of an autograd.Function that does nothing."""
+HOST = "host time, 16 elements"
+
+
+def host(device: str, calls: int = 3000) -> tuple[list[Measured], list[dict[str, str]]]:
+    """Wall time of a forward and backward on 16 elements: of ours, the others, and an autograd.Function that does
+    nothing; and what failed, with its reason."""
     tensors = drawn((2, 2, 2, 2), torch.float32, device)
-    times: dict[str, Times] = {"ours": {"wall": []}, "an empty autograd.Function": {"wall": []}}
+    torch._dynamo.reset()
+    losses = {"ours": polydpo_fast.loss, "an empty autograd.Function": _Nothing.apply, "eager": trainers.eager}
+    losses |= {"Salesforce's formula": trainers.salesforce_loss}
+    failed = []
+    try:
+        compiled = COMPILED["torch.compile"]()
+        compiled(*tensors).backward()
+        losses["torch.compile"] = compiled
+    except Exception as error:
+        if device == "cpu":
+            raise
+        failed.append(failure(HOST, "torch.compile", error))
+    times: dict[str, Times] = {name: {"wall": []} for name in losses}
     for call in range(calls):
-        for loss, kept in zip((polydpo_fast.loss, _Nothing.apply), times.values(), strict=True):
+        for name, loss in losses.items():
             tensors[0].grad = None
             begin = time.perf_counter()
             loss(*tensors).backward()
             if call >= calls // 10:
-                kept["wall"].append(time.perf_counter() - begin)
-    return [Measured("host time, 16 elements", name, kept, name == "ours", "wall") for name, kept in times.items()]
+                times[name]["wall"].append(time.perf_counter() - begin)
+    return [Measured(HOST, name, kept, name == "ours", "wall") for name, kept in times.items()], failed
 
 
 def printed(rows: list[dict], device: str) -> None:
@@ -306,8 +326,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further measurement after that")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    begin, skipped = time.monotonic(), []
-    cases = {"host": [row(measured) for measured in host(options.device)]}
+    begin = time.monotonic()
+    found, skipped = host(options.device)
+    cases = {HOST: [row(measured) for measured in found]}
     for job in jobs(options.device):
         if time.monotonic() - begin > options.seconds:
             known = [found["way"] for found in cases.get(job.case, ())]

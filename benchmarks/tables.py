@@ -192,7 +192,7 @@ def loss(results: dict, dtypes: Sequence[str] = ("bfloat16", "float32", MIXED)) 
                 cells += [against(ways.get(way), ours) for way in peers]
                 body.append([*cells, *(warm_ms(ways.get(way)) for way in warm)])
     head = ["model", "shape", "dtype", "ours", *peers, *(f"{way}, warm L2" for way in warm)]
-    return "\n\n".join(filter(None, (table(head, body, left=3), _loss_limits(results), repeat(results, "loss"))))
+    return "\n\n".join(filter(None, (table(head, body, left=3), _loss_limits(results, peers), repeat(results, "loss"))))
 
 
 def best(ours: Row, ways: dict[str, Row]) -> str:
@@ -221,7 +221,7 @@ def _pairs(row: Row) -> int | None:
     return int(found[1]) if found else None
 
 
-def _loss_limits(results: dict) -> str:
+def _loss_limits(results: dict, peers: Iterable[str]) -> str:
     rows = rows_of(results, "loss")
     sentences = []
     if video := rows.get("Wan 480p, bfloat16, forward and backward"):
@@ -240,13 +240,14 @@ def _loss_limits(results: dict) -> str:
         sentences.append(
             f"{MIXED.capitalize()}: the policy's prediction under autocast is in float32, reference and target are not."
         )
-    if "host time, 16 elements" in rows:
-        host = rows["host time, 16 elements"]
+    if host := rows.get("host time, 16 elements"):
+        us = {way: f"{1e6 * row['median']:.0f} us" for way, row in host.items()}
         sentences.append(
-            f"A call costs {1e6 * host['ours']['median']:.0f} us of the host's time for forward and backward on tiny "
-            f"inputs, of which an empty `autograd.Function` takes "
-            f"{1e6 * host['an empty autograd.Function']['median']:.0f} us."
+            f"A call costs {us['ours']} of the host's time for forward and backward on tiny inputs, of which an empty "
+            f"`autograd.Function` takes {us['an empty autograd.Function']}."
         )
+        if others := [f"{way} {us[way]}" for way in peers if way in us]:
+            sentences[-1] = f"{sentences[-1][:-1]}; {', '.join(others)}."
     return " ".join(sentences)
 
 

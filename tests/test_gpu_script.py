@@ -354,6 +354,26 @@ def test_the_benchmark_on_a_gpu_times_what_is_queued_and_survives_a_compiler_tha
         loss.measure(job, "cpu:0", rounds=2)
 
 
+def test_the_time_of_the_host_is_that_of_every_way_that_compiles(monkeypatch):
+    import loss
+
+    def fails(*tensors):
+        raise ValueError("no such instruction")
+
+    for compiled, device, more in ((loss.trainers.eager, "cpu", ["torch.compile"]), (fails, "cpu:0", [])):
+        monkeypatch.setitem(loss.COMPILED, "torch.compile", lambda compiled=compiled: compiled)
+        found, failed = loss.host(device, calls=20)
+        assert [one.way for one in found] == [
+            *("ours", "an empty autograd.Function", "eager", "Salesforce's formula"),
+            *more,
+        ]
+        assert [one.way for one in found if one.ours] == ["ours"]
+        assert all(len(one.times["wall"]) == 18 and min(one.times["wall"]) > 0 for one in found)
+        assert [one["reason"] for one in failed] == [] if more else ["ValueError: no such instruction"]
+    with pytest.raises(ValueError, match="no such instruction"):
+        loss.host("cpu", calls=1)
+
+
 def test_the_benchmark_on_a_gpu_begins_with_every_model_and_tunes_compilers_later(monkeypatch, tmp_path, capsys):
     """Tuning compiles for most of a minute a case: what has been measured by then stays if no time is left for it."""
     import loss
@@ -378,7 +398,7 @@ def test_the_benchmark_on_a_gpu_begins_with_every_model_and_tunes_compilers_late
         return [loss.Measured(job.case, way, times, way == "ours", "gpu", facts=facts) for way in ways], []
 
     monkeypatch.setattr(loss.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(loss, "host", lambda device: [])
+    monkeypatch.setattr(loss, "host", lambda device: ([], []))
     monkeypatch.setattr(loss, "measure", measured)
     monkeypatch.setattr(loss, "jobs", lambda device: [*first.values(), *again])
     monkeypatch.setattr(sys, "argv", ["loss.py", "--seconds", "5.5", "--json", str(tmp_path / "loss.json")])
