@@ -95,6 +95,37 @@ def test_a_call_of_a_known_signature_makes_few_python_calls():
     eager = python_calls(lambda: functional.loss(*batch, backend="reference"))
     assert forward <= 70
     assert forward < eager / 2
+    batch[0].grad = None
+    assert python_calls(polydpo_fast.loss(*batch).backward) <= 90  # of which PyTorch's own are half
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py counts the launches themselves")
+@pytest.mark.parametrize("options", [{}, {"mask": torch.ones(4, 4, 64, 64, dtype=torch.bool)}], ids=["plain", "mask"])
+def test_a_step_on_a_gpu_is_two_launches_and_no_operator_that_is_one(options, monkeypatch):
+    """Without a GPU: PyTorch's operators beside the two kernels only give memory, and views of it."""
+    pair_loss = pytest.importorskip("polydpo_fast.kernels.pair_loss")
+    launched = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append(self.name)
+
+    for name in ("errors_kernel", "gradient_kernel"):
+        monkeypatch.setattr(pair_loss, name, Recorder(name))
+    kept = torch.zeros(8, dtype=torch.int32)  # as a GPU's counters are, from one call to the next
+    monkeypatch.setattr(pair_loss, "counters_of", lambda n_pairs, device: kept)
+    batch, one = tensors(), torch.ones(())
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
+        torch.autograd.grad(functional.loss(*batch, **options, backend="triton"), batch[0], one)
+    assert launched == ["errors_kernel", "gradient_kernel"]
+    operators = {event.name for event in profile.events() if event.name.startswith("aten::")}
+    memory = {"empty", "empty_strided"}
+    views = {"as_strided", "expand", "slice", "to", "view"}  # to: what copies is another operator, _to_copy
+    assert operators <= {f"aten::{name}" for name in memory | views}, operators
 
 
 def photographs(count):
