@@ -360,7 +360,7 @@ def training(results: dict) -> str:
         [way, f"{row['median']:.2f} s", f"{row['median'] / first['median']:.0%}", f"{row['peak MB']:.0f} MB"]
         for way, row in steps.items()
     ]
-    shares = [[way, f"{row['median']:.2f} s", f"{row['median'] / first['median']:.0%}"] for way, row in parts.items()]
+    shares = [[way, *_share(row["median"], first["median"])] for way, row in parts.items()]
     overhead = [
         [
             way,
@@ -379,6 +379,13 @@ def training(results: dict) -> str:
             repeat(results, "training"),
         )
     )
+
+
+def _share(seconds: float, of: float) -> tuple[str, str]:
+    """With more digits where there is little."""
+    if seconds < of / 100:
+        return f"{1e6 * seconds:.0f} us", f"{seconds / of:.3%}"
+    return f"{seconds:.2f} s", f"{seconds / of:.0%}"
 
 
 def unit(curve: str) -> str:

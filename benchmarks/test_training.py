@@ -3,18 +3,21 @@
 A UNet2DConditionModel of SD1.5's architecture in a fraction of its width (142 million parameters), a VAE likewise (5
 million with its decoder), pictures of 128 x 128 pixels, float32, AdamW. CPU time of one thread in interleaved rounds;
 peak resident memory in a process of its own each, less what it has once all is imported. The parts of a step are timed
-one by one.
+one by one, and so is what stands before it: decoding the pictures.
 
 And what PairObjective itself takes, beside the calls of the models and the loss: with models that only return what
 they are given, so that there is no large number to subtract from a large one.
 """
 
+import io
 import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timing import Measured, interleaved, report
 
 import polydpo_fast
@@ -49,6 +52,15 @@ def vae():
     )
 
 
+def picture():
+    """A JPEG of smooth shapes and grain."""
+    y, x = np.mgrid[:SIDE, :SIDE][..., None] / SIDE
+    levels = 128 + 60 * np.sin((9 * x + 3 * y) * (1, 2, 3)) + np.random.default_rng(0).normal(0, 4, (SIDE, SIDE, 3))
+    file = io.BytesIO()
+    Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
 class Training:
     """What all ways of a step share."""
 
@@ -81,19 +93,37 @@ class Training:
         encoder, reference = vae().requires_grad_(False).eval(), frozen_copy(self.policy)
         pixels, latents = torch.rand(2 * PAIRS, 3, SIDE, SIDE), torch.randn(2 * PAIRS, 4, SIDE // 8, SIDE // 8)
         timesteps, text = torch.full((2 * PAIRS,), 500), self.text["encoder_hidden_states"].repeat(2, 1, 1)
+        arm = [picture()] * PAIRS
+        pred, ref_pred, target = (torch.randn_like(latents) for _ in range(3))
+        pred.requires_grad_()
+        gradients = [(parameter, torch.full_like(parameter, 1e-3)) for parameter in self.policy.parameters()]
 
+        # Each is found without gradients, and leaves none, whatever comes before and after it.
         def forward_and_backward():
             self.policy(latents, timesteps, text).sample.square().mean().backward()
+            self.optimizer.zero_grad()
 
         def ask_reference():
             with torch.no_grad():
                 reference(latents, timesteps, text)
 
+        def loss():
+            polydpo_fast.loss(pred, ref_pred, target, return_metrics=True)[0].backward()
+            pred.grad = None
+
+        def optimizer():
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
         return {
+            "decoding": lambda: polydpo_fast.decode_pairs(arm, arm, size=SIDE, dtype=torch.float32, threads=1),
             "VAE": lambda: encoder.encode(pixels),
             "reference": ask_reference,
             "policy, forward and backward": forward_and_backward,
-            "optimizer": self.optimizer.step,
+            "loss": loss,
+            "optimizer": optimizer,
         }
 
 
@@ -126,9 +156,10 @@ def test_steps(benchmark, measured, way):
     report(benchmark, Measured("training step, 142 M parameters", way, measured[way], True, facts=facts))
 
 
-@pytest.mark.parametrize("part", ["VAE", "reference", "policy, forward and backward", "optimizer"])
+@pytest.mark.parametrize("part", ["decoding", "VAE", "reference", "policy, forward and backward", "loss", "optimizer"])
 def test_parts(benchmark, measured, part):
-    report(benchmark, Measured("parts of the step", part, measured[part], False))
+    ours = part in ("decoding", "loss")
+    report(benchmark, Measured("parts of the step", part, measured[part], ours))
 
 
 class UNet2DConditionModel(torch.nn.Module):

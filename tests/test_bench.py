@@ -182,6 +182,30 @@ def test_ways_take_turns_and_first_calls_do_not_count():
     assert (found["median"], found["rounds"]) == (19.0, 2)
 
 
+@pytest.mark.heavy
+def test_parts_of_a_training_step_do_their_work_in_any_order(monkeypatch):
+    """An optimizer without gradients, or with those of the part before, would take another time than in a step."""
+    diffusers = pytest.importorskip("diffusers")
+    import test_training
+
+    few = dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1)
+    unet = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D",) * 2)
+    tiny = diffusers.UNet2DConditionModel(**few, **unet, cross_attention_dim=768, attention_head_dim=4)
+    monkeypatch.setattr(test_training, "large", lambda: tiny)
+    monkeypatch.setattr(test_training, "vae", lambda: diffusers.AutoencoderKL(**few, **encoder, latent_channels=4))
+    encoder = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    training = test_training.Training()
+    training.optimizer.param_groups[0]["lr"] = 0.1
+    step, parts = training.way(False, False), training.parts()
+    weight = next(tiny.parameters())
+    for name in ("optimizer", "policy, forward and backward", "optimizer", "loss", "decoding", "VAE", "reference"):
+        for run, changes in ((step, True), (parts[name], name == "optimizer")):
+            before = weight.detach().clone()
+            run()
+            assert torch.equal(weight, before) != changes, name
+            assert all(parameter.grad is None for parameter in tiny.parameters()), name
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both threads are to run at the same time")
 def test_cpu_time_of_other_threads_is_that_of_the_call_not_of_the_last_tick():
     """A thread that hashes all the time cannot use more than the time there is, in calls of 0.1 ms too."""
