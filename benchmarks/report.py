@@ -60,7 +60,8 @@ NOTES = {
     "loader": "Pairs of synthetic 1024px JPEGs from the page cache, with one decoding thread. The script's pipeline is "
     "unchanged, in float32, and measured after the others, because it forks; these take turns, and end in bfloat16, in "
     "existing memory.",
-    "training": "The first way computes everything in each step; the others read from stores what was computed ahead.",
+    "training": "The first way computes everything in each step; the others read from stores what was computed ahead. "
+    "Decoding is the loader's, beside the step: its share says what it would be of one.",
     "sd15_overhead": "Wall time during which neither a model nor the loss runs, with one thread. It is longer than for "
     "the same latents above, where the model is a single layer: after a model of 3.4 GB little is left in the "
     "processor's caches.",

@@ -441,10 +441,14 @@ def limit(curve: str, rows: list[Row], processors: int) -> str:
             f"{1e3 * slowest['median']:.0f} ms ({slowest['at']:,}); a pair after it costs {min(pairs):.0f} to "
             f"{max(pairs):.0f} us of CPU time."
         )
+    worst = (
+        f", and at worst one of {slowest['at']} after {1e3 * slowest['median']:.0f} ms"
+        if slowest not in (first, last)
+        else ""
+    )
     return (
         f"The order is a formula: a rank computes its own positions. A single one has its first batch after "
-        f"{1e3 * first['median']:.0f} ms, one of {last['at']} after {1e3 * last['median']:.0f} ms, and at worst one of "
-        f"{slowest['at']} after {1e3 * slowest['median']:.0f} ms."
+        f"{1e3 * first['median']:.0f} ms, one of {last['at']} after {1e3 * last['median']:.0f} ms{worst}."
     )
 
 

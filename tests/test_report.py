@@ -50,7 +50,9 @@ def test_the_sentences_of_a_curve_name_its_worst_point():
     first = curve("scaling", name, at, [2e-3, 9e-3, 3e-3], **{"seconds per pair": [1e-6, 7e-6, 2e-6]})
     assert "takes 2 ms (10 pairs) to 9 ms (20); a pair after it costs 1 to 7 us" in tables.scaling(first)
     ranks = curve("scaling", "loader, first batch of 9 pairs, ranks", at, [2e-3, 9e-3, 3e-3])
-    assert "at worst one of 20 after 9 ms" in tables.scaling(ranks)
+    assert "one of 30 after 3 ms, and at worst one of 20 after 9 ms." in tables.scaling(ranks)
+    ranks = curve("scaling", "loader, first batch of 9 pairs, ranks", at, [9e-3, 2e-3, 3e-3])
+    assert "A single one has its first batch after 9 ms, one of 30 after 3 ms." in tables.scaling(ranks)
 
 
 def test_the_share_of_bare_decoding_is_that_of_the_rates_beside_it(shown):
