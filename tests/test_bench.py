@@ -195,7 +195,7 @@ def test_parts_of_a_training_step_do_their_work_in_any_order(monkeypatch):
     monkeypatch.setattr(test_training, "vae", lambda: diffusers.AutoencoderKL(**few, **encoder, latent_channels=4))
     encoder = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     training = test_training.Training()
-    training.optimizer.param_groups[0]["lr"] = 0.1
+    training.optimizer.param_groups[0]["lr"] = 0.1  # so that what it does is seen
     step, parts = training.way(False, False), training.parts()
     weight = next(tiny.parameters())
     for name in ("optimizer", "policy, forward and backward", "optimizer", "loss", "decoding", "VAE", "reference"):

@@ -121,7 +121,7 @@ def _jobs(
 
 def _check_device(device: str) -> None:
     kind, colon, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()):
+    if device != "cpu" and (kind != "cuda" or (colon and not index.isdecimal())):
         raise ValueError(f"device is {device!r}; expected 'cpu', or 'cuda' with an index or without")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {device!r}; there are {torch.cuda.device_count()} CUDA or ROCm devices here")

@@ -91,7 +91,7 @@ def test_what_is_not_there_is_said_and_no_failure(few, monkeypatch):
     [
         (["--device", "tpu"], "device is 'tpu'; expected 'cpu', or 'cuda'"),
         (["--device", "cuda:99"], "device is 'cuda:99'; there are"),
-        (["--device", "cpu:"], "device is 'cpu:'; expected 'cpu', or 'cuda'"),
+        (["--device", "cpu:1"], "device is 'cpu:1'; expected 'cpu', or 'cuda'"),
         (["--backend", "numpy"], "backend is 'numpy'; expected one of 'cpp', 'triton', 'reference'"),
         (["--case", "3"], "--case needs the --seed"),
         (["--seed", "-1"], "--seed"),
