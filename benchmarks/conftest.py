@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,13 @@ def threads():
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+def pytest_collection_modifyitems(items):
+    """The first test of a case measures all of it, which takes minutes: the tests' own limit is not for these."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 @pytest.hookimpl(wrapper=True)

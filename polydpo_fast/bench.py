@@ -62,7 +62,7 @@ def run(names: Sequence[str] = (), out: Path | None = None, *, replace: bool = F
         with tempfile.TemporaryDirectory() as work:
             raw = Path(work) / "raw.json"
             command = [sys.executable, "-m", "pytest", str(folder / f"test_{name}.py"), f"--benchmark-json={raw}"]
-            command += ["--benchmark-columns=median,iqr", "--timeout=3600"]
+            command += ["--benchmark-columns=median,iqr"]
             # Where nothing could be measured, what failed is to be seen, not this complaint.
             command += ["-W", "default::pytest_benchmark.logger.PytestBenchmarkWarning"]
             done = subprocess.run(command, cwd=folder.parent)

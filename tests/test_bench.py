@@ -1,6 +1,8 @@
 """`polydpo-fast bench`: suites are run, timed in turns and kept."""
 
+import ast
 import hashlib
+import importlib.util
 import itertools
 import os
 import re
@@ -9,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +164,27 @@ def test_peers_are_pinned_and_their_versions_kept():
     assert all("==" in word for word in packages), packages
     pinned = {word.partition("==")[0] for word in packages}
     assert set(results_file.PEERS) - {"torchcodec"} <= pinned  # that one is timed where somebody has it
+
+
+def test_the_extra_that_the_error_names_has_the_plugins_that_pytest_is_asked_for():
+    text = (ROOT / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^bench = (\[.*\])$", text, re.MULTILINE)
+    assert re.search(r"^timeout = ", text, re.MULTILINE)
+    assert "--strict-config" in text
+    named = {re.split(r"[>\[]", requirement)[0] for requirement in ast.literal_eval(extra)}
+    assert {"pytest", "pytest-benchmark", "pytest-timeout"} <= named
+
+
+def test_suites_have_the_time_they_need_however_they_are_run():
+    """`pytest benchmarks/` too, under the limit of pyproject.toml; tests beside them keep that one."""
+    spec = importlib.util.spec_from_file_location("conftest_of_benchmarks", ROOT / "benchmarks" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    marks = {ROOT / "benchmarks" / "test_loss.py": [], ROOT / "tests" / "test_loss.py": []}
+    module.pytest_collection_modifyitems([SimpleNamespace(path=path, add_marker=marks[path].append) for path in marks])
+    slow, quick = marks.values()
+    assert [(mark.name, mark.args) for mark in slow] == [("timeout", (3600,))]
+    assert quick == []
 
 
 def test_ways_take_turns_and_first_calls_do_not_count():
