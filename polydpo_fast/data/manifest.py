@@ -37,7 +37,8 @@ class ManifestPairs(IndexedSource):
     begins with "{" has a JSON object in each line, one that ends in .csv is a table with a header. In UTF-8.
     A record has one of
         win, lose                   files
-        path1, path2 (HPDv3); chosen, rejected  the same; the latter only in a record that has none of the others
+        path1, path2 (HPDv3); chosen, rejected  the same, the better first; the latter only in a record that has none
+                                    of the others
         jpg_0, jpg_1, label_0       files, and 1 where the first wins, 0 where the second does, 0.5 for a tie
         file_path or image_path     a list of up to 256 files, and `human_preference`, greater for better, or `rank`,
                                     less for better: HPDv2. Every file is paired with every one that is worse; two that
@@ -212,7 +213,10 @@ class _Ranked(NamedTuple):
 
 _PLAIN = (("win", "lose"), ("path1", "path2"))
 _CHOSEN = ("chosen", "rejected")  # last: beside other columns of files these may only say which one is better
-_EXPECTED = "win and lose, chosen and rejected, path1 and path2, jpg_0, jpg_1 and label_0, or a list file_path"
+_EXPECTED = (
+    "win and lose, chosen and rejected, path1 and path2 (the better first), jpg_0, jpg_1 and label_0, or a list "
+    "file_path"
+)
 _IMAGES, _LISTS = ("jpg_0", "jpg_1"), ("file_path", "image_path")
 _ONE_PAIR = [_Ranked(0, 1, False)]
 

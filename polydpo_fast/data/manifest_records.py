@@ -16,7 +16,7 @@ __all__ = ["RecordError", "place_of", "read_row", "records_of"]
 
 _BOM = b"\xef\xbb\xbf"
 _TABLES = (("win", "lose"), ("chosen", "rejected"), ("path1", "path2"), ("jpg_0", "jpg_1", "label_0"))
-_EXPECTED = ", or ".join(", ".join(names) for names in _TABLES)
+_EXPECTED = "win, lose, or chosen, rejected, or path1, path2 (the better first), or jpg_0, jpg_1, label_0"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 Records = Iterator[tuple[int, int, bytes, dict[str, Any] | ValueError]]
@@ -103,7 +103,7 @@ def _table(file: BinaryIO, offset: int) -> Records:
                 if len(set(header)) < len(header) or not any({*names} <= {*header} for names in _TABLES):
                     other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
                     raise ValueError(
-                        f"the header is {header}; expected {_EXPECTED} and others, all different"
+                        f"the header is {header}; expected {_EXPECTED}; and others, all different"
                         + (f", and commas between them, not {other!r}" if other else "")
                     )
             elif row:

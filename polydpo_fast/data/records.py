@@ -192,7 +192,8 @@ class RecordPairs(TableSource):
 def _check_sequence(records: Any) -> None:
     if isinstance(records, Mapping):  # a DatasetDict too
         raise TypeError(
-            f"records is a {type(records).__name__} of {', '.join(map(str, records))}; expected one of these"
+            f"records is a {type(records).__name__} of {', '.join(map(str, records))}; expected a sequence of mappings"
+            f": if these are data sets, records[{next(iter(records), 'train')!r}]"
         )
     if isinstance(records, (str, bytes)) or not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
         raise TypeError(

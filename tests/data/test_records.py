@@ -221,7 +221,11 @@ class Streaming:
         ([1], SourceError, r"records\[0\] is a int; expected a mapping"),
         ([{"a": 1, "b": 2}], SourceError, r"records\[0\] has the columns a, b; expected jpg_0, jpg_1"),
         ([{"win": pil, "lose": b""}], SourceError, r"records\[0\]: win is a PIL image"),
-        ({"train": [], "test": []}, TypeError, "records is a dict of train, test; expected one of these"),
+        (
+            {"train": [], "test": []},
+            TypeError,
+            r"records is a dict of train, test; expected a sequence of mappings: .* sets, records\['train'\]",
+        ),
         (iter([]), TypeError, "expected a sequence of mappings, with a length"),
         ("records", TypeError, "records is a str"),
     ],
@@ -419,7 +423,9 @@ def test_a_real_dataset(tmp_path):
         assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
     turned = RecordPairs(dataset.select([5, 1]))
     assert [turned[i].prompt for i in range(2)] == ["f", "b"]
-    with pytest.raises(TypeError, match="records is a DatasetDict of train; expected one of these"):
+    with pytest.raises(
+        TypeError, match=r"records is a DatasetDict of train; expected a sequence .*, records\['train'\]"
+    ):
         RecordPairs(datasets.DatasetDict(train=dataset))
     with pytest.raises(TypeError, match="records is a IterableDataset"):
         RecordPairs(dataset.to_iterable_dataset())
