@@ -78,7 +78,7 @@ def yuv420_to_rgb(
         _check_tensor("flip", flip, torch.bool, (images,), planes.device)
     h, w = _check_size(size, height, width)
     if dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8")
+        raise TypeError(f"dtype is {dtype!r}; expected torch.bfloat16, float16, float32 or uint8")
     means, stds = _three("mean", mean), _three("std", std)
     if min(stds) <= 0:
         raise ValueError(f"std is {std!r}; expected numbers > 0")

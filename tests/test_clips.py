@@ -816,7 +816,7 @@ def test_bad_clips_are_named_and_masked(data, limits, reason):
         (dict(start="end"), ValueError, "start is 'end'"),
         (dict(short="cut"), ValueError, "short is 'cut'; expected one of 'error', 'repeat', 'loop'"),
         (dict(layout="THWC"), ValueError, "layout is 'THWC'; expected one of 'CTHW', 'TCHW'"),
-        (dict(dtype="yuv444"), TypeError, "dtype is yuv444; expected torch.bfloat16"),
+        (dict(dtype="yuv444"), TypeError, "dtype is 'yuv444'; expected torch.bfloat16"),
         (dict(limits=3), TypeError, "limits is a int; expected a ClipLimits"),
         (dict(threads=0), ValueError, "threads is 0"),
         (dict(seeds=[1, 2]), ValueError, "seeds has 2 numbers"),

@@ -166,7 +166,7 @@ def _check(
     check_choice("crop", crop, ("center", "random"))
     check_choice("on_error", on_error, ("raise", "mask"))
     if not isinstance(dtype, (torch.dtype, str)) or dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; expected torch.bfloat16, float16, float32 or uint8, or 'yuv420'")
+        raise TypeError(f"dtype is {dtype!r}; expected torch.bfloat16, float16, float32 or uint8, or 'yuv420'")
     if dtype == "yuv420" and (height % 2 or width % 2):
         raise ValueError(f"size is {size!r}; expected even sides for dtype='yuv420'")
     if not isinstance(strict, bool):
