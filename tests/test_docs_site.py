@@ -197,7 +197,7 @@ def test_options_of_diffusers_scripts_are_those_that_the_command_answers_with():
 
 def test_the_answers_with_code_compute_what_they_say(tmp_path):
     """Your own DataLoader, with workers; and a loss of KTO's form, whose gradient is that of the formula in float64."""
-    _, collate, kto, _ = blocks("questions", "python")
+    _, _, collate, kto, _ = blocks("questions", "python")
     file = tmp_path / "a.jpg"
     PIL.Image.new("RGB", (40, 30), (200, 30, 30)).save(file)
     data = [{"win": file.read_bytes(), "lose": file.read_bytes(), "prompt": str(i), "index": i} for i in range(16)]

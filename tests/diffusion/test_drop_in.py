@@ -5,6 +5,9 @@ they draw and in which order, their formulas, their beta, their LoRA. Data pipel
 """
 
 import copy
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from diffusion.tiny import build
 from peft import LoraConfig
 
+import polydpo_fast
 from polydpo_fast.diffusion import PairObjective, adapters_off
 
 STEPS = 20
@@ -100,6 +104,60 @@ def test_twenty_steps_have_equal_losses(family, dtype, tolerance):
     assert mine == pytest.approx(theirs, rel=tolerance)
     if dtype == torch.float64:  # else a logit near 0 may have either sign
         assert my_hits == hits
+
+
+def test_the_lines_for_the_script_of_sdxl_compute_what_it_logs():
+    """Those of the page, under the script's names: its loss, its three other figures and its gradient, in float64."""
+    page = (Path(__file__).parents[2] / "docs" / "questions.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "ref_preds = " in block)
+    unet, latents, conditioning, scheduler = setting("sdxl")
+    unet, given = unet.double(), with_dtype(conditioning, torch.float64)
+    for name, weight in unet.named_parameters():
+        if "lora_B" in name:  # zeros at first, with which the policy is its reference
+            torch.nn.init.normal_(weight, std=0.01)
+    text, added = given["encoder_hidden_states"].repeat(2, 1, 1), given["added_cond_kwargs"]
+    noise = torch.randn(PAIRS, 4, 8, 8, dtype=torch.float64).repeat(2, 1, 1, 1)
+    scope = {
+        "torch": torch,
+        "polydpo_fast": polydpo_fast,
+        "unet": unet,
+        "accelerator": SimpleNamespace(unwrap_model=lambda model: model),
+        "args": SimpleNamespace(beta_dpo=50.0),
+        "timesteps": torch.tensor([100, 600]).repeat(2),
+        "prompt_embeds": text,
+        "pooled_prompt_embeds": added["text_embeds"].repeat(2, 1),
+        "add_time_ids": added["time_ids"],
+        "target": noise,
+    }
+    scope["noisy_model_input"] = scheduler.add_noise(latents[0].double(), noise, scope["timesteps"])
+    kwargs = {"time_ids": scope["add_time_ids"], "text_embeds": scope["pooled_prompt_embeds"]}
+
+    def predict():
+        return unet(scope["noisy_model_input"], scope["timesteps"], text, added_cond_kwargs=kwargs).sample
+
+    scope["model_pred"] = predict().detach().requires_grad_()
+    exec(compile(code, "questions.md", "exec"), scope)
+
+    unet.disable_adapters()
+    with torch.no_grad():
+        ref = F.mse_loss(predict(), noise, reduction="none").mean(dim=(1, 2, 3))
+    unet.enable_adapters()
+    assert torch.equal(predict(), scope["model_pred"])  # the adapters are on again
+    pred = scope["model_pred"].detach().requires_grad_()
+    model = F.mse_loss(pred, noise, reduction="none").mean(dim=(1, 2, 3))
+    inside = -0.5 * 50.0 * ((model[:PAIRS] - model[PAIRS:]) - (ref[:PAIRS] - ref[PAIRS:]))
+    assert inside.abs().min() > 1e-3
+    loss = -F.logsigmoid(inside).mean()
+    expected = {
+        "loss": loss,
+        "raw_model_loss": model.mean(),
+        "raw_ref_loss": ref.mean(),
+        "implicit_acc": (inside > 0).double().mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(scope[name].double(), value.detach(), rtol=1e-6, atol=0, msg=name)
+    (mine,), (theirs,) = torch.autograd.grad(scope["loss"], scope["model_pred"]), torch.autograd.grad(loss, pred)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-15)
 
 
 def with_dtype(value, dtype):
