@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 
 _Pairs = Annotated[list[str], typer.Argument(help="Files, globs, a folder or a URL of Parquet, tar, JSON or CSV.")]
-_Ties = Annotated[str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error.")]
+_Ties = Annotated[
+    str | None, typer.Option(help="Pairs without a winner: drop, keep (with weight 0.5) or error (default drop).")
+]
 _Root = Annotated[str | None, typer.Option(help="Folder that relative paths in a JSON or CSV start from.")]
 _Category = Annotated[
     str | None, typer.Option(help="Parquet column of the category (default: category, if there is one; '' for none).")
@@ -286,7 +288,7 @@ def reference(
     *,
     shard_pairs: _ShardPairs = 1024,
     draws: Annotated[
-        int, typer.Option(min=1, help="Draws of noise stored per pair; training reuses them when it has come as often.")
+        int, typer.Option(min=1, help="Draws of noise stored per pair, one for each epoch; then the first again.")
     ] = 4,
     **settings: Any,
 ) -> None:
