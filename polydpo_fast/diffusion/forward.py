@@ -11,7 +11,7 @@ from torch import Tensor
 from .moving import moved
 from .reference import base_model, unwrapped
 
-__all__ = ["FLUX_GUIDANCE", "Forward", "both_arms", "forward_of", "predict", "time_ids"]
+__all__ = ["FLUX_GUIDANCE", "Forward", "both_arms", "forward_of", "is_of_flow", "predict", "time_ids"]
 
 Forward = Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
@@ -46,6 +46,11 @@ def forward_of(model: Any) -> Forward:
             "(model, noisy, timesteps, conditioning) that returns its prediction"
         )
     return _FORWARDS[name]
+
+
+def is_of_flow(model: Any) -> bool:
+    """Whether flow matching trains it, as it does all but the UNets here."""
+    return forward_of(model) is not _unet
 
 
 def both_arms(conditioning: Mapping[str, Any], pairs: int) -> dict[str, Any]:

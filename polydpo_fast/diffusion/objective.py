@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..functional import loss as preference_loss
 from ..fused.head_arguments import check_head
-from .forward import Forward, both_arms, forward_of
+from .forward import Forward, both_arms, forward_of, is_of_flow
 from .moving import moved
 from .noising import Density, NoisedPairs, Seeds, draw_noise, draw_timesteps, is_flow_matching, noise_pairs
 from .reference import base_model, unwrapped
@@ -226,6 +226,12 @@ class PairObjective:
             raise TypeError(
                 f"conditioning is a {type(conditioning).__name__}; expected a dict of the model's keyword arguments, "
                 'such as {"encoder_hidden_states": text}'
+            )
+        # A flow's configuration has no prediction_type: a DDPMScheduler made of it predicts noise, its default.
+        if self._forward is None and is_of_flow(model) and not is_flow_matching(self.scheduler):
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}, and model a {type(base_model(model)).__name__}, "
+                "which flow matching trains; expected a FlowMatchEulerDiscreteScheduler"
             )
         dtype = _dtype_of(model) or noised.noisy.dtype
         pairs = len(noised.noisy) // 2

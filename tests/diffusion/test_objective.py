@@ -774,3 +774,14 @@ def test_bad_arguments_are_named():
 def test_sdxl_time_ids():
     ids = time_ids(torch.tensor([[512, 640], [1024, 1024]]), torch.tensor([[0, 64], [1, 2]]), (512, 768))
     assert ids.tolist() == [[512, 640, 0, 64, 512, 768], [1024, 1024, 1, 2, 512, 768]]
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "wan"])
+def test_a_transformer_of_flow_matching_is_not_trained_to_predict_noise(family):
+    """The line of a script for SDXL, taken over: the configuration of a flow's scheduler has no prediction_type."""
+    model, latents, conditioning, scheduler = build(family)
+    objective = PairObjective(DDPMScheduler.from_config(scheduler.config), reference=frozen_copy(model))
+    message = rf"scheduler is a DDPMScheduler, and model a {type(model).__name__}, .* FlowMatchEulerDiscreteScheduler"
+    for call in (objective, objective.reference_errors):
+        with pytest.raises(ValueError, match=message):
+            call(model, latents, conditioning)
