@@ -55,6 +55,8 @@ _OF_SCRIPTS = {
 def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings:
     """The settings of a YAML file, if there is one, with those that are given in their place.
 
+    Of settings that are names and values themselves, such as loader, only the names that are given.
+
     Raises ValueError for names that are none, and values that are of another type or out of range.
     """
     values: dict[str, Any] = {}
@@ -70,7 +72,7 @@ def read_settings(file: str | os.PathLike[str] | None, **given: Any) -> Settings
             raise ValueError(f"{file} is not YAML: {_place_and_reason(error)}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{file} is a {type(values).__name__}; expected names and values")
-    values = {**values, **given}
+    values = _joined(values, given)
     known = {one.name for one in fields(Settings)}
     if unknown := sorted(str(name) for name in set(values) - known):
         close = (meant_by(name) or "".join(get_close_matches(name.replace("-", "_"), known, n=1)) for name in unknown)
@@ -103,20 +105,30 @@ def meant_by(name: str) -> str | None:
 
 
 def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Of NAME=VALUE in YAML. Raises ValueError for what is neither."""
+    """Of NAME=VALUE in YAML, the later in place of the earlier. Raises ValueError for what is neither."""
     need("yaml")
     import yaml
 
-    values = {}
+    values: dict[str, Any] = {}
     for assignment in assignments:
         name, sign, value = assignment.partition("=")
         if not sign:
             raise ValueError(f"--set is {assignment!r}; expected NAME=VALUE")
         try:
-            values[name] = yaml.safe_load(value)
+            values = _joined(values, {name: yaml.safe_load(value)})
         except yaml.YAMLError as error:
             raise ValueError(f"--set is {assignment!r}, whose value is not YAML: {_place_and_reason(error)}") from error
     return values
+
+
+def _joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """The later in place of the earlier; of names and values, name by name."""
+    parts = {
+        name: {**earlier[name], **value}
+        for name, value in later.items()
+        if isinstance(value, Mapping) and isinstance(earlier.get(name), Mapping)
+    }
+    return {**earlier, **later, **parts}
 
 
 def _place_and_reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from diffusion.runs import settings
 
 from polydpo_fast.diffusion import setup
 from polydpo_fast.diffusion.config import Settings
-from polydpo_fast.diffusion.settings_file import read_settings, write_settings
+from polydpo_fast.diffusion.settings_file import read_assignments, read_settings, write_settings
 from polydpo_fast.diffusion.train import train
 
 pytestmark = [
@@ -152,6 +152,21 @@ def test_the_home_folder_is_meant_in_yaml_too(tmp_path, monkeypatch):
     found = read_settings(tmp_path / "x.yaml")
     assert [getattr(found, name) for name in places] == [str(tmp_path / name) for name in places]
     assert read_settings(None, model="a/b", data="d", resume="latest").resume == "latest"
+
+
+def test_names_and_values_are_joined_name_by_name(tmp_path):
+    """--set 'loader={hflip: 0.5}' leaves the file's crop, and what another --set said, as they are."""
+    (tmp_path / "x.yaml").write_text("{model: m, data: d, loader: {crop: random, frames: 81}, loss: {margin: 1.0}}")
+    given = read_assignments(
+        ["loader={hflip: 0.5}", "loader={frames: 9, short: loop}", "lora_targets=[a]", "loader={short: repeat}"]
+    )
+    assert given == {"loader": {"hflip": 0.5, "frames": 9, "short": "repeat"}, "lora_targets": ["a"]}
+    found = read_settings(tmp_path / "x.yaml", **given, lora_rank=2)
+    assert found.loader == {"crop": "random", "frames": 9, "hflip": 0.5, "short": "repeat"}
+    assert found.loss == {"margin": 1.0}
+    assert read_settings(tmp_path / "x.yaml", scheduler={"shift": 3.0}).scheduler == {"shift": 3.0}
+    (tmp_path / "y.yaml").write_text("{model: m, data: d, loader: 5}")
+    assert read_settings(tmp_path / "y.yaml", loader={"crop": "random"}).loader == {"crop": "random"}
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda f: f.stem)
