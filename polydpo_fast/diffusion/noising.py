@@ -43,8 +43,11 @@ def draw_noise(seeds: Seeds, shape: Sequence[int], *, device: torch.device | str
     count = math.prod(shape)
     counter = torch.arange((count + 1) // 2, dtype=torch.int64, device=device) * signed(GOLDEN)
     starts = torch.tensor([signed(mix(seed, 1)) for seed in _numbers(seeds)], dtype=torch.int64, device="cpu")
-    bits = splitmix64_of_tensor(moved(starts, counter.device)[:, None] + counter)
-    return torch.cat(_normals(bits), dim=1)[:, :count].float().view(len(starts), *shape)
+    rows = []
+    for some in moved(starts, counter.device).split(1 + _AT_ONCE // (1 + len(counter))):
+        bits = splitmix64_of_tensor(some[:, None] + counter)
+        rows.append(torch.cat(_normals(bits), dim=1)[:, :count].float())
+    return torch.cat(rows).view(len(starts), *shape)
 
 
 def draw_timesteps(
@@ -155,6 +158,7 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 
 _LOW = 0xFFFFFFFF
+_AT_ONCE = 1 << 20  # pairs of numbers: ten tensors of float64 are made on the way, which for clips would be large
 # Taylor's series from the highest power down, until what is left out is below float64's rounding: of atanh(x) / x for
 # |x| <= 0.172, cos x and sin(x) / x for |x| <= pi / 4, all in powers of x squared.
 _ATANH = [1 / (2 * k + 1) for k in range(10, -1, -1)]

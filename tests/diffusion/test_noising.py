@@ -25,13 +25,17 @@ from polydpo_fast.diffusion.noising import _normals
 SEEDS = [3, 2**63 - 1, 0, 17]
 
 
-def test_noise_is_a_function_of_the_seed():
+def test_noise_is_a_function_of_the_seed(monkeypatch):
     whole = draw_noise(SEEDS, (4, 5, 3))
     assert whole.dtype == torch.float32
     assert whole.shape == (4, 4, 5, 3)
     for row, seed in zip(whole, SEEDS, strict=True):
         assert torch.equal(draw_noise(torch.tensor([seed]), (4, 5, 3))[0], row)
     assert torch.equal(draw_noise(list(reversed(SEEDS)), (4, 5, 3)).flip(0), whole)
+    monkeypatch.setattr("polydpo_fast.diffusion.noising._AT_ONCE", 70)  # three rows, then one
+    assert torch.equal(draw_noise(SEEDS, (4, 5, 3)), whole)
+    assert draw_noise([], (4, 5, 3)).shape == (0, 4, 5, 3)
+    assert draw_noise(SEEDS, (4, 0)).shape == (4, 4, 0)
 
 
 def test_noise_against_the_same_in_integers():
@@ -65,7 +69,7 @@ def test_noise_is_the_same_on_all_devices_by_construction():
         draw_noise(SEEDS, (4, 5, 3))
     exact = {"rshift", "lshift", "bitwise_and", "bitwise_xor", "eq", "rsub", "frexp"}
     rounded = {"add", "sub", "mul", "div", "sqrt", "to_copy"}
-    moved = {"alias", "arange", "cat", "lift_fresh", "slice", "unsqueeze", "view", "where"}
+    moved = {"alias", "arange", "cat", "lift_fresh", "slice", "split", "unsqueeze", "view", "where"}
     assert seen <= exact | rounded | moved
     assert {"frexp", "sqrt", "where"} <= seen
 
