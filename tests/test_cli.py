@@ -79,7 +79,7 @@ def test_the_defaults_in_the_help_of_train_are_those_of_its_settings():
     options = {option.name: option.help or "" for option in typer.main.get_command(app).commands["train"].params}
     told = {name: found[1] for name, text in options.items() if (found := re.search(r"\(default ([^:()]+)\)", text))}
     defaults = {one.name: one.default for one in dataclasses.fields(Settings)}
-    assert {"steps", "beta", "alpha", "batch_size", "lora_rank", "objective"} <= set(told)
+    assert {"steps", "alpha", "batch_size", "lora_rank", "objective"} <= set(told)
     for name, text in told.items():
         value = "off" if defaults[name] is False else defaults[name]
         assert text == str(value) or float(text) == value, name

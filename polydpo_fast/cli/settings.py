@@ -31,7 +31,7 @@ SETTINGS = {
     "accumulation": "Forward passes per optimizer step",
     "steps": "Optimizer steps",
     "alpha": "Poly-DPO's alpha, above 0 for noisy labels; 0 is Diffusion-DPO",
-    "beta": "Pull to the reference, with Diffusion-DPO's 1/2; for flow matching try 100 to 2000",
+    "beta": "Pull to the reference, with Diffusion-DPO's 1/2 (default: 5000; flow matching: give 100 to 2000)",
     "objective": "poly_dpo, robust, ipo, hinge or linear",
     "lora_rank": "Train LoRA adapters of this rank; 0 trains all weights",
     "optimizer": "adamw, adamw8bit, paged_adamw8bit or adafactor",

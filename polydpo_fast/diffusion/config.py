@@ -27,6 +27,7 @@ class Settings:
     size: of the pixels, a side or [height, width]; None for what the model was made for.
     batch_size: pairs per process and forward. accumulation: forwards per optimizer step.
     steps: of the optimizer.
+    beta: None for 5000, published for SD1.5 and SDXL (Diffusion-DPO); flow matching has to be told one.
     alpha, beta, objective: of the loss; loss: further arguments of `PairObjective`, such as label_smoothing, density,
         timestep_weight (by its name).
     scheduler: values in place of those of the pipeline's scheduler, for training and pictures, such as
@@ -77,7 +78,7 @@ class Settings:
     accumulation: int = 1
     steps: int = 2000
     alpha: float | list[float] = 0.0
-    beta: float = 5000.0
+    beta: float | None = None
     objective: str = "poly_dpo"
     loss: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
@@ -143,9 +144,14 @@ class Settings:
         _check_unused(self)
 
 
+def beta_of(settings: Settings) -> float:
+    return 5000.0 if settings.beta is None else settings.beta
+
+
 def lasting(settings: Settings) -> dict[str, Any]:
     """What a run has from its beginning to its end, however often it is resumed, by name."""
     told = {name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE}
+    told["beta"] = beta_of(settings)
     told["loader"] = {name: value for name, value in settings.loader.items() if name not in _MAY_CHANGE_OF_LOADER}
     told["data_options"] = of_pairs(settings.data_options)
     return told
@@ -193,7 +199,7 @@ TAKEN = {
 def _check_loss(settings: Settings) -> None:
     of_objective = set(inspect.signature(PairObjective).parameters)
     of_loss = {name: value for name, value in settings.loss.items() if name not in of_objective}
-    check_loss({"alpha": settings.alpha, "beta": settings.beta, "objective": settings.objective, **of_loss})
+    check_loss({"alpha": settings.alpha, "beta": beta_of(settings), "objective": settings.objective, **of_loss})
 
 
 def _check_unused(settings: Settings) -> None:

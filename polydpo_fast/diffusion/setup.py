@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data import PairLoader, Source, open_source
-from .config import Settings, common
+from .config import Settings, beta_of, common
 from .extras import need
 from .families import Family, check_geometry, family_of, native_size
 from .latent_store import LatentPairs
+from .noising import is_flow_matching
 from .objective import PairObjective
 from .pipelines import change_scheduler, load_pipeline, load_scheduler, training_scheduler
 from .sharding import check_sharding, set_sharding
@@ -57,10 +58,10 @@ class Setup(NamedTuple):
     precision: torch.dtype
 
 
-def set_up(settings: Settings, accelerator: Any, *, weights: bool = True) -> Setup:
+def set_up(settings: Settings, accelerator: Any, *, weights: bool = True, training: bool = False) -> Setup:
     """The pipeline is still on the CPU; without weights, the part that is trained is on the meta device.
 
-    accelerator: what `accelerator_of` made of the settings.
+    accelerator: what `accelerator_of` made of the settings. training: whether the model learns, by a loss.
 
     Raises ValueError for settings that do not fit the model.
     """
@@ -74,6 +75,11 @@ def set_up(settings: Settings, accelerator: Any, *, weights: bool = True) -> Set
         alone = SimpleNamespace(scheduler=load_scheduler(settings.model, settings.revision))
         change_scheduler(alone, settings.scheduler)
         objective_of(settings, alone)
+        if training and settings.beta is None and is_flow_matching(training_scheduler(alone)):
+            raise ValueError(
+                "beta is not given, and none was published for models that flow matching trains; expected a number, "
+                "such as 100 for SD3.5, 1000 for FLUX or 500 for Wan, from where you look for a better one"
+            )
     for first in (True, False):  # the main process, which may download
         with together(accelerator):
             if accelerator.is_main_process == first:
@@ -157,7 +163,7 @@ def objective_of(settings: Settings, pipe: Any, **options: Any) -> PairObjective
     return PairObjective(
         training_scheduler(pipe),
         alpha=settings.alpha,
-        beta=settings.beta,
+        beta=beta_of(settings),
         objective=settings.objective,
         reduction="none",
         **options,

@@ -74,7 +74,7 @@ def train(settings: Settings) -> None:
         check_optimizer(settings)
     if settings.checkpoint_every:
         check_shared(accelerator, "output", output)
-    setup = set_up(settings, accelerator)
+    setup = set_up(settings, accelerator, training=True)
     pipe, family = setup.pipe, setup.family
     with together(accelerator):
         inputs = Inputs(settings, setup)

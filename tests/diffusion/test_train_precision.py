@@ -36,7 +36,7 @@ def test_what_is_trained_is_whole_and_the_rest_in_half_precision(here, tmp_path,
 def test_regions_that_are_compiled(tmp_path, monkeypatch, lora):
     """Names within the model have no trace of it: not in the result, and not in a checkpoint of adapters."""
     model, data = pipelines.save("sd3", tmp_path), pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
-    given = dict(model=str(model), data=str(data), lora_rank=lora, checkpoint_every=1, resume="latest")
+    given = dict(model=str(model), data=str(data), lora_rank=lora, beta=100.0, checkpoint_every=1, resume="latest")
     train(settings(tmp_path, tmp_path / "plain", steps=2, **given))
     with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
