@@ -176,7 +176,7 @@ def two_nodes(runs, folders, port):
         return [(node.wait(120), (folder / "said").read_text()) for node, folder in zip(nodes, folders, strict=True)]
     finally:
         for node in nodes:
-            node.kill()
+            node.terminate()  # and with it its processes, which outlive a launcher that is killed
 
 
 @pytest.mark.parametrize("command", ["cache", "reference"])
