@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import queue
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .files import File
+from .reading import was_given_up
 from .source import SourceError
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "open_parquet",
 ]
 
+_LEAST_FETCHED = 1 << 17  # bytes: labels of small row groups come together
 _READ_AHEAD = 1 << 20  # bytes; halves the memory of a read and is faster than whole column chunks at once
 
 
@@ -51,7 +56,7 @@ def open_parquet(file: File, coded: Sequence[str] = ()) -> Iterator[Any]:
     # From a network, all that a row group needs is fetched at once.
     options = {"pre_buffer": not file.is_local, "buffer_size": _READ_AHEAD}
     with (
-        pa.OSFile(file.path) if file.is_local else file.open() as handle,
+        pa.OSFile(file.path) if file.is_local else pa.PythonFile(_Remote(file), mode="r") as handle,
         pa.parquet.ParquetFile(handle, **options) as parquet,
     ):
         schema = parquet.schema_arrow
@@ -60,6 +65,59 @@ def open_parquet(file: File, coded: Sequence[str] = ()) -> Iterator[Any]:
             facts = parquet.metadata
             parquet = pa.parquet.ParquetFile(handle, metadata=facts, read_dictionary=found, **options)
         yield parquet
+
+
+class _Remote(io.RawIOBase):
+    """A remote file for pyarrow. What it asks for is fetched by another thread, because at the end of the process one
+    that waits for a network within pyarrow would abort it: where the thread that opened the file is given up, reading
+    is an error at once."""
+
+    def __init__(self, file: File) -> None:
+        self._file, self._owner = file, threading.current_thread()
+        self._at, self._begin, self._data = 0, 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def read(self, length: int = -1) -> bytes:
+        rest = self._file.size - self._at
+        length = rest if length < 0 else min(length, rest)
+        if not self._begin <= self._at <= self._at + length <= self._begin + len(self._data):
+            self._begin, self._data = self._at, self._fetched(self._at, min(max(length, _LEAST_FETCHED), rest))
+        found = self._data[self._at - self._begin :][:length]
+        self._at += len(found)
+        return found
+
+    def _fetched(self, begin: int, length: int) -> bytes:
+        done: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+        def fetch() -> None:
+            try:
+                done.put(self._file.read(begin, length))
+            except Exception as error:
+                done.put(error)
+
+        threading.Thread(target=fetch, name="polydpo-fetch", daemon=True).start()
+        while True:
+            try:
+                found = done.get(timeout=0.05)
+            except queue.Empty:
+                if was_given_up(self._owner):
+                    raise OSError("nobody waits for it any more") from None
+                continue
+            if isinstance(found, Exception):
+                raise found
+            return found
 
 
 def check_unchanged(file: File) -> None:

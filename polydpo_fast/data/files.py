@@ -6,11 +6,11 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from . import remote
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
@@ -20,7 +20,6 @@ from .source import SourceError, is_unicode
 __all__ = ["BRACES", "File", "Location", "contents", "find", "names", "suffix_of_path"]
 
 Location = str | os.PathLike[str]
-T = TypeVar("T")
 _MAX_FILE = 1 << 30
 BRACES = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_DIGITS = 18
@@ -81,10 +80,6 @@ class File:
             return remote.has_changed(self.path, self.size, self.stamp)
         facts = os.stat(self.path)
         return (facts.st_size, str(facts.st_mtime_ns)) != (self.size, self.stamp)
-
-    def patiently(self, read: Callable[[], T]) -> T:
-        """What `read`, which reads this file, returns; of a remote file by `remote.patiently`."""
-        return read() if self.is_local else remote.patiently(read)
 
 
 def find(where: Location | Sequence[Location], suffixes: Sequence[str]) -> list[File]:

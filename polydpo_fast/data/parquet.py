@@ -221,19 +221,15 @@ class ParquetPairs(TableSource):
         images = dict.fromkeys((layout.first, layout.second))
         others = dict.fromkeys(name for name in (layout.prompt, self._weight, *self._extra) if name is not None)
 
-        def read() -> Any:
+        try:
             check_unchanged(file)
             with open_parquet(file) as parquet:
                 schema = parquet.schema_arrow
                 # Of a struct only its bytes: the path is of no use, and other fields may be large.
                 wanted = [f"{n}.bytes" if pa.types.is_struct(schema.field(n).type) else n for n in images]
                 wanted += [name for name in others if name in schema.names]
-                found = pa.Table.from_batches(_batches(parquet, block.number, wanted, file.size))
+                table = pa.Table.from_batches(_batches(parquet, block.number, wanted, file.size))
             check_unchanged(file)  # it may have been replaced in between
-            return found
-
-        try:
-            table = file.patiently(read)
             if table.num_rows != block.rows:
                 raise ValueError(f"it has {table.num_rows} rows; expected {block.rows}")
             return RowGroup(

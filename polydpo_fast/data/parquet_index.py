@@ -39,7 +39,7 @@ def _build_index(file: File, category: str | None) -> dict[str, np.ndarray]:
     With a category: codes, (rows,) int32, and texts, a list in JSON; both empty in a file without that column.
     """
     try:
-        return file.patiently(partial(_read_index, file, category))
+        return _read_index(file, category)
     except (SourceError, ImportError):
         raise
     except Exception as error:  # pyarrow's, and those of the storages' clients

@@ -8,7 +8,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -97,10 +97,10 @@ class Readers:
     def close(self) -> None:
         """Tells the threads to end, and waits for those that can; what is asked for already is not read any more."""
         self._tasks.close(len(self._workers))
-        until = time.monotonic() + 1.0
+        _join(self._workers, 1.0)
         for worker in self._workers:
-            worker.thread.join(max(0.0, until - time.monotonic()))
             worker.thread.given_up = True  # if it hangs
+        _join([*self._workers, *self._given_up], 0.2)  # some look whether they are given up
 
     def _replace_stuck(self) -> None:
         # All of them: the pair that is waited for may be queued behind one that hangs.
@@ -119,6 +119,12 @@ class Readers:
                 )
             self._workers[place] = _Worker(self._source, self._clips, self._tasks)
             self._tasks.hurry(len(self._workers))
+
+
+def _join(workers: Iterable[_Worker], patience_s: float) -> None:
+    until = time.monotonic() + patience_s
+    for worker in workers:
+        worker.thread.join(max(0.0, until - time.monotonic()))
 
 
 class _Tasks:

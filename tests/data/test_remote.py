@@ -317,14 +317,11 @@ def check_attempts(error, attempts):
         raise error
 
     with pytest.raises(type(error)):
-        File("memory://x", 1, "").patiently(read)
+        remote.patiently(read)
     assert len(asked) == attempts
     with pytest.raises(type(error)):
-        File("memory://x", 1, "").patiently(lambda: File("memory://x", 1, "").patiently(read))
+        remote.patiently(lambda: remote.patiently(read))
     assert len(asked) == 2 * attempts
-    with pytest.raises(type(error)):
-        File("/x", 1, "").patiently(read)
-    assert len(asked) == 2 * attempts + 1
 
 
 def test_servers_without_ranges_are_told(web):
@@ -355,6 +352,27 @@ def test_indexing_a_shard_fetches_no_byte_twice_and_passes_over_large_members(fo
     local = open_source(folder / "large.tar")
     assert [remote._rows[i].tolist() for i in range(count)] == [local._rows[i].tolist() for i in range(count)]
     assert len(remote) == len(local) == count
+
+
+def test_of_a_parquet_file_no_more_is_fetched_than_what_is_read(folder, web):
+    """Of fifteen megabytes, the labels at opening, and then a row group's images and prompts."""
+    server, address = web
+    large, groups = os.urandom(200_000), 5
+    rows = [{"jpg_0": large, "jpg_1": large, "label_0": 1.0, "other": large, "caption": "p"}] * 5 * groups
+    schema = pa.schema([(name, pa.binary()) for name in ("jpg_0", "jpg_1", "other")])
+    schema = schema.append(pa.field("label_0", pa.float64())).append(pa.field("caption", pa.string()))
+    table = pa.Table.from_pylist(rows, schema)
+    pq.write_table(table, folder / "large.parquet", row_group_size=5, compression="none", use_dictionary=False)
+
+    def fetched():
+        parts = [re.fullmatch(r"bytes=(\d+)-(\d+)", part) for _, part in server.asked if part]
+        server.asked.clear()
+        return sum(int(part[2]) + 1 - int(part[1]) for part in parts)
+
+    source = open_source(f"{address}/large.parquet")
+    assert fetched() < 200_000 * groups
+    assert bytes(source[7].win) == large
+    assert 2_000_000 <= fetched() < 2_600_000
 
 
 def test_a_part_of_a_file_costs_no_block_of_its_storage(monkeypatch):

@@ -244,6 +244,28 @@ def test_pickling_keeps_the_pairs_and_leaves_the_row_groups(tmp_path):
     assert again.fingerprint == source.fingerprint
 
 
+def test_a_thread_that_is_given_up_leaves_a_network_that_hangs(shard, monkeypatch):
+    """If it waited within pyarrow until the process ends, it would abort it."""
+    fsspec = pytest.importorskip("fsspec")
+    memory, let_go = fsspec.filesystem("memory"), threading.Event()
+    memory.pipe_file("/bucket/shard.parquet", Path(shard).read_bytes())
+    try:
+        source = ParquetPairs("memory://bucket/shard.parquet")
+        for name in ("cat_file", "_open"):
+            monkeypatch.setattr(type(memory), name, lambda *_, **__: let_go.wait(60))
+        readers = Readers(source, False, 1, 0.1)
+        reading = readers.ask(0)
+        readers.wait(reading, lambda: None)
+        assert "timeout_s" in str(reading.error)
+        readers.close()
+        (given_up,) = readers._given_up
+        assert not given_up.thread.is_alive()
+    finally:
+        let_go.set()
+        monkeypatch.undo()
+        memory.rm("/bucket", recursive=True)
+
+
 def test_what_a_network_failed_to_give_is_tried_again(shard, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
@@ -251,7 +273,7 @@ def test_what_a_network_failed_to_give_is_tried_again(shard, monkeypatch):
     try:
         source = ParquetPairs("memory://bucket/shard.parquet")
         with monkeypatch.context() as patch:
-            patch.setattr(module.File, "open", lambda self: (_ for _ in ()).throw(TimeoutError("slow")))
+            patch.setattr(module.File, "read", lambda *_: (_ for _ in ()).throw(TimeoutError("slow")))
             patch.setattr("polydpo_fast.data.remote._PAUSES_S", (0.0,))
             with pytest.raises(PairError, match="row group 0: slow"):
                 source[0]
