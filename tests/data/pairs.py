@@ -1,5 +1,6 @@
 """Sources of tiny pairs whose pixels say which pair they are."""
 
+import csv
 import json
 import struct
 import tarfile
@@ -34,7 +35,7 @@ def which(pixels):
     return (colours[:, 0] + 256 * colours[:, 1]).tolist(), colours[:, 2].tolist()
 
 
-FORMS = ("pairs.parquet", "pairs.tar", "pairs.jsonl")
+FORMS = ("pairs.parquet", "pairs.tar", "pairs.jsonl", "pairs.csv", "pairs.json")
 
 
 def fill_folder(folder, numbers):
@@ -43,7 +44,7 @@ def fill_folder(folder, numbers):
     import pyarrow.parquet as pq
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    images = [{"win": png(number, 0, 0), "lose": png(number, 0, 1)} for number in numbers]
+    images = [{arm: png(n % 256, n // 256, at) for at, arm in enumerate(("win", "lose"))} for n in numbers]
     prompts = [f"prompt {number:02}" for number in numbers]
     first = [("win", "lose")[number % 2] for number in numbers]
     columns = {
@@ -53,15 +54,25 @@ def fill_folder(folder, numbers):
         "caption": prompts,
     }
     pq.write_table(pa.table(columns), folder / "pairs.parquet", row_group_size=5, compression="none")
-    with tarfile.open(folder / "pairs.tar", "w") as shard, open(folder / "pairs.jsonl", "w") as manifest:
-        for i, (arms, prompt) in enumerate(zip(images, prompts, strict=True)):
+    records, ranked = [], []  # the latter as HPDv2 has them
+    with tarfile.open(folder / "pairs.tar", "w") as shard:
+        for i, (arms, prompt, better) in enumerate(zip(images, prompts, first, strict=True)):
             record = {"prompt": prompt}
             for arm, data in arms.items():
                 path = folder / "images" / f"{i:02}.{arm}.png"
                 path.write_bytes(data)
                 shard.add(path, path.name)
                 record[arm] = f"images/{path.name}"
-            manifest.write(json.dumps(record) + "\n")
+            records.append(record)
+            files = [record["win"], record["lose"]][:: 1 if better == "win" else -1]
+            labels = [int(file == record["win"]) for file in files]
+            ranked.append({"prompt": prompt, "file_path": files, "human_preference": labels})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "pairs.json").write_text(json.dumps(ranked))
+    with open(folder / "pairs.csv", "w", newline="") as table:
+        writer = csv.DictWriter(table, ["prompt", "win", "lose"])
+        writer.writeheader()
+        writer.writerows(records)
 
 
 class Tiny(Source):

@@ -103,6 +103,21 @@ def test_every_source_carries_clips(folder, clips, source, options):
     assert [prompt for batch in got for prompt in batch.prompts] == [*(f"clip {i}" for i in range(COUNT)), "", ""]
 
 
+@pytest.mark.parametrize("source", [parquet, tar, jsonl, table])
+def test_clips_that_lie_elsewhere(folder, clips, source):
+    fsspec = pytest.importorskip("fsspec")
+    local = source(folder, clips)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/elsewhere/clips", recursive=True)
+    try:
+        remote = PairLoader(f"memory://elsewhere/clips/{local.name}", 3, **CLIPS)
+        for there, here in zip(remote, PairLoader(local, 3, **CLIPS), strict=True):
+            assert there.keys == here.keys
+            assert torch.equal(there.pixels, here.pixels)
+    finally:
+        memory.rm("/elsewhere", recursive=True)
+
+
 def test_bad_clips_are_replaced_and_written_down(folder, clips):
     (folder / "1.win.mp4").write_bytes(clips[1][0][:300])
     (folder / "3.lose.mp4").unlink()

@@ -8,15 +8,16 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from data.loading import TINY, expected
-from data.pairs import Tiny, which
+from data.pairs import FORMS, Tiny, fill_folder, which
 
-from polydpo_fast.data import PairLoader, read_ledger
+from polydpo_fast.data import PairLoader, open_source, read_ledger
 
 fork = multiprocessing.get_context("fork")
 
@@ -118,19 +119,26 @@ def test_ranks_under_torchrun_share_the_pairs(tmp_path, world):
 
 
 @pytest.mark.heavy
-def test_twenty_epochs_leave_nothing_behind():
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_twenty_epochs_leave_nothing_behind(tmp_path, form):
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
 
-    loader = PairLoader(Tiny(2000, {7: "win", 8: "read"}), 8, **{**TINY, "size": 64})
+    source = Tiny(2000, {7: "win", 8: "read"})
+    if form is not None:
+        fill_folder(tmp_path, range(2000))
+        source = open_source(tmp_path / form)
+    loader = PairLoader(source, 8, **{**TINY, "size": 64})
+    before = threading.active_count()
     seen = []
     for _ in range(22):
         for batch in loader:
             assert len(batch) == 8
-        seen.append((resident(), len(os.listdir("/proc/self/fd"))))
-    memory, descriptors = zip(*seen[2:], strict=True)
+        seen.append((resident(), len(os.listdir("/proc/self/fd")), threading.active_count()))
+    memory, descriptors, threads = zip(*seen[2:], strict=True)
     assert len(set(descriptors)) == 1
+    assert set(threads) == {before}
     assert max(memory) - memory[0] < 16 << 20  # 22 epochs of 2,000 pairs: a leak of 400 bytes per pair shows
 
 

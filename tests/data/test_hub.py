@@ -43,8 +43,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found[1] == "tree" and place.is_dir():
             return self.answer([self.entry(path) for path in sorted(place.iterdir())])
         if found[1] == "resolve" and place.is_file():
-            first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
-            data = place.read_bytes()
+            data, asked = place.read_bytes(), self.headers["Range"]
+            if asked is None:
+                return self.answer(data)
+            first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", asked).groups())
             part = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
             return self.answer(data[first : last + 1], 206, part)
         return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})

@@ -8,6 +8,7 @@ import pickle
 import signal
 import tarfile
 import threading
+import tracemalloc
 import warnings
 from dataclasses import dataclass
 
@@ -402,6 +403,27 @@ def png(level):
     file = io.BytesIO()
     pytest.importorskip("PIL.Image").new("RGB", (8, 8), (level, 0, 0)).save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.mark.parametrize(("category", "bytes_per_pair"), [(None, 5), ("ranking_id", 6)])
+def test_memory_per_pair(category, bytes_per_pair):
+    class Endless:
+        """As much of nothing as of a dataset that lies on a disk."""
+
+        def __len__(self):
+            return 20_000
+
+        def __getitem__(self, row):
+            return {**pick(row % 7, float(row % 2)), "ranking_id": str(row % 3)}
+
+    tracemalloc.start()
+    try:
+        source = RecordPairs(Endless(), category=category)
+        stays, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 20_000
+    assert stays < bytes_per_pair * len(source) + 60_000  # and what is there once
 
 
 def test_a_real_dataset(tmp_path):

@@ -61,6 +61,23 @@ def test_the_bytes_are_views_that_outlive_the_source(tmp_path):
     assert [bytes(pair.win) for pair in pairs] == [b"one, longer %d" % i for i in range(50)]
 
 
+def test_the_decoder_reads_images_where_they_lie_in_the_row_group(tmp_path, monkeypatch):
+    from polydpo_fast import _C
+
+    decode, given = _C.decode_pairs, []
+    monkeypatch.setattr(_C, "decode_pairs", lambda *arms, **how: given.extend(chain(*arms)) or decode(*arms, **how))
+    table = pa.table({arm: [png(number, 0, at) for number in range(40)] for at, arm in enumerate(("win", "lose"))})
+    source = ParquetPairs(write(tmp_path / "pairs.parquet", table, rows_per_group=10))
+    loader = PairLoader(source, 8, size=2, dtype=torch.uint8)
+    given.clear()  # of what the options were tried with
+    assert len(list(loader)) == 5
+    address = lambda data: np.frombuffer(data, np.uint8).ctypes.data  # noqa: E731
+    read = [source._groups.get((0, number), None, 0.0) for number in range(4)]
+    lies = {address(group.images[arm].get(row)) for group in read for arm in ("win", "lose") for row in range(10)}
+    assert {address(data) for data in given} == lies
+    assert len(lies) == 80
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary())])])
 def test_views_into_slices_and_chunks(kind):
     values = [b"a", None, b"", b"four", b"fifth", None, b"7"]

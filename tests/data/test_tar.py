@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -443,8 +444,23 @@ def test_the_index_is_kept_and_built_anew_when_the_shard_changes(tmp_path, monke
     assert calls == [1]
 
 
-def test_at_most_64_bytes_of_memory_per_pair():
+def test_memory_per_pair(tmp_path):
+    """What stays, and what opening takes for a moment."""
+    pairs = 1500
+    for part in range(2):
+        members = [one for i in range(pairs // 2) for one in sample(f"{part} {i}", b"w", b"l", category=f"c{i % 3}")]
+        (tmp_path / f"{part}.tar").write_bytes(archive(members))
+    TarPairs(tmp_path)
+    tracemalloc.start()
+    try:
+        source = TarPairs(tmp_path)
+        stays, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == pairs
     assert TarPairs.row.itemsize == 29
+    assert stays < 29 * pairs + 30_000
+    assert peak < 2.5 * 29 * pairs + 100_000
 
 
 def test_remote_shards_read_the_same(tmp_path):
