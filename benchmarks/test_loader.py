@@ -286,6 +286,15 @@ def million(folder, kind):
         for number in range(MILLION // part):
             pq.write_table(table, folder / f"{number:03}.parquet", row_group_size=1000, use_dictionary=False)
         return folder
+    if kind == "tar":
+        for number in range(20):
+            with tarfile.open(folder / f"{number:03}.tar", "w") as shard:
+                for pair in range(MILLION // 20):
+                    for arm in ("win", "lose"):
+                        facts = tarfile.TarInfo(f"{pair:05}.{arm}.png")
+                        facts.size = len(data)
+                        shard.addfile(facts, io.BytesIO(data))
+        return folder
     path = folder / "pairs.jsonl"
     (folder / "square.png").write_bytes(data)
     with open(path, "w") as file:
@@ -294,7 +303,7 @@ def million(folder, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", "tar", "jsonl"])
 def test_a_million_pairs(benchmark, tmp_path, kind):
     """Seconds to the first batch with the index in its cache, and to one in the middle of the epoch after resuming."""
     where = million(tmp_path, kind)

@@ -459,8 +459,8 @@ def test_memory_per_pair(tmp_path):
         tracemalloc.stop()
     assert len(source) == pairs
     assert TarPairs.row.itemsize == 29
-    assert stays < 29 * pairs + 30_000
-    assert peak < 2.5 * 29 * pairs + 100_000
+    assert stays < 29 * pairs + 60_000  # and what is there once
+    assert peak < 2.5 * 29 * pairs + 150_000
 
 
 def test_remote_shards_read_the_same(tmp_path):
