@@ -6,13 +6,14 @@ import random
 import struct
 import tarfile
 
+import image_oracle as oracle
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from data.pairs import Tiny, png, which
-from PIL import Image
+from image_oracle import picture
 
 from polydpo_fast.data import LoaderError, Pair, PairLoader, Source, open_source, read_ledger
 from polydpo_fast.data.parquet import ParquetPairs
@@ -210,22 +211,25 @@ def test_replacements_are_of_the_row_groups_that_are_in_memory(tmp_path, monkeyp
 
 
 def defects():
-    """Ways to damage a JPEG or a PNG of 64 x 64 pixels so that it must be refused."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    made = {}
-    for kind in ("JPEG", "PNG"):
-        file = io.BytesIO()
-        image.save(file, kind)
-        made[kind] = file.getvalue()
-    jpeg, png_ = made["JPEG"], made["PNG"]
-    chance = random.Random(1)
+    """Ways to damage an image of 64 x 64 pixels, of each kind that is decoded otherwise, so that it must be refused."""
+    image, chance = picture(64, 64), random.Random(1)
+    jpeg, png_ = oracle.jpeg(image), oracle.png(image)
     yield from (b"", b"\xff", b"<!DOCTYPE html>", b"GIF89a", bytes(1000), jpeg[:3], png_[:8], b"RIFF....WEBPVP8 ")
-    yield from (data[: chance.randrange(len(data))] for data in (jpeg, png_) for _ in range(40))
+    kinds = [jpeg, png_, oracle.written(np.asarray(image), 2, 8, interlace=True)]
+    kinds += [oracle.jpeg(image.convert(mode)) for mode in ("L", "CMYK")]
+    kinds += [oracle.jpeg(image, progressive=True), oracle.jpeg(image, restart_marker_blocks=3)]
+    kinds += [oracle.file(image, form) for form in ("WEBP", "GIF", "BMP", "TIFF")]
+    yield from (data[: chance.randrange(len(data))] for data in kinds for _ in range(8))
     header = png_.index(b"IHDR") + 4
     for height, width in ((2**31 - 1, 2**31 - 1), (0, 64), (65500, 65500)):
         yield png_[:header] + struct.pack(">II", width, height) + png_[header + 8 :]
     frame = jpeg.index(b"\xff\xc0") + 5
     yield jpeg[:frame] + struct.pack(">HH", 65500, 65500) + jpeg[frame + 4 :]
+    middle = len(jpeg) // 2
+    yield jpeg[:middle] + bytes(byte ^ 0x5A for byte in jpeg[middle : middle + 60]) + jpeg[middle + 60 :]
+    colours = oracle.chunk(b"PLTE", bytes(9))
+    yield oracle.written(np.full((8, 8), 200), 3, 8, colours, interlace=False)  # a colour that its palette lacks
+    yield from (oracle.bomb(4, 4, bytes(length)) for length in (20, 5_000_000))  # of 52 bytes
     for _ in range(40):  # a checksum each: no flipped bit is unnoticed
         at = chance.randrange(8, len(png_))
         yield png_[:at] + bytes([png_[at] ^ 1 << chance.randrange(8)]) + png_[at + 1 :]
