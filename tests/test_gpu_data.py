@@ -48,6 +48,7 @@ def test_the_loader_is_not_held_up_by_the_model(pairs):
     assert len(list(loader)) == 8
     # To page-lock more may wait for the device.
     spare = [loader._equipment.buffers.empty(loader._shape, loader._dtype) for _ in range(16)]
+    assert all(one.is_pinned() for one in spare)
     del spare
     torch.cuda.synchronize()
     torch.cuda._sleep(4_000_000_000)  # cycles: two seconds or more
