@@ -180,7 +180,7 @@ def test_a_lora_of_a_model_of_full_size_begins_at_its_reference(tmp_path, fresh_
         data = pipelines.write_clips(tmp_path)
     else:
         data = pipelines.write_pairs(tmp_path / "pairs.parquet", 4)
-    change |= dict(data=str(data), steps=2, batch_size=1, lora_rank=4, mixed_precision="bf16")
+    change |= dict(data=str(data), beta=1000.0, steps=2, batch_size=1, lora_rank=4, mixed_precision="bf16")
     run = settings(tmp_path, tmp_path / "run", **change)
     train(run)
     first, second = lines(tmp_path / "run")
