@@ -334,7 +334,7 @@ def planes_and_a_kernel(data):
 
 def nvdec_through_dali(data):
     pytest.importorskip("nvidia.dali")
-    from polydpo_fast.data.dali import DaliDecoder
+    from polydpo_fast.data.dali.decoder import DaliDecoder
 
     decoder, clips = DaliDecoder("cuda", canary=None), [stored(data)] * 4
     out = torch.empty(8, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.bfloat16, device="cuda")

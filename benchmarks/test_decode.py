@@ -201,7 +201,7 @@ def dali(data):
 def dali_decoder(data):
     """The same with our geometry, into bfloat16; PNG goes through C++."""
     pytest.importorskip("nvidia.dali")
-    from polydpo_fast.data.dali import DaliDecoder
+    from polydpo_fast.data.dali.decoder import DaliDecoder
 
     decoder, arm = DaliDecoder("cpu", threads=1, canary=None), [data] * (IMAGES // 2)
     out = torch.empty((IMAGES, 3, SIDE, SIDE), dtype=torch.bfloat16)

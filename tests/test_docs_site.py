@@ -317,7 +317,7 @@ def test_imports_point_one_way_as_the_page_for_contributors_says():
         assert not needs[module] & {"check", "demo", "bench", "comparison"}, module
 
 
-@pytest.mark.parametrize("package", ["fused", "decoding", "video"])
+@pytest.mark.parametrize("package", ["fused", "decoding", "video", "data/formats", "data/dali"])
 def test_imports_within_a_package_point_one_way(package):
     needs = {}
     for file in (ROOT / "polydpo_fast" / package).glob("*.py"):

@@ -99,8 +99,8 @@ def test_the_readme_has_its_tables():
 
 def test_figures_that_are_arithmetic():
     """Bytes of a pair in an index, on the page of the data; numbers of a cached pair, on that of trainings."""
-    from polydpo_fast.data.manifest import ManifestPairs
-    from polydpo_fast.data.tar import TarPairs
+    from polydpo_fast.data.formats.manifest import ManifestPairs
+    from polydpo_fast.data.formats.tar import TarPairs
 
     data, training = (" ".join((ROOT / "docs" / f"{name}.md").read_text().split()) for name in ("data", "training"))
     assert f"{TarPairs.row.itemsize} for shards and {ManifestPairs.row.itemsize} for manifests" in data

@@ -1,7 +1,7 @@
 """Preference pairs from files, in an order that survives crashes, bad files and another world size."""
 
 from .batch import PairBatch
-from .dali import CanaryError, DaliDecoder, choose_decoder
+from .dali.decoder import CanaryError, DaliDecoder, choose_decoder
 from .ledger import read_ledger
 from .loader import LoaderError, LoaderStats, PairLoader
 from .source import Pair, PairError, Source, SourceError

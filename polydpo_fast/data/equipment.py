@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..buffers import Buffers
-from .dali import Decoder, choose_decoder
+from .dali.decoder import Decoder, choose_decoder
 
 __all__ = ["Equipment"]
 

@@ -17,7 +17,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..values import is_int
 from .batch import PairBatch
-from .dali import choose_decoder
+from .dali.decoder import choose_decoder
 from .equipment import Equipment
 from .ledger import Ledger, options_as_json
 from .loader_arguments import batch_form, check_arguments, check_device, decode_function, ranks_of

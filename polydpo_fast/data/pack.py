@@ -20,11 +20,11 @@ import numpy as np
 from typing_extensions import Buffer
 
 from ..values import is_int
-from .fields import MAX_RECORD_BYTES
-from .media import suffix_of
+from .formats.fields import MAX_RECORD_BYTES
+from .formats.media import suffix_of
+from .formats.tar import KEY_FIELD, PACK_STATE
 from .read_ahead import read_ahead
 from .source import Arm, Pair, PairError, Source, SourceError, weight_of
-from .tar import KEY_FIELD, PACK_STATE
 
 __all__ = ["UNREADABLE", "Packed", "bytes_of", "pack"]
 

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from .files import find, suffix_of_path
-from .manifest import ManifestPairs
-from .parquet import ParquetPairs
-from .records import RecordPairs
+from .formats.files import find, suffix_of_path
+from .formats.manifest import ManifestPairs
+from .formats.parquet import ParquetPairs
+from .formats.records import RecordPairs
+from .formats.tar import TarPairs
 from .source import Source, SourceError
-from .tar import TarPairs
 
 __all__ = ["open_source"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .formats.media import CLIP_SUFFIXES, suffix_of
 from .loader_arguments import decode_function
-from .media import CLIP_SUFFIXES, suffix_of
 from .read_ahead import read_ahead
 from .source import Pair, PairError, Source
 

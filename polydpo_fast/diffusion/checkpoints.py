@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.fields import parse_json
+from ..data.formats.fields import parse_json
 from .config import Settings
 from .families import LORA_FILE
 from .fingerprints import as_told_now

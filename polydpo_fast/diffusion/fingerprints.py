@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import PairLoader, Source
-from ..data.fields import parse_json
+from ..data.formats.fields import parse_json
 from .config import of_pairs
 from .reference import base_model, switched_off, unwrapped
 

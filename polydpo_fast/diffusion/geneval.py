@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..atomic import write_atomically
-from ..data.fields import parse_json
+from ..data.formats.fields import parse_json
 from ..data.source import fingerprint_of
 from ..splitmix import mix
 from .extras import need

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import Pair, PairBatch, PairError, PairLoader, Source, SourceError
-from ..data.fields import parse_json
+from ..data.formats.fields import parse_json
 from ..data.ready import Ready, ReadyPair
 from ..data.source import fingerprint_of
 from .fingerprints import parts_of, random_options

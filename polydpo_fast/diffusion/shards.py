@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..atomic import part_of, write_atomically
 from ..data import PairBatch, PairError, PairLoader, SourceError
-from ..data.fields import MAX_RECORD_BYTES, parse_json
+from ..data.formats.fields import MAX_RECORD_BYTES, parse_json
 from ..values import is_int
 from .extras import need
 from .fingerprints import alternatives, as_told_now, fingerprint

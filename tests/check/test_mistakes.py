@@ -335,7 +335,7 @@ def test_windows_that_lose_a_pair_are_caught(monkeypatch):
 
 @needs_cpp
 def test_labels_that_are_taken_the_other_way_are_caught(monkeypatch):
-    from polydpo_fast.data import columns
+    from polydpo_fast.data.formats import columns
 
     arms = columns.Layout.arms
     monkeypatch.setattr(

@@ -19,7 +19,8 @@ def shard(tmp_path):
 @pytest.fixture(scope="session")
 def decoder():
     """DALI's on the CPU, whose every pair is a canary."""
-    from polydpo_fast.data import DaliDecoder, dali
+    from polydpo_fast.data import DaliDecoder
+    from polydpo_fast.data.dali import decoder as dali
 
     if not dali._is_installed():
         pytest.skip("nvidia-dali is not installed")
@@ -30,7 +31,7 @@ def decoder():
 def in_cpp(monkeypatch):
     """Counts the pairs of images that go through C++ for DALI; canaries among them."""
     from polydpo_fast import decode_pairs
-    from polydpo_fast.data import dali_images
+    from polydpo_fast.data.dali import images as dali_images
 
     seen = []
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ from PIL import Image
 
 pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from polydpo_fast import _C, DecodeLimits
-from polydpo_fast.data import dali
+from polydpo_fast.data.dali import decoder as dali
 from polydpo_fast.decoding.arguments import Output
 from polydpo_fast.decoding.draws import Draw
 

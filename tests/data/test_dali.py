@@ -12,8 +12,8 @@ pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from data.dali_cases import needs_dali
 
 from polydpo_fast import decode_clips, decode_pairs
-from polydpo_fast.data import dali
-from polydpo_fast.data.dali import CppDecoder, DaliDecoder, choose_decoder
+from polydpo_fast.data.dali import decoder as dali
+from polydpo_fast.data.dali.decoder import CppDecoder, DaliDecoder, choose_decoder
 
 
 def test_choice_without_a_gpu(monkeypatch):

@@ -12,9 +12,10 @@ pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from data.dali_cases import needs_dali
 
 from polydpo_fast import DecodeError, decode_clips, decode_pairs
-from polydpo_fast.data import dali_clips, dali_images
-from polydpo_fast.data.dali import CanaryError, DaliDecoder
-from polydpo_fast.data.dali_engine import Engine
+from polydpo_fast.data.dali import clips as dali_clips
+from polydpo_fast.data.dali import images as dali_images
+from polydpo_fast.data.dali.decoder import CanaryError, DaliDecoder
+from polydpo_fast.data.dali.engine import Engine
 
 
 @needs_dali

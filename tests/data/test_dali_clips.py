@@ -11,7 +11,8 @@ pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from data.dali_cases import LEVELS, assert_same_facts
 
 from polydpo_fast import DecodeError, decode_clips
-from polydpo_fast.data import dali_clips, dali_sides
+from polydpo_fast.data.dali import clips as dali_clips
+from polydpo_fast.data.dali import sides as dali_sides
 
 
 @pytest.mark.parametrize(

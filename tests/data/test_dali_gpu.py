@@ -8,9 +8,10 @@ pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from data.dali_cases import assert_same_facts, needs_dali, oriented
 
 from polydpo_fast import decode_clips, decode_pairs
-from polydpo_fast.data import dali_clips, dali_images
-from polydpo_fast.data.dali import DaliDecoder
-from polydpo_fast.data.dali_engine import Engine
+from polydpo_fast.data.dali import clips as dali_clips
+from polydpo_fast.data.dali import images as dali_images
+from polydpo_fast.data.dali.decoder import DaliDecoder
+from polydpo_fast.data.dali.engine import Engine
 
 
 def test_one_pipeline_takes_batches_of_any_size(decoder, monkeypatch):

@@ -9,7 +9,7 @@ pytest.importorskip("polydpo_fast._C", reason="the C++ extension is not built")
 from data.dali_cases import LEVELS, assert_same_facts, is_for_dali, oriented
 
 from polydpo_fast import DecodeError, DecodeLimits, decode_pairs
-from polydpo_fast.data import dali_images
+from polydpo_fast.data.dali import images as dali_images
 from polydpo_fast.decoding.draws import Draw
 
 SHAPES = [((300, 200), 128), ((61, 83), (31, 50)), ((64, 64), 200), ((300, 41), 64), ((700, 700), 64)]

@@ -12,7 +12,8 @@ from data.loading import TINY, expected, threads, yielded
 from data.pairs import Tiny
 
 from polydpo_fast import decode_pairs
-from polydpo_fast.data import PairLoader, dali, equipment, transfer
+from polydpo_fast.data import PairLoader, equipment, transfer
+from polydpo_fast.data.dali import decoder as dali
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from data.pairs import Tiny, png, which
 from image_oracle import picture
 
 from polydpo_fast.data import LoaderError, Pair, PairLoader, Source, open_source, read_ledger
-from polydpo_fast.data.parquet import ParquetPairs
+from polydpo_fast.data.formats.parquet import ParquetPairs
 
 TINY = dict(size=2, dtype=torch.uint8, max_bad_rate=1.0, max_bad_run=10**6, prefetch=1, readers=1)
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from polydpo_fast import ClipLimits, DecodeLimits
 from polydpo_fast.cli import app
 from polydpo_fast.data import LoaderError, PairLoader, open_source, read_ledger
+from polydpo_fast.data.formats.records import RecordPairs
 from polydpo_fast.data.ledger import options_as_json, options_of_json
 from polydpo_fast.data.pack import pack
-from polydpo_fast.data.records import RecordPairs
 from polydpo_fast.data.replay import replay
 from polydpo_fast.data.trial import check, sample, sampled_indices
 
@@ -268,7 +268,7 @@ def test_a_ledger_is_replayed_with_the_loaders_own_options(tmp_path):
 
 
 def module_source(path):
-    from polydpo_fast.data.parquet import ParquetPairs
+    from polydpo_fast.data.formats.parquet import ParquetPairs
 
     return ParquetPairs(path)
 

@@ -15,10 +15,11 @@ from data.pairs import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polydpo_fast.data import LoaderError, PairLoader, indexed, manifest_records, read_ledger
-from polydpo_fast.data import manifest as module
-from polydpo_fast.data.fields import parse_json
-from polydpo_fast.data.manifest import ManifestPairs
+from polydpo_fast.data import LoaderError, PairLoader, read_ledger
+from polydpo_fast.data.formats import indexed, manifest_records
+from polydpo_fast.data.formats import manifest as module
+from polydpo_fast.data.formats.fields import parse_json
+from polydpo_fast.data.formats.manifest import ManifestPairs
 from polydpo_fast.data.source import PairError, SourceError
 
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from polydpo_fast.cli import app
 from polydpo_fast.data import open_source
 from polydpo_fast.data import pack as packing
-from polydpo_fast.data.media import suffix_of
+from polydpo_fast.data.formats.media import suffix_of
+from polydpo_fast.data.formats.tar import PACK_STATE, TarPairs
 from polydpo_fast.data.pack import bytes_of, pack
 from polydpo_fast.data.source import Pair, PairError, Source, SourceError
-from polydpo_fast.data.tar import PACK_STATE, TarPairs
 
 BEGINNINGS = {
     "jpg": b"\xff\xd8\xff\xe0",

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast.data import open_source
-from polydpo_fast.data.parquet import ParquetPairs
+from polydpo_fast.data.formats.parquet import ParquetPairs
 from polydpo_fast.data.source import PairError, SourceError
 
 labels = st.tuples(st.sampled_from([1.0, 0.0, 0.5, None, math.nan]), st.sampled_from([True, True, True, False, None]))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from data.parquet_files import SOME, counted_reads, pa, pick_a_pic, pq, write
 
-from polydpo_fast.data import parquet as module
-from polydpo_fast.data.parquet import ParquetPairs
+from polydpo_fast.data.formats import parquet as module
+from polydpo_fast.data.formats.parquet import ParquetPairs
 from polydpo_fast.data.source import PairError, SourceError
 
 

@@ -10,8 +10,8 @@ import pytest
 from data.pairs import everything
 from data.parquet_files import SOME, pa, pick_a_pic, write
 
-from polydpo_fast.data import parquet_index
-from polydpo_fast.data.parquet import ParquetPairs
+from polydpo_fast.data.formats import parquet_index
+from polydpo_fast.data.formats.parquet import ParquetPairs
 
 
 def test_who_wins_is_in_the_fingerprint(tmp_path):

@@ -29,7 +29,7 @@ from polydpo_fast.data import LoaderError, PairLoader, equipment, open_source, r
 from polydpo_fast.data import loader as loader_module
 from polydpo_fast.data import reading as reading_module
 from polydpo_fast.data.assembly import Assembler
-from polydpo_fast.data.dali import CppDecoder
+from polydpo_fast.data.dali.decoder import CppDecoder
 from polydpo_fast.data.equipment import Equipment
 from polydpo_fast.data.reading import Readers, was_given_up
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polydpo_fast.data import PairLoader, open_source
-from polydpo_fast.data.records import RecordPairs
+from polydpo_fast.data.formats.records import RecordPairs
 from polydpo_fast.data.source import PairError, SourceError
 
 

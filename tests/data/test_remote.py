@@ -19,8 +19,9 @@ import torch
 from data.pairs import FORMS as NAMES
 from data.pairs import everything, fill_folder, plain, png, which
 
-from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger, remote
-from polydpo_fast.data.files import File
+from polydpo_fast.data import PairError, PairLoader, SourceError, open_source, read_ledger
+from polydpo_fast.data.formats import remote
+from polydpo_fast.data.formats.files import File
 
 fsspec = pytest.importorskip("fsspec")
 pa = pytest.importorskip("pyarrow")

@@ -14,9 +14,9 @@ from data.pairs import everything, plain, png
 from data.parquet_files import counted_reads, expected, pa, pick_a_pic, write
 
 from polydpo_fast.data import PairLoader
-from polydpo_fast.data import parquet as module
-from polydpo_fast.data.arrow import Binary
-from polydpo_fast.data.parquet import ParquetPairs
+from polydpo_fast.data.formats import parquet as module
+from polydpo_fast.data.formats.arrow import Binary
+from polydpo_fast.data.formats.parquet import ParquetPairs
 from polydpo_fast.data.reading import Readers
 from polydpo_fast.data.source import PairError
 
@@ -291,7 +291,7 @@ def test_what_a_network_failed_to_give_is_tried_again(shard, monkeypatch):
         source = ParquetPairs("memory://bucket/shard.parquet")
         with monkeypatch.context() as patch:
             patch.setattr(module.File, "read", lambda *_: (_ for _ in ()).throw(TimeoutError("slow")))
-            patch.setattr("polydpo_fast.data.remote._PAUSES_S", (0.0,))
+            patch.setattr("polydpo_fast.data.formats.remote._PAUSES_S", (0.0,))
             with pytest.raises(PairError, match="row group 0: slow"):
                 source[0]
         assert bytes(source[0].win) == b"zero 0"

@@ -6,7 +6,7 @@ import pytest
 from data.parquet_files import SOME, pick_a_pic, write
 
 from polydpo_fast.data import open_source
-from polydpo_fast.data.parquet import ParquetPairs
+from polydpo_fast.data.formats.parquet import ParquetPairs
 from polydpo_fast.data.source import SourceError
 
 

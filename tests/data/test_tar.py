@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polydpo_fast.data import open_source
+from polydpo_fast.data.formats.tar import TarPairs
 from polydpo_fast.data.source import PairError, SourceError
-from polydpo_fast.data.tar import TarPairs
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -10,7 +10,7 @@ import torch
 from clip_oracle import ALL, assert_frames, av, encode, full_decode, index_folder, joined, rgb, without_range  # noqa: F401
 
 from polydpo_fast import ClipLimits, DecodeError, decode_clips, yuv420_to_rgb
-from polydpo_fast.data import dali_sides
+from polydpo_fast.data.dali import sides as dali_sides
 from polydpo_fast.video import Clip
 
 CLIP = encode(12, 48, 64)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..decoding.arguments import Output
+from ... import _C
+from ...decoding.arguments import Output
 
 __all__ = ["Finish", "Placement"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decoding.arguments import Output
+from ...decoding.arguments import Output
 
 __all__ = ["CanaryError", "compare", "to_709"]
 

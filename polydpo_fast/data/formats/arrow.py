@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ..reading import was_given_up
+from ..source import SourceError
 from .files import File
-from .reading import was_given_up
-from .source import SourceError
 
 __all__ = [
     "Binary",

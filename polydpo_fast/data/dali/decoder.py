@@ -9,14 +9,14 @@ from typing import Any, Literal, Protocol
 import torch
 from typing_extensions import Buffer
 
-from ..clips import DecodedClips, decode_clips
-from ..decode import DecodedPairs, decode_pairs
-from ..decoding.arguments import check_threads
-from ..values import check_choice, check_count, is_number
-from ..video import ClipSource
-from . import dali_clips, dali_images
-from .dali_canary import CanaryError
-from .dali_engine import Engine
+from ...clips import DecodedClips, decode_clips
+from ...decode import DecodedPairs, decode_pairs
+from ...decoding.arguments import check_threads
+from ...values import check_choice, check_count, is_number
+from ...video import ClipSource
+from . import clips, images
+from .canary import CanaryError
+from .engine import Engine
 
 __all__ = ["CanaryError", "CppDecoder", "DaliDecoder", "Decoder", "choose_decoder"]
 
@@ -128,7 +128,7 @@ class DaliDecoder:
             DecodeError, TypeError, ValueError: as `polydpo_fast.decode_pairs`.
             CanaryError: DALI's pixels are wrong.
         """
-        return dali_images.decode(self._engine, win, lose, options)
+        return images.decode(self._engine, win, lose, options)
 
     def decode_clips(self, win: Sequence[ClipSource], lose: Sequence[ClipSource], **options: Any) -> DecodedClips:
         """As `polydpo_fast.decode_clips`, which has the same options, through NVDEC; `pixels` are on this decoder's
@@ -152,7 +152,7 @@ class DaliDecoder:
             CanaryError: DALI's pixels are wrong.
             ImportError: PyAV is not installed.
         """
-        return dali_clips.decode(self._engine, win, lose, options)
+        return clips.decode(self._engine, win, lose, options)
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:

@@ -6,11 +6,11 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from ..source import PairError
 from .columns import HAS_LABEL, is_labelled
 from .fields import MAX_RECORD_BYTES, parse_json
 from .indexed import Notes
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
-from .source import PairError
 from .tar_members import Member, read_member
 
 __all__ = ["CUT_OFF", "FIRST_WINS", "Order", "Sample", "only_sample", "samples"]

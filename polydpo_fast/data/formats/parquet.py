@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from ..values import is_int
+from ...values import is_int
+from ..source import Arm, Pair, PairError, SourceError, fingerprint_of
 from .arrow import Binary, check_unchanged, import_pyarrow, is_category, is_image, is_number, is_text, open_parquet
 from .columns import (
     CATEGORY,
@@ -31,7 +32,6 @@ from .columns import (
 from .files import File, Location, names
 from .parquet_index import index_of, merged_categories
 from .row_groups import RowGroup, RowGroups
-from .source import Arm, Pair, PairError, SourceError, fingerprint_of
 from .splits import find_one_split
 
 __all__ = ["ParquetPairs"]

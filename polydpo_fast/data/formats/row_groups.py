@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..reading import was_given_up
+from ..source import PairError
 from .arrow import Binary
-from .reading import was_given_up
-from .source import PairError
 
 __all__ = ["RowGroup", "RowGroups"]
 

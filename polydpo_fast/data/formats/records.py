@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from typing_extensions import Buffer
 
-from ..values import is_number
+from ...values import is_number
+from ..source import Arm, Pair, PairError, SourceError, fingerprint_of, worked_out_once
 from .columns import (
     CATEGORY,
     HAS_LABEL,
@@ -30,7 +31,6 @@ from .columns import (
     warn_ignored,
 )
 from .files import contents
-from .source import Arm, Pair, PairError, SourceError, fingerprint_of, worked_out_once
 
 __all__ = ["RecordPairs"]
 

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..source import SourceError, is_unicode
 from . import remote
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from .remote import parts_of
-from .source import SourceError, is_unicode
 
 __all__ = ["BRACES", "File", "Location", "contents", "find", "names", "suffix_of_path"]
 

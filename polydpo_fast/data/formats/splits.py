@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Sequence
 
+from ..source import SourceError, warn
 from .files import BRACES, File, Location, find
 from .remote import parts_of
-from .source import SourceError, warn
 
 __all__ = ["find_one_split"]
 

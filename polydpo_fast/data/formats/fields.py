@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .source import is_unicode, weight_of
+from ..source import is_unicode, weight_of
 
 __all__ = ["MAX_RECORD_BYTES", "Fields", "parse_json", "text_of"]
 

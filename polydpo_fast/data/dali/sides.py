@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from typing_extensions import Buffer
 
-from ..decoding.arguments import ClipRequest
-from ..decoding.frames import colours_of
-from ..video import (
+from ...decoding.arguments import ClipRequest
+from ...decoding.frames import colours_of
+from ...video import (
     Clip,
     ClipSource,
     aspect_of,
@@ -19,7 +19,7 @@ from ..video import (
     orientation,
     siting_of,
 )
-from .dali_engine import Engine
+from .engine import Engine
 
 __all__ = ["Side", "open_sides"]
 

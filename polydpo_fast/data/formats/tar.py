@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..source import Pair, SourceError, warn
 from .columns import TIE_WEIGHT
 from .fields import Fields, text_of
 from .files import File, Location
 from .indexed import COMMON, IndexedSource, Notes, key_hash
-from .source import Pair, SourceError, warn
 from .splits import find_one_split
 from .tar_members import BLOCK, is_header
 from .tar_samples import CUT_OFF, FIRST_WINS, Order, Sample, only_sample, samples

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..clips import DecodedClips, decode_clips, decode_timed
-from ..decoding.arguments import ClipRequest, check_clips
-from ..video import ClipSource, choose_times, require_av
-from .dali_batch import Batch
-from .dali_canary import compare, to_709
-from .dali_engine import Engine
-from .dali_picture import Placement
-from .dali_sides import Side, open_sides
+from ... import _C
+from ...clips import DecodedClips, decode_clips, decode_timed
+from ...decoding.arguments import ClipRequest, check_clips
+from ...video import ClipSource, choose_times, require_av
+from .batch import Batch
+from .canary import compare, to_709
+from .engine import Engine
+from .picture import Placement
+from .sides import Side, open_sides
 
 __all__ = ["decode"]
 

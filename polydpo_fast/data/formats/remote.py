@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from .source import SourceError
+from ..source import SourceError
 
 __all__ = ["Found", "Skipping", "find", "has_changed", "open_file", "parts_of", "patiently", "read"]
 

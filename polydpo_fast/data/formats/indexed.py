@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..cache import Arrays, load_or_build
+from ...cache import Arrays, load_or_build
+from ..source import Pair, PairError, Source, SourceError, fingerprint_of, worked_out_once
 from .columns import check_options
 from .files import File, names
-from .source import Pair, PairError, Source, SourceError, fingerprint_of, worked_out_once
 
 __all__ = ["COMMON", "IndexedSource", "Notes", "key_hash"]
 

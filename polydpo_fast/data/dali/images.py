@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import Buffer
 
-from .. import _C
-from ..decode import DecodedPairs, DecodeFailure, decode_pairs
-from ..decoding.arguments import ImageRequest, check_images
-from .dali_batch import Batch
-from .dali_canary import compare
-from .dali_engine import Engine
-from .dali_picture import Placement
+from ... import _C
+from ...decode import DecodedPairs, DecodeFailure, decode_pairs
+from ...decoding.arguments import ImageRequest, check_images
+from .batch import Batch
+from .canary import compare
+from .engine import Engine
+from .picture import Placement
 
 __all__ = ["decode"]
 

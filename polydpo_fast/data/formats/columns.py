@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..values import check_choice
-from .source import Arm, PairError, Source, SourceError, warn, weight_of
+from ...values import check_choice
+from ..source import Arm, PairError, Source, SourceError, warn, weight_of
 
 __all__ = [
     "CATEGORY",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decode import DecodeError, DecodeFailure
-from ..decoding.arguments import Request
-from .dali_engine import Engine, reason
-from .dali_picture import Finish, Placement
+from ...decode import DecodeError, DecodeFailure
+from ...decoding.arguments import Request
+from .engine import Engine, reason
+from .picture import Finish, Placement
 
 __all__ = ["Batch"]
 

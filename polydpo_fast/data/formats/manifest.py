@@ -15,12 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from typing_extensions import Buffer
 
+from ..source import Arm, Pair, PairError, SourceError, warn
 from .columns import HAS_LABEL, TIE_WEIGHT, is_labelled
 from .fields import Fields, parse_json, text_of
 from .files import File, Location, contents
 from .indexed import COMMON, IndexedSource, Notes, key_hash
 from .manifest_records import RecordError, place_of, read_row, records_of
-from .source import Arm, Pair, PairError, SourceError, warn
 from .splits import find_one_split
 
 __all__ = ["ManifestPairs"]

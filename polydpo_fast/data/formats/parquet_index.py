@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import load_or_build
+from ...cache import load_or_build
+from ..source import SourceError
 from .arrow import check_unchanged, import_pyarrow, is_category, is_number, open_parquet
 from .columns import HAS_LABEL, TIE, WINS, IfThere, Layout, layout_of, verdicts
 from .files import File
-from .source import SourceError
 
 __all__ = ["index_of", "merged_categories"]
 
