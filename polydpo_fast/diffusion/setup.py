@@ -111,13 +111,14 @@ def set_up(settings: Settings, accelerator: Any, *, weights: bool = True, traini
 @contextlib.contextmanager
 def inductor_as_before() -> Iterator[None]:
     """What `set_up` changes of torch.compile's configuration is for this training alone."""
-    name = "emulate_precision_casts"
-    before = getattr(sys.modules.get("torch._inductor.config"), name, False)
+    defaults = {"emulate_precision_casts": False, "layout_optimization": True}
+    before = {name: getattr(sys.modules.get("torch._inductor.config"), name, value) for name, value in defaults.items()}
     try:
         yield
     finally:
         if inductor := sys.modules.get("torch._inductor.config"):
-            setattr(inductor, name, before)
+            for name, value in before.items():
+                setattr(inductor, name, value)
 
 
 def new_accelerator(**options: Any) -> Any:
@@ -237,11 +238,15 @@ def accelerator_of(settings: Settings) -> Any:
             raise ValueError("mixed_precision is 'fp16', which Accelerate has on GPUs only; expected 'bf16' or 'no'")
         check_sharding(settings, accelerator)
         set_sharding(settings, accelerator)
-    if accelerator.state.dynamo_plugin.backend == DynamoBackend.INDUCTOR and accelerator.mixed_precision != "no":
+    if accelerator.state.dynamo_plugin.backend == DynamoBackend.INDUCTOR:
         import torch._inductor.config as inductor
 
-        # Else it rounds where it happens to write to memory, which in a graph with gradients, the policy's, is
-        # elsewhere than in the reference's: with a beta of thousands the first loss would be far from log 2.
-        inductor.emulate_precision_casts = True
+        if accelerator.mixed_precision != "no":
+            # Else it rounds where it happens to write to memory, which in a graph with gradients, the policy's, is
+            # elsewhere than in the reference's: with a beta of thousands the first loss would be far from log 2.
+            inductor.emulate_precision_casts = True
+        if accelerator.device.type == "cpu":
+            # With its channels last PyTorch 2.13 loses the gradients of all that comes before a UNet's upsampling.
+            inductor.layout_optimization = False
     set_seed(settings.seed % 2**32)  # NumPy takes no more
     return accelerator

@@ -55,9 +55,10 @@ def test_regions_that_are_compiled(tmp_path, monkeypatch, lora):
 def test_compiled_graphs_round_alike(here, tmp_path, monkeypatch, precision, rounds):
     """With gradients and without; that the loss then begins at log 2 is for the heavy tests."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with torch._inductor.config.patch(emulate_precision_casts=False):
+    with torch._inductor.config.patch(emulate_precision_casts=False, layout_optimization=True):
         setup.accelerator_of(settings(here, tmp_path, mixed_precision=precision))
         assert torch._inductor.config.emulate_precision_casts == rounds
+        assert not torch._inductor.config.layout_optimization
 
 
 @pytest.mark.heavy
@@ -67,6 +68,23 @@ def test_a_compiled_policy_begins_at_its_reference(here, tmp_path, monkeypatch):
     with torch._inductor.config.patch(emulate_precision_casts=False):
         train(settings(here, tmp_path / "out", steps=1, mixed_precision="bf16"))
     assert lines(tmp_path / "out")[0]["loss"] == torch.tensor(math.log(2)).item()
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_policy_learns_what_it_would_learn_otherwise(here, tmp_path, monkeypatch):
+    """By inductor, which has no gradients for half of a UNet where it lays out images with their channels last."""
+    change = dict(steps=2, beta=100.0, adam_epsilon=1e-3)
+    train(settings(here, tmp_path / "plain", **change))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    train(settings(here, tmp_path / "compiled", **change))
+    for plain, compiled in zip(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), strict=True):
+        assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    before = load_file(here / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    plain, compiled = (weights(tmp_path / run) for run in ("plain", "compiled"))
+    moved = sum((plain[name] - before[name]).norm() ** 2 for name in plain) ** 0.5
+    assert sum((plain[name] - compiled[name]).norm() ** 2 for name in plain) ** 0.5 < 1e-2 * moved
 
 
 def test_mixed_precision_begins_at_the_reference(here, tmp_path):
