@@ -44,7 +44,8 @@ SETTINGS = {
     "keep": "Number of checkpoints to keep; 0 for all",
     "resume": "Resume from 'latest', or from the folder of a checkpoint",
     "validation_prompts": "Prompt to render into a grid of images; may be repeated",
-    "validation_every": "Steps between two grids; 0 for none but the last",
+    "validation_data": "Pairs to measure that are not trained on; as --data",
+    "validation_every": "Steps between two grids or measurements; 0 for none but the last",
     "trackers": "tensorboard, wandb; may be repeated",
     "seed": "Random seed",
 }

@@ -61,6 +61,9 @@ class Settings:
         it was begun with, but for steps, how often something is written, and what only costs memory or time.
     validation_prompts: rendered every validation_every steps, and after the last, with validation_steps of the
         pipeline's own scheduler.
+    validation_data: pairs that are not trained on, whatever `data` may be, with the same data_options; where `data` is
+        latents, latents too. They are measured whenever validation_prompts would be rendered. validation_pairs: so many
+        of them at the most, the first, in batches of batch_size or, where it does not divide them, less.
     trackers: names that Accelerate knows, such as "tensorboard", "wandb". project: how they call the run.
     seed: of the order of the pairs, crops, noise and timesteps, LoRA's initial weights, pictures.
     """
@@ -112,12 +115,16 @@ class Settings:
     validation_prompts: list[str] = field(default_factory=list)
     validation_every: int = 0
     validation_steps: int = 30
+    validation_data: str | list[str] | None = None
+    validation_pairs: int = 256
     trackers: list[str] = field(default_factory=list)
     project: str = "polydpo-fast"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "steps", "vae_batch", "log_every", "validation_steps", "cycles"):
+        for name in ("batch_size", "accumulation", "steps", "vae_batch", "log_every", "cycles"):
+            _check_range(name, getattr(self, name), 1, 2**31 - 1)
+        for name in ("validation_steps", "validation_pairs"):
             _check_range(name, getattr(self, name), 1, 2**31 - 1)
         for name in ("lora_rank", "warmup", "checkpoint_every", "keep", "validation_every"):
             _check_range(name, getattr(self, name), 0, 2**31 - 1)
@@ -172,11 +179,13 @@ _DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
 _MAY_CHANGE = {
     *("model", "variant", "revision", "data", "reference_errors", "lora_weights", "output", "resume"),
     *("steps", "log_every", "checkpoint_every", "keep", "trackers", "project"),
-    *("validation_prompts", "validation_every", "validation_steps", "gradient_checkpointing", "vae_batch"),
+    *("validation_prompts", "validation_every", "validation_steps", "validation_data", "validation_pairs"),
+    *("gradient_checkpointing", "vae_batch"),
 }
 # When the processes wait for each other.
 _OF_A_STEP = (
     *("steps", "log_every", "checkpoint_every", "validation_prompts", "validation_every", "validation_steps"),
+    "validation_pairs",
 )
 _MAY_CHANGE_OF_LOADER = {
     *("cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads", "timeout_s"),
@@ -217,12 +226,22 @@ def _check_unused(settings: Settings) -> None:
             (name, settings.lora_rank > 0, "with lora_rank 0; expected 1 or more")
             for name in ("lora_targets", "lora_alpha", "lora_weights")
         ),
-        ("validation_every", bool(settings.validation_prompts), "without validation_prompts; expected some"),
+        (
+            "validation_every",
+            bool(settings.validation_prompts) or settings.validation_data is not None,
+            "without validation_prompts and validation_data; expected one of them",
+        ),
+        ("validation_pairs", settings.validation_data is not None, "without validation_data; expected some"),
         ("keep", settings.checkpoint_every > 0, "with checkpoint_every 0; expected 1 or more"),
     ):
         value = getattr(settings, name)
         if value != _DEFAULTS[name] and value != [] and not used:
             raise ValueError(f"{name} is {value!r}, which has no effect {why}")
+    if settings.validation_data is not None and settings.reference_errors is not None and not settings.lora_rank:
+        raise ValueError(
+            f"validation_data is {settings.validation_data!r}, which no stored errors are of, and all weights are "
+            "trained without a reference, by reference_errors; expected none of either, or lora_rank 1 or more"
+        )
     if settings.warmup >= settings.steps:
         raise ValueError(
             f"warmup is {settings.warmup} and steps {settings.steps}, so that the learning rate would never be "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,13 +28,14 @@ _NOT_PIXELS = ("threads", "limits", "cache")  # of the decoder's options
 class Inputs:
     """The pairs of `settings.data` in batches, and of a batch the latents and the conditioning.
 
+    last: of `PairLoader`.
     loader: of images, or of latents; prompts are whole. parts: fingerprints of what encoded tensors depend on.
     parts_of_errors: of what the reference's errors depend on.
 
     Raises ValueError where a store was made with other settings or another pipeline, with both fingerprints.
     """
 
-    def __init__(self, settings: Settings, setup: Setup) -> None:
+    def __init__(self, settings: Settings, setup: Setup, *, last: Literal["drop", "wrap"] = "drop") -> None:
         pipe = setup.pipe
         self._settings, self._setup = settings, setup
         self._encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
@@ -53,7 +54,7 @@ class Inputs:
         # Texts, because the parts themselves may be freed.
         self.parts: dict[str, Any] = {name: fingerprint(part) for name, part in parts.items()}
         self.cached = isinstance(setup.source, LatentPairs)
-        self.loader = self._loader()
+        self.loader = self._loader(last)
         of_source = {"precision": self.parts["precision"]} if self.cached else self.parts
         self.parts_of_errors: dict[str, Any] = {**of_source, "prompt_dropout": fingerprint(settings.prompt_dropout)}
         if getattr(pipe, setup.family.model).config.get("guidance_embeds"):
@@ -122,11 +123,12 @@ class Inputs:
         result = conditioning(setup.family, text, batch, setup.size, settings.size_conditioning)
         return result if settings.guidance is None else {**result, "guidance": settings.guidance}
 
-    def _loader(self) -> PairLoader:
+    def _loader(self, last: Literal["drop", "wrap"]) -> PairLoader:
         settings, setup = self._settings, self._setup
         accelerator = setup.accelerator
         options = dict(
             seed=settings.seed,
+            last=last,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=accelerator.device,

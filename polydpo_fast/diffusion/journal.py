@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +46,10 @@ class Journal:
     def add(self, step: int, keys: list[str], losses: Tensor, metrics: dict[str, Tensor]) -> None:
         self._entries.append((step, keys, losses, metrics))
 
-    def write(self, epoch: int, learning_rate: float) -> str:
+    def write(self, epoch: int, learning_rate: float, more: Callable[[], Mapping[str, float]] = dict) -> str:
         """The means since it was called last, of all processes, to the file and the trackers; returns a note of them.
+
+        more: further values of this step, which all processes are asked for once it is known to be finite.
 
         Raises NotFiniteError, in all processes.
         """
@@ -73,6 +75,7 @@ class Journal:
         pairs = sum(len(keys) for _, keys, _, _ in entries) * self._accelerator.num_processes
         values.update(learning_rate=learning_rate, pairs_per_s=pairs / (now - self._began))
         self._began = now
+        values.update(more())
         step = entries[-1][0]
         self._accelerator.log(values, step=step)
         if self._accelerator.is_main_process:
@@ -80,7 +83,11 @@ class Journal:
                 # A gradient that overflowed in float16 has no norm that JSON could say.
                 finite_or_none = {name: value if math.isfinite(value) else None for name, value in values.items()}
                 file.write(json.dumps({"step": step, "epoch": epoch, "steps": steps, **finite_or_none}) + "\n")
-        return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
+        return ", ".join(
+            f"{kind}loss {values[f'{name}loss']:.4f}, accuracy {values[f'{name}implicit_accuracy']:.3f}"
+            for kind, name in (("", ""), ("validation ", "validation_"))
+            if f"{name}loss" in values
+        )
 
     @staticmethod
     def _finite(losses: Tensor, metrics: dict[str, Tensor]) -> Tensor:

@@ -34,6 +34,7 @@ __all__ = [
     "new_accelerator",
     "objective_of",
     "set_up",
+    "validation_source",
 ]
 
 # A launcher waits for the other nodes, and then starts the processes of all of them at once.
@@ -69,7 +70,7 @@ def set_up(settings: Settings, accelerator: Any, *, weights: bool = True, traini
     policy = half if settings.lora_rank else torch.float32
     # Before the model is loaded, which takes long: what is wrong is said at once.
     with together(accelerator):
-        source = _open(settings)
+        source = _open("data", settings.data, settings.data_options)
         _check_loader(settings, source, accelerator)
         family = family_of(settings.model, settings.revision)
         alone = SimpleNamespace(scheduler=load_scheduler(settings.model, settings.revision))
@@ -172,15 +173,32 @@ def objective_of(settings: Settings, pipe: Any, **options: Any) -> PairObjective
     )
 
 
-def _open(settings: Settings) -> Source:
-    data = [settings.data] if isinstance(settings.data, str) else settings.data
+def validation_source(settings: Settings) -> Source | None:
+    """The pairs of `validation_data`. Raises ValueError where nothing could encode them."""
+    if settings.validation_data is None:
+        return None
+    source = _open("validation_data", settings.validation_data, settings.data_options)
+    if any(map(is_store, _listed(settings.data))) and not isinstance(source, LatentPairs):
+        raise ValueError(
+            f"validation_data is {settings.validation_data!r}, and data {settings.data!r}, whose latents need no "
+            "encoders in memory; expected latents too, made by `polydpo-fast cache` with the same settings"
+        )
+    return source
+
+
+def _open(name: str, where: str | list[str], options: dict[str, Any]) -> Source:
+    data = _listed(where)
     stores = [one for one in data if is_store(one)]
     if stores and len(data) > 1:
         raise ValueError(
-            f"data is {data}; expected one folder of latents and nothing else, as {', '.join(stores)} "
+            f"{name} is {data}; expected one folder of latents and nothing else, as {', '.join(stores)} "
             f"{'are such folders' if stores[1:] else 'is such a folder'}"
         )
-    return LatentPairs(stores[0]) if stores else open_source(settings.data, **settings.data_options)
+    return LatentPairs(stores[0]) if stores else open_source(where, **options)
+
+
+def _listed(where: str | list[str]) -> list[str]:
+    return [where] if isinstance(where, str) else where
 
 
 def _check_loader(settings: Settings, source: Source, accelerator: Any) -> None:

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ from .reference import ema_weights
 from .reference_store import ReferenceErrors
 from .result import result_of, save_result
 from .settings_file import write_settings
-from .setup import Setup, accelerator_of, expect_steps, inductor_as_before, objective_of, set_up
+from .setup import Setup, accelerator_of, expect_steps, inductor_as_before, objective_of, set_up, validation_source
 from .together import check_same, check_shared, together
-from .validation import render
+from .validation import held_out, measure, render
 
 __all__ = ["NotFiniteError", "train"]
 
@@ -72,23 +72,30 @@ def train(settings: Settings) -> None:
     with together(accelerator):
         checkpoint = check_output(settings)
         check_optimizer(settings)
+        unseen = validation_source(settings)
     if settings.checkpoint_every:
         check_shared(accelerator, "output", output)
     setup = set_up(settings, accelerator, training=True)
     pipe, family = setup.pipe, setup.family
     with together(accelerator):
         inputs = Inputs(settings, setup)
+        validation = None if unseen is None else held_out(settings, setup, unseen)
         model = getattr(pipe, family.model)
         errors = _errors(settings, inputs, model)
         run = _run_identity(settings, setup, inputs, model, errors)
-    check_same(accelerator, {**run, "data": inputs.loader.source.fingerprint})
-    inputs.to(accelerator.device, keep_encoders=bool(settings.validation_prompts))
+    own = {"data": inputs.loader.source.fingerprint, "validation_data": None if unseen is None else unseen.fingerprint}
+    check_same(accelerator, {**run, **own})
+    for one in (inputs, validation):
+        if one is not None:
+            one.to(accelerator.device, keep_encoders=bool(settings.validation_prompts) or not inputs.cached)
     fsdp2 = getattr(accelerator, "is_fsdp2", False)
     if not fsdp2:  # which moves a block at a time, and keeps its part
         model.to(accelerator.device)
 
     # The reference is the model as it is now; then it becomes the policy, and another object when it is prepared.
-    reference = None if errors is not None else reference_of(model, settings, accelerator)
+    # Stored errors take its place. There are none of validation's pairs, for which adapters can still be switched off.
+    stored = errors is not None and settings.lora_rank == 0
+    reference = None if stored else reference_of(model, settings, accelerator)
     objective = objective_of(settings, pipe, reference=reference)
     if errors is not None:
         errors.check(objective=objective)
@@ -122,6 +129,7 @@ def train(settings: Settings) -> None:
         settings=settings,
         setup=setup,
         inputs=inputs,
+        validation=validation,
         errors=errors,
         objective=objective,
         model=model,
@@ -154,6 +162,7 @@ class _Loop:
     settings: Settings
     setup: Setup
     inputs: Inputs
+    validation: Inputs | None
     errors: ReferenceErrors | None
     objective: PairObjective
     model: Any
@@ -236,18 +245,32 @@ class _Loop:
         settings, accelerator = self.settings, self.setup.accelerator
         last, note, output = step == settings.steps, "", Path(settings.output)
         checkpoint = settings.checkpoint_every > 0 and (last or stop or _is_due(step, settings.checkpoint_every))
-        picture = bool(settings.validation_prompts) and (last or _is_due(step, settings.validation_every)) and not stop
-        if last or checkpoint or picture or _is_due(step, settings.log_every):
-            note = self.journal.write(self.inputs.loader.epoch, self.schedule.get_last_lr()[0])
+        validation = (last or _is_due(step, settings.validation_every)) and not stop
+        picture = validation and bool(settings.validation_prompts)
+        measured = validation and self.validation is not None
+        if last or checkpoint or picture or measured or _is_due(step, settings.log_every):
+            more = self.measured if measured else dict
+            note = self.journal.write(self.inputs.loader.epoch, self.schedule.get_last_lr()[0], more)
         if checkpoint:
             save_checkpoint(accelerator, output, step, settings, self.run)
         if picture:
-            with self.result_weights():
-                self.model.eval()
+            with self.as_result():
                 folder, size = output / "validation", self.setup.size
                 render(accelerator, self.setup.pipe, self.setup.family, settings, size, folder, step)
-                self.model.train()
         return note
+
+    def measured(self) -> dict[str, float]:
+        assert self.validation is not None
+        own = replace(self, inputs=self.validation, errors=None)
+        with self.as_result():
+            return measure(self.setup.accelerator, self.validation, self.settings.validation_pairs, own.pair_losses)
+
+    @contextlib.contextmanager
+    def as_result(self) -> Iterator[None]:
+        with self.result_weights():
+            self.model.eval()
+            yield
+            self.model.train()
 
 
 # ------------------------------------------------------------------------------------- what is made before

@@ -1,18 +1,63 @@
-"""Pictures of what a model in training makes of some prompts."""
+"""What a model in training makes of some prompts, and of pairs that it does not see."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..data import PairBatch, Source
 from ..splitmix import mix
 from .config import Settings
 from .families import Family
+from .inputs import Inputs
+from .latent_store import LatentPairs
 from .pixels import sample
+from .setup import Setup
 
-__all__ = ["render"]
+__all__ = ["held_out", "measure", "render"]
+
+
+def held_out(settings: Settings, setup: Setup, source: Source) -> Inputs:
+    """The pairs that `measure` takes: in the order of the source, whole prompts, and of images the centre."""
+    pairs = min(settings.validation_pairs, len(source))
+    # All batches are full, so that the mean of theirs is that of the pairs, whichever process has them.
+    size = next((n for n in range(min(settings.batch_size, pairs), 0, -1) if pairs % n == 0), 1)
+    loader = {name: value for name, value in settings.loader.items() if name not in ("categories", "window")}
+    if not isinstance(source, LatentPairs):  # which were cropped when they were made
+        loader = {name: value for name, value in loader.items() if name != "hflip" and value != "random"}
+    settings = replace(settings, batch_size=size, prompt_dropout=0.0, loader={**loader, "shuffle": False})
+    return Inputs(settings, setup._replace(source=source), last="wrap")
+
+
+@torch.no_grad()
+def measure(
+    accelerator: Any,
+    inputs: Inputs,
+    pairs: int,
+    pair_losses: Callable[[PairBatch], tuple[Tensor, dict[str, Tensor]]],
+) -> dict[str, float]:
+    """Loss, accuracy and margin of the first pairs, each with the same noise every time; the processes share the work.
+
+    inputs: as `held_out` made them. A bad pair has the same one in its place every time.
+    """
+    loader, processes = inputs.loader, accelerator.num_processes
+    loader.set_epoch(0)
+    batches, rows = min(pairs, len(loader.source)) // loader.batch_size, []
+    # Each measures as many: FSDP's processes go through the model together.
+    for number, batch in zip(
+        range(accelerator.process_index, batches + -batches % processes, processes), loader, strict=False
+    ):
+        losses, metrics = pair_losses(batch)
+        row = torch.stack([losses.mean(), metrics["implicit_accuracy"], metrics["reward_margin"]])
+        rows.append(row if number < batches else torch.zeros_like(row))
+    means = (accelerator.gather(torch.stack(rows)).double().cpu().sum(0) / batches).tolist()
+    names = ("validation_loss", "validation_implicit_accuracy", "validation_reward_margin")
+    return dict(zip(names, means, strict=True))
 
 
 @torch.no_grad()

@@ -71,6 +71,11 @@ def test_accumulation_of_the_environment_is_named(here, tmp_path, monkeypatch):
         ),
         (dict(lora_alpha=4.0), "lora_alpha is 4.0, which has no effect with lora_rank 0"),
         (dict(validation_every=2), "validation_every is 2, which has no effect without validation_prompts"),
+        (dict(validation_pairs=2), "validation_pairs is 2, which has no effect without validation_data"),
+        (
+            dict(validation_data="held", reference_errors="errors"),
+            "validation_data is 'held', which no stored errors are of, .*; expected none of either, or lora_rank 1 or",
+        ),
         (dict(keep=2), "keep is 2, which has no effect with checkpoint_every 0"),
     ],
 )
@@ -82,7 +87,7 @@ def test_bad_settings_are_named(here, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("names", "value"),
     [
-        ("batch_size accumulation steps vae_batch log_every validation_steps cycles", 0),
+        ("batch_size accumulation steps vae_batch log_every validation_steps validation_pairs cycles", 0),
         ("lora_rank warmup checkpoint_every keep validation_every seed", -1),
         ("learning_rate weight_decay max_grad_norm adam_epsilon power guidance", -1.0),
         ("learning_rate weight_decay max_grad_norm adam_epsilon power guidance lora_alpha", math.inf),

@@ -70,7 +70,9 @@ def test_trackers_are_told_what_is_written(here, tmp_path, wandb):
 
     out = tmp_path / "out"
     prompts = dict(validation_prompts=["ab", "c"], validation_every=2, validation_steps=1)
+    prompts |= dict(validation_data=str(here / "pairs.parquet"), validation_pairs=2)
     train(settings(here, out, trackers=["tensorboard", "wandb"], project="trial", beta=70.0, **prompts))
+    assert "validation_loss" in lines(out)[-1]
     (file,) = (out / "logs" / "trial").glob("events*")
     board = EventAccumulator(str(file))
     board.Reload()
@@ -155,11 +157,13 @@ def test_metrics_are_those_of_all_processes(tmp_path, monkeypatch):
         ours.add(7, ["a", "b"], torch.tensor([value, value + 1]), {"implicit_accuracy": torch.tensor(value / 10)})
     ours.write(2, 1e-3)
     ours.add(8, ["a", "b"], torch.tensor([0.0, 1.0]), {"implicit_accuracy": torch.tensor(0.5)})
-    ours.write(2, 1e-4)
+    note = ours.write(2, 1e-4, lambda: {"validation_loss": 0.25, "validation_implicit_accuracy": 0.75})
+    assert note == "loss 1.0000, accuracy 1.000, validation loss 0.2500, accuracy 0.750"
     first, second = lines(tmp_path)
     assert (first["loss"], first["implicit_accuracy"]) == pytest.approx((2 * 2.5, 2 * 0.2))
     assert (first["step"], first["steps"], first["epoch"], first["learning_rate"]) == (7, 1, 2, 1e-3)
     assert (second["loss"], second["step"], second["learning_rate"]) == (1.0, 8, 1e-4)
+    assert (first.get("validation_loss"), second["validation_loss"]) == (None, 0.25)
     assert (first["pairs_per_s"], second["pairs_per_s"]) == (3 * 4 / 2, 3 * 2 / 8)
 
 

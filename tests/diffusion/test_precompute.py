@@ -267,6 +267,28 @@ def test_what_stores_make_needless_is_not_in_memory(here, stores, tmp_path, monk
     assert (tmp_path / "pictures" / "validation" / "000001.png").exists()
 
 
+def test_pairs_that_are_not_trained_on_are_measured_from_stores(here, stores, tmp_path):
+    """As from images and with a reference; of adapters, which can be switched off."""
+    held = pipelines.write_pairs(tmp_path / "held.parquet", 5, seed=4)
+    change = dict(lora_rank=2, steps=2, latents="mode", validation_data=str(held), learning_rate=0.02)
+    change["loader"] = {"window": 0}  # the same order of both
+    train(settings(here, tmp_path / "images", **change))
+    with pytest.raises(
+        ValueError, match=r"validation_data is .*held.parquet', and data .*expected latents too, made by"
+    ):
+        train(settings(here, tmp_path / "refused", **from_stores(stores, **change)))
+    cache(settings(here, tmp_path, latents="mode", data=str(held)), tmp_path / "held")
+    train(
+        settings(
+            here, tmp_path / "stored", **from_stores(stores, **{**change, "validation_data": str(tmp_path / "held")})
+        )
+    )
+    images, stored = lines(tmp_path / "images")[-1], lines(tmp_path / "stored")[-1]
+    assert images["validation_reward_margin"] != 0
+    for name in ("validation_loss", "validation_reward_margin"):
+        assert stored[name] == pytest.approx(images[name], rel=1e-2)
+
+
 def test_draws_come_again_when_all_have_been(here, stores, tmp_path, monkeypatch):
     asked, ask = [], ReferenceErrors.__call__
 

@@ -156,7 +156,7 @@ def test_all_that_changes_what_is_learned_is_kept_for_the_whole_run(here, tmp_pa
     """But for where things are, how long and how often, and what costs memory or time alone."""
     places = {"model", "variant", "revision", "data", "reference_errors", "lora_weights", "output", "resume", "project"}
     often = {"steps", "log_every", "checkpoint_every", "keep", "validation_every", "validation_steps"}
-    shown = {"validation_prompts", "trackers"}
+    shown = {"validation_prompts", "validation_data", "validation_pairs", "trackers"}
     costs = {"gradient_checkpointing", "vae_batch"}
     learned = {"crop", "hflip", "interpolation", "frames", "fps", "start", "window", "categories"}
     free = {"cache", "ledger", "limits", "max_bad_rate", "max_bad_run", "prefetch", "readers", "threads", "timeout_s"}

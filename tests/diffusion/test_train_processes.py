@@ -76,6 +76,7 @@ def test_two_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp
     one, two, digits = tmp_path / "one", tmp_path / "two", tmp_path / "digits.parquet"
     demo.write_pairs(digits, demo.Settings())
     change = dict(data=str(digits), steps=3, beta=500.0, optimizer="adamw", adam_epsilon=1e-3)
+    change |= dict(validation_data=str(here / "pairs.parquet"), validation_pairs=10)  # five batches of two pairs
     train(settings(here, one, batch_size=4, **change))
     prompts = dict(validation_prompts=["ab", "c", "d"], validation_every=3, validation_steps=1)
     code, said = two_processes(settings(here, two, checkpoint_every=2, **change, **prompts), tmp_path, unused_tcp_port)
@@ -92,6 +93,9 @@ def test_two_processes_equal_one_with_twice_the_batch(here, tmp_path, unused_tcp
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["implicit_accuracy"] == b["implicit_accuracy"]
+    assert ["validation_loss" in line for line in lines(one)] == [False, False, True]
+    for name in ("validation_loss", "validation_implicit_accuracy", "validation_reward_margin"):
+        assert lines(one)[-1][name] == pytest.approx(lines(two)[-1][name], rel=1e-4)
     assert len(list((two / "checkpoint-3").glob("random_states_*.pkl"))) == 2
     with Image.open(two / "validation" / "000003.png") as sheet:
         assert sheet.size == (32, 32)
@@ -228,6 +232,7 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
     """Through Accelerate's FSDP2, stopped and resumed in between; averages and pictures too."""
     change = dict(beta=500.0, adam_epsilon=1e-3, learning_rate=1e-4, lora_rank=lora, checkpoint_every=2, ema=0.9)
     change |= dict(validation_prompts=["ab", "c", "d"], validation_every=2, validation_steps=2)
+    change |= dict(validation_data=str(here / "pairs.parquet"), validation_pairs=6)
     train(settings(here, tmp_path / "one", batch_size=4, **change))
     for steps in (2, 4):
         run = settings(here, tmp_path / "two", steps=steps, resume="latest", **change)
@@ -237,6 +242,8 @@ def test_sharded_processes_equal_one_with_twice_the_batch(here, tmp_path, unused
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a.get("validation_loss", 0) == pytest.approx(b.get("validation_loss", 0), rel=1e-4)
+    assert "validation_loss" in lines(tmp_path / "two")[-1]
     assert_same_pictures(tmp_path, (2, 4))
     assert_same_weights(tmp_path, lora)
 
