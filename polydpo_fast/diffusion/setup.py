@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -111,15 +110,15 @@ def set_up(settings: Settings, accelerator: Any, *, weights: bool = True, traini
 
 @contextlib.contextmanager
 def inductor_as_before() -> Iterator[None]:
-    """What `set_up` changes of torch.compile's configuration is for this training alone."""
-    defaults = {"emulate_precision_casts": False, "layout_optimization": True}
-    before = {name: getattr(sys.modules.get("torch._inductor.config"), name, value) for name, value in defaults.items()}
+    """What `accelerator_of` changes of torch.compile's configuration is for this training alone."""
+    import torch._inductor.config as inductor  # before it is changed: variables of the environment have a say in it
+
+    before = {name: getattr(inductor, name) for name in ("emulate_precision_casts", "layout_optimization")}
     try:
         yield
     finally:
-        if inductor := sys.modules.get("torch._inductor.config"):
-            for name, value in before.items():
-                setattr(inductor, name, value)
+        for name, value in before.items():
+            setattr(inductor, name, value)
 
 
 def new_accelerator(**options: Any) -> Any:

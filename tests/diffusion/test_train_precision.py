@@ -1,6 +1,8 @@
 """Trainings in half precision and with torch.compile: the policy begins as its reference."""
 
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -59,6 +61,16 @@ def test_compiled_graphs_round_alike(here, tmp_path, monkeypatch, precision, rou
         setup.accelerator_of(settings(here, tmp_path, mixed_precision=precision))
         assert torch._inductor.config.emulate_precision_casts == rounds
         assert not torch._inductor.config.layout_optimization
+
+
+def test_what_the_environment_says_to_the_compiler_is_left_to_what_comes_after_a_training(monkeypatch):
+    """Also where a training is the first to import it."""
+    monkeypatch.setattr(torch._inductor, "config", torch._inductor.config)  # put back at the end
+    monkeypatch.delitem(sys.modules, "torch._inductor.config")
+    monkeypatch.setenv("TORCHINDUCTOR_LAYOUT_OPTIMIZATION", "0")
+    with setup.inductor_as_before():
+        importlib.import_module("torch._inductor.config").layout_optimization = False
+    assert not importlib.import_module("torch._inductor.config").layout_optimization
 
 
 @pytest.mark.heavy
