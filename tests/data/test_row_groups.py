@@ -1,5 +1,6 @@
 """Row groups of Parquet files: read once for all threads, kept by size, handed out without a copy."""
 
+import asyncio
 import os
 import pickle
 import threading
@@ -293,6 +294,23 @@ def test_what_a_network_failed_to_give_is_tried_again(shard, monkeypatch):
             patch.setattr(module.File, "read", lambda *_: (_ for _ in ()).throw(TimeoutError("slow")))
             patch.setattr("polydpo_fast.data.formats.remote._PAUSES_S", (0.0,))
             with pytest.raises(PairError, match="row group 0: slow"):
+                source[0]
+        assert bytes(source[0].win) == b"zero 0"
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_exception_of_a_client_ends_the_wait_for_it(shard, monkeypatch):
+    """As a panic of one in Rust, or a request that asyncio cancels."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/shard.parquet", Path(shard).read_bytes())
+    try:
+        source = ParquetPairs("memory://bucket/shard.parquet")
+        with monkeypatch.context() as patch:
+            patch.setattr(module.File, "read", lambda *_: (_ for _ in ()).throw(asyncio.CancelledError))
+            with pytest.raises(asyncio.CancelledError):
                 source[0]
         assert bytes(source[0].win) == b"zero 0"
     finally:

@@ -99,12 +99,12 @@ class _Remote(io.RawIOBase):
         return found
 
     def _fetched(self, begin: int, length: int) -> bytes:
-        done: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+        done: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
 
         def fetch() -> None:
             try:
                 done.put(self._file.read(begin, length))
-            except Exception as error:
+            except BaseException as error:  # a panic of Rust's, asyncio's CancelledError: else it would be waited for
                 done.put(error)
 
         threading.Thread(target=fetch, name="polydpo-fetch", daemon=True).start()
@@ -115,7 +115,7 @@ class _Remote(io.RawIOBase):
                 if was_given_up(self._owner):
                     raise OSError("nobody waits for it any more") from None
                 continue
-            if isinstance(found, Exception):
+            if isinstance(found, BaseException):
                 raise found
             return found
 
