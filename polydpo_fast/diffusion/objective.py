@@ -280,6 +280,8 @@ def _dtype_of(model: Any) -> torch.dtype | None:
     """Asked again only where that of the first weight has changed: Diffusers goes through all modules for it, which of
     SD1.5 with LoRA takes milliseconds."""
     inner = unwrapped(model)
+    if not isinstance(inner, torch.nn.Module):  # with a forward of the caller's, anything
+        return getattr(inner, "dtype", None)
     first = next((parameter.dtype for parameter in inner.parameters()), None)
     if inner not in _dtypes or _dtypes[inner][0] != first:
         _dtypes[inner] = first, getattr(inner, "dtype", None)

@@ -640,6 +640,17 @@ def test_a_reference_in_half_precision_beside_a_policy_in_float32_is_told():
     of_no_dtype(model, latents)  # without a warning, which would be an error here
 
 
+def test_with_a_forward_of_the_callers_a_policy_may_be_any_function():
+    scale, latents = torch.full((), 0.5, requires_grad=True), torch.randn(4, 4, 8, 8)
+    objective = PairObjective(
+        build("sd15")[-1], reference_free=True, forward=lambda model, noisy, *_: model(noisy), beta=BETA
+    )
+    loss, _ = objective(lambda noisy: noisy * scale, latents, seeds=(1, 2))
+    loss.backward()
+    assert scale.grad.isfinite()
+    assert scale.grad != 0
+
+
 def test_half_precision_models():
     model, latents, cond, scheduler = build("sd15")
     policy = perturbed(model).bfloat16()
