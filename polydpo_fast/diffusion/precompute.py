@@ -74,8 +74,9 @@ def reference(settings: Settings, folder: Path, *, draws: int = 4, shard_pairs: 
         inputs = Inputs(settings, setup)
         inputs.check_fixed()
     model = getattr(setup.pipe, setup.family.model)
-    own = {"model": fingerprint(model), "--draws": draws, "--shard-pairs": shard_pairs}
-    check_same(accelerator, {**inputs.parts_of_errors, **own, "data": inputs.loader.source.fingerprint})
+    models = {"model": fingerprint(model), "model's scheduler": fingerprint(setup.pipe.scheduler)}
+    own = {"--draws": draws, "--shard-pairs": shard_pairs, "data": inputs.loader.source.fingerprint}
+    check_same(accelerator, {**inputs.parts_of_errors, **models, **own})
     inputs.to(accelerator.device, keep_encoders=False)
     model.to(accelerator.device)
 

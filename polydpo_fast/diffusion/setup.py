@@ -91,20 +91,21 @@ def set_up(settings: Settings, accelerator: Any, *, weights: bool = True, traini
                     variant=settings.variant,
                     revision=settings.revision,
                 )
-    model = getattr(pipe, family.model)
-    if settings.guidance is not None and not model.config.get("guidance_embeds"):
-        raise ValueError(
-            f"guidance is {settings.guidance}, and this {type(model).__name__} has no guidance embedding, as "
-            "FLUX.1-dev's has; expected none"
-        )
-    if settings.size_conditioning != "fixed" and not family.told_sizes:
-        raise ValueError(
-            f"size_conditioning is {settings.size_conditioning!r}, and a {type(pipe).__name__} is told no sizes, as "
-            "SDXL's is; expected 'fixed'"
-        )
-    size = (settings.size, settings.size) if isinstance(settings.size, int) else settings.size
-    height, width = size or native_size(pipe, family)
-    check_geometry(pipe, family, (height, width), settings.loader.get("frames"))
+    with together(accelerator):  # the files of a model may be others on another node
+        model = getattr(pipe, family.model)
+        if settings.guidance is not None and not model.config.get("guidance_embeds"):
+            raise ValueError(
+                f"guidance is {settings.guidance}, and this {type(model).__name__} has no guidance embedding, as "
+                "FLUX.1-dev's has; expected none"
+            )
+        if settings.size_conditioning != "fixed" and not family.told_sizes:
+            raise ValueError(
+                f"size_conditioning is {settings.size_conditioning!r}, and a {type(pipe).__name__} is told no sizes, "
+                "as SDXL's is; expected 'fixed'"
+            )
+        size = (settings.size, settings.size) if isinstance(settings.size, int) else settings.size
+        height, width = size or native_size(pipe, family)
+        check_geometry(pipe, family, (height, width), settings.loader.get("frames"))
     return Setup(accelerator, source, pipe, family, (height, width), half)
 
 

@@ -83,7 +83,11 @@ def train(settings: Settings) -> None:
         model = getattr(pipe, family.model)
         errors = _errors(settings, inputs, model)
         run = _run_identity(settings, setup, inputs, model, errors)
-    own = {"data": inputs.loader.source.fingerprint, "validation_data": None if unseen is None else unseen.fingerprint}
+    own = {
+        "model's scheduler": fingerprint(pipe.scheduler),
+        "data": inputs.loader.source.fingerprint,
+        "validation_data": None if unseen is None else unseen.fingerprint,
+    }
     check_same(accelerator, {**run, **own})
     for one in (inputs, validation):
         if one is not None:
@@ -97,9 +101,9 @@ def train(settings: Settings) -> None:
     stored = errors is not None and settings.lora_rank == 0
     reference = None if stored else reference_of(model, settings, accelerator)
     objective = objective_of(settings, pipe, reference=reference)
-    if errors is not None:
-        errors.check(objective=objective)
     with together(accelerator):
+        if errors is not None:
+            errors.check(objective=objective)
         make_trainable(model, family, settings, has_checkpoint=checkpoint is not None)
         optimizer = new_optimizer(trained(model), settings, learning_rate(settings, accelerator.num_processes))
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -120,9 +120,15 @@ def words(here, folder, command, **change):
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("train", ["mixed_precision", "batch_size", "accumulation", "steps", "seed", "loader", "vae", "model", "data"]),
+        (
+            "train",
+            [
+                *("mixed_precision", "batch_size", "accumulation", "steps", "seed", "loader", "vae", "model"),
+                *("model's scheduler", "data"),
+            ],
+        ),
         ("cache", ["batch_size", "vae", "decoding", "seed", "--store", "--shard-pairs", "data"]),
-        ("reference", ["prompt_dropout", "vae", "model", "--draws", "--shard-pairs", "data"]),
+        ("reference", ["prompt_dropout", "vae", "model", "model's scheduler", "--draws", "--shard-pairs", "data"]),
         ("geneval", ["prompts", "samples", "seed", "size", "guidance", "vae", "weights"]),
     ],
 )
@@ -143,6 +149,17 @@ def test_commands_compare_what_their_processes_work_with(here, tmp_path, monkeyp
     assert re.search(message, result.output), result.output
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("change", [{"guidance": 3.0}, {"size_conditioning": "own"}, {"size": 19}])
+def test_what_does_not_fit_the_model_of_one_node_is_told_to_all(here, tmp_path, monkeypatch, change):
+    """Where another node has another model, which it may fit."""
+    told = []
+    monkeypatch.setattr(together, "of_all", lambda accelerator, value: told.append(value) or [value])
+    with pytest.raises(ValueError, match=r"guidance is 3\.0|size_conditioning is 'own'|size is") as caught:
+        train(settings(here, tmp_path / "run", **change))
+    assert told[-1] is not None
+    assert str(caught.value) in told[-1]
 
 
 @pytest.mark.parametrize("command", ["train", "cache", "reference", "geneval"])
