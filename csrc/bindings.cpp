@@ -153,7 +153,7 @@ std::vector<polydpo::Draw> draws_of(const py::sequence& given) {
     return draws;
 }
 
-// decode_arguments.Output. What it says nothing of is that of one image, decoded strictly and without limits.
+// decoding/arguments.py's Output. What it says nothing of is that of one image, decoded strictly and without limits.
 polydpo::Options options_of(const py::handle& given) {
     polydpo::Options options{};
     options.output = height_and_width(given.attr("size"));
@@ -231,7 +231,7 @@ py::tuple decode_pairs(const py::sequence& win, const py::sequence& lose, const 
     return py::make_tuple(geometry, failures, damages);
 }
 
-// What a foreign decoder is told of an image: the arguments of dali_picture.Placement.
+// What a foreign decoder is told of an image: the arguments of data/dali/picture.py's Placement.
 py::dict plan_of(const polydpo::Size& source, const polydpo::Geometry& way) {
     using namespace py::literals;
     return py::dict("height"_a = source.height, "width"_a = source.width, "resized_height"_a = way.stored.height,

@@ -30,7 +30,7 @@ def foreign_plans(
     output: Output,
     apply_orientation: bool,
     limits: DecodeLimits,
-) -> list[dict[str, Any] | None]: ...  # the fields of dali_picture.Placement
+) -> list[dict[str, Any] | None]: ...  # the fields of data/dali/picture.py's Placement
 def resize_filter(
     interpolation: str, source: int, resized: int, offset: int, length: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...

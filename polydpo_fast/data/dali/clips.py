@@ -140,7 +140,7 @@ def _graph(engine: Engine) -> Any:
         device="mixed" if engine.is_gpu else "cpu",
         frames=fn.external_source(name="frames", dtype=types.INT32, ndim=1),
         pad_mode="none",  # else those that it does not find are black
-        affine=False,  # as in dali_images
+        affine=False,  # as in images
     )
 
 
