@@ -144,8 +144,9 @@ def new_accelerator(**options: Any) -> Any:
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_TO_JOIN), once], **options)
     except torch.distributed.DistError as error:
         raise TimeoutError(
-            f"after {_TO_JOIN} (hours:minutes:seconds) not all processes have found each other; expected those of all "
-            f"nodes, which may have said what is wrong there, and a network that lets them through: {error}"
+            f"not all processes have found each other, for which they have {_TO_JOIN} (hours:minutes:seconds); "
+            "expected those of all nodes, which may have said what is wrong there, and a network that lets them "
+            f"through, to a port that is free: {error}"
         ) from error
     _be_patient(_PATIENCE)
     return accelerator

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -49,15 +50,28 @@ def test_processes_wait_for_each_other_for_hours_but_not_in_a_step(of_processes,
     assert timedelta(minutes=10) < group.options._timeout <= timedelta(hours=1)
 
 
-def test_processes_that_do_not_come_are_not_waited_for_for_hours(monkeypatch, unused_tcp_port):
-    """As where one node has no file of settings."""
+@pytest.fixture
+def first_of_two(monkeypatch, unused_tcp_port):
+    """This process is the first of two, on a port that it returns."""
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_PORT=unused_tcp_port, OMP_NUM_THREADS=1).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return unused_tcp_port
+
+
+def test_processes_that_do_not_come_are_not_waited_for_for_hours(first_of_two, monkeypatch):
+    """As where one node has no file of settings."""
     monkeypatch.setattr(setup, "_TO_JOIN", timedelta(milliseconds=100))
-    with pytest.raises(
-        TimeoutError, match=r"after 0:00:00\.1.* not all processes have found each other; .*: Timed out"
+    message = r"not all processes have found each other, for which they have 0:00:00\.1.*: Timed out"
+    with pytest.raises(TimeoutError, match=message):
+        setup.new_accelerator()
+
+
+def test_a_port_that_another_program_has_is_not_told_as_time_that_has_passed(first_of_two):
+    with (
+        socket.create_server(("127.0.0.1", first_of_two)),
+        pytest.raises(TimeoutError, match=r"^not all processes have found each other.* a port that is free: .* in use"),
     ):
         setup.new_accelerator()
 
