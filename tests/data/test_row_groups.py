@@ -142,7 +142,7 @@ def test_one_read_that_hangs_costs_the_pairs_that_waited_for_it(tmp_path, monkey
         return read(block)
 
     monkeypatch.setattr(source, "_read", once)
-    loader = PairLoader(source, 4, size=2, dtype=torch.uint8, shuffle=False, timeout_s=0.3, max_bad_rate=1.0)
+    loader = PairLoader(source, 4, size=2, dtype=torch.uint8, shuffle=False, timeout_s=1.0, max_bad_rate=1.0)
     try:
         got = [i for batch in loader for i in batch.index.tolist()]
         lost = [i for i in range(80) if got[i] != i]
